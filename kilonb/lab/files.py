@@ -31,7 +31,7 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
 
-# %% ../../nbs/lab/files.ipynb #b3229417
+# %% ../../nbs/lab/files.ipynb #760c9e33
 _SPECIAL = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
@@ -39,7 +39,7 @@ def _spell(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value): return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
     if isinstance(value, dict): return {str(k): _spell(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_spell(v) for v in value]
-    if hasattr(value, "item") and not isinstance(value, (str, bytes)): return _spell(value.item())
+    if hasattr(value, "tolist"): return _spell(value.tolist())
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
 
 
