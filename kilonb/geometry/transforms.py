@@ -82,7 +82,7 @@ def check_rigid(transform: Tensor, name: str, tolerance: float = 1e-3) -> Tensor
     if (transform[..., 3, :] - last).abs().max().item() > tolerance: raise KiloError(f"{name} has last row {transform[..., 3, :].tolist()}; expected 0 0 0 1.")
     return transform
 
-# %% ../../nbs/geometry/transforms.ipynb #4ba48800
+# %% ../../nbs/geometry/transforms.ipynb #fa36a515
 def look_at(eye: Tensor, target: Tensor, up: Tensor) -> Tensor:
     """`camera_to_world` [..., 4, 4] of an OpenCV camera at `eye` [..., 3] that sees `target` in the middle, with world `up` upwards in its image.
 
@@ -90,6 +90,6 @@ def look_at(eye: Tensor, target: Tensor, up: Tensor) -> Tensor:
     """
     forward = target - eye
     right = torch.linalg.cross(forward, up.expand_as(forward))
-    if (right.norm(dim=-1) < 1e-9 * (1 + forward.norm(dim=-1))).any(): raise KiloError("look_at: the view direction is parallel to up; choose another up or eye.")
+    if (right.norm(dim=-1) < 1e-9 * (1 + forward.norm(dim=-1))).any(): raise KiloError("look_at: the view is parallel to up; choose another up or eye.")
     forward, right = torch.nn.functional.normalize(forward, dim=-1), torch.nn.functional.normalize(right, dim=-1)
     return rigid(torch.stack([right, torch.linalg.cross(forward, right), forward], -1), eye)
