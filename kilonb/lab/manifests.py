@@ -366,10 +366,10 @@ def _resolve_path(kind: str, text: str) -> DataReference:
     if (found == "file") != (kind in FILE_KINDS): raise KiloError(f"The data '{kind}:{text}' must be {KINDS[kind]}; '{text}' is a {found}.")
     return DataReference(kind, path.resolve(), "", hash_folder(path))
 
-# %% ../../nbs/lab/manifests.ipynb #1adde34f
+# %% ../../nbs/lab/manifests.ipynb #607157d1
 def _unknown_data(text: str, manifests: Mapping[str, Manifest]) -> KiloError:
     if text in KINDS: return KiloError(f"'{text}' is a kind of data: write {text}:PATH.")
-    if Path(text).exists(): return KiloError(f"'{text}' is a path: say of what kind, for example blender:{text}.")
+    if text and Path(text).exists(): return KiloError(f"'{text}' is a path: say of what kind, for example blender:{text}.")
     return unknown_name("dataset", text, manifests)
 
 

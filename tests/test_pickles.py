@@ -1,0 +1,48 @@
+"""A pickle from elsewhere gives data or one sentence; it never runs."""
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+from kilonb.lab.errors import KiloError
+from kilonb.lab.manifests import weights_folder
+from kilonb.lab.pickles import ARRAYS, NUMPY_ARRAYS, PLAIN_OBJECTS, combine, list_globals, load_restricted
+
+
+class Shell:
+    def __init__(self, command): self.command = command
+
+    def __reduce__(self): return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_a_malicious_pickle_does_not_run(tmp_path, protocol):
+    mark, path = tmp_path / "mark", tmp_path / "weights.ckpt"
+    path.write_bytes(pickle.dumps({"Conv_0": [np.zeros(3), Shell(f"touch {mark}")]}, protocol=protocol))
+    with pytest.raises(KiloError, match=r"system'") as caught: load_restricted(path)
+    assert not mark.exists() and "\n" not in str(caught.value)
+    pickle.loads(path.read_bytes())
+    assert mark.exists(), "the attack itself is no attack"
+
+
+def test_no_permission_of_ours_lets_code_be_reached():
+    """What we allow are classes and functions that hold numbers; nothing that opens, imports, evaluates or fetches attributes."""
+    names = {f"{module}.{name}" for module, items in combine(ARRAYS, NUMPY_ARRAYS, PLAIN_OBJECTS).items() for name in items}
+    assert not {name for name in names if name.rpartition(".")[2] in ("eval", "exec", "getattr", "open", "load", "__import__", "system", "compile", "type", "object")}
+
+
+def test_a_stored_permission_is_not_a_prefix(tmp_path):
+    path = tmp_path / "x.pkl"
+    path.write_bytes(pickle.dumps(np.random.default_rng(0)))
+    with pytest.raises(KiloError, match="numpy.random"): load_restricted(path)
+
+
+def test_the_installed_weights_open_and_name_arrays_only():
+    folder = weights_folder("lpips", os.environ.get("KILONB_DATA"))
+    if folder is None: pytest.skip("the weights are not installed: kilonb data get lpips")
+    for name in ("alexnet", "vgg16"):
+        assert set(list_globals((folder / f"{name}.ckpt").read_bytes())) == {"numpy:dtype", "numpy:ndarray", "numpy.core.multiarray:_reconstruct"}
+    tree = load_restricted(folder / "alexnet.ckpt")
+    kernel = tree["AlexNet_0"]["Conv_0"]["kernel"]
+    assert kernel.shape == (11, 11, 3, 64) and kernel.dtype == np.float32
