@@ -139,6 +139,14 @@ def test_other_parameters_or_other_code_are_other_data(toy, tmp_path):
     assert fingerprint(toy["toy"].maker) != one
 
 
+def test_a_changed_comment_in_the_maker_does_not_change_the_data(toy, tmp_path):
+    """A run is resumed on data of the same digest; code that makes the same bytes must give it."""
+    before = resolve_data("toy", tmp_path / "cache", manifests=toy)
+    with open(tmp_path / "code" / "toy_maker.py", "a") as file: file.write("\n# a comment\n")
+    after = resolve_data("toy", tmp_path / "cache", manifests=toy)
+    assert after.path != before.path and after.sha256 == before.sha256
+
+
 def test_the_same_parameters_make_the_same_bytes(toy, tmp_path):
     assert hash_folder(make("toy", tmp_path / "one", manifests=toy)) == hash_folder(make("toy", tmp_path / "two", manifests=toy))
     assert hash_folder(make("toy", tmp_path / "three", manifests=toy, seed=1)) != hash_folder(tmp_path / "one")

@@ -330,10 +330,10 @@ def make(name: str, folder: str | os.PathLike | None = None, *, manifests: Mappi
     _write_dataset(manifest, maker, folder, print_of)
     return folder
 
-# %% ../../nbs/lab/manifests.ipynb #17aa8e28
+# %% ../../nbs/lab/manifests.ipynb #170c2137
 def _made_from(folder: Path) -> str | None:
-    try: return json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8")).get("fingerprint")
-    except (OSError, ValueError, AttributeError): return None
+    try: return (folder / ".fingerprint").read_text(encoding="utf-8")
+    except (OSError, ValueError): return None
 
 
 def _write_dataset(manifest: Manifest, maker: Maker, folder: Path, print_of: str) -> None:
@@ -343,8 +343,8 @@ def _write_dataset(manifest: Manifest, maker: Maker, folder: Path, print_of: str
             function(whole, **maker.parameters)
             digests = hash_files(whole, list_files(whole))
             files = {path: {"bytes": (whole / path).stat().st_size, "sha256": digest} for path, digest in digests.items()}
-            made_by = {"name": manifest.name, "fingerprint": print_of, "maker": maker.function, "parameters": maker.parameters}
-            write_json(whole / "MANIFEST.json", made_by | {"files": files})
+            write_json(whole / "MANIFEST.json", {"name": manifest.name, "maker": maker.function, "parameters": maker.parameters, "files": files})
+            (whole / ".fingerprint").write_text(print_of, encoding="utf-8")
     except OSError as error: raise KiloError(f"Cannot make {manifest.name} in '{folder}': {error.strerror or error}.") from error
     print(f"made {manifest.name} in {folder} ({len(files)} files, {time.monotonic() - started:.1f} s)", flush=True)
 
