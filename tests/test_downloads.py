@@ -5,7 +5,6 @@ import os
 import tarfile
 import threading
 from dataclasses import replace
-from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -22,7 +21,8 @@ def record(data: bytes) -> FileRecord: return FileRecord(len(data), hashlib.sha2
 
 
 def page(**fetch) -> Manifest:
-    return Manifest("letters", "Two files", "blender", "here", "none", "flat", files={path: record(data) for path, data in CONTENT.items()}, fetch=Fetch(**fetch))
+    files = {path: record(data) for path, data in CONTENT.items()}
+    return Manifest("letters", "Two files", "blender", "here", "none", "flat", files=files, fetch=Fetch(**fetch))
 
 
 class Server(ThreadingHTTPServer):
@@ -163,5 +163,5 @@ def test_an_archive_with_another_checksum_is_refused_before_its_code_runs(index,
 def test_a_package_that_is_not_there_is_one_sentence(index, tmp_path):
     letters = sdist(index)
     index.unlink()
-    with pytest.raises(KiloError, match="kilonb-test-letters==1.0") as caught: get("letters", tmp_path / "out", manifests={"letters": letters})
+    with pytest.raises(KiloError, match=r"kilonb-test-letters==1\.0") as caught: get("letters", tmp_path / "out", manifests={"letters": letters})
     assert "\n" not in str(caught.value) and not everything(tmp_path / "out")

@@ -212,8 +212,9 @@ def test_named_real_data_is_found_under_the_root(tmp_path):
 
 
 @pytest.mark.parametrize("text, told", [
-    ("brickyrad", "did you mean 'brickyard'"), ("blendr:/x", "did you mean 'blender'"), ("blender:/no/such/folder", "is not there"), ("blender:", "is not there"),
-    ("ply", "write ply:PATH"), ("lego_400", "stand-in is 'brickyard'"), ("", "Unknown dataset"), (f"ply:{PAGES}", "is a folder"), (str(PAGES), "for example blender:"),
+    ("brickyrad", "did you mean 'brickyard'"), ("blendr:/x", "did you mean 'blender'"), ("", "Unknown dataset"),
+    ("blender:/no/such/folder", "is not there"), ("blender:", "is not there"), ("lego_400", "stand-in is 'brickyard'"),
+    ("ply", "write ply:PATH"), (f"ply:{PAGES}", "is a folder"), (str(PAGES), "for example blender:"),
 ])
 def test_data_that_is_not_there_is_one_sentence(tmp_path, text, told):
     with pytest.raises(KiloError, match=told) as caught: resolve_data(text, tmp_path)

@@ -29,13 +29,14 @@ def test_a_malicious_pickle_does_not_run(tmp_path, protocol):
 def test_no_permission_of_ours_lets_code_be_reached():
     """What we allow are classes and functions that hold numbers; nothing that opens, imports, evaluates or fetches attributes."""
     names = {f"{module}.{name}" for module, items in combine(ARRAYS, NUMPY_ARRAYS, PLAIN_OBJECTS).items() for name in items}
-    assert not {name for name in names if name.rpartition(".")[2] in ("eval", "exec", "getattr", "open", "load", "__import__", "system", "compile", "type", "object")}
+    dangerous = {"eval", "exec", "getattr", "setattr", "open", "load", "loads", "__import__", "import_module", "system", "compile", "type", "object"}
+    assert not {name for name in names if name.rpartition(".")[2] in dangerous}
 
 
 def test_a_stored_permission_is_not_a_prefix(tmp_path):
     path = tmp_path / "x.pkl"
     path.write_bytes(pickle.dumps(np.random.default_rng(0)))
-    with pytest.raises(KiloError, match="numpy.random"): load_restricted(path)
+    with pytest.raises(KiloError, match=r"numpy\.random"): load_restricted(path)
 
 
 def test_the_installed_weights_open_and_name_arrays_only():
