@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ..lab.errors import KiloError
 
-# %% ../../nbs/metrics/images.ipynb #fc62c21a
+# %% ../../nbs/metrics/images.ipynb #9f75a3d5
 def check_images(prediction: Tensor, target: Tensor) -> None:
     """Raise KiloError unless both are floating Tensors of one shape `[..., 3]` on one device and hold at least one pixel."""
     for name, image in (("prediction", prediction), ("target", target)):
         if not isinstance(image, Tensor) or not image.is_floating_point():
-            raise KiloError(f"The {name} must be a floating Tensor with values in 0..1, not {getattr(image, 'dtype', type(image).__name__)}: divide 8-bit images by 255.")
+            kind = getattr(image, "dtype", type(image).__name__)
+            raise KiloError(f"The {name} must be a floating Tensor with values in 0..1, not {kind}: divide 8-bit images by 255.")
         if image.ndim < 2 or image.shape[-1] != 3 or image.numel() == 0:
             raise KiloError(f"The {name} has shape {list(image.shape)}; expected [..., 3] with at least one pixel (no alpha channel, channels last).")
     if prediction.shape != target.shape:
@@ -57,12 +58,13 @@ def psnr_linear_db(prediction_srgb: Tensor, target_srgb: Tensor) -> float:
     check_images(prediction_srgb, target_srgb)
     return psnr_srgb_db(srgb_to_linear(prediction_srgb.detach().double()), srgb_to_linear(target_srgb.detach().double()))
 
-# %% ../../nbs/metrics/images.ipynb #0a18a475
+# %% ../../nbs/metrics/images.ipynb #31764d26
 def alpha_channel(alpha: Tensor, rgb: Tensor) -> Tensor:
     """`alpha` as `[..., 1]` beside `rgb` `[..., 3]`; it may come as `[...]` or `[..., 1]`. KiloError on any other shape."""
     if alpha.shape == rgb.shape[:-1]: alpha = alpha[..., None]
     if alpha.shape != (*rgb.shape[:-1], 1):
-        raise KiloError(f"The alpha has shape {list(alpha.shape)}; expected {list(rgb.shape[:-1])} (or with a last axis of 1) beside colours of shape {list(rgb.shape)}.")
+        expected = f"{list(rgb.shape[:-1])} (or with a last axis of 1)"
+        raise KiloError(f"The alpha has shape {list(alpha.shape)}; expected {expected} beside colours of shape {list(rgb.shape)}.")
     return alpha
 
 
@@ -72,7 +74,7 @@ def straight_to_premultiplied(rgba_straight: Tensor) -> tuple[Tensor, Tensor]:
         raise KiloError(f"The image has {rgba_straight.shape[-1]} channels; expected 4 (straight RGBA): an image without alpha has no foreground.")
     return rgba_straight[..., :3] * rgba_straight[..., 3:], rgba_straight[..., 3]
 
-# %% ../../nbs/metrics/images.ipynb #b16c1871
+# %% ../../nbs/metrics/images.ipynb #98fbfb4d
 def check_premultiplied(rgb_premultiplied: Tensor, alpha: Tensor, tolerance: float = 0.02, overbright: float = 1.5, share: float = 2e-3) -> None:
     """Raise KiloError when the colours cannot be premultiplied by this alpha.
 
@@ -82,16 +84,20 @@ def check_premultiplied(rgb_premultiplied: Tensor, alpha: Tensor, tolerance: flo
     alpha = alpha_channel(alpha, rgb_premultiplied)
     impossible = (rgb_premultiplied.detach() > overbright * alpha.detach() + tolerance).any(-1).float().mean().item()
     if impossible > share:
-        raise KiloError(f"In {impossible:.1%} of the pixels the colour is brighter than its alpha allows, so this is straight, not premultiplied, colour: use straight_to_premultiplied first.")
+        raise KiloError(
+            f"In {impossible:.1%} of the pixels the colour is brighter than its alpha allows, so this is straight, not premultiplied, colour: "
+            "use straight_to_premultiplied first."
+        )
 
 
-def composite(rgb_premultiplied: Tensor, alpha: Tensor, background: float | Sequence[float] | Tensor = 1.0) -> Tensor:
+def composite(rgb_premultiplied: Tensor, alpha: Tensor, background: float | Sequence[float] | Tensor = 1.0, check: bool = True) -> Tensor:
     """Colours over a background, `[..., 3]`: `rgb_premultiplied + (1 - alpha) * background`.
 
     alpha: `[...]` or `[..., 1]`, 0..1. background: a grey level (1 is white), an RGB triple, or a Tensor that broadcasts to `[..., 3]`.
-    KiloError when the colours are visibly straight (`check_premultiplied`) or shapes disagree. Not clamped. Differentiable.
+    check: look whether the colours are visibly straight (`check_premultiplied`) and raise KiloError; False in an inner loop, where the look costs a
+    synchronisation. KiloError when shapes disagree. Not clamped. Differentiable.
     """
-    check_premultiplied(rgb_premultiplied, alpha)
+    if check: check_premultiplied(rgb_premultiplied, alpha)
     background = torch.as_tensor(background, dtype=rgb_premultiplied.dtype, device=rgb_premultiplied.device)
     return rgb_premultiplied + (1 - alpha_channel(alpha, rgb_premultiplied)) * background
 
@@ -133,19 +139,22 @@ def ssim(prediction: Tensor, target: Tensor) -> float:
     """SSIM as one number (mean over images); see `structural_similarity`. Computed in float64."""
     return structural_similarity(prediction.detach().double(), target.detach().double()).mean().item()
 
-# %% ../../nbs/metrics/images.ipynb #f902add9
+# %% ../../nbs/metrics/images.ipynb #3551e4e8
 def evaluate_image(
     rgb_premultiplied: Tensor, alpha: Tensor, target_rgb_premultiplied: Tensor, target_alpha: Tensor,
     lpips: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None,
 ) -> dict[str, float]:
     """Every image metric of one view, by name.
 
-    rgb_premultiplied, target_rgb_premultiplied: `[H, W, 3]` sRGB; alpha, target_alpha: `[H, W]`. Both sides are composited on white, the prediction then clamped to 0..1.
+    rgb_premultiplied, target_rgb_premultiplied: `[H, W, 3]` sRGB; alpha, target_alpha: `[H, W]`. Both sides are composited on white, the prediction is
+    then clamped to 0..1. An over-bright premultiplied colour so becomes at most its alpha, as on a screen.
     lpips: name -> function of two `[H, W, 3]` images, e.g. `lpips_metrics()`; None or empty leaves them out.
-    Returns psnr_srgb_white_db, psnr_srgb_foreground_db (weighted by the target's alpha; NaN where it is 0 everywhere), psnr_linear_white_db, psnr_blank_white_db, ssim_white, lpips_*.
+    Returns psnr_srgb_white_db, psnr_srgb_foreground_db (weighted by the target's alpha; NaN where it is 0 everywhere), psnr_linear_white_db,
+    psnr_blank_white_db, ssim_white, lpips_*.
     """
     check_images(rgb_premultiplied, target_rgb_premultiplied)
-    for name, image in (("prediction", rgb_premultiplied), ("prediction's alpha", alpha), ("target", target_rgb_premultiplied), ("target's alpha", target_alpha)):
+    images = {"prediction": rgb_premultiplied, "prediction's alpha": alpha, "target": target_rgb_premultiplied, "target's alpha": target_alpha}
+    for name, image in images.items():
         if not torch.isfinite(image).all(): raise KiloError(f"The {name} holds NaN or infinite values: there is nothing to compare.")
     prediction = composite(rgb_premultiplied, alpha).detach().clamp(0, 1)
     target = composite(target_rgb_premultiplied, target_alpha).detach()
@@ -159,8 +168,10 @@ def evaluate_image(
         **{name: float(distance(prediction, target)) for name, distance in (lpips or {}).items()},
     }
 
-# %% ../../nbs/metrics/images.ipynb #8bb3a5c5
-def self_check(target_rgb_premultiplied: Tensor, target_alpha: Tensor, lpips: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None) -> dict[str, float]:
+# %% ../../nbs/metrics/images.ipynb #36b8e80c
+def self_check(
+    target_rgb_premultiplied: Tensor, target_alpha: Tensor, lpips: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None,
+) -> dict[str, float]:
     """The target scored against itself: PSNR inf, SSIM 1, LPIPS 0, else KiloError. Run it before any evaluation.
 
     target_rgb_premultiplied: `[H, W, 3]`, 0..1; target_alpha: `[H, W]`, 0..1; lpips as in `evaluate_image`. Returns the scores.
@@ -171,7 +182,8 @@ def self_check(target_rgb_premultiplied: Tensor, target_alpha: Tensor, lpips: Ma
     for name, value in scores.items():
         expected = 1.0 if name.startswith("ssim") else 0.0 if name.startswith("lpips") else math.inf
         if "blank" in name or (math.isnan(value) and "foreground" in name): continue
-        if not (value == expected or abs(value - expected) < 1e-6): raise KiloError(f"Self-check: {name} of the target against itself is {value:.6g}, expected {expected:g}.")
+        if value == expected or abs(value - expected) < 1e-6: continue
+        raise KiloError(f"Self-check: {name} of the target against itself is {value:.6g}, expected {expected:g}.")
     return scores
 
 # %% ../../nbs/metrics/images.ipynb #16619cc9
