@@ -24,7 +24,7 @@ from .files import write_json
 from .notebooks import Notebook, typed_values
 from .runs import FAILED, FINISHED, INTERRUPTED, PREPARED, RunRecord, mark_run, prepare_run, read_run, read_status
 
-# %% ../../nbs/lab/execution.ipynb #523587eb
+# %% ../../nbs/lab/execution.ipynb #974c34bc
 @contextlib.contextmanager
 def absent(module: str) -> Iterator[None]:
     """Make `import module` fail inside the block, unless it is already imported."""
@@ -38,7 +38,7 @@ with absent("rfc3987_syntax"):
     import papermill
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
-    from nbclient.exceptions import DeadKernelError
+    from nbclient.exceptions import CellExecutionError, DeadKernelError
     from papermill.clientwrap import PapermillNotebookClient
     from papermill.engines import NBClientEngine, papermill_engines
     from papermill.exceptions import PapermillExecutionError
@@ -77,7 +77,7 @@ class TypedTranslator(PythonTranslator):
 
 papermill_translators.register("kilonb", TypedTranslator)
 
-# %% ../../nbs/lab/execution.ipynb #f531f51b
+# %% ../../nbs/lab/execution.ipynb #92d17159
 class Watch:
     """What stands between a running notebook and its terminal: prints headings and output as they come, passes Ctrl-C on.
 
@@ -85,7 +85,7 @@ class Watch:
     """
 
     def __init__(self, stream: TextIO, errors: TextIO):
-        self.stream, self.errors, self.process, self.signals, self.heading, self._last = stream, errors, None, [], "", "\n"
+        self.stream, self.errors, self.process, self.signals, self.heading, self.sentence, self._last = stream, errors, None, [], "", False, "\n"
 
     def write(self, text: str) -> None:
         if not text: return
@@ -129,13 +129,23 @@ def _hearing(watch: Watch) -> Iterator[None]:
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../../nbs/lab/execution.ipynb #97039c6f
+# %% ../../nbs/lab/execution.ipynb #e0d61167
 class _Client(PapermillNotebookClient):
     watch = AnyTrait()
 
     def execute_cell(self, cell: Any, cell_index: int, **more: Any) -> Any:
         self.watch.before_cell(cell, self.km.provisioner.process)
-        return super().execute_cell(cell, cell_index, **more)
+        try: return super().execute_cell(cell, cell_index, **more)
+        except CellExecutionError:
+            self.watch.sentence = self._asked(_IS_KILO_ERROR) == "True"
+            raise
+
+    def _asked(self, expression: str) -> str:
+        reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions={"answer": expression}))
+        return reply["content"].get("user_expressions", {}).get("answer", {}).get("data", {}).get("text/plain", "")
+
+
+_IS_KILO_ERROR = "issubclass(__import__('sys').last_type, __import__('kilonb.lab.errors', fromlist=['KiloError']).KiloError)"
 
 
 class _Engine(NBClientEngine):
@@ -173,9 +183,9 @@ def execute(notebook: Notebook, output: str | os.PathLike, values: Mapping[str, 
         raise KiloError(_death(error, watch)) from None
     if watch.signals: raise KeyboardInterrupt
 
-# %% ../../nbs/lab/execution.ipynb #b0d42d92
+# %% ../../nbs/lab/execution.ipynb #11ab3b3f
 def _sentence(error: PapermillExecutionError, watch: Watch) -> str:
-    if error.ename == "KiloError": return error.evalue
+    if watch.sentence: return error.evalue
     told = next((line.strip() for line in error.evalue.splitlines() if line.strip()), "")
     place = f"in cell [{error.exec_count}]" + (f" under '{watch.heading}'" if watch.heading else "")
     return f"{error.ename} {place}" + (f": {told}" if told else ".")

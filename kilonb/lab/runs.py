@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['PREPARED', 'RUNNING', 'FINISHED', 'FAILED', 'INTERRUPTED', 'ABANDONED', 'checkout_root', 'outputs_root', 'fresh_name',
            'read_status', 'mark_run', 'prepare_run', 'describe_environment', 'write_figure', 'Run', 'open_run',
-           'RunResult', 'peak_memory_mb', 'finish_run', 'RunRecord', 'read_run', 'list_runs', 'find_run',
-           'compare_runs']
+           'RunResult', 'peak_memory_mb', 'finish_run', 'RunRecord', 'read_run', 'list_runs', 'find_run', 'data_label',
+           'newest_finished', 'compare_runs']
 
 # %% ../../nbs/lab/runs.ipynb #429d65ad
 import datetime
@@ -453,6 +453,22 @@ def find_run(name: str, outputs: str | os.PathLike | None = None) -> Path:
     if len(matches) == 1: return matches[0].folder
     if matches: raise KiloError(f"'{name}' begins the names of {len(matches)} runs: give more of it.")
     raise KiloError(f"No run '{name}' in {root}: `kilonb runs` lists them.")
+
+# %% ../../nbs/lab/runs.ipynb #7b485bc9
+def data_label(record: RunRecord) -> str:
+    """What a run was run on, in a word or two: `brickyard`, `blender:lego_400`."""
+    given = record.environment.get("data") or [{"data": record.parameters.get("data", "")}]
+    def label(item: Mapping[str, Any]) -> str:
+        kind, _, path = str(item.get("data", "")).rpartition(":")
+        kind, path = item.get("kind", kind), str(item.get("path", path))
+        return item.get("name") or ":".join(filter(None, (kind, Path(path).name)))
+    return ", ".join(filter(None, map(label, given)))
+
+
+def newest_finished(outputs: str | os.PathLike | None = None, experiment: str = "") -> list[RunRecord]:
+    """The newest finished run for each experiment and data, in the order of their names."""
+    newest = {(record.experiment, data_label(record)): record for record in list_runs(outputs, experiment) if record.status == FINISHED}
+    return [newest[key] for key in sorted(newest)]
 
 # %% ../../nbs/lab/runs.ipynb #161cdc0d
 def compare_runs(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
