@@ -6,11 +6,12 @@
 __all__ = ['FORMAT', 'seed_everything', 'random_state', 'restore_random_state', 'portable', 'write_checkpoint', 'read_checkpoint',
            'check_same_settings', 'latest_path', 'final_path', 'newest_checkpoint', 'keep_final']
 
-# %% ../../nbs/training/checkpoints.ipynb #7a47a150
+# %% ../../nbs/training/checkpoints.ipynb #5cf5a0a2
 import os
 import pickle
 import random
 import shutil
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def portable(value: Any, name: str = "state") -> Any:
     if isinstance(value, (list, tuple)): return [portable(item, f"{name}[{i}]") for i, item in enumerate(value)]
     raise KiloError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: make it tensors, numbers, texts, lists or dicts.")
 
-# %% ../../nbs/training/checkpoints.ipynb #b2bb075a
+# %% ../../nbs/training/checkpoints.ipynb #7576b102
 FORMAT = "kilonb checkpoint 1"
 
 
@@ -77,8 +78,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """What `write_checkpoint` wrote, tensors on the CPU. KiloError when the file is missing, cut off, damaged or something else."""
     path = Path(path)
     if not path.is_file(): raise KiloError(f"There is no checkpoint {path}: give a run that has saved one, or start without resume.")
-    try: content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+    try:
+        with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
+        if damaged: raise zipfile.BadZipFile(damaged)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise KiloError(f"{path} cannot be read as a checkpoint; it is cut off, damaged or another kind of file: delete it and start afresh.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise KiloError(f"{path} is not a checkpoint of a KiloNB run (expected format '{FORMAT}').")
