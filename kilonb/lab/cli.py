@@ -273,7 +273,7 @@ def page(options: argparse.Namespace) -> int:
     for name in options.names: print(write_page(find_run(name, outputs_folder())))
     return 0
 
-# %% ../../nbs/lab/cli.ipynb #9ee6ac84
+# %% ../../nbs/lab/cli.ipynb #25442360
 def data_list(_: argparse.Namespace) -> int:
     """`kilonb data list`."""
     from kilonb.lab.gates import text_table
@@ -282,7 +282,9 @@ def data_list(_: argparse.Namespace) -> int:
     def place(manifest: Any) -> str:
         found = locate(manifest, data_root()) or locate(manifest, data_folder())
         return str(found or ("made on first use" if manifest.synthetic else "not here"))
-    def size(manifest: Any) -> str: return "synthetic" if manifest.synthetic else f"{manifest.total_bytes / 1e6:.1f} MB" if manifest.files else ""
+    def size(manifest: Any) -> str:
+        if manifest.synthetic: return "synthetic"
+        return "" if manifest.checksums == "MANIFEST.json" else f"{manifest.total_bytes / 1e6:.1f} MB"
     lines = [[manifest.name, manifest.kind, size(manifest), manifest.stand_in, place(manifest)] for manifest in load_manifests().values()]
     print(text_table(("dataset", "kind", "size", "stand-in", "where"), lines))
     return 0

@@ -215,7 +215,7 @@ class RunInterrupted(RunFailed):
         super().__init__(sentence, folder)
         self.signal_number = signal_number
 
-# %% ../../nbs/lab/execution.ipynb #198e309d
+# %% ../../nbs/lab/execution.ipynb #565a84e3
 def _values(notebook: Notebook, values: Mapping[str, Any], folder: Path, resume: bool) -> dict[str, Any]:
     ours = {"run_dir": str(folder)} if "run_dir" in notebook.parameters else {}
     return {**values, **ours, **({"resume": True} if resume else {})}
@@ -242,6 +242,7 @@ def run_notebook(notebook: Notebook, values: Mapping[str, Any] | None = None, ru
     before, values = read_status(folder)["elapsed_s"], _values(notebook, values, folder, resume)
     write_json(folder / "parameters.json", {name: values.get(name, parameter.default) for name, parameter in notebook.parameters.items()})
     watch = Watch(stream or sys.stdout, sys.stderr)
+    watch.say(f"{notebook.name} -> {folder}")
     try:
         execute(notebook, folder / "notebook.ipynb", values, watch)
         _settle(notebook, folder, before + time.monotonic() - started)
