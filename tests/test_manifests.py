@@ -60,6 +60,7 @@ def test_every_page_says_what_the_architecture_asks():
 def test_real_data_is_what_its_page_says(name):
     report = verify(name, data_root())
     assert report.ok and not report.extra, report.summary()
+    assert report.bytes == load_manifests()[name].total_bytes
 
 
 def test_page_of_lego_agrees_with_the_dataset_s_own_list():

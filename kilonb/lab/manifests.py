@@ -87,14 +87,14 @@ class Fetch:
         names = {"http": "base_url or urls", "sdist": "package, version, sha256 and members", "by hand": "instructions"}
         if not needed[self.how]: raise KiloError(f"how '{self.how}' needs {names[self.how]}.")
 
-# %% ../../nbs/lab/manifests.ipynb #ff8fed6e
+# %% ../../nbs/lab/manifests.ipynb #0b104312
 @dataclass(frozen=True)
 class Manifest:
     """One dataset.
 
     folder: where it lies under a data root (default: its name). entry: the file in it that is opened; empty: the folder itself.
     files: path -> FileRecord. checksums: a file of more of them, either beside the page (`<sha256> <bytes> <path>` a line) or
-    "MANIFEST.json" in the dataset's own folder. loader: "module:function", empty where no reader is written yet.
+    "MANIFEST.json" in the dataset's own folder; `bytes`: the size of all files in the latter case. loader: "module:function", empty where no reader is written yet.
     stand_in: the synthetic dataset in the same layout. A synthetic dataset has a `maker`, a real one a `fetch`.
     """
     name: str
@@ -109,6 +109,7 @@ class Manifest:
     stand_in: str = ""
     note: str = ""
     checksums: str = ""
+    bytes: int = 0
     files: dict[str, FileRecord] = field(default_factory=dict)
     maker: Maker | None = None
     fetch: Fetch | None = None
@@ -117,7 +118,7 @@ class Manifest:
     def synthetic(self) -> bool: return self.maker is not None
 
     @property
-    def total_bytes(self) -> int: return sum(record.bytes for record in self.files.values())
+    def total_bytes(self) -> int: return self.bytes or sum(record.bytes for record in self.files.values())
 
     def validate(self) -> None:
         if self.kind not in KINDS: raise unknown_name("kind", self.kind, KINDS)
