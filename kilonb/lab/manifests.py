@@ -87,14 +87,15 @@ class Fetch:
         names = {"http": "base_url or urls", "sdist": "package, version, sha256 and members", "by hand": "instructions"}
         if not needed[self.how]: raise KiloError(f"how '{self.how}' needs {names[self.how]}.")
 
-# %% ../../nbs/lab/manifests.ipynb #0b104312
+# %% ../../nbs/lab/manifests.ipynb #2a005025
 @dataclass(frozen=True)
 class Manifest:
     """One dataset.
 
     folder: where it lies under a data root (default: its name). entry: the file in it that is opened; empty: the folder itself.
     files: path -> FileRecord. checksums: a file of more of them, either beside the page (`<sha256> <bytes> <path>` a line) or
-    "MANIFEST.json" in the dataset's own folder; `bytes`: the size of all files in the latter case. loader: "module:function", empty where no reader is written yet.
+    "MANIFEST.json" in the dataset's own folder; `bytes` is then the size of all files.
+    loader: "module:function", empty where no reader is written yet.
     stand_in: the synthetic dataset in the same layout. A synthetic dataset has a `maker`, a real one a `fetch`.
     """
     name: str
