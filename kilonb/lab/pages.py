@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURES', 'POLICY', 'STYLE', 'data_address', 'offline', 'notebook_html', 'page_html', 'write_page', 'results_table']
 
-# %% ../../nbs/lab/pages.ipynb #57915fc7
+# %% ../../nbs/lab/pages.ipynb #597ac80a
 import base64
 import html
 import json
@@ -13,6 +13,7 @@ import logging
 import mimetypes
 import os
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 from .errors import KiloError
 from .execution import absent
 from .files import atomic_write
-from .formulas import formulas_to_mathml
+from .formulas import replace_formulas, to_mathml
 from .gates import html_table, markdown_table, spell
 from .runs import RunRecord, data_label, newest_finished, read_run
 
@@ -59,20 +60,37 @@ def offline(text: str) -> str:
         end = script.end()
     return "".join(pieces) + clean(text[end:])
 
-# %% ../../nbs/lab/pages.ipynb #aec2ed48
+# %% ../../nbs/lab/pages.ipynb #35adf3ee
 _REMOTE = re.compile(r"<script[^>]*\bsrc\s*=|require\.config|unpkg\.com|cdn\.", re.IGNORECASE)
 _STATIC = ("image/svg+xml", "image/png", "image/jpeg", "text/plain")
 
 
-def _prepare(cell: Any) -> Any:
-    if cell.cell_type == "markdown": cell.source = formulas_to_mathml(cell.source)
+def _prepare(cell: Any, formulas: list[str]) -> Any:
+    def put_aside(formula: str, display: bool) -> str:
+        formulas.append(to_mathml(formula, display))
+        return f"\ue000{len(formulas) - 1}\ue001"
+    if cell.cell_type == "markdown": cell.source = replace_formulas(cell.source, put_aside)
     for output in cell.get("outputs", []):
         data = output.get("data", {})
         data.pop("application/vnd.jupyter.widget-view+json", None)
-        if "text/html" in data and _REMOTE.search("".join(data["text/html"])) and any(kind in data for kind in _STATIC): del data["text/html"]
+        if "application/vnd.plotly.v1+json" in data: data["text/html"] = _plotly_html(data.pop("application/vnd.plotly.v1+json"))
+        elif "text/html" in data and _REMOTE.search("".join(data["text/html"])) and any(kind in data for kind in _STATIC): del data["text/html"]
     return cell
 
-# %% ../../nbs/lab/pages.ipynb #c2efa8bd
+# %% ../../nbs/lab/pages.ipynb #904ab467
+def _plotly_html(figure: Mapping[str, Any]) -> str:
+    from plotly.io import to_html
+
+    return to_html({"data": figure["data"], "layout": figure.get("layout", {})}, full_html=False, include_plotlyjs=False, include_mathjax=False, validate=False)
+
+
+def _plotly_library(body: str) -> str:
+    if "Plotly.newPlot" not in body: return ""
+    from plotly.offline import get_plotlyjs
+
+    return f"<script>{get_plotlyjs()}</script>"
+
+# %% ../../nbs/lab/pages.ipynb #2ac98abb
 def notebook_html(path: str | os.PathLike) -> tuple[str, str]:
     """(title, body) of an executed notebook; the body holds its cells with their outputs and loads nothing.
 
@@ -84,14 +102,18 @@ def notebook_html(path: str | os.PathLike) -> tuple[str, str]:
 
     try: notebook = nbformat.read(path, as_version=4)
     except (OSError, ValueError, nbformat.validator.ValidationError) as error: raise KiloError(f"{path} cannot be read as a notebook: {error}.") from None
-    notebook.cells = [_prepare(cell) for cell in notebook.cells if cell.source.strip()]
+    formulas: list[str] = []
+    notebook.cells = [_prepare(cell, formulas) for cell in notebook.cells if cell.source.strip()]
     title = _take_title(notebook.cells)
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True, embed_images=True)
     exporter.log = logging.getLogger("kilonb.pages")
     exporter.log.setLevel(logging.CRITICAL)
     source = notebook.metadata.get("papermill", {}).get("input_path") or path
-    body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"path": str(Path(source).parent)}})
-    return title, offline(body)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        body, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"path": str(Path(source).parent)}})
+    body = re.sub("\ue000(\\d+)\ue001", lambda found: formulas[int(found[1])], body)
+    return title, offline(_plotly_library(body) + body)
 
 
 def _take_title(cells: Sequence[Any]) -> str:
