@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FREE_SETTINGS', 'LoopConfig', 'LoopState', 'TrainingResult', 'fetch', 'interval_means', 'checked_values',
-           'optimizer_parameters', 'optimizer_step', 'deferred_interrupt', 'Run', 'resume_run', 'open_log', 'run_steps',
-           'train']
+           'optimizer_parameters', 'optimizer_step', 'deferred_interrupt', 'Run', 'begin', 'take_step', 'make_record',
+           'save', 'resume_run', 'open_log', 'run_steps', 'train']
 
 # %% ../../nbs/training/loop.ipynb #684bafac
 import math
@@ -154,60 +154,82 @@ def deferred_interrupt() -> Iterator[threading.Event]:
     try: yield requested
     finally: signal.signal(signal.SIGINT, previous if previous is not None else signal.default_int_handler)
 
-# %% ../../nbs/training/loop.ipynb #a90121dc
+# %% ../../nbs/training/loop.ipynb #c6587879
+@dataclass
 class Run:
-    """The moving parts of one training run; `train` drives it. Arguments as in `train`; `log` is None where there is no folder."""
+    """The moving parts of one training run; made by `begin`, driven by `train`, whose arguments explain the fields. `log` is None without a folder."""
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Module | None, folder: Path | None,
-        stateful: Mapping[str, Any], guards: Sequence[Any], settings: Mapping[str, Any] | None,
-    ):
-        self.optimizer, self.config, self.model, self.folder, self.stateful = optimizer, config, model, folder, dict(stateful)
-        self.guards = [*([] if any(isinstance(guard, FiniteGuard) for guard in guards) else [FiniteGuard()]), *guards]
-        self.settings = {**asdict(config), **{f"settings.{name}": value for name, value in (settings or {}).items()}}
-        parameters = optimizer_parameters(optimizer)
-        self.generator = torch.Generator(device=parameters[0].device if parameters else "cpu").manual_seed(config.seed)
-        self.schedule, self.averaged = config.schedule(), None
-        if config.ema_decay is not None:
-            if model is None: raise KiloError("ema_decay is set, but train was given no model to average: pass model=, or leave ema_decay out.")
-            self.averaged = EMA(model, config.ema_decay)
-        self.state, self.log = LoopState(), None
+    optimizer: torch.optim.Optimizer
+    config: LoopConfig
+    model: nn.Module | None
+    folder: Path | None
+    stateful: dict[str, Any]
+    guards: list[Any]
+    settings: dict[str, Any]
+    schedule: WarmupCosine
+    generator: torch.Generator
+    averaged: EMA | None
+    state: LoopState = field(default_factory=LoopState)
+    log: ScalarLog | None = None
 
-    def take_step(self, step_function: Callable) -> None:
-        """One optimiser step at the schedule's rate, then the average."""
-        state = self.state
-        rate = set_learning_rates(self.optimizer, self.config.learning_rate, self.schedule.factor(state.step))
-        values = optimizer_step(checked_values(step_function(state.step, self.generator)), self.optimizer, self.config.gradient_clip)
-        if self.averaged is not None: self.averaged.update(self.model)
-        state.step += 1
-        state.pending[state.step] = {**values, "learning_rate": rate}
+# %% ../../nbs/training/loop.ipynb #6632203e
+def begin(
+    optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Module | None = None, folder: str | Path | None = None,
+    stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (), settings: Mapping[str, Any] | None = None,
+) -> Run:
+    """A run at step 0, with a seeded generator on the first parameter's device and a FiniteGuard before all others; nothing is written yet."""
+    if config.ema_decay is not None and model is None:
+        raise KiloError("ema_decay is set, but train was given no model to average: pass model=, or leave ema_decay out.")
+    parameters = optimizer_parameters(optimizer)
+    finite = [guard for guard in guards if isinstance(guard, FiniteGuard)] or [FiniteGuard()]
+    return Run(
+        optimizer=optimizer, config=config, model=model, folder=None if folder is None else Path(folder), stateful=dict(stateful or {}),
+        guards=[*finite, *(guard for guard in guards if guard not in finite)],
+        settings={**asdict(config), **{f"settings.{name}": value for name, value in (settings or {}).items()}},
+        schedule=config.schedule(), generator=torch.Generator(device=parameters[0].device if parameters else "cpu").manual_seed(config.seed),
+        averaged=None if config.ema_decay is None else EMA(model, config.ema_decay),
+    )
 
-    def make_record(self) -> None:
-        """The means since the last record: into the records, both logs, and past the guards."""
-        state = self.state
-        interval = fetch(state.pending)
-        record = {"step": state.step, "elapsed_s": state.elapsed_s, **interval_means(interval), "learning_rate": interval[state.step]["learning_rate"]}
-        state.records.append(record)
-        state.pending = {}
-        if self.log is not None: self.log.log(state.step, record, elapsed_s=state.elapsed_s)
-        if not record["loss"] >= state.best.get("loss", math.inf): state.best = {"loss": record["loss"], "step": state.step}
-        for guard in self.guards: guard.check(record, interval)
+# %% ../../nbs/training/loop.ipynb #fff5b3ef
+def take_step(run: Run, step_function: Callable) -> None:
+    """One optimiser step at the schedule's rate, then the average."""
+    state = run.state
+    rate = set_learning_rates(run.optimizer, run.config.learning_rate, run.schedule.factor(state.step))
+    values = optimizer_step(checked_values(step_function(state.step, run.generator)), run.optimizer, run.config.gradient_clip)
+    if run.averaged is not None: run.averaged.update(run.model)
+    state.step += 1
+    state.pending[state.step] = {**values, "learning_rate": rate}
 
-    def save(self, random: Mapping[str, Any] | None = None) -> None:
-        """Write the latest checkpoint. TrainingStopped, and the previous one kept, when a value or a weight is not finite."""
-        state = self.state
-        interval = fetch(state.pending)
-        if interval: self.guards[0].check({"step": state.step, **interval_means(interval)}, interval)
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in optimizer_parameters(self.optimizer)):
-            raise TrainingStopped(f"Training stopped at step {state.step}: the weights hold NaN or infinite values; the last good checkpoint is kept.")
-        write_checkpoint(latest_path(self.folder), {
-            "step": state.step, "elapsed_s": state.elapsed_s, "pending": interval, "best": state.best, "settings": self.settings,
-            "model": None if self.model is None else self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-            "averaged": None if self.averaged is None else self.averaged.state_dict(),
-            "stateful": {name: thing.state_dict() for name, thing in self.stateful.items()},
-            "guards": [guard.state_dict() if hasattr(guard, "state_dict") else None for guard in self.guards],
-            "random": random or random_state(self.generator),
-        })
+# %% ../../nbs/training/loop.ipynb #cdd81e20
+def make_record(run: Run) -> None:
+    """The means since the last record: into the records, both logs, and past the guards."""
+    state = run.state
+    interval = fetch(state.pending)
+    record = {"step": state.step, "elapsed_s": state.elapsed_s, **interval_means(interval), "learning_rate": interval[state.step]["learning_rate"]}
+    state.records.append(record)
+    state.pending = {}
+    if run.log is not None: run.log.log(state.step, record, elapsed_s=state.elapsed_s)
+    if not record["loss"] >= state.best.get("loss", math.inf): state.best = {"loss": record["loss"], "step": state.step}
+    for guard in run.guards: guard.check(record, interval)
+
+# %% ../../nbs/training/loop.ipynb #d6eb9c3c
+def save(run: Run, random: Mapping[str, Any] | None = None) -> None:
+    """Write the latest checkpoint. TrainingStopped, and the previous one kept, when a value or a weight is not finite.
+
+    random: the state of the random generators to store, if it is not the present one.
+    """
+    state, interval = run.state, fetch(run.state.pending)
+    if interval: run.guards[0].check({"step": state.step, **interval_means(interval)}, interval)
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in optimizer_parameters(run.optimizer)):
+        raise TrainingStopped(f"Training stopped at step {state.step}: the weights hold NaN or infinite values; the last good checkpoint is kept.")
+    write_checkpoint(latest_path(run.folder), {
+        "step": state.step, "elapsed_s": state.elapsed_s, "pending": interval, "best": state.best, "settings": run.settings,
+        "model": None if run.model is None else run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
+        "averaged": None if run.averaged is None else run.averaged.state_dict(),
+        "stateful": {name: thing.state_dict() for name, thing in run.stateful.items()},
+        "guards": [guard.state_dict() if hasattr(guard, "state_dict") else None for guard in run.guards],
+        "random": random or random_state(run.generator),
+    })
 
 # %% ../../nbs/training/loop.ipynb #f2b6d3be
 def resume_run(run: Run) -> int | None:
@@ -251,7 +273,7 @@ def open_log(run: Run, resume: bool) -> int | None:
         run.state.records = [{name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))} for row in rows]
     return resumed_from
 
-# %% ../../nbs/training/loop.ipynb #6cb43282
+# %% ../../nbs/training/loop.ipynb #b3c83a11
 def run_steps(run: Run, step_function: Callable, after_step: Callable | None, progress: Progress) -> None:
     """Step until the config's steps or its time are over; KeyboardInterrupt after saving when one was asked for."""
     config, state = run.config, run.state
@@ -261,22 +283,22 @@ def run_steps(run: Run, step_function: Callable, after_step: Callable | None, pr
         while state.step < config.steps and not (config.time_limit_s and state.elapsed_s >= config.time_limit_s):
             random = random_state(run.generator) if run.folder is not None else None
             done = state.step
-            try: run.take_step(step_function)
+            try: take_step(run, step_function)
             except KeyboardInterrupt:
-                if state.step == done and not requested.is_set() and run.folder is not None: run.save(random)
+                if state.step == done and not requested.is_set() and run.folder is not None: save(run, random)
                 raise
             state.elapsed_s = before + time.perf_counter() - began
             if after_step is not None: after_step(state.step - 1, state.records)
-            if state.step % config.log_every_steps == 0 or state.step == config.steps: run.make_record()
+            if state.step % config.log_every_steps == 0 or state.step == config.steps: make_record(run)
             progress.update(state.step, {name: state.records[-1][name] for name in ("loss", "learning_rate") if state.records})
             every = config.checkpoint_every_steps
             due = time.perf_counter() - saved_at >= (config.checkpoint_every_seconds or math.inf) or (every and state.step % every == 0)
             if run.folder is not None and (due or requested.is_set()):
-                run.save()
+                save(run)
                 saved_at = time.perf_counter()
             if requested.is_set(): raise KeyboardInterrupt
 
-# %% ../../nbs/training/loop.ipynb #9a289ef7
+# %% ../../nbs/training/loop.ipynb #102da605
 def train(
     step_function: Callable[[int, torch.Generator], dict[str, Tensor | float]], optimizer: torch.optim.Optimizer, config: LoopConfig, *,
     model: nn.Module | None = None, folder: str | Path | None = None, stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (),
@@ -294,13 +316,13 @@ def train(
     Raises TrainingStopped by a guard, KiloError on bad input, KeyboardInterrupt on Ctrl-C once a checkpoint is saved.
     """
     if resume and folder is None: raise KiloError("There is nothing to resume without a folder: pass the run's folder.")
-    run = Run(optimizer, config, model, None if folder is None else Path(folder), stateful or {}, guards, settings)
+    run = begin(optimizer, config, model, folder, stateful, guards, settings)
     resumed_from = open_log(run, resume) if run.folder is not None else None
     progress = Progress(config.steps, description, start=run.state.step, quiet=quiet)
     try:
         run_steps(run, step_function, after_step, progress)
         if run.folder is not None:
-            run.save()
+            save(run)
             if run.state.step >= config.steps: keep_final(run.folder)
     finally:
         progress.close()

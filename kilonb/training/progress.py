@@ -18,14 +18,14 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
-# %% ../../nbs/training/progress.ipynb #c8c8ebf9
+# %% ../../nbs/training/progress.ipynb #c192ebc2
 def progress_line(description: str, step: int, total: int, values: Mapping[str, float], steps_per_second: float) -> str:
-    """One line: step of total, percent, the values, speed and the time that is left."""
-    left = f"{duration((total - step) / steps_per_second)} left" if steps_per_second > 0 else ""
+    """One line: step of total, percent, the values, and, where the speed is known (above 0), the speed and the time that is left."""
+    speed = [f"{steps_per_second:.1f} steps/s", f"{duration((total - step) / steps_per_second)} left"] if steps_per_second > 0 else []
     numbers = [f"{name} {value:.4g}" for name, value in values.items()]
-    return "  ".join([f"{description} {step:>{len(str(total))}}/{total}", f"{step / total:4.0%}", *numbers, f"{steps_per_second:.1f} steps/s", left]).rstrip()
+    return "  ".join([f"{description} {step:>{len(str(total))}}/{total}", f"{step / total:4.0%}", *numbers, *speed])
 
-# %% ../../nbs/training/progress.ipynb #cfd19fba
+# %% ../../nbs/training/progress.ipynb #1393bc60
 class Progress:
     """Shows how far a run is: a bar on a terminal, else a line at most every `every_s` seconds, the first line and the last always.
 
@@ -48,8 +48,8 @@ class Progress:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
             self.bar.update(advance)
         elif not self.quiet and (self.spoke is None or step == self.total or time.perf_counter() - self.spoke >= self.every_s):
-            self.spoke = time.perf_counter()
-            speed = (step - self.start) / max(self.spoke - self.began, 1e-9)
+            first, self.spoke = self.spoke is None, time.perf_counter()
+            speed = 0.0 if first else (step - self.start) / max(self.spoke - self.began, 1e-9)
             print(progress_line(self.description, step, self.total, values, speed), file=self.stream, flush=True)
 
     def close(self) -> None:
