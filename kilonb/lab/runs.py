@@ -224,7 +224,7 @@ def write_figure(figure: Any, path: str | os.PathLike, maximum_bytes: int = 150_
     with atomic_write(path) as partial: partial.write_bytes(png)
     return Path(path)
 
-# %% ../../nbs/lab/runs.ipynb #31212c37
+# %% ../../nbs/lab/runs.ipynb #6d8ee901
 @dataclass
 class Run:
     """An open run: its folder, and what belongs into it.
@@ -254,8 +254,8 @@ class Run:
 
     @property
     def tensorboard(self) -> Path:
-        """The folder of TensorBoard events."""
-        return self._folder("tensorboard")
+        """Where TensorBoard finds the events: the run's folder itself, so that a folder of runs shows them side by side."""
+        return self.folder
 
     @property
     def metrics(self) -> Path:
