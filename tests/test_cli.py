@@ -162,7 +162,7 @@ def interrupt(process: subprocess.Popen, folder: Path, number: int) -> tuple[str
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_lets_training_save_and_the_run_be_resumed(tmp_path, number, code):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, TRAINING, FINISH)
-    process = subprocess.Popen([*COMMAND, "run", notebook, "--out", str(tmp_path / "run"), "-p", "steps=5", "--json"],
+    process = subprocess.Popen([*COMMAND, "run", notebook, "--out", str(tmp_path / "run"), "-p", "steps=5", "--data", "blender:/data/lego", "--json"],
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     out, errors = interrupt(process, tmp_path / "run", number)
     assert process.returncode == code and "Stopped: tiny was interrupted" in errors and "Traceback" not in errors, errors
@@ -173,7 +173,8 @@ def test_ctrl_c_lets_training_save_and_the_run_be_resumed(tmp_path, number, code
     if number == signal.SIGTERM: return
     resumed = subprocess.run([*COMMAND, "run", notebook, "--out", str(tmp_path / "run"), "--resume"], capture_output=True, text=True, check=True)
     record = read_run(tmp_path / "run")
-    assert "training from 1" in resumed.stdout and record.status == "finished" and record.results["sum"] == 10, "a resumed run keeps its parameters"
+    assert "training from 1" in resumed.stdout and record.status == "finished"
+    assert record.results["sum"] == 10 and record.parameters["data"] == "blender:/data/lego", "a resumed run keeps the parameters it was started with"
 
 
 def test_the_kernel_ends_with_a_killed_command_line(tmp_path):

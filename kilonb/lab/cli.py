@@ -218,7 +218,7 @@ def runs(options: argparse.Namespace) -> int:
     else: print(text_table(headings, lines) or "No runs yet: `kilonb run EXPERIMENT` makes one.")
     return 0
 
-# %% ../../nbs/lab/cli.ipynb #b1b54742
+# %% ../../nbs/lab/cli.ipynb #dd1d0946
 def show(options: argparse.Namespace) -> int:
     """`kilonb show`."""
     from kilonb.lab.files import dumps
@@ -243,7 +243,7 @@ def describe_run(record: Any) -> str:
              ["machine", ", ".join(map(str, filter(None, (hardware.get("processor"), *hardware.get("graphics_cards", [])))))], ["folder", str(record.folder)]]
     parameters = [[name, repr(value)] for name, value in record.parameters.items()]
     head = f"{record.name}: {record.status}" + (f". {record.error}" if record.error else "")
-    return "\n\n".join(filter(None, (head, summary(record), text_table(("parameter", "value"), parameters), text_table(("", ""), where))))
+    return "\n\n".join(filter(None, (head, summary(record), text_table(("parameter", "value"), parameters), text_table(("record", ""), where))))
 
 # %% ../../nbs/lab/cli.ipynb #7fc9bc41
 def gates(options: argparse.Namespace) -> int:
@@ -317,11 +317,13 @@ def data_get(options: argparse.Namespace) -> int:
     for name in options.names: get(name)
     return 0
 
-# %% ../../nbs/lab/cli.ipynb #933851cf
+# %% ../../nbs/lab/cli.ipynb #b573936a
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. arguments: as on the command line (default: those of this process). Returns the exit code: 0 done, 1 a run or a check failed,
     2 bad input, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
         options = build_parser().parse_args(arguments)
         options.arguments = arguments

@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['Parameter', 'read_parameters', 'Notebook', 'read_notebook', 'typed_values', 'split_assignment', 'list_notebooks',
-           'find_notebook']
+           'find_notebook', 'without_address_grammar']
 
-# %% ../../nbs/lab/notebooks.ipynb #da65c638
+# %% ../../nbs/lab/notebooks.ipynb #07a10c66
 import ast
 import io
 import json
 import os
+import sys
 import tokenize
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional, Union
@@ -172,3 +174,15 @@ def find_notebook(name: str, shelf: str = "experiments", root: str | os.PathLike
     known = list_notebooks(shelf, root)
     if name not in known: raise unknown_name(shelf.rstrip("s"), name, known)
     return known[name]
+
+# %% ../../nbs/lab/notebooks.ipynb #1cc9a070
+@contextmanager
+def without_address_grammar() -> Iterator[None]:
+    """Inside the block `import rfc3987_syntax` fails, unless it is already imported."""
+    name = "rfc3987_syntax"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None
+    try: yield
+    finally: del sys.modules[name]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURES', 'POLICY', 'STYLE', 'data_address', 'offline', 'notebook_html', 'page_html', 'write_page', 'results_table']
 
-# %% ../../nbs/lab/pages.ipynb #597ac80a
+# %% ../../nbs/lab/pages.ipynb #8100f4f5
 import base64
 import html
 import json
@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from .errors import KiloError
-from .execution import absent
 from .files import atomic_write
 from .formulas import replace_formulas, to_mathml
 from .gates import html_table, markdown_table, spell
+from .notebooks import without_address_grammar
 from .runs import RunRecord, data_label, newest_finished, read_run
 
 # %% ../../nbs/lab/pages.ipynb #082499e5
@@ -90,13 +90,13 @@ def _plotly_library(body: str) -> str:
 
     return f"<script>{get_plotlyjs()}</script>"
 
-# %% ../../nbs/lab/pages.ipynb #2ac98abb
+# %% ../../nbs/lab/pages.ipynb #693a2395
 def notebook_html(path: str | os.PathLike) -> tuple[str, str]:
     """(title, body) of an executed notebook; the body holds its cells with their outputs and loads nothing.
 
     Raises KiloError where the file is not a notebook.
     """
-    with absent("rfc3987_syntax"):
+    with without_address_grammar():
         import nbformat
         from nbconvert.exporters import HTMLExporter
 

@@ -65,13 +65,23 @@ def _is_alive(process: Mapping[str, Any]) -> bool:
     try: return abs(psutil.Process(process["pid"]).create_time() - process["created"]) < 2.0
     except (psutil.Error, KeyError, TypeError): return False
 
-# %% ../../nbs/lab/runs.ipynb #71954640
+# %% ../../nbs/lab/runs.ipynb #c30c9f4a
 def _read_json(path: Path) -> dict[str, Any]:
     try: value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error: raise KiloError(f"Cannot read {path}: {error.strerror}.") from None
     except ValueError: raise KiloError(f"{path} is not JSON: it was cut short or edited; delete the run or repeat it.") from None
     if not isinstance(value, dict): raise KiloError(f"{path} does not hold a JSON object: delete the run or repeat it.")
     return value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict): return {key: _numbers(item) for key, item in value.items()}
+    return [_numbers(item) for item in value] if isinstance(value, list) else number(value)
+
+
+def _read_part(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / f"{name}.json"
+    return _numbers(_read_json(path)) if path.is_file() else {}
 
 
 def read_status(folder: str | os.PathLike) -> dict[str, Any] | None:
@@ -91,11 +101,13 @@ def mark_run(folder: str | os.PathLike, status: str, error: str = "", **more: An
 
 def _now() -> str: return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
-# %% ../../nbs/lab/runs.ipynb #d15b8a2c
+# %% ../../nbs/lab/runs.ipynb #46f463cd
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_write(folder / "status.json") as partial: partial.write_text("{}")
+        with open(folder / "status.json", "x", encoding="utf-8") as file: file.write("{}")
+    except FileExistsError:
+        raise KiloError(f"The run folder {folder} is just being taken by another run: choose another folder.") from None
     except OSError as error:
         raise KiloError(f"Cannot write the run folder {folder}: {error.strerror}; choose another folder.") from None
 
@@ -292,13 +304,14 @@ class Run:
         sentence = "The run ended without results." if error is None else f"{error}" if isinstance(error, KiloError) else f"{kind.__name__}: {error}"
         mark_run(self.folder, status, sentence, elapsed_s=self.elapsed_s)
 
-# %% ../../nbs/lab/runs.ipynb #8057a0d4
+# %% ../../nbs/lab/runs.ipynb #528f830e
 def open_run(experiment: str, run_dir: str | os.PathLike = "", parameters: Mapping[str, Any] | None = None, data: Any = None, seed: int | None = None,
              resume: bool = False, outputs: str | os.PathLike | None = None) -> Run:
     """Take a folder for a run of `experiment` and write down what goes in.
 
     run_dir: the folder; empty: a fresh one, `outputs/<experiment>/<time>-<hex>`. It must be missing or empty, unless `resume`.
-    parameters: plain values, as the parameters cell has them. data: a DataReference, a mapping, or a list of them, for their hashes.
+    parameters: plain values, as the parameters cell has them; what the command line wrote when it prepared the folder is kept beside.
+    data: a DataReference, a mapping, or a list of them, for their hashes.
     outputs: where fresh folders are made (default `outputs_root()`).
     Raises KiloError where the folder is in use, cannot be written, or holds nothing to resume, or another experiment, or was run on other data.
     """
@@ -308,10 +321,11 @@ def open_run(experiment: str, run_dir: str | os.PathLike = "", parameters: Mappi
     folder = Path(run_dir).expanduser().resolve()
     environment = describe_environment(seed, data, status.get("command", ""))
     if status["resumed"]: _check_same_data(folder, environment["data"])
-    write_json(folder / "parameters.json", dict(parameters or {}))
+    parameters = {**_read_part(folder, "parameters"), **(parameters or {})}
+    write_json(folder / "parameters.json", parameters)
     write_json(folder / "environment.json", environment)
     mark_run(folder, RUNNING, experiment=experiment, process=_this_process())
-    return Run(folder, experiment, dict(parameters or {}), seed, status["resumed"], status["elapsed_s"])
+    return Run(folder, experiment, parameters, seed, status["resumed"], status["elapsed_s"])
 
 # %% ../../nbs/lab/runs.ipynb #943dbe10
 def _hashes(data: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -373,7 +387,7 @@ def finish_run(run: Run, results: Mapping[str, Any], gates: Sequence[Gate] = (),
     run.finished = True
     return RunResult(run.folder, measured, report)
 
-# %% ../../nbs/lab/runs.ipynb #4da15fe6
+# %% ../../nbs/lab/runs.ipynb #cf5a9aec
 @dataclass(frozen=True)
 class RunRecord:
     """A run read back from its folder; `status` is `unreadable` where a file of it is damaged, and `error` says which."""
@@ -401,17 +415,7 @@ class RunRecord:
         """The run finished and its gates are green."""
         return self.status == FINISHED and self.report.ok
 
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict): return {key: _numbers(item) for key, item in value.items()}
-    return [_numbers(item) for item in value] if isinstance(value, list) else number(value)
-
-# %% ../../nbs/lab/runs.ipynb #a7e521e5
-def _read_part(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / f"{name}.json"
-    return _numbers(_read_json(path)) if path.is_file() else {}
-
-
+# %% ../../nbs/lab/runs.ipynb #b41fcaa9
 def _read_report(path: Path, written: Mapping[str, Any]) -> GateReport:
     bounds = tuple(Gate.__dataclass_fields__)
     try:
