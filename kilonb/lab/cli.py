@@ -85,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(commands)
     return parser
 
-# %% ../../nbs/lab/cli.ipynb #3b5a922c
+# %% ../../nbs/lab/cli.ipynb #7554d6b3
 def outputs_folder() -> Path | None:
     """Where runs are kept, as the environment variable KILONB_OUTPUTS says; None: the default."""
     return Path(os.environ["KILONB_OUTPUTS"]).expanduser().resolve() if os.environ.get("KILONB_OUTPUTS") else None
@@ -103,7 +103,7 @@ def describe_notebook(name: str, shelf: str = "experiments") -> str:
 
     notebook = read_notebook(find_notebook(name, shelf))
     table = text_table(("parameter", "type", "default", ""), [parameter.row() for parameter in notebook.parameters.values()])
-    return "\n".join(filter(None, (notebook.title, notebook.promise, "", table)))
+    return "\n".join(filter(None, (notebook.title, notebook.promise))) + f"\n\n{table}"
 
 # %% ../../nbs/lab/cli.ipynb #66888a25
 def resolve_argument(text: str, root: Path | None) -> str:
