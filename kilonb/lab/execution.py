@@ -206,7 +206,7 @@ class RunInterrupted(RunFailed):
         super().__init__(sentence, folder)
         self.signal_number = signal_number
 
-# %% ../../nbs/lab/execution.ipynb #4464dbc9
+# %% ../../nbs/lab/execution.ipynb #6d6ddbd7
 def _values(notebook: Notebook, values: Mapping[str, Any], folder: Path, resume: bool) -> dict[str, Any]:
     ours = {"run_dir": str(folder)} if "run_dir" in notebook.parameters else {}
     return {**values, **ours, **({"resume": True} if resume else {})}
@@ -239,8 +239,10 @@ def run_notebook(notebook: Notebook, values: Mapping[str, Any] | None = None, ru
         execute(notebook, folder / "notebook.ipynb", values, watch)
         _settle(notebook, folder, before + time.monotonic() - started)
     except KeyboardInterrupt:
-        mark_run(folder, INTERRUPTED, "It was stopped.", elapsed_s=before + time.monotonic() - started)
-        raise RunInterrupted(f"Stopped: {notebook.name} was interrupted.", folder, (watch.signals or [signal.SIGINT])[0]) from None
+        finished = (read_status(folder) or {}).get("status") == FINISHED
+        if not finished: mark_run(folder, INTERRUPTED, "It was stopped.", elapsed_s=before + time.monotonic() - started)
+        told = f"Stopped: {notebook.name} was interrupted" + (", after it had recorded its results." if finished else ".")
+        raise RunInterrupted(told, folder, (watch.signals or [signal.SIGINT])[0]) from None
     except KiloError as error:
         mark_run(folder, FAILED, str(error), elapsed_s=before + time.monotonic() - started)
         raise RunFailed(str(error), folder) from None
