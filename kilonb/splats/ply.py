@@ -30,9 +30,10 @@ def _header_lines(path: Path, data: bytes) -> tuple[list[str], int]:
     except UnicodeDecodeError: raise KiloError(f"{path} has a PLY header that is not plain ASCII text.") from None
     return [line.strip() for line in lines[1:]], end + len(b"end_header\n")
 
-# %% ../../nbs/splats/ply.ipynb #f5e76dfe
+# %% ../../nbs/splats/ply.ipynb #59bf1462
 def _property_type(path: Path, words: list[str], order: str) -> tuple[str, str]:
-    if len(words) != 3 or words[1] not in _TYPES: raise KiloError(f"{path} has the header line '{' '.join(words)}'; only scalar properties such as 'property float x' can be read.")
+    if len(words) != 3 or words[1] not in _TYPES:
+        raise KiloError(f"{path} has the header line '{' '.join(words)}'; only scalar properties such as 'property float x' can be read.")
     return words[2], order + _TYPES[words[1]]
 
 
@@ -47,7 +48,8 @@ def _parse_header(path: Path, lines: list[str]) -> tuple[int, np.dtype]:
         elif words[0] == "element":
             element = words[1] if len(words) == 3 and words[2].isdigit() else None
             if element == "vertex" and count is None: count = int(words[2])
-            elif element is None or element == "vertex" or int(words[2]): raise KiloError(f"{path} has the header line '{' '.join(words)}'; gaussians are one 'element vertex COUNT'.")
+            elif element is None or element == "vertex" or int(words[2]):
+                raise KiloError(f"{path} has the header line '{' '.join(words)}'; gaussians are one 'element vertex COUNT'.")
         elif words[0] == "property" and order is not None:
             if element == "vertex": columns.append(_property_type(path, words, order))
         else: raise KiloError(f"{path} has the header line '{' '.join(words)}' where a PLY header has none.")
@@ -56,8 +58,9 @@ def _parse_header(path: Path, lines: list[str]) -> tuple[int, np.dtype]:
     if len(set(names)) < len(names): raise KiloError(f"{path} names the property '{next(n for n in names if names.count(n) > 1)}' twice.")
     return count, np.dtype(columns)
 
-# %% ../../nbs/splats/ply.ipynb #d57837ed
-_REQUIRED = ["x", "y", "z", *[f"f_dc_{i}" for i in range(3)], "opacity", *[f"scale_{i}" for i in range(3)], *[f"rot_{i}" for i in range(4)]]
+# %% ../../nbs/splats/ply.ipynb #8d6f4ac7
+_DC, _SCALE, _ROT = [f"f_dc_{i}" for i in range(3)], [f"scale_{i}" for i in range(3)], [f"rot_{i}" for i in range(4)]
+_REQUIRED = ["x", "y", "z", *_DC, "opacity", *_SCALE, *_ROT]
 _REST_COUNTS = (0, 9, 24, 45)
 
 
@@ -73,7 +76,7 @@ def _rest_names(path: Path, names: tuple[str, ...]) -> list[str]:
 def _columns(table: np.ndarray, names: list[str]) -> np.ndarray:
     return np.stack([table[name] for name in names], 1).astype(np.float32, copy=False) if names else np.zeros((len(table), 0), np.float32)
 
-# %% ../../nbs/splats/ply.ipynb #bd8d6110
+# %% ../../nbs/splats/ply.ipynb #bdaf1a45
 def read_ply(path: str | os.PathLike) -> Gaussians:
     """Gaussians from a PLY file in the layout of the original 3D Gaussian Splatting code.
 
@@ -90,13 +93,13 @@ def read_ply(path: str | os.PathLike) -> Gaussians:
     if len(data) - start != count * row.itemsize:
         raise KiloError(f"{path} has {len(data) - start} bytes after its header; {count} gaussians of {row.itemsize} bytes are {count * row.itemsize}.")
     table = np.frombuffer(data, row, count, start)
-    dc, higher = _columns(table, ["f_dc_0", "f_dc_1", "f_dc_2"])[:, None], _columns(table, rest).reshape(count, 3, -1).transpose(0, 2, 1) if rest else np.zeros((count, 0, 3), np.float32)
-    parts = [_columns(table, ["x", "y", "z"]), _columns(table, [f"rot_{i}" for i in range(4)]), _columns(table, [f"scale_{i}" for i in range(3)]),
-             _columns(table, ["opacity"])[:, 0], np.concatenate([dc, higher], 1)]
+    higher = _columns(table, rest).reshape(count, 3, len(rest) // 3).transpose(0, 2, 1)
+    sh = np.concatenate([_columns(table, _DC)[:, None], higher], 1)
+    parts = _columns(table, ["x", "y", "z"]), _columns(table, _ROT), _columns(table, _SCALE), table["opacity"].astype(np.float32), sh
     try: return Gaussians(*[torch.from_numpy(np.ascontiguousarray(part)) for part in parts]).validate()
     except KiloError as error: raise KiloError(f"{path}: {error}") from None
 
-# %% ../../nbs/splats/ply.ipynb #c633c77f
+# %% ../../nbs/splats/ply.ipynb #93cfb821
 def write_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
     """Write gaussians as a little-endian float32 PLY in the layout of the original code, whole or not at all.
 
@@ -105,9 +108,10 @@ def write_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
     """
     gaussians = gaussians.detach().to("cpu").to(torch.float32).validate()
     rest = [f"f_rest_{i}" for i in range(3 * (gaussians.sh.shape[1] - 1))]
-    names = ["x", "y", "z", "nx", "ny", "nz", "f_dc_0", "f_dc_1", "f_dc_2", *rest, "opacity", *[f"scale_{i}" for i in range(3)], *[f"rot_{i}" for i in range(4)]]
+    names = ["x", "y", "z", "nx", "ny", "nz", *_DC, *rest, "opacity", *_SCALE, *_ROT]
     higher = gaussians.sh[:, 1:].transpose(1, 2).reshape(len(gaussians), len(rest))
-    columns = [gaussians.means, torch.zeros_like(gaussians.means), gaussians.sh[:, 0], higher, gaussians.logit_opacities[:, None], gaussians.log_scales, gaussians.quats]
+    columns = [gaussians.means, torch.zeros_like(gaussians.means), gaussians.sh[:, 0], higher,
+               gaussians.logit_opacities[:, None], gaussians.log_scales, gaussians.quats]
     table = torch.cat(columns, 1).numpy().astype("<f4", copy=False)
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(gaussians)}", *[f"property float {name}" for name in names], "end_header"]
     with atomic_write(path) as partial, open(partial, "wb") as file:

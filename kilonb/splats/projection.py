@@ -65,7 +65,7 @@ def box_radii(variances: Tensor, opacities: Tensor) -> Tensor:
     reach = torch.sqrt(2 * torch.log(torch.clamp(opacities, min=ALPHA_THRESHOLD) / ALPHA_THRESHOLD)).clamp(max=3.33)
     return torch.ceil(reach[..., None] * torch.sqrt(variances))
 
-# %% ../../nbs/splats/projection.ipynb #c4dcf301
+# %% ../../nbs/splats/projection.ipynb #5fafb520
 def project_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor, width: int, height: int,
                       eps2d: float = 0.3, near_plane: float = 0.01, far_plane: float = 1e10, radius_clip: float = 0.0, antialiased: bool = False) -> Projection:
     """Gaussians as ellipses in the images of pinhole cameras, in plain torch.
@@ -87,11 +87,12 @@ def project_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opacities: T
     if antialiased: compensations = blur_compensation(sharp, determinant)
     focal, centre = torch.diagonal(Ks, dim1=-2, dim2=-1)[:, None, :2], Ks[:, None, :2, 2]
     means2d = focal * points[..., :2] / points[..., 2:] + centre
-    radii = visible_radii(means2d, torch.diagonal(blurred, dim1=-2, dim2=-1), determinant, opacities * compensations, in_front, width, height, radius_clip)
+    variances = torch.diagonal(blurred, dim1=-2, dim2=-1)
+    radii = visible_radii(means2d, variances, opacities * compensations, in_front & (determinant > 0), width, height, radius_clip)
     visible = (radii > 0).all(-1)
     return Projection(radii, means2d * visible[..., None], depths * visible, conics * visible[..., None], compensations * visible)
 
-# %% ../../nbs/splats/projection.ipynb #0f0db2e0
+# %% ../../nbs/splats/projection.ipynb #aebc1699
 def blur_compensation(sharp: Tensor, determinant: Tensor) -> Tensor:
     """sqrt(det(sharp) / determinant) [...], 0..1, of image covariances before the blur [..., 2, 2] and their determinants after it [...]."""
     before = sharp[..., 0, 0] * sharp[..., 1, 1] - sharp[..., 0, 1] ** 2
@@ -100,9 +101,9 @@ def blur_compensation(sharp: Tensor, determinant: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def visible_radii(means2d: Tensor, variances: Tensor, determinant: Tensor, opacities: Tensor, in_front: Tensor, width: int, height: int, radius_clip: float) -> Tensor:
-    """`box_radii` [C, N, 2] as int32, zero for gaussians that cannot be seen in an image of `width` x `height` pixels."""
+def visible_radii(means2d: Tensor, variances: Tensor, opacities: Tensor, valid: Tensor, width: int, height: int, radius_clip: float) -> Tensor:
+    """`box_radii` [C, N, 2] as int32; zero where not `valid` [C, N] or not seen in an image of `width` x `height` pixels."""
     radii = box_radii(variances, opacities)
-    visible = in_front & (determinant > 0) & (opacities >= ALPHA_THRESHOLD) & (radii > radius_clip).any(-1)
+    visible = valid & (opacities >= ALPHA_THRESHOLD) & (radii > radius_clip).any(-1)
     visible &= (means2d + radii > 0).all(-1) & (means2d[..., 0] - radii[..., 0] < width) & (means2d[..., 1] - radii[..., 1] < height)
     return (radii * visible[..., None]).to(torch.int32)

@@ -75,7 +75,7 @@ def composite_image(means2d: Tensor, conics: Tensor, opacities: Tensor, colors: 
     left = torch.stack(transmittances).reshape(shape).transpose(1, 2).reshape(rows * tile_size, columns * tile_size, 1)[:height, :width]
     return (colour if background is None else colour + left * background), 1 - left
 
-# %% ../../nbs/splats/reference.ipynb #245308b6
+# %% ../../nbs/splats/reference.ipynb #d88b1d90
 def rasterize_reference(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor, Ks: Tensor, width: int, height: int,
                         sh_degree: int | None = None, render_mode: str = "RGB", backgrounds: Tensor | None = None, rasterize_mode: str = "classic",
                         **projection) -> tuple[Tensor, Tensor, Projection]:
@@ -91,8 +91,8 @@ def rasterize_reference(means: Tensor, quats: Tensor, scales: Tensor, opacities:
         if sh_degree is not None: own = evaluate_sh(own, means - torch.linalg.inv(viewmats[camera])[:3, 3], sh_degree)
         if render_mode in ("D", "ED"): own = own[:, :0]
         if render_mode != "RGB": own = torch.cat([own, seen.depths[camera, :, None]], -1)
-        background = None
-        if backgrounds is not None: background = torch.nn.functional.pad(backgrounds[camera], (0, 1))[-own.shape[1]:] if render_mode != "RGB" else backgrounds[camera]
+        background = None if backgrounds is None else backgrounds[camera]
+        if background is not None and render_mode != "RGB": background = torch.nn.functional.pad(background, (0, 1))[-own.shape[1]:]
         images.append(composite_image(seen.means2d[camera], seen.conics[camera], opacities * seen.compensations[camera], own, seen.depths[camera],
                                       seen.radii[camera], width, height, background))
     colours, alphas = torch.stack([image[0] for image in images]), torch.stack([image[1] for image in images])
