@@ -173,7 +173,7 @@ def _scatter_maximum(points, weights, lower, voxel, best):
         k = int(np.floor((points[n, 2] - lower[2]) / voxel[2]))
         if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz and weights[n] > best[i, j, k]: best[i, j, k] = weights[n]
 
-# %% ../../nbs/fields/occupancy.ipynb #a2d1b147
+# %% ../../nbs/fields/occupancy.ipynb #ed5f6d91
 class VoxelContributions:
     """The largest compositing weight that each voxel of a grid had since the last reset; feeds `refreshed`."""
 
@@ -184,6 +184,14 @@ class VoxelContributions:
         """Take the weights [N] of samples at positions [N, 3] metres into account."""
         lower, voxel = self.grid.box[0].cpu().numpy(), self.grid.voxel_size.cpu().numpy()
         _scatter_maximum(positions.cpu().numpy(), weights.detach().cpu().numpy(), lower, voxel, self.best.numpy())
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """For a checkpoint."""
+        return {"best": self.best, "occupied": self.grid.occupied}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue where a checkpoint was."""
+        self.grid, self.best = replace(self.grid, occupied=state["occupied"].clone()), state["best"].clone()
 
     def refreshed(self, minimum_weight: float = 0.01, dilate: int = 1) -> OccupancyGrid:
         """The grid without the voxels that contributed less than `minimum_weight` to every ray. Never empty: then the grid stays as it is."""
