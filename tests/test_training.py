@@ -46,6 +46,14 @@ class Problem:
 exec(PROBLEM)
 
 
+@pytest.fixture(autouse=True)
+def threads_as_before():
+    """The problem runs on one thread, as its matrices are small; other tests get theirs back."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+
+
 def run_problem(folder=None, resume=False, stop_at=None, optimizer="adam", seed=0, **settings):
     """Train the problem; `stop_at`: Ctrl-C arrives while that step is computed. Returns (problem, result or None)."""
     problem = Problem(optimizer, seed)  # noqa: F821
