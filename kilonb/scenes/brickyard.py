@@ -333,7 +333,7 @@ def shade(skin: Skin, solids: list[Solid], rays: int = 32) -> tuple[Tensor, Tens
     lamp = torch.from_numpy(_seen(origins, frames, cone.contiguous().numpy(), False, *arrays)).double().mean(1)
     return sky.mean(1), lamp * (skin.frames[..., 2] @ LAMP).clamp(min=0)
 
-# %% ../../nbs/scenes/brickyard.ipynb #378056f9
+# %% ../../nbs/scenes/brickyard.ipynb #04e1ab87
 def gloss_sh(normals: Tensor, degree: int = 3, directions: int = 400) -> tuple[Tensor, Tensor]:
     """Coefficients [N, (degree + 1)^2] each of the lamp's highlight and of the grazing sheen on surfaces with `normals` [N, 3]; both peak at about 1."""
     height, angle = _spiral(directions)
@@ -343,13 +343,13 @@ def gloss_sh(normals: Tensor, degree: int = 3, directions: int = 400) -> tuple[T
     unique = torch.nn.functional.normalize(unique, dim=-1)
     facing = unique @ eyes.T
     mirror = 2 * (unique @ LAMP)[:, None] * unique - LAMP
-    lobes = torch.stack([(mirror @ eyes.T).clamp(min=0) ** 9, (1 - facing.clamp(min=0)) ** 4], -1)
+    lobes = torch.stack([(mirror @ eyes.T).clamp(min=0) ** 6, (1 - facing.clamp(min=0)) ** 4], -1)
     basis, weights = sh_basis(-eyes, degree), torch.where(facing > -.05, 1.0, .02).double()
     gram = torch.einsum("nd,di,dj->nij", weights, basis, basis)
     fitted = torch.linalg.solve(gram, torch.einsum("nd,di,ndk->nik", weights, basis, lobes))[index]
     return fitted[..., 0], fitted[..., 1]
 
-# %% ../../nbs/scenes/brickyard.ipynb #570ebb1e
+# %% ../../nbs/scenes/brickyard.ipynb #7ec909b9
 def _coloured(skin: Skin, owner: Tensor, solids: list[Solid]) -> Tensor:
     """[N, 16, 3] spherical-harmonic coefficients of every element."""
     sky, lamp = shade(skin, solids)
@@ -358,7 +358,7 @@ def _coloured(skin: Skin, owner: Tensor, solids: list[Solid]) -> Tensor:
     light = (.18 + .66 * sky + .42 * lamp) * torch.where(skin.border, .82, 1.0)
     facing = (skin.frames[..., 2] @ LAMP).clamp(min=.05)
     highlight, sheen = gloss_sh(skin.frames[..., 2])
-    shine = (gloss * .8 * lamp / facing)[:, None] * highlight + (gloss * .3 * sky)[:, None] * sheen
+    shine = (gloss * lamp / facing)[:, None] * highlight + (gloss * .3 * sky)[:, None] * sheen
     sh = shine[..., None].expand(-1, -1, 3).clone()
     sh[:, 0] += rgb_to_sh0((own * light[:, None]).clamp(max=1))
     return sh
