@@ -204,7 +204,7 @@ def photometric_loss(prediction: Tensor, target: Tensor, ssim_weight: float) -> 
     loss = (1 - ssim_weight) * (prediction - target).abs().mean()
     return loss + ssim_weight * structural_dissimilarity(prediction, target) if ssim_weight else loss
 
-# %% ../../nbs/splats/fit.ipynb #5830b94f
+# %% ../../nbs/splats/fit.ipynb #0339bce5
 class Teacher:
     """The gaussians that are being fitted, as parameters of one Adam, and what the mending of the set needs to remember."""
 
@@ -215,7 +215,7 @@ class Teacher:
         values = gaussians.detach().parameters()
         values |= {"sh0": values["sh"][:, :1], "sh_rest": values.pop("sh")[:, 1:]}
         groups = [{"name": name, "lr": rate, "params": [nn.Parameter(values[name].clone())]} for name, rate in rates.items()]
-        self.optimizer = torch.optim.Adam(groups, lr=1e-3, eps=1e-15)
+        self.optimizer = torch.optim.Adam(groups, lr=1e-3, eps=1e-15, fused=True)
         self.evaluations: list[dict[str, float]] = []
         self.clear_statistics()
 
