@@ -43,7 +43,7 @@ def silhouette_overlap(first: Tensor, second: Tensor) -> float:
     """Intersection over union of two alpha images [H, W], as soft sets: sum of minima over sum of maxima."""
     return (torch.minimum(first, second).sum() / torch.maximum(first, second).sum().clamp(min=1e-12)).item()
 
-# %% ../../nbs/distill/oracle.ipynb #e6b3f8b5
+# %% ../../nbs/distill/oracle.ipynb #2b553cb4
 @dataclass(frozen=True)
 class OracleReport:
     """What the oracle found.
@@ -73,8 +73,12 @@ class OracleReport:
         return self
 
 
-def ask_oracle(gaussians: Gaussians, camera: PinholeCamera, grid: OccupancyGrid, step: float, resolution: int = 160) -> OracleReport:
-    """Put the marcher to the test with a teacher's gaussians. grid, step: the student's. resolution: of the baked field, along its longest edge."""
+def ask_oracle(gaussians: Gaussians, camera: PinholeCamera, grid: OccupancyGrid, step: float, resolution: int | None = None) -> OracleReport:
+    """Put the marcher to the test with a teacher's gaussians. grid, step: the student's.
+
+    resolution: voxels of the baked field along its longest edge; twice the grid's by default, so that baked gaussians are no fatter than the space made for them.
+    """
+    resolution = resolution or 2 * max(grid.resolution)
     field = bake_teacher(gaussians, camera, resolution)
     marched, fine = render_image(field, camera, grid, step), render_image(field, camera, field.occupancy(), step / 4)
     psnr = psnr_srgb_db(*(composite(seen.rgb_premultiplied, seen.alpha) for seen in (marched, fine)))
