@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['CHUNKS', 'chunk_range', 'unit_quaternion', 'rotation_matrix', 'camera_point', 'camera_axes', 'held_slope',
            'image_axes', 'ellipse', 'box_radius', 'project_one', 'project_forward', 'ellipse_slopes', 'image_slopes',
-           'quaternion_slopes', 'world_slopes', 'project_one_backward', 'project_backward', 'fill_basis',
+           'quaternion_slopes', 'world_slopes', 'project_one_backward', 'project_backward', 'pack_rows', 'fill_basis',
            'unit_direction', 'harmonics_forward', 'basis_slopes', 'harmonics_backward']
 
-# %% ../../nbs/splats/kernels.ipynb #e61bb890
+# %% ../../nbs/splats/kernels.ipynb #4fc1f58b
 import math
 
 import numpy as np
-from numba import njit, prange
+from numba import njit
 
 from .harmonics import SH_C0, SH_C1, SH_C2, SH_C3
+from .threads import tickets
 
 # %% ../../nbs/splats/kernels.ipynb #db37098d
 CHUNKS = 64
@@ -95,7 +96,7 @@ def ellipse(rows, eps2d):
     sharp = (p1 * q2 - p2 * q1) ** 2 + (p2 * q0 - p0 * q2) ** 2 + (p0 * q1 - p1 * q0) ** 2
     return xx + eps2d, xy, yy + eps2d, sharp + eps2d * (xx + yy + eps2d), sharp
 
-# %% ../../nbs/splats/kernels.ipynb #ae36ec62
+# %% ../../nbs/splats/kernels.ipynb #3546e294
 @njit(cache=True, forceinline=True, error_model="numpy")
 def box_radius(variance_x, variance_y, opacity):
     """Half width and height of the box in which an ellipse of this opacity reaches 1/255, whole pixels."""
@@ -105,10 +106,10 @@ def box_radius(variance_x, variance_y, opacity):
 
 @njit(cache=True, error_model="numpy")
 def project_one(n, means, quats, scales, opacity, view, K, width, height, eps2d, near, far, radius_clip, antialiased,
-                radii, means2d, depths, conics, compensations, factors):
+                radii, means2d, depths, conics, alphas, factors):
     """Project gaussian n into one camera; writes entry n of the outputs, and zeros where it is not visible."""
     radii[n, 0] = radii[n, 1] = 0
-    means2d[n, 0] = means2d[n, 1] = depths[n] = compensations[n] = 0.0
+    means2d[n, 0] = means2d[n, 1] = depths[n] = alphas[n] = 0.0
     for k in range(3): conics[n, k] = factors[n, k] = 0.0
     x, y, z = camera_point(view, means, n)
     if not (near <= z <= far): return
@@ -117,28 +118,28 @@ def project_one(n, means, quats, scales, opacity, view, K, width, height, eps2d,
     rows, _ = image_axes(K, x, y, z, axes, width, height)
     xx, xy, yy, determinant, sharp = ellipse(rows, eps2d)
     if not determinant > 0.0: return
-    compensation = math.sqrt(sharp / determinant) if antialiased else 1.0
-    if not opacity * compensation >= 1.0 / 255.0: return
-    radius_x, radius_y = box_radius(xx, yy, opacity * compensation)
+    alpha = opacity * math.sqrt(sharp / determinant) if antialiased else opacity
+    if not alpha >= 1.0 / 255.0: return
+    radius_x, radius_y = box_radius(xx, yy, alpha)
     u, v = K[0, 0] * x / z + K[0, 2], K[1, 1] * y / z + K[1, 2]
     if radius_x <= radius_clip and radius_y <= radius_clip: return
     if u + radius_x <= 0 or u - radius_x >= width or v + radius_y <= 0 or v - radius_y >= height: return
     radii[n, 0], radii[n, 1] = radius_x, radius_y
-    means2d[n, 0], means2d[n, 1], depths[n], compensations[n] = u, v, z, compensation
+    means2d[n, 0], means2d[n, 1], depths[n], alphas[n] = u, v, z, alpha
     conics[n, 0], conics[n, 1], conics[n, 2] = yy / determinant, -xy / determinant, xx / determinant
     factors[n, 0], factors[n, 1], factors[n, 2] = math.sqrt(0.5 * yy / determinant), -xy / math.sqrt(2.0 * yy * determinant), 0.5 / yy
 
-# %% ../../nbs/splats/kernels.ipynb #732b3c21
-@njit(parallel=True, cache=True, error_model="numpy")
-def project_forward(means, quats, scales, opacities, views, Ks, width, height, eps2d, near, far, radius_clip, antialiased,
-                    radii, means2d, depths, conics, compensations, factors):
+# %% ../../nbs/splats/kernels.ipynb #72743fd2
+@njit(nogil=True, cache=True, error_model="numpy")
+def project_forward(counter, means, quats, scales, opacities, views, Ks, width, height, eps2d, near, far, radius_clip, antialiased,
+                    radii, means2d, depths, conics, alphas, factors):
     """`project_one` for N gaussians and C cameras; views [C, 4, 4] and Ks [C, 3, 3] float64, outputs [C, N, ...]."""
-    for chunk in prange(CHUNKS):
+    for chunk in tickets(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
         for camera in range(len(views)):
             for n in range(begin, end):
                 project_one(n, means, quats, scales, np.float64(opacities[n]), views[camera], Ks[camera], width, height, eps2d, near, far, radius_clip,
-                            antialiased, radii[camera], means2d[camera], depths[camera], conics[camera], compensations[camera], factors[camera])
+                            antialiased, radii[camera], means2d[camera], depths[camera], conics[camera], alphas[camera], factors[camera])
 
 # %% ../../nbs/splats/kernels.ipynb #49f7f356
 @njit(cache=True, forceinline=True, error_model="numpy")
@@ -201,10 +202,10 @@ def world_slopes(view, g):
     third = (a * g0 + b * g3 + c * g6, a * g1 + b * g4 + c * g7, a * g2 + b * g5 + c * g8)
     return first + second + third
 
-# %% ../../nbs/splats/kernels.ipynb #53b03f7c
+# %% ../../nbs/splats/kernels.ipynb #20f24f85
 @njit(cache=True, error_model="numpy")
-def project_one_backward(n, row, means, quats, scales, view, K, width, height, eps2d, grad_means2d, grad_depths, grad_conics, grad_compensations,
-                         grad_means, grad_quats, grad_scales, grad_view):
+def project_one_backward(n, row, means, quats, scales, opacity, view, K, width, height, eps2d, antialiased, grad_means2d, grad_depths, grad_conics, grad_alphas,
+                         grad_means, grad_quats, grad_scales, grad_opacities, grad_view):
     """Add the gradients of gaussian n in one camera, whose output is entry `row`, to entry n of the inputs' and to `grad_view` [3, 4]."""
     x, y, z = camera_point(view, means, n)
     w, i, j, k, norm = unit_quaternion(quats, n)
@@ -213,8 +214,10 @@ def project_one_backward(n, row, means, quats, scales, view, K, width, height, e
     axes = camera_axes(view, rotation, a, b, c)
     rows, jacobian = image_axes(K, x, y, z, axes, width, height)
     xx, xy, yy, determinant, sharp = ellipse(rows, eps2d)
+    grad_alpha = np.float64(grad_alphas[row])
+    grad_opacities[n] += grad_alpha * (math.sqrt(sharp / determinant) if antialiased else 1.0)
     grad_xx, grad_xy, grad_yy = ellipse_slopes(xx, xy, yy, determinant, sharp, eps2d, np.float64(grad_conics[row, 0]), np.float64(grad_conics[row, 1]),
-                                               np.float64(grad_conics[row, 2]), np.float64(grad_compensations[row]))
+                                               np.float64(grad_conics[row, 2]), grad_alpha * opacity if antialiased else 0.0)
     grad_x, grad_y, grad_z, grad_axes = image_slopes(K, x, y, z, axes, rows, jacobian, width, height,
                                                      np.float64(grad_means2d[row, 0]), np.float64(grad_means2d[row, 1]), grad_xx, grad_xy, grad_yy)
     grad_z += grad_depths[row]
@@ -231,22 +234,33 @@ def project_one_backward(n, row, means, quats, scales, view, K, width, height, e
         for l in range(3): grad_view[m, l] += grad * means[n, l] + h0 * half[3 * l] + h1 * half[3 * l + 1] + h2 * half[3 * l + 2]
         grad_view[m, 3] += grad
 
-# %% ../../nbs/splats/kernels.ipynb #ad67e16b
-@njit(parallel=True, cache=True, error_model="numpy")
-def project_backward(rows, means, quats, scales, views, Ks, width, height, eps2d, grad_means2d, grad_depths, grad_conics, grad_compensations,
-                     grad_means, grad_quats, grad_scales, grad_views):
+# %% ../../nbs/splats/kernels.ipynb #eb4d8dc9
+@njit(nogil=True, cache=True, error_model="numpy")
+def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, width, height, eps2d, antialiased, grad_means2d, grad_depths, grad_conics,
+                     grad_alphas, grad_means, grad_quats, grad_scales, grad_opacities, grad_views):
     """`project_one_backward` for N gaussians and C cameras.
 
     rows: [C, N] int32, entry of gaussian n of camera c in the outputs' gradients [M, ...], negative where it is not visible.
     The inputs' gradients should be zero before; grad_views: [CHUNKS, C, 3, 4] float64, to be summed over chunks.
     """
-    for chunk in prange(CHUNKS):
+    for chunk in tickets(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
         for camera in range(len(views)):
             for n in range(begin, end):
                 if rows[camera, n] < 0: continue
-                project_one_backward(n, rows[camera, n], means, quats, scales, views[camera], Ks[camera], width, height, eps2d, grad_means2d, grad_depths,
-                                     grad_conics, grad_compensations, grad_means, grad_quats, grad_scales, grad_views[chunk, camera])
+                project_one_backward(n, rows[camera, n], means, quats, scales, np.float64(opacities[n]), views[camera], Ks[camera], width, height, eps2d,
+                                     antialiased, grad_means2d, grad_depths, grad_conics, grad_alphas, grad_means, grad_quats, grad_scales,
+                                     grad_opacities, grad_views[chunk, camera])
+
+# %% ../../nbs/splats/kernels.ipynb #d392435c
+@njit(nogil=True, cache=True)
+def pack_rows(rows, source, target):
+    """Copy row (c, n) of source [C, N, K] to row rows[c, n], where that is >= 0, of target [M, K]."""
+    for camera in range(rows.shape[0]):
+        for n in range(rows.shape[1]):
+            row = rows[camera, n]
+            if row < 0: continue
+            for k in range(target.shape[1]): target[row, k] = source[camera, n, k]
 
 # %% ../../nbs/splats/kernels.ipynb #bd0717bc
 @njit(cache=True, forceinline=True, error_model="numpy")
@@ -273,15 +287,15 @@ def unit_direction(means, n, centre):
     inverse = 1.0 / distance if distance > 0.0 else 0.0
     return x * inverse, y * inverse, z * inverse, distance
 
-# %% ../../nbs/splats/kernels.ipynb #d1884118
-@njit(parallel=True, cache=True, error_model="numpy")
-def harmonics_forward(rows, means, centres, sh, degree, colors):
+# %% ../../nbs/splats/kernels.ipynb #30e06e00
+@njit(nogil=True, cache=True, error_model="numpy")
+def harmonics_forward(counter, rows, means, centres, sh, degree, colors):
     """Colours [M, 3] of the visible gaussians.
 
     rows: [C, N] int32 as in `project_backward`. means: [N, 3]. centres: [C, 3] float64. sh: [1 or C, N, K, 3].
     """
     terms = (degree + 1) ** 2
-    for chunk in prange(CHUNKS):
+    for chunk in tickets(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
         basis = np.empty(16, np.float32)
         for camera in range(len(centres)):
@@ -319,12 +333,12 @@ def basis_slopes(x, y, z, degree, g):
         gz += b * xy * g[10] - 8 * c * (yz * g[11] + xz * g[13]) + 3 * d * (2 * zz - xx - yy) * g[12] + e * (xx - yy) * g[14]
     return gx, gy, gz
 
-# %% ../../nbs/splats/kernels.ipynb #f1f0247b
-@njit(parallel=True, cache=True, error_model="numpy")
-def harmonics_backward(rows, means, centres, sh, degree, colors, grad_colors, grad_means, grad_centres, grad_sh):
+# %% ../../nbs/splats/kernels.ipynb #3c9bb9e5
+@njit(nogil=True, cache=True, error_model="numpy")
+def harmonics_backward(counter, rows, means, centres, sh, degree, colors, grad_colors, grad_means, grad_centres, grad_sh):
     """Gradients of `harmonics_forward`, added to grad_means [N, 3] and grad_sh (shape of sh); grad_centres [CHUNKS, C, 3] float64 is overwritten."""
     terms = (degree + 1) ** 2
-    for chunk in prange(CHUNKS):
+    for chunk in tickets(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
         basis, slopes = np.empty(16, np.float32), np.empty(16, np.float32)
         for camera in range(len(centres)):

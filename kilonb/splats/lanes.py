@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WIDTH', 'lanes', 'mask', 'LaneType', 'LaneModel', 'broadcast', 'load_lanes', 'store_lanes', 'without', 'choose',
            'any_lane', 'multiply_add', 'smaller', 'magnitude', 'negative_magnitude', 'lane_numbers', 'lane_sum',
-           'exp_negative', 'take_ticket']
+           'exp_negative']
 
 # %% ../../nbs/splats/lanes.ipynb #442d92d6
 import operator
@@ -195,12 +195,3 @@ def exp_negative(sigma):
     power = multiply_add(power, fraction, 0.2402224208041179)
     power = multiply_add(power, fraction, 0.6931469775917408)
     return _shift_exponent(multiply_add(power, fraction, 1.0), rounded)
-
-# %% ../../nbs/splats/lanes.ipynb #3aa32043
-@intrinsic
-def take_ticket(typing, counter):
-    """counter[0] before adding one to it, atomically; counter: [1] int64."""
-    def emit(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, value=arguments[0]).data
-        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
-    return types.int64(counter), emit
