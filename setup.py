@@ -19,6 +19,7 @@ setup(
     author_email=settings["author_email"],
     url=settings["git_url"],
     license="Apache-2.0",
+    keywords=settings["keywords"].split(),
     packages=find_packages(include=["kilonb", "kilonb.*"]),
     python_requires=f">={settings['min_python']}",
     install_requires=settings["requirements"].split(),

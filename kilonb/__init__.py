@@ -1,1 +1,59 @@
+"""Experiments in notebooks that run, are measured and are compared."""
+from importlib import import_module as _import
+from pkgutil import iter_modules as _modules
+
 __version__ = "0.1.0"
+
+_NAMES = {
+    "geometry.cameras": "PinholeCamera Rays blender_to_opencv camera_from_angle orbit_cameras",
+    "geometry.transforms": "look_at quat_to_rotmat rotmat_to_quat",
+    "splats.gaussians": "Gaussians gaussians_from_points",
+    "splats.ply": "read_ply write_ply",
+    "splats.rasterizer": "Render rasterize render_gaussians",
+    "splats.fit": "FitConfig fit_teacher",
+    "scenes.blender": "BlenderScene load_blender write_blender",
+    "scenes.brickyard": "build_brickyard write_brickyard",
+    "fields.occupancy": "OccupancyGrid occupancy_from_gaussians occupancy_from_silhouettes",
+    "fields.kilonerf": "KiloNeRF KiloNeRFConfig",
+    "fields.rendering": "render_image render_rays",
+    "distill.space": "space_of_teacher space_of_views",
+    "distill.targets": "RayPool ViewTarget targets_from_images targets_from_teacher",
+    "distill.losses": "ResponseLossConfig",
+    "distill.student": "DistillConfig Student evaluate load_student make_student save_student",
+    "metrics.images": "blank_baseline_db evaluate_image foreground_psnr_db psnr_linear_db psnr_srgb_db self_check ssim",
+    "metrics.perceptual": "lpips",
+    "training.checkpoints": "seed_everything",
+    "training.loop": "LoopConfig train",
+    "lab.errors": "KiloError",
+    "lab.execution": "run_notebook",
+    "lab.gates": "Gate",
+    "lab.manifests": "resolve_data",
+    "lab.notebooks": "read_notebook",
+    "lab.runs": "open_run read_run",
+}
+_HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    """A public name is fetched from its module when it is first used: `import kilonb` itself imports nothing."""
+    if name not in _HOMES: raise AttributeError(f"module 'kilonb' has no attribute '{name}'")
+    globals()[name] = value = getattr(_import(f"kilonb.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]: return sorted({*globals(), *__all__})
+
+
+def _open(room) -> None:
+    """The modules of a room are imported when they are first used: `kilonb.splats.rasterizer`."""
+    def fetch(name: str):
+        if name not in {found.name for found in _modules(room.__path__)}: raise AttributeError(f"module '{room.__name__}' has no attribute '{name}'")
+        return _import(f"{room.__name__}.{name}")
+
+    room.__getattr__ = fetch
+    room.__dir__ = lambda: sorted({*vars(room), *(found.name for found in _modules(room.__path__))})
+
+
+for _room in _modules(__path__):
+    if _room.ispkg: _open(_import(f"kilonb.{_room.name}"))

@@ -1,0 +1,59 @@
+# make demo    the main experiment on the stand-in scene: its gates, its notebook, its page
+# make test    every test: the library notebooks, then pytest
+# make lab     JupyterLab on the notebooks
+# make export  notebooks -> modules and README.md, outputs removed
+# make readme  nbs/index.ipynb -> README.md
+# make bench   speed of the rasteriser
+# make clean   remove the environment and caches; runs and data under outputs/ stay
+# make PYTHON=python3.12 TARGET takes another interpreter for .venv
+
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.complete
+
+.PHONY: demo test lab export readme bench clean help
+
+demo: $(READY)
+	@$(BIN)/kilonb run single_view_overfit
+
+# Notebooks first, pytest always: its line closes, and a failure of either fails the target.
+test: $(READY)
+	@failed=0; $(BIN)/python -m nbdev.test $(NOTEBOOKS) || failed=1; $(BIN)/python -m pytest || failed=1; exit $$failed
+
+lab: $(READY)
+	@$(BIN)/jupyter lab nbs
+
+export: $(READY)
+	@$(BIN)/python tools/export.py
+
+readme: $(READY)
+	@$(BIN)/python tools/readme.py
+
+bench: $(READY)
+	@$(BIN)/kilonb bench rasterize
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache *.egg-info
+	find kilonb tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
+
+# The stamp is written last: an environment without it was never finished and is made anew.
+$(READY): constraints.txt settings.ini setup.py
+	@command -v $(PYTHON) >/dev/null || { echo "KiloNB needs Python 3.11 or newer, and there is no '$(PYTHON)': install it, or name one by make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "KiloNB needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())'): install one, or name one by make PYTHON=..."; exit 1; }
+	@[ -e $@ ] || $(PYTHON) -m venv --clear .venv || { echo "No environment could be made in .venv: on Debian and Ubuntu, apt install python3-venv."; exit 1; }
+	@rm -f $@
+	@echo "setting up .venv from constraints.txt ($$(grep -c == constraints.txt) packages; minutes the first time)"
+	@install() { $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -c constraints.txt "$$@" 2>&1 | tee -a .venv/install.log | \
+	    awk '/^Collecting/ { if (++n % 25 == 0) print "  " n " packages found" } /^Installing collected/ { print "  installing" } /^ERROR/ { print } { fflush() }'; }; \
+	  install setuptools wheel && install --no-build-isolation -e '.[dev]' || { tail -n 15 .venv/install.log; echo "The setup of .venv failed; all of pip's words are in .venv/install.log."; exit 1; }
+	@touch $@

@@ -1,0 +1,65 @@
+"""Keep what runs measured: nbs/results/<experiment>/<data>/ is a run folder without pictures, checkpoints and what names the machine.
+
+The front page makes its table from these. `python tools/keep.py RUN ... --picture NAME` also takes figures/NAME.png of the last run to nbs/figures.
+"""
+import argparse
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from kilonb.lab.errors import KiloError
+from kilonb.lab.files import write_json
+from kilonb.lab.runs import FINISHED, RunRecord, data_label, find_run, read_run
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
+LARGEST_PICTURE = 150_000
+
+
+def portable_environment(record: RunRecord) -> dict[str, Any]:
+    """Commit, versions, hardware, seed, and the data by name and hash; no paths, no host."""
+    data = [{"kind": item.get("kind", ""), "name": item.get("name", ""), "path": Path(item.get("path", "")).name, "sha256": item.get("sha256", "")}
+            for item in record.environment.get("data", [])]
+    same = ("commit", "dirty", "python", "packages", "hardware", "seed")
+    return {**{key: record.environment[key] for key in same if key in record.environment}, "data": data}
+
+
+def keep(record: RunRecord, root: Path = NOTEBOOKS / "results") -> Path:
+    """Write the run's kept part and return its folder. Raises KiloError where the run did not finish."""
+    if record.status != FINISHED: raise KiloError(f"{record.name} is {record.status}: only a finished run can be kept.")
+    folder = root / record.experiment / re.sub(r"\W+", "-", data_label(record))
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {"experiment": record.experiment, "run": record.folder.name, "ok": record.ok, "results": record.results, "gates": record.report.to_dict(),
+               "baselines": record.baselines}
+    write_json(folder / "results.json", written)
+    write_json(folder / "environment.json", portable_environment(record))
+    write_json(folder / "status.json", {"experiment": record.experiment, "status": FINISHED, "started": record.started, "elapsed_s": record.elapsed_s})
+    return folder
+
+
+def keep_picture(record: RunRecord, name: str) -> Path:
+    """Copy one figure of the run. Raises KiloError where there is none or it is too large to commit."""
+    source = record.folder / "figures" / f"{name}.png"
+    if not source.is_file(): raise KiloError(f"{record.name} has no figure '{name}'.")
+    if source.stat().st_size > LARGEST_PICTURE: raise KiloError(f"{source.name} has {source.stat().st_size} bytes; at most {LARGEST_PICTURE} are committed.")
+    (NOTEBOOKS / "figures").mkdir(exist_ok=True)
+    return Path(shutil.copyfile(source, NOTEBOOKS / "figures" / source.name))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Keep the results of finished runs for the front page.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="as `kilonb show` takes it")
+    parser.add_argument("--picture", metavar="NAME", help="a figure of the last of them")
+    options = parser.parse_args()
+    try:
+        records = [read_run(find_run(name)) for name in options.runs]
+        for record in records: print(keep(record))
+        if options.picture: print(keep_picture(records[-1], options.picture))
+    except KiloError as error:
+        print(f"keep: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__": sys.exit(main())
