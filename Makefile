@@ -22,9 +22,12 @@ READY := .venv/.complete
 demo: $(READY)
 	@$(BIN)/kilonb run single_view_overfit
 
+# Experiments and benchmarks are run by pytest, at small size.
+LIBRARY := --n_workers 2 --do_print --skip_folder_re '^(experiments|benchmarks|explore|[_.])'
+
 # Notebooks first, pytest always: its line closes, and a failure of either fails the target.
 test: $(READY)
-	@failed=0; $(BIN)/python -m nbdev.test $(NOTEBOOKS) || failed=1; $(BIN)/python -m pytest || failed=1; exit $$failed
+	@failed=0; MPLBACKEND=Agg $(BIN)/nbdev_test $(LIBRARY) || failed=1; $(BIN)/python -m pytest || failed=1; exit $$failed
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs
