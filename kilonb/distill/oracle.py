@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['bake_teacher', 'silhouette_shift', 'silhouette_overlap', 'OracleReport', 'ask_oracle']
 
-# %% ../../nbs/distill/oracle.ipynb #6aefefb8
+# %% ../../nbs/distill/oracle.ipynb #b843573c
+import math
 from dataclasses import dataclass
 
 import torch
@@ -28,22 +29,29 @@ def bake_teacher(gaussians: Gaussians, camera: PinholeCamera, resolution: int = 
     colours = evaluate_sh(gaussians.sh, directions, gaussians.sh_degree).clamp(0, 1)
     return bake_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, colours, resolution, box)
 
-# %% ../../nbs/distill/oracle.ipynb #a609252e
+# %% ../../nbs/distill/oracle.ipynb #07029144
 def silhouette_shift(first: Tensor, second: Tensor) -> float:
-    """Distance in pixels between the centres of mass of two alpha images [H, W]."""
-    def centre(alpha: Tensor) -> Tensor:
-        rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in alpha.shape), indexing="ij")
-        return torch.stack([(rows * alpha).sum(), (columns * alpha).sum()]) / alpha.sum()
-
+    """Distance in pixels by which `second` must be moved to lie best on `first`, alpha images [H, W]."""
     if not first.any() or not second.any(): raise KiloError("One of the two silhouettes is empty: there is nothing to compare.")
-    return (centre(first.double()) - centre(second.double())).norm().item()
+    padded = [2 * n for n in first.shape]
+    spectra = [torch.fft.rfft2(alpha.double(), s=padded) for alpha in (first, second)]
+    correlation = torch.fft.irfft2(spectra[0] * spectra[1].conj(), s=padded)
+    best = divmod(int(correlation.argmax()), padded[1])
+
+    def offset(axis: int) -> float:
+        line = correlation[:, best[1]] if axis == 0 else correlation[best[0]]
+        low, peak, high = (line[(best[axis] + k) % padded[axis]].item() for k in (-1, 0, 1))
+        whole = best[axis] - padded[axis] * (best[axis] > padded[axis] // 2)
+        return whole + 0.5 * (low - high) / min(low - 2 * peak + high, -1e-12)
+
+    return math.hypot(offset(0), offset(1))
 
 
 def silhouette_overlap(first: Tensor, second: Tensor) -> float:
     """Intersection over union of two alpha images [H, W], as soft sets: sum of minima over sum of maxima."""
     return (torch.minimum(first, second).sum() / torch.maximum(first, second).sum().clamp(min=1e-12)).item()
 
-# %% ../../nbs/distill/oracle.ipynb #2b553cb4
+# %% ../../nbs/distill/oracle.ipynb #54f2d110
 @dataclass(frozen=True)
 class OracleReport:
     """What the oracle found.
@@ -76,7 +84,7 @@ class OracleReport:
 def ask_oracle(gaussians: Gaussians, camera: PinholeCamera, grid: OccupancyGrid, step: float, resolution: int | None = None) -> OracleReport:
     """Put the marcher to the test with a teacher's gaussians. grid, step: the student's.
 
-    resolution: voxels of the baked field along its longest edge; twice the grid's by default, so that baked gaussians are no fatter than the space made for them.
+    resolution: voxels of the baked field along its longest edge; by default twice those of the grid, so that what is baked fits into the space made for it.
     """
     resolution = resolution or 2 * max(grid.resolution)
     field = bake_teacher(gaussians, camera, resolution)

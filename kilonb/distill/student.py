@@ -26,15 +26,15 @@ from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.guards import AlphaGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 
-# %% ../../nbs/distill/student.ipynb #1b322fa6
+# %% ../../nbs/distill/student.ipynb #9c154edd
 class Student(nn.Module):
     """A KiloNeRF and its occupied space. step: metres between samples when it is rendered and trained."""
 
     def __init__(self, field: KiloNeRF, grid: OccupancyGrid, step: float):
         super().__init__()
         self.field, self.step = field, step
-        self.register_buffer("box", grid.box)
-        self.register_buffer("occupied", grid.occupied)
+        self.register_buffer("box", grid.box.clone())
+        self.register_buffer("occupied", grid.occupied.clone())
 
     @property
     def grid(self) -> OccupancyGrid: return OccupancyGrid(self.box, self.occupied)
