@@ -234,23 +234,27 @@ def project_one_backward(n, row, means, quats, scales, opacity, view, K, width, 
         for l in range(3): grad_view[m, l] += grad * means[n, l] + h0 * half[3 * l] + h1 * half[3 * l + 1] + h2 * half[3 * l + 2]
         grad_view[m, 3] += grad
 
-# %% ../../nbs/splats/kernels.ipynb #eb4d8dc9
+# %% ../../nbs/splats/kernels.ipynb #8efe610a
 @njit(nogil=True, cache=True, error_model="numpy")
 def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, width, height, eps2d, antialiased, grad_means2d, grad_depths, grad_conics,
                      grad_alphas, grad_means, grad_quats, grad_scales, grad_opacities, grad_views):
     """`project_one_backward` for N gaussians and C cameras.
 
     rows: [C, N] int32, entry of gaussian n of camera c in the outputs' gradients [M, ...], negative where it is not visible.
-    The inputs' gradients should be zero before; grad_views: [CHUNKS, C, 3, 4] float64, to be summed over chunks.
+    The inputs' gradients should be zero before; grad_views [CHUNKS, C, 3, 4] float64, to be summed over chunks, is
+    overwritten. (Threads that wrote into neighbouring chunks all the time would fight over cache lines, so each sums in an array of its own.)
     """
+    by_view = np.empty((3, 4))
     for chunk in tickets(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
         for camera in range(len(views)):
+            by_view[:] = 0.0
             for n in range(begin, end):
                 if rows[camera, n] < 0: continue
                 project_one_backward(n, rows[camera, n], means, quats, scales, np.float64(opacities[n]), views[camera], Ks[camera], width, height, eps2d,
                                      antialiased, grad_means2d, grad_depths, grad_conics, grad_alphas, grad_means, grad_quats, grad_scales,
-                                     grad_opacities, grad_views[chunk, camera])
+                                     grad_opacities, by_view)
+            grad_views[chunk, camera] = by_view
 
 # %% ../../nbs/splats/kernels.ipynb #d392435c
 @njit(nogil=True, cache=True)
@@ -333,7 +337,7 @@ def basis_slopes(x, y, z, degree, g):
         gz += b * xy * g[10] - 8 * c * (yz * g[11] + xz * g[13]) + 3 * d * (2 * zz - xx - yy) * g[12] + e * (xx - yy) * g[14]
     return gx, gy, gz
 
-# %% ../../nbs/splats/kernels.ipynb #3c9bb9e5
+# %% ../../nbs/splats/kernels.ipynb #e331b8e6
 @njit(nogil=True, cache=True, error_model="numpy")
 def harmonics_backward(counter, rows, means, centres, sh, degree, colors, grad_colors, grad_means, grad_centres, grad_sh):
     """Gradients of `harmonics_forward`, added to grad_means [N, 3] and grad_sh (shape of sh); grad_centres [CHUNKS, C, 3] float64 is overwritten."""
@@ -344,7 +348,7 @@ def harmonics_backward(counter, rows, means, centres, sh, degree, colors, grad_c
         for camera in range(len(centres)):
             shared = min(camera, len(sh) - 1)
             own, grad_own = sh[shared], grad_sh[shared]
-            grad_centres[chunk, camera] = 0.0
+            sum_x, sum_y, sum_z = 0.0, 0.0, 0.0
             for n in range(begin, end):
                 row = rows[camera, n]
                 if row < 0: continue
@@ -361,6 +365,7 @@ def harmonics_backward(counter, rows, means, centres, sh, degree, colors, grad_c
                 gx, gy, gz = basis_slopes(x, y, z, degree, slopes)
                 along = gx * x + gy * y + gz * z
                 if distance == 0.0: continue
-                for m, grad in enumerate(((gx - along * x) / distance, (gy - along * y) / distance, (gz - along * z) / distance)):
-                    grad_means[n, m] += grad
-                    grad_centres[chunk, camera, m] -= grad
+                gx, gy, gz = (gx - along * x) / distance, (gy - along * y) / distance, (gz - along * z) / distance
+                grad_means[n, 0], grad_means[n, 1], grad_means[n, 2] = grad_means[n, 0] + gx, grad_means[n, 1] + gy, grad_means[n, 2] + gz
+                sum_x, sum_y, sum_z = sum_x - gx, sum_y - gy, sum_z - gz
+            grad_centres[chunk, camera, 0], grad_centres[chunk, camera, 1], grad_centres[chunk, camera, 2] = sum_x, sum_y, sum_z

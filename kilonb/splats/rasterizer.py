@@ -74,7 +74,7 @@ def make_rows(radii: np.ndarray, packed: bool) -> Rows:
     starts = np.concatenate([[0], np.cumsum(visible.sum(1))]) if packed else np.arange(cameras + 1) * count
     return Rows(of_gaussian, camera_ids, gaussian_ids, starts, packed)
 
-# %% ../../nbs/splats/rasterizer.ipynb #0b9be323
+# %% ../../nbs/splats/rasterizer.ipynb #5e04bf95
 class Project(torch.autograd.Function):
     """(means, quats, scales, opacities, viewmats) -> means2d [M, 2], depths [M], conics [M, 3], alphas [M] and what needs no gradient."""
 
@@ -95,7 +95,7 @@ class Project(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_means2d, grad_depths, grad_conics, grad_alphas, *_):
         grads = [np.zeros_like(array) for array in ctx.inputs[:4]]
-        grad_views = np.zeros((CHUNKS, len(ctx.inputs[4]), 3, 4))
+        grad_views = np.empty((CHUNKS, len(ctx.inputs[4]), 3, 4))
         outputs = [_array(grad) for grad in (grad_means2d, grad_depths, grad_conics, grad_alphas)]
         share(project_backward, ctx.rows.of_gaussian, *ctx.inputs, *outputs, *grads, grad_views)
         by_view = np.pad(grad_views.sum(0), ((0, 0), (0, 1), (0, 0))).astype(np.float32)

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['TILE', 'AREA', 'LIST_CHUNKS', 'ALPHA_THRESHOLD', 'ALPHA_CAP', 'LEAST_TRANSMITTANCE', 'HALF', 'FARTHEST',
-           'LEAST_ALPHA', 'MOMENTS', 'fill_records', 'band_extent', 'tile_rows', 'tile_columns', 'job_range',
-           'count_pairs', 'fill_pairs', 'TileLists', 'depth_order', 'list_tiles', 'channel_type', 'channel_count',
-           'pixel_rows', 'row_opacity', 'clear_tile', 'draw_tile', 'aligned', 'write_tile', 'draw_tiles', 'Drawing',
-           'composite', 'newest_of_rows', 'store_moments', 'undraw_tile', 'read_tile', 'undraw_tiles', 'sum_pairs',
-           'CompositeGradients', 'composite_backward']
+           'LEAST_ALPHA', 'MOMENTS', 'fill_records', 'ellipse_shape', 'band_extent', 'tile_rows', 'tile_columns',
+           'job_range', 'count_pairs', 'fill_pairs', 'depth_order', 'TileLists', 'list_tiles', 'channel_type',
+           'channel_count', 'pixel_rows', 'row_opacity', 'clear_tile', 'draw_tile', 'aligned', 'write_tile',
+           'draw_tiles', 'Drawing', 'composite', 'newest_of_rows', 'store_moments', 'undraw_tile', 'read_tile',
+           'undraw_tiles', 'sum_pairs', 'CompositeGradients', 'composite_backward']
 
-# %% ../../nbs/splats/tiles.ipynb #ec72edcf
+# %% ../../nbs/splats/tiles.ipynb #8191a2a4
 import math
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -43,21 +42,26 @@ def fill_records(means2d, factors, opacities, radii, records):
             records[m, _REACH] = math.log(opacities[m] * 255.0) * 1.0001 + 1e-4
             records[m, _HALF_HEIGHT] = math.sqrt(records[m, _REACH] / factors[m, 2]) + 1e-3
 
-# %% ../../nbs/splats/tiles.ipynb #4e05e166
+# %% ../../nbs/splats/tiles.ipynb #59342d01
 @njit(cache=True, forceinline=True, error_model="numpy")
-def band_extent(records, m, low, high):
-    """Left- and rightmost x, in pixels, that gaussian m reaches in rows whose centres lie in low..high; (1, 0) if none."""
-    x, y, p, q = np.float64(records[m, _X]), np.float64(records[m, _Y]), np.float64(records[m, _P]), np.float64(records[m, _Q])
-    r, reach = np.float64(records[m, _R]), np.float64(records[m, _REACH])
+def ellipse_shape(records, m):
+    """Record m in float64, with half the ellipse's height and the height above the centre at which its left end bulges most."""
+    p, q, r, reach = np.float64(records[m, _P]), np.float64(records[m, _Q]), np.float64(records[m, _R]), np.float64(records[m, _REACH])
     half = math.sqrt(reach / r)
+    return np.float64(records[m, _X]), np.float64(records[m, _Y]), 1.0 / p, q, r, reach, half, q * half / math.sqrt(r + q * q)
+
+
+@njit(cache=True, forceinline=True, error_model="numpy")
+def band_extent(shape, low, high):
+    """Left- and rightmost x, in pixels, that an ellipse reaches in rows whose centres lie in low..high; (1, 0) if none."""
+    x, y, width, q, r, reach, half, tip = shape
     low, high = max(low - y, -half), min(high - y, half)
     if low > high: return 1.0, 0.0
-    tip = q * half / math.sqrt(r + q * q)
     left, right = min(max(tip, low), high), min(max(-tip, low), high)
-    return (x + (-q * left - math.sqrt(max(reach - r * left * left, 0.0))) / p - 1e-3,
-            x + (-q * right + math.sqrt(max(reach - r * right * right, 0.0))) / p + 1e-3)
+    return (x - (q * left + math.sqrt(max(reach - r * left * left, 0.0))) * width - 1e-3,
+            x - (q * right - math.sqrt(max(reach - r * right * right, 0.0))) * width + 1e-3)
 
-# %% ../../nbs/splats/tiles.ipynb #e4734935
+# %% ../../nbs/splats/tiles.ipynb #e86b8e2d
 @njit(cache=True, forceinline=True, error_model="numpy")
 def tile_rows(records, m, height):
     """First and one-past-last row of tiles that gaussian m may touch."""
@@ -68,13 +72,13 @@ def tile_rows(records, m, height):
 
 
 @njit(cache=True, forceinline=True, error_model="numpy")
-def tile_columns(records, m, row, width, height):
-    """First and one-past-last column of tiles that gaussian m touches in a row of tiles."""
-    left, right = band_extent(records, m, row * TILE + 0.5, min(row * TILE + TILE, height) - 0.5)
+def tile_columns(shape, row, width, height):
+    """First and one-past-last column of tiles that an ellipse touches in a row of tiles."""
+    left, right = band_extent(shape, row * TILE + 0.5, min(row * TILE + TILE, height) - 0.5)
     first, last = max(math.ceil(left - 0.5), 0), min(math.floor(right - 0.5), width - 1)
     return first // TILE, (last // TILE + 1) if last >= first else 0
 
-# %% ../../nbs/splats/tiles.ipynb #f927c55a
+# %% ../../nbs/splats/tiles.ipynb #316f8b6d
 LIST_CHUNKS = 8
 
 
@@ -88,36 +92,56 @@ def job_range(job, starts):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def count_pairs(counter, records, order, starts, width, height, columns, counts, tiles_of):
-    """Count pairs into counts [C, tiles, LIST_CHUNKS] and tiles_of [M]; order: [M] entries by depth within each image."""
+    """Count pairs into counts [C, LIST_CHUNKS, tiles] and tiles_of [M]; order: [M] entries by depth within each image."""
     for job in tickets(counter, (len(starts) - 1) * LIST_CHUNKS):
         image, chunk, begin, end = job_range(job, starts)
         for k in range(begin, end):
             m, found = order[k], 0
             first_row, end_row = tile_rows(records, m, height)
+            shape = ellipse_shape(records, m)
             for row in range(first_row, end_row):
-                first, stop = tile_columns(records, m, row, width, height)
-                for tile in range(row * columns + first, row * columns + stop): counts[image, tile, chunk] += 1
+                first, stop = tile_columns(shape, row, width, height)
+                for tile in range(row * columns + first, row * columns + stop): counts[image, chunk, tile] += 1
                 found += max(stop - first, 0)
             tiles_of[m] = found
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def fill_pairs(counter, records, order, starts, width, height, columns, places, pair_starts, members, pairs):
-    """Fill members and pairs [P] at places [C, tiles, LIST_CHUNKS], which it advances; pair_starts: [M + 1]."""
+    """Fill members and pairs [P] at places [C, LIST_CHUNKS, tiles], which it advances; pair_starts: [M + 1]."""
     for job in tickets(counter, (len(starts) - 1) * LIST_CHUNKS):
         image, chunk, begin, end = job_range(job, starts)
         for k in range(begin, end):
             m = order[k]
             pair = pair_starts[m]
             first_row, end_row = tile_rows(records, m, height)
+            shape = ellipse_shape(records, m)
             for row in range(first_row, end_row):
-                first, stop = tile_columns(records, m, row, width, height)
+                first, stop = tile_columns(shape, row, width, height)
                 for tile in range(row * columns + first, row * columns + stop):
-                    place = places[image, tile, chunk]
+                    place = places[image, chunk, tile]
                     members[place], pairs[place] = m, pair
-                    places[image, tile, chunk], pair = place + 1, pair + 1
+                    places[image, chunk, tile], pair = place + 1, pair + 1
 
-# %% ../../nbs/splats/tiles.ipynb #cc464d37
+# %% ../../nbs/splats/tiles.ipynb #11e292e2
+@njit(nogil=True, cache=True)
+def depth_order(bits, starts):
+    """Entries [M] int32 by depth within each image; bits: [M] uint32, the bits of depths >= 0, starts: [C + 1] first entry of each image."""
+    order, target = np.arange(len(bits), dtype=np.int32), np.empty(len(bits), np.int32)
+    for image in range(len(starts) - 1):
+        begin, end = starts[image], starts[image + 1]
+        for shift in (0, 11, 22):
+            places = np.zeros(2049, np.int64)
+            for k in range(begin, end): places[((bits[order[k]] >> shift) & 2047) + 1] += 1
+            for digit in range(2048): places[digit + 1] += places[digit]
+            for k in range(begin, end):
+                digit = (bits[order[k]] >> shift) & 2047
+                target[begin + places[digit]] = order[k]
+                places[digit] += 1
+            order[begin:end] = target[begin:end]
+    return order
+
+# %% ../../nbs/splats/tiles.ipynb #6d3c31dc
 class TileLists(NamedTuple):
     """Which gaussians touch which tile; M entries, P pairs, T tiles over all images.
 
@@ -131,23 +155,16 @@ class TileLists(NamedTuple):
     pair_starts: np.ndarray
 
 
-def depth_order(depths: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """Entries [M] int32 by depth within each image; depths: [M] float32 >= 0, starts: [C + 1] first entry of each image."""
-    keys = (depths.view(np.uint32).astype(np.uint64) << np.uint64(32)) | np.arange(len(depths), dtype=np.uint64)
-    for begin, end in pairwise(starts): keys[begin:end].sort()
-    return keys.astype(np.uint32).view(np.int32)
-
-
 def list_tiles(records: np.ndarray, depths: np.ndarray, starts: np.ndarray, width: int, height: int) -> TileLists:
     """Tile lists of gaussians with `records` [M, 8] and `depths` [M], whose images begin at the entries `starts` [C + 1]."""
     columns, rows, images = -(-width // TILE), -(-height // TILE), len(starts) - 1
-    order = depth_order(depths, starts)
-    counts, tiles_of = np.zeros((images, columns * rows, LIST_CHUNKS), np.int32), np.zeros(len(records), np.int32)
+    order = depth_order(depths.view(np.uint32), starts)
+    counts, tiles_of = np.zeros((images, LIST_CHUNKS, columns * rows), np.int32), np.zeros(len(records), np.int32)
     share(count_pairs, records, order, starts, width, height, columns, counts, tiles_of)
-    ends = np.cumsum(counts, dtype=np.int64)
-    places = (ends - counts.reshape(-1)).reshape(counts.shape)
-    total = int(ends[-1]) if len(ends) else 0
-    offsets = np.append(places[:, :, 0].reshape(-1), total)
+    by_tile = counts.transpose(0, 2, 1)
+    ends = np.cumsum(by_tile, dtype=np.int64).reshape(by_tile.shape)
+    places, total = np.ascontiguousarray((ends - by_tile).transpose(0, 2, 1)), int(ends.max(initial=0))
+    offsets = np.append(places[:, 0].reshape(-1), total)
     pair_starts = np.concatenate([[0], np.cumsum(tiles_of, dtype=np.int64)])
     members, pairs = np.empty(total, np.int32), np.empty(total, np.int64)
     share(fill_pairs, records, order, starts, width, height, columns, places, pair_starts, members, pairs)
