@@ -5,7 +5,9 @@
 # make readme  nbs/index.ipynb -> README.md
 # make bench   speed of the rasteriser
 # make clean   remove the environment and caches; runs and data under outputs/ stay
-# make PYTHON=python3.12 TARGET takes another interpreter for .venv
+#
+# make TARGET ARGS="..." hands options on: demo ARGS="-p frame=3", test ARGS="-m 'not slow'", lab ARGS=--no-browser, bench ARGS=--json
+# make TARGET PYTHON=python3.12 makes .venv with another interpreter
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -20,17 +22,17 @@ READY := .venv/.complete
 .PHONY: demo test lab export readme bench clean help
 
 demo: $(READY)
-	@$(BIN)/kilonb run single_view_overfit
+	@$(BIN)/kilonb run single_view_overfit $(ARGS)
 
 # Experiments and benchmarks are run by pytest, at small size.
 LIBRARY := --n_workers 2 --do_print --skip_folder_re '^(experiments|benchmarks|explore|[_.])'
 
 # Notebooks first, pytest always: its line closes, and a failure of either fails the target.
 test: $(READY)
-	@failed=0; MPLBACKEND=Agg $(BIN)/nbdev_test $(LIBRARY) || failed=1; $(BIN)/python -m pytest || failed=1; exit $$failed
+	@failed=0; MPLBACKEND=Agg $(BIN)/nbdev_test $(LIBRARY) || failed=1; $(BIN)/python -m pytest $(ARGS) || failed=1; exit $$failed
 
 lab: $(READY)
-	@$(BIN)/jupyter lab nbs
+	@$(BIN)/jupyter lab nbs $(ARGS)
 
 export: $(READY)
 	@$(BIN)/python tools/export.py
@@ -39,14 +41,14 @@ readme: $(READY)
 	@$(BIN)/python tools/readme.py
 
 bench: $(READY)
-	@$(BIN)/kilonb bench rasterize
+	@$(BIN)/kilonb bench rasterize $(ARGS)
 
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache *.egg-info
 	find kilonb tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help:
-	@sed -n 's/^# \(make .*\)/\1/p' $(firstword $(MAKEFILE_LIST))
+	@sed -n '/^SHELL/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
 # The stamp is written last: an environment without it was never finished and is made anew.
 $(READY): constraints.txt settings.ini setup.py
@@ -57,6 +59,6 @@ $(READY): constraints.txt settings.ini setup.py
 	@rm -f $@
 	@echo "setting up .venv from constraints.txt ($$(grep -c == constraints.txt) packages; minutes the first time)"
 	@install() { $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -c constraints.txt "$$@" 2>&1 | tee -a .venv/install.log | \
-	    awk '/^Collecting/ { if (++n % 25 == 0) print "  " n " packages found" } /^Installing collected/ { print "  installing" } /^ERROR/ { print } { fflush() }'; }; \
+	    awk '/^(Collecting|Processing) / { if (++n % 25 == 0) print "  " n " packages found" } /^Installing collected/ && n > 25 { print "  installing them" } /^ERROR/ { print } { fflush() }'; }; \
 	  install setuptools wheel && install --no-build-isolation -e '.[dev]' || { tail -n 15 .venv/install.log; echo "The setup of .venv failed; all of pip's words are in .venv/install.log."; exit 1; }
 	@touch $@
