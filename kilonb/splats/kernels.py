@@ -96,12 +96,12 @@ def ellipse(rows, eps2d):
     sharp = (p1 * q2 - p2 * q1) ** 2 + (p2 * q0 - p0 * q2) ** 2 + (p0 * q1 - p1 * q0) ** 2
     return xx + eps2d, xy, yy + eps2d, sharp + eps2d * (xx + yy + eps2d), sharp
 
-# %% ../../nbs/splats/kernels.ipynb #3546e294
+# %% ../../nbs/splats/kernels.ipynb #305063e3
 @njit(cache=True, forceinline=True, error_model="numpy")
 def box_radius(variance_x, variance_y, opacity):
     """Half width and height of the box in which an ellipse of this opacity reaches 1/255, whole pixels."""
     reach = min(3.33, math.sqrt(2.0 * math.log(opacity * 255.0)))
-    return math.ceil(reach * math.sqrt(variance_x)), math.ceil(reach * math.sqrt(variance_y))
+    return math.ceil(min(reach * math.sqrt(variance_x), 1e9)), math.ceil(min(reach * math.sqrt(variance_y), 1e9))
 
 
 @njit(cache=True, error_model="numpy")

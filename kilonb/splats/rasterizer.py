@@ -22,8 +22,11 @@ from .kernels import CHUNKS, harmonics_backward, harmonics_forward, pack_rows, p
 from .threads import share
 from .tiles import TILE, TileLists, composite, composite_backward, fill_records, list_tiles
 
-# %% ../../nbs/splats/rasterizer.ipynb #9b5c993e
+# %% ../../nbs/splats/rasterizer.ipynb #947f15c8
 def _array(tensor: Tensor) -> np.ndarray: return tensor.detach().contiguous().numpy()
+
+
+def _gradient(grad: Tensor | None, shape: tuple[int, ...]) -> np.ndarray: return np.zeros(shape, np.float32) if grad is None else _array(grad)
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,7 @@ def make_rows(radii: np.ndarray, packed: bool) -> Rows:
     starts = np.concatenate([[0], np.cumsum(visible.sum(1))]) if packed else np.arange(cameras + 1) * count
     return Rows(of_gaussian, camera_ids, gaussian_ids, starts, packed)
 
-# %% ../../nbs/splats/rasterizer.ipynb #5e04bf95
+# %% ../../nbs/splats/rasterizer.ipynb #53122415
 class Project(torch.autograd.Function):
     """(means, quats, scales, opacities, viewmats) -> means2d [M, 2], depths [M], conics [M, 3], alphas [M] and what needs no gradient."""
 
@@ -88,6 +91,7 @@ class Project(torch.autograd.Function):
         rows = make_rows(radii, packed)
         means2d, depths, conics, alphas, factors, radii = (torch.from_numpy(rows.flat(array)) for array in (*outputs, radii))
         ctx.inputs, ctx.rows = (*inputs, width, height, eps2d, antialiased), rows
+        ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(radii, factors)
         return means2d, depths[:, 0], conics, alphas[:, 0], radii, factors, rows
 
@@ -96,7 +100,8 @@ class Project(torch.autograd.Function):
     def backward(ctx, grad_means2d, grad_depths, grad_conics, grad_alphas, *_):
         grads = [np.zeros_like(array) for array in ctx.inputs[:4]]
         grad_views = np.empty((CHUNKS, len(ctx.inputs[4]), 3, 4))
-        outputs = [_array(grad) for grad in (grad_means2d, grad_depths, grad_conics, grad_alphas)]
+        count = len(ctx.rows)
+        outputs = [_gradient(*pair) for pair in ((grad_means2d, (count, 2)), (grad_depths, (count,)), (grad_conics, (count, 3)), (grad_alphas, (count,)))]
         share(project_backward, ctx.rows.of_gaussian, *ctx.inputs, *outputs, *grads, grad_views)
         by_view = np.pad(grad_views.sum(0), ((0, 0), (0, 1), (0, 0))).astype(np.float32)
         return (*(torch.from_numpy(grad) for grad in (*grads, by_view)), *[None] * 9)
@@ -134,7 +139,7 @@ class Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, by_rows): return torch.from_numpy(ctx.rows.gradient(_array(by_rows), tuple(ctx.shape))), None
 
-# %% ../../nbs/splats/rasterizer.ipynb #1b6d02fc
+# %% ../../nbs/splats/rasterizer.ipynb #8e3874a0
 class Composite(torch.autograd.Function):
     """(means2d, conics, alphas, colours [M, D] or none, depths [M], backgrounds [C, D] or none) -> images [C, H, W, X], alphas [C, H, W, 1], tile lists.
 
@@ -149,15 +154,18 @@ class Composite(torch.autograd.Function):
         deep = render_mode != "RGB"
         channels = np.concatenate([*([_array(colors)] if colors is not None else []), *([depth[:, None]] if deep else [])], 1)
         behind = np.zeros((len(starts) - 1, channels.shape[1]), np.float32)
-        if backgrounds is not None and colors is not None: behind[:, :colors.shape[1]] = _array(backgrounds)
+        if backgrounds is not None: behind[:, :colors.shape[1]] = _array(backgrounds)
         drawing = composite(records, channels, lists, behind, width, height, expected=render_mode.endswith("ED"))
+        ctx.set_materialize_grads(False)
         ctx.inputs, ctx.deep, ctx.absolute, ctx.has_colors = (records, channels, lists, behind, drawing), deep, absolute, colors is not None
         return torch.from_numpy(drawing.images), torch.from_numpy(drawing.alphas), lists
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_images, grad_alphas, _):
-        grads = composite_backward(*ctx.inputs, _array(grad_images), _array(grad_alphas), bool(ctx.absolute))
+        drawing = ctx.inputs[-1]
+        slopes = _gradient(grad_images, drawing.images.shape), _gradient(grad_alphas, drawing.alphas.shape)
+        grads = composite_backward(*ctx.inputs, *slopes, bool(ctx.absolute))
         for means2d in ctx.absolute: means2d.absgrad = torch.from_numpy(grads.mean_absolute).view(means2d.shape)
         last = grads.color.shape[1] - ctx.deep
         by_color, by_depth = torch.from_numpy(grads.color[:, :last]), torch.from_numpy(grads.color[:, last].copy()) if ctx.deep else None
@@ -200,7 +208,7 @@ def _check_shapes(tensors: dict[str, Tensor], colors: Tensor, sh_degree: int | N
     if backgrounds is not None and "RGB" in render_mode and list(backgrounds.shape) != wanted:
         raise KiloError(f"backgrounds has shape {list(backgrounds.shape)}; for {cameras} cameras and {channels} channels it should be {wanted}.")
 
-# %% ../../nbs/splats/rasterizer.ipynb #cc95b2d2
+# %% ../../nbs/splats/rasterizer.ipynb #39bcfd23
 def _row_colors(rows: Rows, means: Tensor, colors: Tensor, viewmats: Tensor, sh_degree: int | None) -> Tensor:
     if sh_degree is None: return Spread.apply(colors, rows)
     return Harmonics.apply(means, torch.linalg.inv(viewmats)[:, :3, 3], colors if colors.dim() == 4 else colors[None], sh_degree, rows)
@@ -219,6 +227,7 @@ def _rasterize_cpu(means, quats, scales, opacities, colors, viewmats, Ks, width,
     means2d, depths, conics, alphas, radii, factors, rows = Project.apply(
         means, quats, scales, opacities, viewmats, Ks, width, height, eps2d, near_plane, far_plane, radius_clip, antialiased, packed)
     own = _row_colors(rows, means, colors, viewmats, sh_degree) if "RGB" in render_mode else None
+    if own is None: backgrounds = None
     shape = (len(rows),) if packed else (cameras, count)
     values = dict(radii=radii, means2d=means2d, depths=depths, conics=conics, opacities=alphas)
     if not packed: values = {name: value.view(*shape, *value.shape[1:]) for name, value in values.items()}
@@ -228,7 +237,7 @@ def _rasterize_cpu(means, quats, scales, opacities, colors, viewmats, Ks, width,
     ids = {name: torch.from_numpy(getattr(rows, name)) if packed else None for name in ("camera_ids", "gaussian_ids")}
     return images, coverage, dict(batch_ids=None, **ids, **values, **_tile_meta(lists, shape, cameras, width, height))
 
-# %% ../../nbs/splats/rasterizer.ipynb #401e4f61
+# %% ../../nbs/splats/rasterizer.ipynb #75bac56d
 def rasterize(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor, Ks: Tensor, width: int, height: int,
               near_plane: float = 0.01, far_plane: float = 1e10, radius_clip: float = 0.0, eps2d: float = 0.3, sh_degree: int | None = None,
               packed: bool = True, tile_size: int = TILE, backgrounds: Tensor | None = None, render_mode: str = "RGB", absgrad: bool = False,
@@ -252,7 +261,8 @@ def rasterize(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, c
     Source: Kerbl et al. 2023; gsplat 1.5.3.
     """
     if means.is_cuda:
-        from gsplat import rasterization
+        try: from gsplat import rasterization
+        except ImportError: raise KiloError("CUDA tensors are drawn by gsplat, which is missing: install gsplat==1.5.3, or move them to the CPU.") from None
         return rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane=near_plane, far_plane=far_plane,
                              radius_clip=radius_clip, eps2d=eps2d, sh_degree=sh_degree, packed=packed, tile_size=tile_size, backgrounds=backgrounds,
                              render_mode=render_mode, absgrad=absgrad, rasterize_mode=rasterize_mode, camera_model=camera_model, **options)

@@ -22,7 +22,7 @@ from .lanes import (any_lane, broadcast, choose, exp_negative, lane_numbers, lan
                                  negative_magnitude, smaller, store_lanes, without)
 from .threads import share, tickets
 
-# %% ../../nbs/splats/tiles.ipynb #5a3c145d
+# %% ../../nbs/splats/tiles.ipynb #86fadd8b
 TILE, AREA = 16, 256
 _X, _Y, _P, _Q, _R, _OPACITY, _REACH, _HALF_HEIGHT = range(8)
 
@@ -40,7 +40,7 @@ def fill_records(means2d, factors, opacities, radii, records):
         records[m, _REACH] = records[m, _HALF_HEIGHT] = 0.0
         if radii[m, 0] > 0 and radii[m, 1] > 0 and opacities[m] * 255.0 >= 1.0:
             records[m, _REACH] = math.log(opacities[m] * 255.0) * 1.0001 + 1e-4
-            records[m, _HALF_HEIGHT] = math.sqrt(records[m, _REACH] / factors[m, 2]) + 1e-3
+            records[m, _HALF_HEIGHT] = min(math.sqrt(records[m, _REACH] / factors[m, 2]) + 1e-3, 1e9)
 
 # %% ../../nbs/splats/tiles.ipynb #59342d01
 @njit(cache=True, forceinline=True, error_model="numpy")
@@ -61,7 +61,7 @@ def band_extent(shape, low, high):
     return (x - (q * left + math.sqrt(max(reach - r * left * left, 0.0))) * width - 1e-3,
             x - (q * right - math.sqrt(max(reach - r * right * right, 0.0))) * width + 1e-3)
 
-# %% ../../nbs/splats/tiles.ipynb #e86b8e2d
+# %% ../../nbs/splats/tiles.ipynb #82595923
 @njit(cache=True, forceinline=True, error_model="numpy")
 def tile_rows(records, m, height):
     """First and one-past-last row of tiles that gaussian m may touch."""
@@ -75,7 +75,7 @@ def tile_rows(records, m, height):
 def tile_columns(shape, row, width, height):
     """First and one-past-last column of tiles that an ellipse touches in a row of tiles."""
     left, right = band_extent(shape, row * TILE + 0.5, min(row * TILE + TILE, height) - 0.5)
-    first, last = max(math.ceil(left - 0.5), 0), min(math.floor(right - 0.5), width - 1)
+    first, last = math.ceil(min(max(left - 0.5, 0.0), 1e9)), math.floor(max(min(right - 0.5, width - 1.0), -1.0))
     return first // TILE, (last // TILE + 1) if last >= first else 0
 
 # %% ../../nbs/splats/tiles.ipynb #316f8b6d
