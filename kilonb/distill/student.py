@@ -26,18 +26,23 @@ from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.guards import AlphaGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 
-# %% ../../nbs/distill/student.ipynb #9c154edd
+# %% ../../nbs/distill/student.ipynb #30c7c647
 class Student(nn.Module):
     """A KiloNeRF and its occupied space. step: metres between samples when it is rendered and trained."""
 
     def __init__(self, field: KiloNeRF, grid: OccupancyGrid, step: float):
         super().__init__()
         self.field, self.step = field, step
+        self._grid, self._grid_version = None, -1
         self.register_buffer("box", grid.box.clone())
         self.register_buffer("occupied", grid.occupied.clone())
 
     @property
-    def grid(self) -> OccupancyGrid: return OccupancyGrid(self.box, self.occupied)
+    def grid(self) -> OccupancyGrid:
+        """The occupied space; one object until it changes, since it remembers how far a ray may jump in it."""
+        if self._grid is None or self._grid.occupied is not self.occupied or self._grid_version != self.occupied._version:
+            self._grid, self._grid_version = OccupancyGrid(self.box, self.occupied), self.occupied._version
+        return self._grid
 
     def render(self, camera: PinholeCamera) -> FieldImage:
         """What a camera sees; see `fields.rendering.render_image`."""

@@ -26,12 +26,15 @@ def ray_weights(sigma: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     reached = torch.exp(-(optical_depth.cumsum(-1) - optical_depth))
     return reached * -torch.expm1(-optical_depth), reached
 
-# %% ../../nbs/fields/compositing.ipynb #bf78b339
+# %% ../../nbs/fields/compositing.ipynb #cb5e0917
 @numba.njit(cache=True, parallel=True)
-def _composite_forward(sigma, delta, rgb, distance, offsets, colour, alpha, distance_sum, weights):
+def _composite_forward(sigma, delta, rgb, distance, offsets, stop, colour, alpha, distance_sum, weights):
     for ray in numba.prange(len(offsets) - 1):
         reached, red, green, blue, total, far = 1.0, 0.0, 0.0, 0.0, 0.0, 0.0
         for i in range(offsets[ray], offsets[ray + 1]):
+            if reached < stop:
+                weights[i] = 0.0
+                continue
             passed = np.exp(-sigma[i] * delta[i])
             weight = reached * (1.0 - passed)
             weights[i] = weight
@@ -43,29 +46,32 @@ def _composite_forward(sigma, delta, rgb, distance, offsets, colour, alpha, dist
 
 
 @numba.njit(cache=True, parallel=True)
-def _composite_backward(sigma, delta, rgb, distance, offsets, weights, grad_colour, grad_alpha, grad_distance, grad_sigma, grad_rgb):
+def _composite_backward(sigma, delta, rgb, distance, offsets, weights, stop, grad_colour, grad_alpha, grad_distance, grad_sigma, grad_rgb):
     for ray in numba.prange(len(offsets) - 1):
         red, green, blue = grad_colour[ray, 0], grad_colour[ray, 1], grad_colour[ray, 2]
-        optical_depth = 0.0
-        for i in range(offsets[ray], offsets[ray + 1]): optical_depth += sigma[i] * delta[i]
-        behind = 0.0
-        for i in range(offsets[ray + 1] - 1, offsets[ray] - 1, -1):
+        optical_depth, behind, end = 0.0, 0.0, offsets[ray]
+        while end < offsets[ray + 1] and np.exp(-optical_depth) >= stop:
+            optical_depth += sigma[end] * delta[end]
+            end += 1
+        for i in range(end, offsets[ray + 1]): grad_sigma[i] = 0.0; grad_rgb[i, :] = 0.0
+        for i in range(end - 1, offsets[ray] - 1, -1):
             own = red * rgb[i, 0] + green * rgb[i, 1] + blue * rgb[i, 2] + grad_alpha[ray] + grad_distance[ray] * distance[i]
             grad_sigma[i] = delta[i] * (np.exp(-optical_depth) * own - behind)
             optical_depth -= sigma[i] * delta[i]
             behind += weights[i] * own
             grad_rgb[i, 0] = weights[i] * red; grad_rgb[i, 1] = weights[i] * green; grad_rgb[i, 2] = weights[i] * blue
 
-# %% ../../nbs/fields/compositing.ipynb #2877ed23
+# %% ../../nbs/fields/compositing.ipynb #f246a198
 class _Composite(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, sigma, rgb, delta, distance, offsets):
+    def forward(ctx, sigma, rgb, delta, distance, offsets, stop):
         rays = len(offsets) - 1
         colour, alpha, distance_sum, weights = sigma.new_zeros(rays, 3), sigma.new_zeros(rays), sigma.new_zeros(rays), torch.empty_like(sigma)
         arrays = [t.detach().contiguous().numpy() for t in (sigma, delta, rgb, distance, offsets)]
-        _composite_forward(*arrays, colour.numpy(), alpha.numpy(), distance_sum.numpy(), weights.numpy())
+        _composite_forward(*arrays, stop, colour.numpy(), alpha.numpy(), distance_sum.numpy(), weights.numpy())
         ctx.save_for_backward(sigma, delta, rgb, distance, offsets, weights)
         ctx.mark_non_differentiable(weights)
+        ctx.stop = stop
         return colour, alpha, distance_sum, weights
 
     @staticmethod
@@ -73,10 +79,10 @@ class _Composite(torch.autograd.Function):
         saved = [t.detach().contiguous().numpy() for t in ctx.saved_tensors]
         grad_sigma, grad_rgb = torch.empty_like(ctx.saved_tensors[0]), torch.empty_like(ctx.saved_tensors[2])
         grads = [g.contiguous().numpy() for g in (grad_colour, grad_alpha, grad_distance)]
-        _composite_backward(*saved, *grads, grad_sigma.numpy(), grad_rgb.numpy())
-        return grad_sigma, grad_rgb, None, None, None
+        _composite_backward(*saved, ctx.stop, *grads, grad_sigma.numpy(), grad_rgb.numpy())
+        return grad_sigma, grad_rgb, None, None, None, None
 
-# %% ../../nbs/fields/compositing.ipynb #e3f441ae
+# %% ../../nbs/fields/compositing.ipynb #6fd1f069
 def to_padded(values: Tensor, offsets: Tensor) -> Tensor:
     """Packed samples [N, ...] as a table [rays, longest, ...], zeros where a ray has no more samples. Differentiable."""
     counts = offsets[1:] - offsets[:-1]
@@ -86,15 +92,17 @@ def to_padded(values: Tensor, offsets: Tensor) -> Tensor:
     return values.new_zeros(len(counts), longest, *values.shape[1:]).index_put((rays, columns), values)
 
 
-def composite_reference(sigma: Tensor, rgb: Tensor, delta: Tensor, distance: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def composite_reference(sigma: Tensor, rgb: Tensor, delta: Tensor, distance: Tensor, offsets: Tensor,
+                        stop: float = 1e-4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `composite` computes, in plain torch: (colour, alpha, summed distance, packed weights)."""
-    weights, _ = ray_weights(to_padded(sigma, offsets), to_padded(delta, offsets))
+    weights, reached = ray_weights(to_padded(sigma, offsets), to_padded(delta, offsets))
+    weights = weights * (reached >= stop)
     colour = (weights[..., None] * to_padded(rgb, offsets)).sum(1)
     columns = torch.arange(weights.shape[1], device=sigma.device)
     inside = columns[None] < (offsets[1:] - offsets[:-1])[:, None]
     return colour, weights.sum(1), (weights * to_padded(distance, offsets)).sum(1), weights[inside]
 
-# %% ../../nbs/fields/compositing.ipynb #86c8e3c3
+# %% ../../nbs/fields/compositing.ipynb #be185a91
 class Composited(NamedTuple):
     """What rays saw. rgb_premultiplied: [R, 3]. alpha: [R]. distance_sum: [R], sum of weight x distance, metres. weights: [N], not differentiable."""
 
@@ -111,11 +119,12 @@ class Composited(NamedTuple):
         return torch.where(self.alpha < minimum_alpha, torch.zeros_like(self.alpha), self.distance_sum / self.alpha.clamp(min=minimum_alpha))
 
 
-def composite(sigma: Tensor, rgb: Tensor, delta: Tensor, distance: Tensor, offsets: Tensor) -> Composited:
+def composite(sigma: Tensor, rgb: Tensor, delta: Tensor, distance: Tensor, offsets: Tensor, stop: float = 1e-4) -> Composited:
     """Volume rendering of packed samples.
 
     sigma: [N] density, 1/metre, >= 0. rgb: [N, 3]. delta: [N] step length, metres. distance: [N] from the ray's origin, metres.
-    offsets: [R + 1] int64, samples of ray r are offsets[r]:offsets[r+1]. Differentiable in sigma and rgb; numba on a CPU, plain torch elsewhere.
+    offsets: [R + 1] int64, samples of ray r are offsets[r]:offsets[r+1]. stop: transmittance below which a ray ends.
+    Differentiable in sigma and rgb; numba on a CPU, plain torch elsewhere.
     """
     function = composite_reference if sigma.is_cuda else _Composite.apply
-    return Composited(*function(sigma, rgb, delta, distance, offsets))
+    return Composited(*function(sigma, rgb, delta, distance, offsets, stop))

@@ -43,7 +43,20 @@ class KiloNeRFConfig:
         if self.hidden < 1: raise KiloError(f"hidden is {self.hidden}; expected at least 1.")
         if min(self.position_frequencies, self.direction_frequencies) < 0: raise KiloError("The numbers of Fourier frequencies must be 0 or more.")
 
-# %% ../../nbs/fields/kilonerf.ipynb #f43f53fc
+# %% ../../nbs/fields/kilonerf.ipynb #5084b0d8
+@numba.njit(cache=True)
+def _locate(points, lower, cell_size, network, found, local):
+    for n in range(len(points)):
+        inside, index = True, (0, 0, 0)
+        for a in range(3):
+            scaled = (points[n, a] - lower[a]) / cell_size
+            cell = np.floor(scaled)
+            local[n, a] = np.float32(2) * (scaled - cell) - np.float32(1)
+            inside = inside and 0 <= cell < network.shape[a]
+            index = (index[1], index[2], int(cell))
+        found[n] = network[index] if inside else -1
+
+# %% ../../nbs/fields/kilonerf.ipynb #505621b4
 class CellGrid(nn.Module):
     """A box cut into cubic cells; the cells that matter are numbered 0, 1, 2 ...
 
@@ -60,7 +73,11 @@ class CellGrid(nn.Module):
     def count(self) -> int: return int(self.network.max()) + 1
 
     def locate(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Network numbers [N] (-1 outside) and coordinates [N, 3] in [-1, 1] within the cell, of points [N, 3] metres."""
+        """Network numbers [N] (-1 outside) and coordinates [N, 3] in [-1, 1] within the cell, of points [N, 3] metres. One compiled pass on a CPU."""
+        if points.device.type == "cpu" and points.dtype == torch.float32 and not points.requires_grad:
+            found, local = torch.empty(len(points), dtype=torch.int64), torch.empty(len(points), 3)
+            _locate(points.numpy(), self.lower.numpy(), np.float32(self.cell_size), self.network.numpy(), found.numpy(), local.numpy())
+            return found, local
         scaled = (points - self.lower) / self.cell_size
         index = scaled.floor()
         limit = torch.tensor(self.network.shape, device=points.device)
@@ -134,7 +151,7 @@ def route(network: Tensor, count: int, ratio: float = 0.7) -> Routing:
     active = order[: int(group_networks[:groups].sum())]
     return Routing(torch.from_numpy(slots).to(network.device), rows, active, list(zip(group_networks[:groups].tolist(), group_rows[:groups].tolist())))
 
-# %% ../../nbs/fields/kilonerf.ipynb #9b9fef7b
+# %% ../../nbs/fields/kilonerf.ipynb #37d90415
 class KiloNeRF(nn.Module):
     """A grid of tiny networks: `field(positions, directions)` gives density and colour.
 
@@ -162,7 +179,7 @@ class KiloNeRF(nn.Module):
         """Density [N], 1/metre, and colour [N, 3] in [0, 1] at `positions` [N, 3] metres seen along unit `directions` [N, 3]. Density 0 outside all cells."""
         network, local = self.cells.locate(positions)
         known = network >= 0
-        if not known.all():
+        if not bool(known.all()):
             sigma, rgb = self(positions[known], directions[known])
             index = known.nonzero().flatten()
             return positions.new_zeros(len(known)).index_copy(0, index, sigma), positions.new_zeros(len(known), 3).index_copy(0, index, rgb)

@@ -35,51 +35,57 @@ def _slab(origin, direction, low, high, enter, leave):
     first, second = (low - origin) / direction, (high - origin) / direction
     return max(enter, min(first, second)), min(leave, max(first, second))
 
-# %% ../../nbs/fields/marching.ipynb #9539b446
+# %% ../../nbs/fields/marching.ipynb #93897ec8
 @numba.njit(cache=True)
-def _walk(origin, direction, lower, upper, voxel, occupied, step, offset, near, far, distances):
-    """Walk one ray; write the kept distances unless `distances` is empty; return how many."""
+def _walk(origin, direction, lower, upper, voxel, clearance, step, offset, near, far, distances):
+    """Write the kept distances of one ray; return how many. clearance: [X, Y, Z] 0 where occupied, else voxels to the nearest occupied one."""
     enter, leave = near, far
     for a in range(3): enter, leave = _slab(origin[a], direction[a], lower[a], upper[a], enter, leave)
     if enter >= leave: return 0
-    count = 0
-    k = max(int(np.ceil(enter / step - offset)), 0)
-    index = np.empty(3, np.int64)
+    nx, ny, nz = clearance.shape
+    ox, oy, oz = (origin[0] - lower[0]) / voxel[0], (origin[1] - lower[1]) / voxel[1], (origin[2] - lower[2]) / voxel[2]
+    dx, dy, dz = direction[0] / voxel[0], direction[1] / voxel[1], direction[2] / voxel[2]
+    fastest = max(abs(dx), abs(dy), abs(dz))                    # voxels per metre along the ray
+    count, k = 0, max(int(np.ceil(enter / step - offset)), 0)
     while True:
         t = (k + offset) * step
         if t >= leave: return count
-        jump = leave
-        for a in range(3):
-            position = origin[a] + t * direction[a]
-            index[a] = min(max(int(np.floor((position - lower[a]) / voxel[a])), 0), occupied.shape[a] - 1)
-            if abs(direction[a]) > 1e-12:
-                wall = lower[a] + (index[a] + (1 if direction[a] > 0 else 0)) * voxel[a]
-                jump = min(jump, (wall - origin[a]) / direction[a])
-        if occupied[index[0], index[1], index[2]]:
-            if len(distances): distances[count] = t
+        i = min(max(int(np.floor(ox + t * dx)), 0), nx - 1)
+        j = min(max(int(np.floor(oy + t * dy)), 0), ny - 1)
+        l = min(max(int(np.floor(oz + t * dz)), 0), nz - 1)
+        clear = clearance[i, j, l]
+        if clear == 0:
+            distances[count] = t
             count += 1
             k += 1
-        else: k = max(k + 1, int(np.ceil(jump / step - offset)))
+        else: k += max(int((clear - 1) / (fastest * step)), 1)
 
-# %% ../../nbs/fields/marching.ipynb #ef677dfb
+# %% ../../nbs/fields/marching.ipynb #65604ed5
 @numba.njit(cache=True, parallel=True)
-def _count(origins, directions, lower, upper, voxel, occupied, step, offsets, near, far, counts):
-    nothing = np.empty(0, np.float32)
-    for ray in numba.prange(len(origins)):
-        counts[ray] = _walk(origins[ray], directions[ray], lower, upper, voxel, occupied, step, offsets[ray], near, far, nothing)
+def _march(parts, origins, directions, lower, upper, voxel, clearance, step, offsets, near, far, longest, counts, kept):
+    """Each of `parts` threads walks a run of rays and packs their distances into its row of `kept`; counts: [R] samples of each ray."""
+    rays = len(origins)
+    for part in numba.prange(parts):
+        buffer, used = np.empty(longest, np.float32), 0
+        for ray in range(rays * part // parts, rays * (part + 1) // parts):
+            count = _walk(origins[ray], directions[ray], lower, upper, voxel, clearance, step, offsets[ray], near, far, buffer)
+            kept[part, used:used + count] = buffer[:count]
+            counts[ray] = count
+            used += count
 
 
 @numba.njit(cache=True, parallel=True)
-def _fill(origins, directions, lower, upper, voxel, occupied, step, offsets, near, far, starts, ray_index, distances, positions, views):
-    for ray in numba.prange(len(origins)):
-        first, last = starts[ray], starts[ray + 1]
-        if first == last: continue
-        _walk(origins[ray], directions[ray], lower, upper, voxel, occupied, step, offsets[ray], near, far, distances[first:last])
-        for i in range(first, last):
-            ray_index[i] = ray
-            for a in range(3):
-                positions[i, a] = origins[ray, a] + distances[i] * directions[ray, a]
-                views[i, a] = directions[ray, a]
+def _unpack(parts, origins, directions, starts, kept, ray_index, distances, positions, views):
+    rays = len(origins)
+    for part in numba.prange(parts):
+        first = rays * part // parts
+        for ray in range(first, rays * (part + 1) // parts):
+            for i in range(starts[ray], starts[ray + 1]):
+                t = kept[part, i - starts[first]]
+                ray_index[i], distances[i] = ray, t
+                for a in range(3):
+                    positions[i, a] = origins[ray, a] + t * directions[ray, a]
+                    views[i, a] = directions[ray, a]
 
 # %% ../../nbs/fields/marching.ipynb #ffa74565
 def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor, near: float, far: float) -> Samples:
@@ -99,7 +105,7 @@ def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor
     kept = distance[ray, column]
     return Samples(offsets, ray, kept, torch.full_like(kept, step), points[ray, column], rays.directions[ray])
 
-# %% ../../nbs/fields/marching.ipynb #21e3b4b1
+# %% ../../nbs/fields/marching.ipynb #8725af14
 def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None, near: float = 0.0, far: float = 1e6) -> Samples:
     """Samples of rays in the occupied voxels of a grid.
 
@@ -109,14 +115,15 @@ def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = 
     if not step > 0: raise KiloError(f"The marching step is {step:g} m; expected a length above 0.")
     if offset is None: offset = torch.full((len(rays.origins),), 0.5, device=rays.origins.device)
     if rays.origins.is_cuda: return march_reference(rays, grid, step, offset, near, far)
-    arrays = [t.float().contiguous().numpy() for t in (rays.origins, rays.directions)]
+    origins, directions = (t.float().contiguous().numpy() for t in (rays.origins, rays.directions))
     box = [t.float().numpy() for t in (grid.box[0], grid.box[1], grid.voxel_size)]
-    walk = (*arrays, *box, grid.occupied.numpy(), np.float32(step), offset.float().numpy(), np.float32(near), np.float32(far))
-    counts = np.empty(len(offset), np.int64)
-    _count(*walk, counts)
-    starts = np.zeros(len(offset) + 1, np.int64)
+    parts, count = numba.get_num_threads(), len(offset)
+    longest = int(np.linalg.norm(box[1] - box[0]) / step) + 2
+    kept, counts = np.empty((parts, (count // parts + 1) * longest), np.float32), np.empty(count, np.int64)
+    _march(parts, origins, directions, *box, grid.clearance, np.float32(step), offset.float().numpy(), np.float32(near), np.float32(far), longest, counts, kept)
+    starts = np.zeros(count + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     total = int(starts[-1])
     ray, distance, positions, views = np.empty(total, np.int64), np.empty(total, np.float32), np.empty((total, 3), np.float32), np.empty((total, 3), np.float32)
-    _fill(*walk, starts, ray, distance, positions, views)
+    _unpack(parts, origins, directions, starts, kept, ray, distance, positions, views)
     return Samples(*(torch.from_numpy(a) for a in (starts, ray, distance)), torch.full((total,), step), torch.from_numpy(positions), torch.from_numpy(views))

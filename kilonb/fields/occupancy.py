@@ -6,9 +6,10 @@
 __all__ = ['OccupancyGrid', 'occupancy_from_gaussians', 'empty_grid', 'dilated', 'occupancy_from_silhouettes',
            'VoxelContributions']
 
-# %% ../../nbs/fields/occupancy.ipynb #545c05cc
+# %% ../../nbs/fields/occupancy.ipynb #87a6002e
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numba
 import numpy as np
@@ -20,7 +21,7 @@ from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import quat_to_rotmat
 from ..lab.errors import KiloError
 
-# %% ../../nbs/fields/occupancy.ipynb #e51ad3cf
+# %% ../../nbs/fields/occupancy.ipynb #4347e1dc
 @dataclass(frozen=True)
 class OccupancyGrid:
     """A box of voxels, each occupied or empty; everything outside the box is empty.
@@ -46,6 +47,12 @@ class OccupancyGrid:
     def fraction(self) -> float:
         """Share of the voxels that is occupied."""
         return self.occupied.float().mean().item()
+
+    @cached_property
+    def clearance(self) -> np.ndarray:
+        """[X, Y, Z] int16: 0 where occupied, else how many voxels the nearest occupied one is away (along the axis where it is farthest)."""
+        if not self.occupied.any(): return np.full(self.resolution, max(self.resolution), np.int16)
+        return ndimage.distance_transform_cdt(~self.occupied.cpu().numpy(), metric="chessboard").astype(np.int16)
 
     def centres(self) -> Tensor:
         """Voxel centres [X, Y, Z, 3], metres."""
