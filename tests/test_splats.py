@@ -275,7 +275,7 @@ def test_the_playbot_is_upright_and_in_front_of_its_ground():
     robot = read_ply(PLAYBOT)
     picture = render_gaussians(robot, viewing_camera(robot, 200, 200, azimuth_deg=270.0, up=(0.0, -1.0, 0.0)), background=torch.ones(3))
     covered = picture.alpha > 0.5
-    assert 0.3 < covered.float().mean() < 0.8 and picture.expected_depth[covered].min() > 0.5
+    assert 0.25 < covered.float().mean() < 0.8 and picture.expected_depth[covered].min() > 0.5
     rows = covered.float().mean(1)
     assert rows[130:170].mean() > 3 * rows[40:90].mean() > 0.1, "the ground is wide and below, the robot narrow and above"
     head = picture.rgb_premultiplied[40:90][covered[40:90]].mean(0)
@@ -288,7 +288,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     write_ply(tmp_path / "ball.ply", ball)
     before = (tmp_path / "ball.ply").read_bytes()
     broken = Gaussians(ball.means * float("nan"), ball.quats, ball.log_scales, ball.logit_opacities, ball.sh)
-    with pytest.raises(KiloError, match="means that is not finite"): write_ply(tmp_path / "ball.ply", broken)
+    with pytest.raises(KiloError, match="value in means that is not finite"): write_ply(tmp_path / "ball.ply", broken)
     assert (tmp_path / "ball.ply").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 

@@ -108,14 +108,14 @@ def stage_times(gaussians: Gaussians, camera: PinholeCamera, repeats: int = 10) 
         stages = {"projection_ms": project, "colours_ms": shade, "tile_lists_ms": sort_into_tiles, "compositing_ms": draw}
         return {name: 1e3 * statistics.median(time_calls(stage, repeats)) for name, stage in stages.items()}
 
-# %% ../../nbs/splats/benchmark.ipynb #4dee98e9
+# %% ../../nbs/splats/benchmark.ipynb #b11bd505
 def viewing_camera(gaussians: Gaussians, width: int = 800, height: int = 800, azimuth_deg: float = 0.0, elevation_deg: float = 15.0,
                    up: tuple[float, float, float] = (0.0, 0.0, 1.0)) -> PinholeCamera:
     """A camera that looks at the middle of `gaussians` from far enough to see nine tenths of them; up: the world's upward direction."""
     means = gaussians.means.detach().cpu()
     middle = (means.quantile(0.05, dim=0) + means.quantile(0.95, dim=0)) / 2
     reach = (means - middle).norm(dim=1).quantile(0.9).item()
-    distance = 0.95 * reach / math.sin(math.radians(39.6 / 2))
+    distance = 1.05 * reach / math.sin(math.radians(39.6 / 2))
     ring = orbit_cameras(360, distance, elevation_deg, middle, torch.tensor(up), width, height)
     return ring[round(azimuth_deg) % 360]
 

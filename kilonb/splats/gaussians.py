@@ -17,7 +17,7 @@ from torch import Tensor
 from ..lab.errors import KiloError
 from .harmonics import rgb_to_sh0
 
-# %% ../../nbs/splats/gaussians.ipynb #e9e619e7
+# %% ../../nbs/splats/gaussians.ipynb #e22ca283
 SH_DEGREES = {1: 0, 4: 1, 9: 2, 16: 3}
 
 
@@ -97,7 +97,7 @@ class Gaussians:
         """Return self, or raise KiloError where shapes disagree, a number is not finite or a quaternion is zero."""
         check_shapes(self)
         for name, tensor in self.parameters().items():
-            reject(~torch.isfinite(tensor.detach()).reshape(len(self), -1).all(1), f"{name} that is not finite")
+            reject(~torch.isfinite(tensor.detach()).reshape(len(self), -1).all(1), f"value in {name} that is not finite")
         reject((self.quats.detach() == 0).all(1), "zero quaternion")
         return self
 

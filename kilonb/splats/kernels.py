@@ -234,7 +234,7 @@ def project_one_backward(n, row, means, quats, scales, opacity, view, K, width, 
         for l in range(3): grad_view[m, l] += grad * means[n, l] + h0 * half[3 * l] + h1 * half[3 * l + 1] + h2 * half[3 * l + 2]
         grad_view[m, 3] += grad
 
-# %% ../../nbs/splats/kernels.ipynb #8efe610a
+# %% ../../nbs/splats/kernels.ipynb #9794e521
 @njit(nogil=True, cache=True, error_model="numpy")
 def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, width, height, eps2d, antialiased, grad_means2d, grad_depths, grad_conics,
                      grad_alphas, grad_means, grad_quats, grad_scales, grad_opacities, grad_views):
@@ -248,13 +248,13 @@ def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, 
     for chunk in tickets(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
         for camera in range(len(views)):
-            by_view[:] = 0.0
+            for k in range(12): by_view[k // 4, k % 4] = 0.0
             for n in range(begin, end):
                 if rows[camera, n] < 0: continue
                 project_one_backward(n, rows[camera, n], means, quats, scales, np.float64(opacities[n]), views[camera], Ks[camera], width, height, eps2d,
                                      antialiased, grad_means2d, grad_depths, grad_conics, grad_alphas, grad_means, grad_quats, grad_scales,
                                      grad_opacities, by_view)
-            grad_views[chunk, camera] = by_view
+            for k in range(12): grad_views[chunk, camera, k // 4, k % 4] = by_view[k // 4, k % 4]
 
 # %% ../../nbs/splats/kernels.ipynb #d392435c
 @njit(nogil=True, cache=True)

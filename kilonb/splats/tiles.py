@@ -123,7 +123,7 @@ def fill_pairs(counter, records, order, starts, width, height, columns, places, 
                     members[place], pairs[place] = m, pair
                     places[image, chunk, tile], pair = place + 1, pair + 1
 
-# %% ../../nbs/splats/tiles.ipynb #11e292e2
+# %% ../../nbs/splats/tiles.ipynb #3c7abd19
 @njit(nogil=True, cache=True)
 def depth_order(bits, starts):
     """Entries [M] int32 by depth within each image; bits: [M] uint32, the bits of depths >= 0, starts: [C + 1] first entry of each image."""
@@ -138,7 +138,7 @@ def depth_order(bits, starts):
                 digit = (bits[order[k]] >> shift) & 2047
                 target[begin + places[digit]] = order[k]
                 places[digit] += 1
-            order[begin:end] = target[begin:end]
+            for k in range(begin, end): order[k] = target[k]
     return order
 
 # %% ../../nbs/splats/tiles.ipynb #6d3c31dc
@@ -394,7 +394,7 @@ def undraw_tile(records, colors, members, pairs, begin, left, top, rows, channel
         for k in range(count): gradients[pair, MOMENTS + k] = lane_sum(load_lanes(planes, sums_at + k * TILE))
     return largest
 
-# %% ../../nbs/splats/tiles.ipynb #13e92913
+# %% ../../nbs/splats/tiles.ipynb #ea18bf68
 @njit(cache=True, forceinline=True, error_model="numpy")
 def read_tile(planes, tile, left, top, columns, rows, background, channels, expected, image, alphas, grad_image, grad_alphas, transmittances, lasts,
               by_background):
@@ -433,7 +433,8 @@ def undraw_tiles(counter, records, colors, offsets, members, pairs, order, backg
         read_tile(planes, tile, left, top, columns, rows, backgrounds[image], count, expected, images[image], alphas[image], grad_images[image],
                   grad_alphas[image], transmittances, lasts, by_background)
         largest = undraw_tile(records, colors, members, pairs, offsets[tile], left, top, rows, channels, absolute, planes, newest, gradients)
-        for index in range(offsets[tile] + largest + 1, offsets[tile + 1]): gradients[pairs[index]] = 0.0
+        for index in range(offsets[tile] + largest + 1, offsets[tile + 1]):
+            for k in range(MOMENTS + count): gradients[pairs[index], k] = 0.0
 
 # %% ../../nbs/splats/tiles.ipynb #8afae913
 @njit(nogil=True, cache=True, error_model="numpy")
