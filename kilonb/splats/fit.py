@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FitConfig', 'View', 'Views', 'focus', 'scene_extent', 'silhouette_votes', 'hull_points', 'median_colours',
            'initial_gaussians', 'structural_dissimilarity', 'photometric_loss', 'Teacher', 'change_set', 'TeacherState',
-           'note_gradients', 'grow_and_prune', 'reset_opacities', 'view_order', 'background_colour', 'render_teacher',
-           'Fit', 'held_out_scores', 'FitResult', 'fit_teacher']
+           'note_gradients', 'grow_and_prune', 'reset_opacities', 'view_order', 'set_rates', 'background_colour',
+           'render_teacher', 'Fit', 'held_out_scores', 'FitResult', 'fit_teacher']
 
 # %% ../../nbs/splats/fit.ipynb #1d31fdf6
 import math
@@ -29,7 +29,7 @@ from .ply import write_ply
 from .rasterizer import rasterize
 from ..training.loop import LoopConfig, train
 
-# %% ../../nbs/splats/fit.ipynb #5e60f14e
+# %% ../../nbs/splats/fit.ipynb #d1a24d69
 @dataclass(frozen=True)
 class FitConfig:
     """How a teacher is fitted.
@@ -37,7 +37,8 @@ class FitConfig:
     steps: optimiser steps, one view each. initial: "hull" (points on the silhouettes' visual hull) or "box" (points in the ball that all cameras see).
     initial_count, maximum_count: gaussians at the start and at most. sh_degree: 0 to 3, reached after the first third.
     background: "random" colour for each step, "white" or "black". ssim_weight: lambda, 0..1.
-    *_rate: Adam's rates; means_rate is per unit of the scene's extent and falls exponentially to means_rate_end of itself.
+    *_rate: Adam's rates at the start; means_rate is per unit of the scene's extent. All fall exponentially, to rate_end of themselves, the means' to
+    means_rate_end. They are for runs of a few thousand steps: 3DGS's own, for thirty thousand, are two to twenty times smaller, and fall for the means only.
     grow_every_steps: between changes of the set; grow_from, grow_until: share of the run in which they happen. grow_gradient: of the centre in the image,
     normalised to (-1, 1) as gsplat does, above which a gaussian is cloned or split. split_size: share of the extent that tells the two apart.
     prune_opacity: below it a gaussian is dropped. prune_size: share of the extent above which it is dropped. reset_opacity_steps: lower all opacities
@@ -50,12 +51,13 @@ class FitConfig:
     sh_degree: int = 3
     background: str = "random"
     ssim_weight: float = 0.2
-    means_rate: float = 1.6e-4
-    means_rate_end: float = 0.01
-    colour_rate: float = 2.5e-3
-    opacity_rate: float = 0.05
-    scale_rate: float = 5e-3
-    rotation_rate: float = 1e-3
+    means_rate: float = 8e-4
+    colour_rate: float = 2e-2
+    opacity_rate: float = 0.1
+    scale_rate: float = 4e-2
+    rotation_rate: float = 2e-2
+    means_rate_end: float = 0.03
+    rate_end: float = 0.1
     grow_every_steps: int = 100
     grow_from: float = 0.1
     grow_until: float = 0.6
@@ -204,17 +206,17 @@ def photometric_loss(prediction: Tensor, target: Tensor, ssim_weight: float) -> 
     loss = (1 - ssim_weight) * (prediction - target).abs().mean()
     return loss + ssim_weight * structural_dissimilarity(prediction, target) if ssim_weight else loss
 
-# %% ../../nbs/splats/fit.ipynb #0339bce5
+# %% ../../nbs/splats/fit.ipynb #8d2c6751
 class Teacher:
     """The gaussians that are being fitted, as parameters of one Adam, and what the mending of the set needs to remember."""
 
     def __init__(self, gaussians: Gaussians, config: FitConfig, extent: float):
         self.config, self.extent = config, extent
-        rates = {"means": config.means_rate * extent, "quats": config.rotation_rate, "log_scales": config.scale_rate, "logit_opacities": config.opacity_rate,
-                 "sh0": config.colour_rate, "sh_rest": config.colour_rate / 20}
+        self.rates = {"means": config.means_rate * extent, "quats": config.rotation_rate, "log_scales": config.scale_rate,
+                      "logit_opacities": config.opacity_rate, "sh0": config.colour_rate, "sh_rest": config.colour_rate / 20}
         values = gaussians.detach().parameters()
         values |= {"sh0": values["sh"][:, :1], "sh_rest": values.pop("sh")[:, 1:]}
-        groups = [{"name": name, "lr": rate, "params": [nn.Parameter(values[name].clone())]} for name, rate in rates.items()]
+        groups = [{"name": name, "lr": rate, "params": [nn.Parameter(values[name].clone())]} for name, rate in self.rates.items()]
         self.optimizer = torch.optim.Adam(groups, lr=1e-3, eps=1e-15, fused=True)
         self.evaluations: list[dict[str, float]] = []
         self.clear_statistics()
@@ -315,11 +317,19 @@ def reset_opacities(teacher: Teacher, ceiling: float = .02) -> None:
     for name, value in teacher.optimizer.state.get(parameter, {}).items():
         if name.startswith("exp_avg"): value.zero_()
 
-# %% ../../nbs/splats/fit.ipynb #a45725c5
+# %% ../../nbs/splats/fit.ipynb #3efaebbc
 def view_order(step: int, count: int, seed: int) -> int:
     """Which view step `step` shows: each of `count` once an epoch, in an order drawn from the seed and the epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step // count)
     return int(torch.randperm(count, generator=generator)[step % count])
+
+
+def set_rates(teacher: Teacher, step: int) -> None:
+    """Give each of the optimiser's groups its rate for this step."""
+    config = teacher.config
+    for group in teacher.optimizer.param_groups:
+        end = config.means_rate_end if group["name"] == "means" else config.rate_end
+        group["lr"] = teacher.rates[group["name"]] * end ** (step / config.steps)
 
 
 def background_colour(name: str, generator: torch.Generator) -> Tensor:
@@ -334,7 +344,7 @@ def render_teacher(gaussians: Gaussians, camera: PinholeCamera, background: Tens
                                       camera.K[None], camera.width, camera.height, sh_degree=degree, backgrounds=background[None], packed=False)
     return colours[0], alphas[0], meta
 
-# %% ../../nbs/splats/fit.ipynb #10d9bec0
+# %% ../../nbs/splats/fit.ipynb #9604a6b3
 class Fit:
     """The step function and what comes after each step; `fit_teacher` hands both to the training loop."""
 
@@ -349,8 +359,7 @@ class Fit:
     def __call__(self, step: int, generator: torch.Generator) -> dict[str, Tensor | float]:
         """One view's loss, for the loop."""
         config, teacher = self.config, self.teacher
-        rate = config.means_rate * teacher.extent * config.means_rate_end ** (step / config.steps)
-        teacher.group("means")["lr"] = rate
+        set_rates(teacher, step)
         index, background = view_order(step, len(self.views), config.seed), background_colour(config.background, generator)
         colour, alpha = self.views.premultiplied(index)
         rendered, rendered_alpha, self.meta = render_teacher(teacher.gaussians(), self.views.cameras[index], background, self.degree(step))
@@ -358,7 +367,7 @@ class Fit:
         loss = photometric_loss(rendered, colour + (1 - alpha) * background, config.ssim_weight)
         empty = (alpha == 0).float()
         hazy = (rendered_alpha.detach() * empty).sum() / empty.sum().clamp(min=1)
-        return {"loss": loss, "background_alpha": hazy, "count": float(len(teacher)), "means_rate": rate}
+        return {"loss": loss, "background_alpha": hazy, "count": float(len(teacher)), "means_rate": teacher.group("means")["lr"]}
 
     def after_step(self, step: int, records: list[dict[str, float]]) -> None:
         """Statistics, changes of the set, held-out scores; `step` counts from 0."""
