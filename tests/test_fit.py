@@ -14,6 +14,7 @@ from kilonb.splats.fit import Fit, FitConfig, Teacher, Views, change_set, fit_te
 from kilonb.splats.fit import render_teacher, scene_extent
 from kilonb.splats.gaussians import Gaussians
 from kilonb.splats.ply import read_ply
+from kilonb.training.guards import TrainingStopped
 
 CONFIG = FitConfig(steps=300, initial_count=2000, maximum_count=4000, means_rate=4e-4, grow_every_steps=50)
 SHORT = replace(CONFIG, steps=60, grow_every_steps=15, initial_count=1200, maximum_count=2500, evaluate_every_steps=30)
@@ -149,12 +150,13 @@ def test_changing_the_set_never_mixes_rows(scene):
         fit(step, generator)["loss"].backward()
         teacher.optimizer.step()
     keep = torch.randperm(len(teacher), generator=generator)[:700].sort().values
-    before = {g["name"]: (g["params"][0].detach()[keep].clone(), teacher.optimizer.state[g["params"][0]]["exp_avg"][keep].clone()) for g in teacher.optimizer.param_groups}
+    rows = {g["name"]: g["params"][0].detach()[keep].clone() for g in teacher.optimizer.param_groups}
+    kept = {g["name"]: teacher.optimizer.state[g["params"][0]]["exp_avg"][keep].clone() for g in teacher.optimizer.param_groups}
     change_set(teacher, keep, {g["name"]: g["params"][0].detach()[:5] for g in teacher.optimizer.param_groups})
     for group in teacher.optimizer.param_groups:
-        parameter = group["params"][0]
+        parameter, name = group["params"][0], group["name"]
         moments = teacher.optimizer.state[parameter]
-        assert len(parameter) == 705 and torch.equal(parameter.detach()[:700], before[group["name"]][0]) and torch.equal(moments["exp_avg"][:700], before[group["name"]][1])
+        assert len(parameter) == 705 and torch.equal(parameter.detach()[:700], rows[name]) and torch.equal(moments["exp_avg"][:700], kept[name])
         assert (moments["exp_avg"][700:] == 0).all() and (moments["exp_avg_sq"][700:] == 0).all() and moments["step"] == 3
     assert len(teacher.optimizer.state) == 6, "the moments of replaced parameters would leak"
 
@@ -183,6 +185,15 @@ def test_pictures_and_poses_that_do_not_belong_together_are_refused(scene):
     views.rgba = torch.zeros_like(views.rgba)
     with pytest.raises(KiloError, match="no common volume"): initial_gaussians(views, SHORT)
     with pytest.raises(KiloError, match="no view"): Views([])
+
+
+def test_an_object_that_fades_stops_the_fit_with_a_sentence(scene):
+    """Incident 1: a model that renders background only runs on for hours and its score looks like a number. Ours stops and says so."""
+    faint = initial_gaussians(Views(scene), SHORT)
+    faint.logit_opacities = torch.full_like(faint.logit_opacities, -12.0)
+    stuck = replace(SHORT, steps=400, opacity_rate=1e-9)
+    with pytest.raises(TrainingStopped, match="every gaussian"): fit_teacher(scene, stuck, initial=faint, quiet=True)
+    with pytest.raises(TrainingStopped, match="alpha collapsed"): fit_teacher(scene, replace(stuck, grow_until=0.1), initial=faint, quiet=True)
 
 
 def test_a_start_from_a_box_works_too(scene, held_out):

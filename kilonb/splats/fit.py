@@ -8,7 +8,7 @@ __all__ = ['FitConfig', 'View', 'Views', 'focus', 'scene_extent', 'silhouette_vo
            'note_gradients', 'grow_and_prune', 'reset_opacities', 'view_order', 'set_rates', 'background_colour',
            'render_teacher', 'Fit', 'held_out_scores', 'FitResult', 'fit_teacher']
 
-# %% ../../nbs/splats/fit.ipynb #1d31fdf6
+# %% ../../nbs/splats/fit.ipynb #cb89cfa2
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -27,6 +27,7 @@ from ..lab.files import write_json
 from .gaussians import Gaussians, gaussians_from_points
 from .ply import write_ply
 from .rasterizer import rasterize
+from ..training.guards import AlphaGuard, TrainingStopped
 from ..training.loop import LoopConfig, train
 
 # %% ../../nbs/splats/fit.ipynb #d1a24d69
@@ -278,12 +279,15 @@ def note_gradients(teacher: Teacher, meta: Mapping[str, Any]) -> None:
     teacher.gradient.index_add_(0, rows[visible], length[visible])
     teacher.seen.index_add_(0, rows[visible], torch.ones_like(length[visible]))
 
-# %% ../../nbs/splats/fit.ipynb #c4cfafda
+# %% ../../nbs/splats/fit.ipynb #df6acc41
 def grow_and_prune(teacher: Teacher, step: int) -> dict[str, int]:
     """Clone, split and drop gaussians by the statistics since the last change. Returns how many of each, and the count after."""
     config, largest = teacher.config, teacher["log_scales"].detach().exp().amax(-1)
     pull = teacher.gradient / teacher.seen.clamp(min=1)
     alive = (teacher["logit_opacities"].detach().sigmoid() > config.prune_opacity) & (largest < config.prune_size * teacher.extent)
+    if not alive.any():
+        raise TrainingStopped(f"Training stopped at step {step}: every gaussian is fainter than {config.prune_opacity:g} or larger than prune_size allows. "
+                              "Check that pictures and poses belong together; lower opacity_rate or prune_opacity.")
     wanted = (alive & (pull > config.grow_gradient)).nonzero()[:, 0]
     room = max(0, config.maximum_count - int(alive.sum()))
     wanted = wanted[pull[wanted].argsort(descending=True, stable=True)[:room]].sort().values
@@ -344,7 +348,7 @@ def render_teacher(gaussians: Gaussians, camera: PinholeCamera, background: Tens
                                       camera.K[None], camera.width, camera.height, sh_degree=degree, backgrounds=background[None], packed=False)
     return colours[0], alphas[0], meta
 
-# %% ../../nbs/splats/fit.ipynb #9604a6b3
+# %% ../../nbs/splats/fit.ipynb #13709aae
 class Fit:
     """The step function and what comes after each step; `fit_teacher` hands both to the training loop."""
 
@@ -365,9 +369,9 @@ class Fit:
         rendered, rendered_alpha, self.meta = render_teacher(teacher.gaussians(), self.views.cameras[index], background, self.degree(step))
         self.meta["means2d"].retain_grad()
         loss = photometric_loss(rendered, colour + (1 - alpha) * background, config.ssim_weight)
-        empty = (alpha == 0).float()
-        hazy = (rendered_alpha.detach() * empty).sum() / empty.sum().clamp(min=1)
-        return {"loss": loss, "background_alpha": hazy, "count": float(len(teacher)), "means_rate": teacher.group("means")["lr"]}
+        share = {name: (rendered_alpha.detach() * where).sum() / where.sum().clamp(min=1)
+                 for name, where in (("background_alpha", alpha == 0), ("ray_alpha_foreground", alpha > .5))}
+        return {"loss": loss, **share, "count": float(len(teacher)), "means_rate": teacher.group("means")["lr"]}
 
     def after_step(self, step: int, records: list[dict[str, float]]) -> None:
         """Statistics, changes of the set, held-out scores; `step` counts from 0."""
@@ -416,7 +420,7 @@ class FitResult:
     resumed_from: int | None
     finished: bool
 
-# %% ../../nbs/splats/fit.ipynb #74d0eeb5
+# %% ../../nbs/splats/fit.ipynb #0f62b4a4
 def fit_teacher(scene: Sequence[View], config: FitConfig, folder: str | Path | None = None, *, held_out: Sequence[View] | None = None,
                 initial: Gaussians | None = None, resume: bool = False, device: torch.device | str = "cpu", time_limit_s: float | None = None,
                 checkpoint_every_seconds: float = 60.0, quiet: bool = False) -> FitResult:
@@ -424,7 +428,7 @@ def fit_teacher(scene: Sequence[View], config: FitConfig, folder: str | Path | N
 
     scene: views with `camera` and `rgba_straight()`, e.g. a BlenderScene; held_out alike, scored on the way. initial: gaussians to start from.
     folder: of the run: logs, checkpoints, teacher.ply, evaluations.json; None keeps nothing. resume: go on from its checkpoint, to the same numbers.
-    Raises KiloError on bad input, TrainingStopped where a loss is not finite, KeyboardInterrupt on Ctrl-C once a checkpoint is saved.
+    Raises KiloError on bad input, TrainingStopped where a loss is not finite or the object fades, KeyboardInterrupt on Ctrl-C once a checkpoint is saved.
     """
     views = Views(scene, device)
     begin = initial_gaussians(views, config) if initial is None else initial.to(device).validate()
@@ -433,7 +437,7 @@ def fit_teacher(scene: Sequence[View], config: FitConfig, folder: str | Path | N
     loop = LoopConfig(steps=config.steps, learning_rate=None, warmup_steps=0, minimum_learning_rate_ratio=1.0, log_every_steps=20, seed=config.seed,
                       checkpoint_every_seconds=checkpoint_every_seconds, time_limit_s=time_limit_s)
     result = train(fit, teacher.optimizer, loop, folder=folder, stateful={"teacher": TeacherState(teacher)}, after_step=fit.after_step,
-                   settings=asdict(config), resume=resume, description="fitting the teacher", quiet=quiet)
+                   guards=[AlphaGuard()], settings=asdict(config), resume=resume, description="fitting the teacher", quiet=quiet)
     gaussians = teacher.gaussians().detach()
     if folder is not None:
         write_ply(Path(folder) / "teacher.ply", gaussians)
