@@ -1,13 +1,16 @@
 """The rasteriser against its plain-torch twin and against gsplat's own references; files, threads, refusals."""
 import os
+import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from numba import njit
 
 from kilonb.geometry.cameras import orbit_cameras
 from kilonb.lab.errors import KiloError
@@ -18,6 +21,7 @@ from kilonb.splats.ply import read_ply, write_ply
 from kilonb.splats.projection import covariances, project_gaussians
 from kilonb.splats.rasterizer import rasterize, render_gaussians
 from kilonb.splats.reference import rasterize_reference
+from kilonb.splats.threads import share, tickets
 
 REAL = os.environ.get("KILONB_DATA")
 PLAYBOT = Path(REAL or ".") / "splats" / "playbot_lod3_inria.ply"
@@ -59,14 +63,14 @@ def undecided(scene: dict, antialiased: bool) -> torch.Tensor:
         opacity = (scene["opacities"] * seen.compensations[camera])[order, None, None]
         alpha = (opacity * torch.exp(-0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy)).clamp(max=0.999)
         passed = torch.cumprod(1 - alpha * (alpha >= 1 / 255), 0)
-        close.append(((alpha * 255 - 1).abs() < 1e-3).any(0) | ((passed / 1e-4 - 1).abs() < 1e-2).any(0))
+        close.append(((alpha * 255 - 1).abs() < 1e-4).any(0) | ((passed / 1e-4 - 1).abs() < 1e-3).any(0))
     return torch.stack(close)
 
 
 def compare(scene: dict, seed: int = 0, sh_degree: int | None = None, backgrounds: torch.Tensor | None = None, **options) -> None:
     """Colours and alphas within 1e-4, every gradient within 1e-3 of the float64 twin's, over the pixels that are decided."""
     decided = ~undecided(scene, options.get("rasterize_mode") == "antialiased")[..., None]
-    assert decided.float().mean() > 0.5, "the scene leaves too little to compare"
+    assert decided.float().mean() > 0.9, "the scene leaves too little to compare"
     results = []
     for draw, dtype in ((rasterize, torch.float32), (rasterize_reference, torch.float64)):
         leaves = {name: tensor.to(dtype).requires_grad_(name != "Ks") for name, tensor in scene.items()}
@@ -171,15 +175,27 @@ def test_several_callers_at_once_do_not_disturb_each_other():
     assert all(torch.equal(picture, expected) for pictures, expected in zip(together, alone) for picture in pictures)
 
 
+@njit(nogil=True)
+def mark(counter, marks):
+    for job in tickets(counter, len(marks)): marks[job] += 1
+
+
 def test_a_forked_child_draws_too():
-    """A data loader forks; the child has none of its parent's threads."""
+    """A data loader forks; the child has none of its parent's threads. (Torch's own cannot be used there: loaders set them to one, and so do we.)"""
     ball, camera = benchmark_scene(500, 60, 40)
-    expected = render_gaussians(ball, camera).rgb_premultiplied
+    expected, marks = render_gaussians(ball, camera).rgb_premultiplied, np.zeros(10_000, np.int64)
+    share(mark, marks)
     child = os.fork()
     if child == 0:
+        share(mark, marks)
         torch.set_num_threads(1)
-        os._exit(0 if torch.equal(render_gaussians(ball, camera).rgb_premultiplied, expected) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        os._exit(0 if torch.equal(render_gaussians(ball, camera).rgb_premultiplied, expected) and (marks == 2).all() else 1)
+    deadline, ended = time.monotonic() + 60, (0, 0)
+    while ended[0] == 0 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        ended = os.waitpid(child, os.WNOHANG)
+    if ended[0] == 0: os.kill(child, signal.SIGKILL); os.waitpid(child, 0)
+    assert ended[0] == child and os.waitstatus_to_exitcode(ended[1]) == 0
 
 
 def test_inputs_of_other_kinds_are_taken():
