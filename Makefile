@@ -15,6 +15,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
+# torch's and numba's threads must not spin while they wait for each other; see kilonb/__init__.py
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.complete

@@ -1,8 +1,13 @@
 """Experiments in notebooks that run, are measured and are compared."""
+import os as _os
 from importlib import import_module as _import
 from pkgutil import iter_modules as _modules
 
 __version__ = "0.1.0"
+
+# torch and numba bring a thread pool each. A pool that waits by spinning takes the core that the other one needs: training took up to five times as
+# long. Read when the pools start, so import kilonb before torch; a choice made outside stays.
+_os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _NAMES = {
     "geometry.cameras": "PinholeCamera Rays blender_to_opencv camera_from_angle orbit_cameras",

@@ -169,6 +169,14 @@ def test_the_oracle_trusts_the_marcher(brickyard):
     assert report.marcher_psnr_db > 40 and report.silhouette_shift_px < 0.5 and report.silhouette_iou > 0.9
 
 
+def test_thread_pools_do_not_spin_against_each_other():
+    """Two spinning pools made training five times slower; importing the package first is enough, and a choice made outside stays."""
+    code = "import os, kilonb; print(os.environ['OMP_WAIT_POLICY'])"
+    clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        assert subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, check=True).stdout.strip() == expected
+
+
 # ---- the command line
 
 def test_the_experiment_runs_on_a_dataset_of_ones_own(brickyard, tmp_path):
