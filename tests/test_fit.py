@@ -1,6 +1,9 @@
 """Fitting a teacher: it learns, its background is clean, and a stopped fit ends in the same numbers."""
+import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -207,3 +210,22 @@ def test_a_start_from_a_box_works_too(scene, held_out):
 def test_the_same_fit_runs_on_a_gpu(scene, held_out):
     result = fit_teacher(scene, CONFIG, held_out=held_out, device="cuda", quiet=True)
     assert result.gaussians.device.type == "cuda" and result.evaluations[-1]["psnr_srgb_white_db"] > 25
+
+
+@pytest.mark.slow
+def test_the_experiment_fits_inspects_and_inspects_again_what_it_wrote(tmp_path):
+    """One command fits a teacher with its gates in results.json; the PLY that it leaves can be turned around by the same command."""
+    def run(out: str, *arguments: str) -> dict:
+        kilonb = "import sys; from kilonb.lab.cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", kilonb, "run", "teacher", "--out", str(tmp_path / out), "--json", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    small = ("-p", "orbit_views=3", "-p", "orbit_width=100")
+    fitted = run("fitted", "-p", "steps=150", "-p", "resolution=64", "-p", "initial_count=2000", "-p", "maximum_count=4000", *small)
+    assert fitted["results"]["psnr_srgb_white_db"] > fitted["results"]["psnr_blank_white_db"] + 12 and fitted["results"]["steps"] == 150
+    assert fitted["gates"]["background_alpha_mean"]["verdict"] == "green"
+    for picture in ("fit", "worst_view", "around", "gaussians"): assert (tmp_path / f"fitted/figures/{picture}.png").stat().st_size < 150_000
+    looked = run("looked", "-p", f"ply={tmp_path / 'fitted/teacher.ply'}", "-p", "up=-y", *small)
+    assert looked["results"]["count"] == fitted["results"]["count"] and "psnr_srgb_white_db" not in looked["results"]
