@@ -1,6 +1,7 @@
 """The main job: a student of one view, from the library and from the command line, whole, interrupted and refused."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from kilonb.distill.student import DistillConfig, Distillation, distill, evaluat
 from kilonb.distill.targets import RayPool, targets_from_images, targets_from_teacher
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.lab.errors import KiloError
-from kilonb.lab.runs import read_run
+from kilonb.lab.runs import checkout_root, read_run
 from kilonb.metrics.images import blank_baseline_db, composite
 from kilonb.scenes.blender import load_blender
 from kilonb.scenes.brickyard import write_brickyard
@@ -205,6 +206,26 @@ def test_ctrl_c_in_training_keeps_a_checkpoint_and_the_run_resumes(brickyard, tm
     done = run_cli("run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "-p", "steps=400", "--out", folder, "--resume", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["results"]["steps"] == 400
+
+
+def test_the_same_notebook_runs_cell_by_cell_as_in_jupyterlab(brickyard):
+    """No papermill, no command line: the notebook with its own parameters cell (made small), which makes a run folder for itself."""
+    import shutil
+
+    import nbformat
+    from nbclient import NotebookClient
+
+    path = checkout_root() / "nbs/experiments/single_view_overfit.ipynb"
+    notebook = nbformat.read(path, 4)
+    cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    for name, value in {"data": f'"blender:{brickyard}"', "steps": 40, "rays": 256, "occupancy_resolution": 48, "march_step_m": 0.02, "cell_size_m": 0.3}.items():
+        cell.source, found = re.subn(rf"^({name}: \w+ = )\S+", rf"\g<1>{value}", cell.source, flags=re.MULTILINE)
+        assert found == 1, name
+    NotebookClient(notebook, kernel_name="python3", timeout=200, resources={"metadata": {"path": str(path.parent)}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
+    folder = Path(re.search(r"^/.*single_view_overfit/\S+$", printed, re.MULTILINE)[0])
+    try: assert read_run(folder).status == "finished" and "The student is" in printed
+    finally: shutil.rmtree(folder)
 
 
 def refused(brickyard, tmp_path, *arguments) -> str:
