@@ -37,7 +37,9 @@ def settings() -> dict[str, str]:
     return dict(parser["DEFAULT"])
 
 
-def requirements(*keys: str) -> list[Requirement]: return [Requirement(text) for key in keys for text in settings()[key].split()]
+def requirements(*keys: str) -> list[Requirement]:
+    asked = [Requirement(text) for key in keys for text in settings()[key].split()]
+    return [requirement for requirement in asked if requirement.marker is None or requirement.marker.evaluate()]
 
 
 def pins() -> dict[str, str]:
