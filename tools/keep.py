@@ -28,7 +28,7 @@ def portable_environment(record: RunRecord) -> dict[str, Any]:
 def keep(record: RunRecord, root: Path = NOTEBOOKS / "results") -> Path:
     """Write the run's kept part and return its folder. Raises KiloError where the run did not finish."""
     if record.status != FINISHED: raise KiloError(f"{record.name} is {record.status}: only a finished run can be kept.")
-    folder = root / record.experiment / re.sub(r"\W+", "-", data_label(record))
+    folder = root / record.experiment / (re.sub(r"\W+", "-", data_label(record)) or "made-here")
     folder.mkdir(parents=True, exist_ok=True)
     written = {"experiment": record.experiment, "run": record.folder.name, "ok": record.ok, "results": record.results, "gates": record.report.to_dict(),
                "baselines": record.baselines}
