@@ -154,3 +154,13 @@ def test_every_data_manifest_loads():
     from kilonb.lab.manifests import load_manifests
 
     assert {path.stem for path in FILES if path.suffix == ".yaml" and path.parent.name == "data_manifests"} <= set(load_manifests())
+
+
+def test_gates_of_every_experiment_can_be_listed_before_it_is_run(capfd, monkeypatch, tmp_path):
+    """Bounds for several kinds of data in one cell must not break the list: those of the default are shown."""
+    from kilonb.lab.cli import main
+
+    monkeypatch.setenv("KILONB_OUTPUTS", str(tmp_path))
+    assert main(["gates"]) == 0
+    printed = capfd.readouterr().out
+    assert all(name in printed for name in ("single_view_overfit", "teacher", "rasterize")) and "not run" in printed

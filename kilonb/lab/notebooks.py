@@ -127,16 +127,19 @@ def read_notebook(path: str | os.PathLike) -> Notebook:
     parameters = read_parameters(_source(tagged[0]), f"the parameters cell of {path.name}")
     return Notebook(path, path.stem, _first_line(cells, "# ") or path.stem, _first_line(cells, "> "), parameters, tuple(_written_gates(cells)))
 
-# %% ../../nbs/lab/notebooks.ipynb #69d247fc
+# %% ../../nbs/lab/notebooks.ipynb #ccb1e1b7
 def _written_gates(cells: Iterable[Mapping[str, Any]]) -> Iterable[Gate]:
+    seen = set()
     for cell in cells:
         if cell.get("cell_type") != "code" or "Gate(" not in _source(cell): continue
         try: tree = ast.parse(_source(cell))
         except SyntaxError: continue
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Gate"]
         for call in sorted(calls, key=lambda node: (node.lineno, node.col_offset)):
-            try: yield Gate(*map(ast.literal_eval, call.args), **{word.arg: ast.literal_eval(word.value) for word in call.keywords})
+            try: gate = Gate(*map(ast.literal_eval, call.args), **{word.arg: ast.literal_eval(word.value) for word in call.keywords})
             except (ValueError, TypeError, KiloError): continue
+            if gate.result not in seen: yield gate
+            seen.add(gate.result)
 
 # %% ../../nbs/lab/notebooks.ipynb #2f640b1b
 def typed_values(notebook: Notebook, given: Mapping[str, Any], spelled: Mapping[str, str] | None = None) -> dict[str, Any]:
