@@ -37,7 +37,7 @@ with without_address_grammar():
     from traitlets import Any as AnyTrait
     from traitlets import default
 
-# %% ../../nbs/lab/execution.ipynb #380ec1d4
+# %% ../../nbs/lab/execution.ipynb #5bd43012
 class _ThisInterpreter(KernelSpecManager):
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
         argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -47,6 +47,11 @@ class _ThisInterpreter(KernelSpecManager):
 class _KernelManager(AsyncKernelManager):
     @default("kernel_spec_manager")
     def _this_interpreter(self) -> KernelSpecManager: return _ThisInterpreter()
+
+    async def _async_interrupt_kernel(self) -> None:
+        if not self.shutting_down: await super()._async_interrupt_kernel()
+
+    interrupt_kernel = _async_interrupt_kernel
 
 
 def _kernel_environment() -> dict[str, str]:
