@@ -1,10 +1,12 @@
 """Geometry: conventions that a wrong helper would break quietly."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from kilonb.geometry.cameras import PinholeCamera, blender_to_opencv, camera_from_angle, orbit_cameras
+from kilonb.geometry.cameras import PinholeCamera, blender_to_opencv, camera_from_angle, focus, orbit_cameras
 from kilonb.geometry.transforms import check_rigid, quat_multiply, quat_to_rotmat, rigid_inverse, rotmat_to_quat
 from kilonb.lab.errors import KiloError
 
@@ -94,3 +96,22 @@ def test_resizing_keeps_what_the_camera_sees():
     camera: PinholeCamera = orbit_cameras(3, 4.0, width=100, height=80)[1]
     points = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) * 0.4
     torch.testing.assert_close(camera.resized(50, 40).project(points)[0] * 2, camera.project(points)[0], atol=1e-3, rtol=0)
+
+
+def test_the_focus_moves_with_the_cameras_and_every_camera_sees_its_ball():
+    """Found from the poses alone, it must follow them; a ball that one camera cuts would let a hull reach where nothing speaks against it."""
+    target = torch.tensor([1.3, -.4, .7])
+    cameras = orbit_cameras(7, 3.0, 35, target=target, width=90, height=60) + orbit_cameras(3, 5.0, -10, target=target, width=60, height=60)
+    centre, radius = focus(cameras)
+    torch.testing.assert_close(centre, target, atol=1e-5, rtol=0)
+    ball = centre + .999 * radius * torch.nn.functional.normalize(torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+    for camera in cameras:
+        pixels, depth = camera.project(ball)
+        assert (depth > 0).all() and (pixels > 0).all() and (pixels < torch.tensor([camera.width, camera.height])).all()
+
+
+def test_cameras_that_look_away_are_refused_in_a_sentence():
+    """Blender poses read as OpenCV's have the same axes, so the same nearest point, behind every camera."""
+    cameras = orbit_cameras(6, 4.0)
+    turned = replace(cameras[2], camera_to_world=blender_to_opencv(cameras[2].camera_to_world))
+    with pytest.raises(KiloError, match="1 of 6 cameras look away"): focus([*cameras[:2], turned, *cameras[3:]])

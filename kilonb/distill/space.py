@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['space_of_teacher', 'tight_box', 'space_of_views']
 
-# %% ../../nbs/distill/space.ipynb #3f2d00d9
+# %% ../../nbs/distill/space.ipynb #a88d259a
 from collections.abc import Sequence
 
 import torch
 
 from .targets import ViewTarget
 from ..fields.occupancy import OccupancyGrid, occupancy_from_gaussians, occupancy_from_silhouettes
+from ..geometry.cameras import focus
 from ..lab.errors import KiloError
-from ..splats.fit import focus
 from ..splats.gaussians import Gaussians
 
 # %% ../../nbs/distill/space.ipynb #834c45a6
