@@ -7,7 +7,7 @@ __all__ = ['FREE_SETTINGS', 'LoopConfig', 'LoopState', 'TrainingResult', 'fetch'
            'optimizer_parameters', 'optimizer_step', 'deferred_interrupt', 'Run', 'begin', 'take_step', 'make_record',
            'save', 'resume_run', 'open_log', 'run_steps', 'train']
 
-# %% ../../nbs/training/loop.ipynb #684bafac
+# %% ../../nbs/training/loop.ipynb #72c6a4a4
 import math
 import signal
 import threading
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from ..lab.errors import KiloError
-from .averaging import EMA
+from .averaging import Average, choose_average
 from .checkpoints import check_same_settings, keep_final, latest_path, random_state, read_checkpoint, restore_random_state, write_checkpoint
 from .guards import FiniteGuard, TrainingStopped
 from .progress import Progress
 from .scalars import SCALARS_NAME, ScalarLog, read_scalars
 from .schedules import WarmupCosine, schedule_for, set_learning_rates
 
-# %% ../../nbs/training/loop.ipynb #8aec0c40
+# %% ../../nbs/training/loop.ipynb #73030cb4
 FREE_SETTINGS = frozenset({"checkpoint_every_seconds", "checkpoint_every_steps", "time_limit_s"})
 
 
@@ -39,7 +39,8 @@ class LoopConfig:
 
     steps: optimiser steps in all. learning_rate: peak rate; how it meets the optimiser's own rates: `set_learning_rates`. warmup_steps: < steps.
     minimum_learning_rate_ratio: what is left of the rate at the last step. schedule_steps: None follows `steps`; another value needs allow_schedule_mismatch.
-    gradient_clip: largest norm of all gradients together, None: no clip. ema_decay: None: no average. log_every_steps: a record is the mean over so many steps.
+    gradient_clip: largest norm of all gradients together, None: no clip. ema_decay: of the exponential average; swa_from: share of the run after which the
+    equal average begins; one of them, or None and no average. log_every_steps: a record is the mean over so many steps.
     checkpoint_every_seconds, checkpoint_every_steps: whichever comes first; None: never. seed: of the generator handed to the step function.
     time_limit_s: stop after so much training time, all sessions together; None: no limit.
     """
@@ -52,6 +53,7 @@ class LoopConfig:
     allow_schedule_mismatch: bool = False
     gradient_clip: float | None = None
     ema_decay: float | None = None
+    swa_from: float | None = None
     log_every_steps: int = 20
     checkpoint_every_seconds: float | None = 60.0
     checkpoint_every_steps: int | None = None
@@ -62,13 +64,14 @@ class LoopConfig:
         for name in ("steps", "learning_rate", "gradient_clip", "log_every_steps", "checkpoint_every_seconds", "checkpoint_every_steps", "time_limit_s"):
             value = getattr(self, name)
             if value is not None and not value > 0: raise KiloError(f"{name} is {value}; expected a number above 0.")
+        if self.ema_decay is not None or self.swa_from is not None: choose_average(nn.Module(), self.ema_decay, self.swa_from, self.steps)
         self.schedule()
 
     def schedule(self) -> WarmupCosine:
         """The learning-rate schedule of these settings."""
         return schedule_for(self.steps, self.schedule_steps, self.warmup_steps, self.minimum_learning_rate_ratio, self.allow_schedule_mismatch)
 
-# %% ../../nbs/training/loop.ipynb #02fdf121
+# %% ../../nbs/training/loop.ipynb #f50f85df
 @dataclass
 class LoopState:
     """What the loop itself remembers: steps done, training seconds, the records, the values since the last record, the best (lowest) logged loss."""
@@ -87,7 +90,7 @@ class TrainingResult:
     records: list[dict[str, float]]
     steps: int
     seconds: float
-    averaged: EMA | None
+    averaged: Average | None
     resumed_from: int | None
     best: dict[str, float]
     finished: bool
@@ -154,7 +157,7 @@ def deferred_interrupt() -> Iterator[threading.Event]:
     try: yield requested
     finally: signal.signal(signal.SIGINT, previous if previous is not None else signal.default_int_handler)
 
-# %% ../../nbs/training/loop.ipynb #c6587879
+# %% ../../nbs/training/loop.ipynb #b5f5e69b
 @dataclass
 class Run:
     """The moving parts of one training run; made by `begin`, driven by `train`, whose arguments explain the fields. `log` is None without a folder."""
@@ -168,18 +171,16 @@ class Run:
     settings: dict[str, Any]
     schedule: WarmupCosine
     generator: torch.Generator
-    averaged: EMA | None
+    averaged: Average | None
     state: LoopState = field(default_factory=LoopState)
     log: ScalarLog | None = None
 
-# %% ../../nbs/training/loop.ipynb #6632203e
+# %% ../../nbs/training/loop.ipynb #1a9752c2
 def begin(
     optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Module | None = None, folder: str | Path | None = None,
     stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (), settings: Mapping[str, Any] | None = None,
 ) -> Run:
     """A run at step 0, with a seeded generator on the first parameter's device and a FiniteGuard before all others; nothing is written yet."""
-    if config.ema_decay is not None and model is None:
-        raise KiloError("ema_decay is set, but train was given no model to average: pass model=, or leave ema_decay out.")
     parameters = optimizer_parameters(optimizer)
     finite = [guard for guard in guards if isinstance(guard, FiniteGuard)] or [FiniteGuard()]
     return Run(
@@ -187,7 +188,7 @@ def begin(
         guards=[*finite, *(guard for guard in guards if guard not in finite)],
         settings={**asdict(config), **{f"settings.{name}": value for name, value in (settings or {}).items()}},
         schedule=config.schedule(), generator=torch.Generator(device=parameters[0].device if parameters else "cpu").manual_seed(config.seed),
-        averaged=None if config.ema_decay is None else EMA(model, config.ema_decay),
+        averaged=choose_average(model, config.ema_decay, config.swa_from, config.steps),
     )
 
 # %% ../../nbs/training/loop.ipynb #fff5b3ef
@@ -298,7 +299,7 @@ def run_steps(run: Run, step_function: Callable, after_step: Callable | None, pr
                 saved_at = time.perf_counter()
             if requested.is_set(): raise KeyboardInterrupt
 
-# %% ../../nbs/training/loop.ipynb #102da605
+# %% ../../nbs/training/loop.ipynb #51a25915
 def train(
     step_function: Callable[[int, torch.Generator], dict[str, Tensor | float]], optimizer: torch.optim.Optimizer, config: LoopConfig, *,
     model: nn.Module | None = None, folder: str | Path | None = None, stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (),
@@ -309,7 +310,7 @@ def train(
 
     step_function(step, generator): step counts from 0; draw every random number from `generator` (seeded by the config, on the first parameter's device) or
         from the global generators. Returns a dict: "loss" is differentiated, every entry must be one number and is logged as the mean since the last record.
-    model: saved, and averaged when ema_decay is set. folder: of the run, for logs and checkpoints; None keeps nothing on disk.
+    model: saved, and averaged when ema_decay or swa_from is set. folder: of the run, for logs and checkpoints; None keeps nothing on disk.
     stateful: name -> object with state_dict / load_state_dict, saved along. guards: objects with check(record, interval); a FiniteGuard is always there.
     after_step(step, records): after each optimiser step; it may replace the optimiser's parameters. settings: the experiment's own, compared when resuming.
     resume: go on from the folder's checkpoint, or start there when it has none.
@@ -328,4 +329,5 @@ def train(
         progress.close()
         if run.log is not None: run.log.close()
     state = run.state
-    return TrainingResult(state.records, state.step, state.elapsed_s, run.averaged, resumed_from, state.best, state.step >= config.steps)
+    averaged = run.averaged if run.averaged is not None and run.averaged.average else None
+    return TrainingResult(state.records, state.step, state.elapsed_s, averaged, resumed_from, state.best, state.step >= config.steps)
