@@ -151,13 +151,18 @@ def route(network: Tensor, count: int, ratio: float = 0.7) -> Routing:
     active = order[: int(group_networks[:groups].sum())]
     return Routing(torch.from_numpy(slots).to(network.device), rows, active, list(zip(group_networks[:groups].tolist(), group_rows[:groups].tolist())))
 
-# %% ../../nbs/fields/kilonerf.ipynb #37d90415
+# %% ../../nbs/fields/kilonerf.ipynb #e90f5df0
+def _layer(layer: tuple[Tensor, Tensor], x: Tensor) -> Tensor: return torch.baddbmm(layer[1], x, layer[0])
+
+
 class KiloNeRF(nn.Module):
     """A grid of tiny networks: `field(positions, directions)` gives density and colour.
 
     cells: which cells have a network. All networks start from the same weights, so that the field starts alike in all cells.
     `networks` [cells, layout.size] holds all parameters, one network per row.
     """
+
+    kind = "kilonerf"
 
     def __init__(self, cells: CellGrid, config: KiloNeRFConfig | None = None, generator: torch.Generator | None = None):
         super().__init__()
@@ -167,6 +172,7 @@ class KiloNeRF(nn.Module):
         self.layout = NetworkLayout(c.position_frequencies, c.direction_frequencies, c.hidden, c.refeed_position)
         one = torch.cat([part.flatten() for part in self._initial_layers(generator)])
         self.networks = nn.Parameter(one.repeat(cells.count, 1))
+        self.feature_width = c.hidden
 
     def _initial_layers(self, generator: torch.Generator | None):
         """Weights and biases of one network, in the order of its row: He initialisation before a ReLU, 1/sqrt(inputs) elsewhere, biases 0."""
@@ -193,25 +199,39 @@ class KiloNeRF(nn.Module):
         shapes, offsets = self.layout.shapes, self.layout.offsets
         return {k: (rows[:, w:b].view(-1, *shapes[k]), rows[:, None, b:end]) for k, (w, b, end) in offsets.items()}
 
+    def features(self, positions: Tensor, directions: Tensor | None = None) -> Tensor:
+        """What the networks know of `positions` [N, 3] before they hear the direction: [N, feature_width], differentiable; 0 outside all cells."""
+        network, local = self.cells.locate(positions)
+        index = (network >= 0).nonzero().flatten()
+        found = self._routed(self._features, network[index], local[index], self.feature_width)
+        return positions.new_zeros(len(positions), self.feature_width).index_copy(0, index, found)
+
     def run_reference(self, network: Tensor, local: Tensor, directions: Tensor) -> Tensor:
         """What `fields.kernels.run_networks` computes, as batched matrix products in plain torch: raw density and colour [N, 4]."""
-        if len(network) == 0: return local.new_zeros(0, 4)
+        return self._routed(self._network, network, torch.cat([local, directions], -1), 4)
+
+    def _routed(self, function, network: Tensor, inputs: Tensor, width: int) -> Tensor:
+        """[N, width] = function(layers, inputs) of n networks at a time, each on its rows of the padded table; inputs: [N, D] per sample."""
+        if len(network) == 0: return inputs.new_zeros(0, width)
         routing = route(network, self.cells.count)
-        inputs = local.new_zeros(routing.rows, 6).index_copy(0, routing.slots, torch.cat([local, directions], -1))
-        position = fourier_encode(inputs[:, :3], self.config.position_frequencies)
-        direction = fourier_encode(inputs[:, 3:], self.config.direction_frequencies)
+        table = inputs.new_zeros(routing.rows, inputs.shape[1]).index_copy(0, routing.slots, inputs)
         outputs, row, first = [], 0, 0
         for count, height in routing.groups:
             layers = self.layers(self.networks[routing.networks[first:first + count]])
-            block = slice(row, row + count * height)
-            outputs.append(self._network(layers, position[block].view(count, height, -1), direction[block].view(count, height, -1)).flatten(0, 1))
+            outputs.append(function(layers, table[row:row + count * height].view(count, height, -1)).flatten(0, 1))
             row, first = row + count * height, first + count
         return torch.cat(outputs).index_select(0, routing.slots)
 
-    def _network(self, layers: dict[str, tuple[Tensor, Tensor]], position: Tensor, direction: Tensor) -> Tensor:
-        """Raw density and colour [n, rows, 4] of n networks on encoded inputs [n, rows, ...]."""
-        layer = lambda name, x: torch.baddbmm(layers[name][1], x, layers[name][0])
-        h = torch.relu(layer("first", position))
-        h = torch.relu(layer("second", torch.cat([h, position], -1) if self.config.refeed_position else h))
-        view = torch.relu(layer("view", torch.cat([layer("feature", h), direction], -1)))
-        return torch.cat([layer("density", h), layer("colour", view)], -1)
+    def _hidden(self, layers: dict[str, tuple[Tensor, Tensor]], local: Tensor) -> Tensor:
+        """The second hidden layer [n, rows, hidden] of n networks at cell coordinates [n, rows, 3]."""
+        position = fourier_encode(local, self.config.position_frequencies)
+        h = torch.relu(_layer(layers["first"], position))
+        return torch.relu(_layer(layers["second"], torch.cat([h, position], -1) if self.config.refeed_position else h))
+
+    def _features(self, layers: dict[str, tuple[Tensor, Tensor]], local: Tensor) -> Tensor: return _layer(layers["feature"], self._hidden(layers, local))
+
+    def _network(self, layers: dict[str, tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
+        """Raw density and colour [n, rows, 4] of n networks at cell coordinates and directions [n, rows, 6]."""
+        h, direction = self._hidden(layers, inputs[..., :3]), fourier_encode(inputs[..., 3:], self.config.direction_frequencies)
+        view = torch.relu(_layer(layers["view"], torch.cat([_layer(layers["feature"], h), direction], -1)))
+        return torch.cat([_layer(layers["density"], h), _layer(layers["colour"], view)], -1)

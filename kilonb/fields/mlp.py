@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['activate', 'BoxField', 'MLPConfig', 'fresh_layer', 'MLPField']
 
-# %% ../../nbs/fields/mlp.ipynb #90f5495b
+# %% ../../nbs/fields/mlp.ipynb #dbc449c6
 from dataclasses import dataclass
+from itertools import pairwise
 from math import sqrt
 
 import torch
@@ -87,7 +88,7 @@ def fresh_layer(inputs: int, outputs: int, generator: torch.Generator | None, ga
         layer.bias.zero_()
     return layer
 
-# %% ../../nbs/fields/mlp.ipynb #8b6acdb9
+# %% ../../nbs/fields/mlp.ipynb #cb51e718
 class MLPField(BoxField):
     """One network over a whole box; see `BoxField` for how it is asked. In plain torch on every device, in every floating type."""
 
@@ -97,7 +98,7 @@ class MLPField(BoxField):
         super().__init__(box, config or MLPConfig())
         c, he = self.config, sqrt(2.0)
         widths = [fourier_width(3, c.position_frequencies)] + [c.hidden] * c.layers
-        self.trunk = nn.ModuleList(fresh_layer(i, o, generator, he) for i, o in zip(widths, widths[1:]))
+        self.trunk = nn.ModuleList(fresh_layer(i, o, generator, he) for i, o in pairwise(widths))
         self.density, self.feature = fresh_layer(c.hidden, 1, generator), fresh_layer(c.hidden, c.hidden, generator)
         self.view = fresh_layer(c.hidden + fourier_width(3, c.direction_frequencies), c.hidden // 2, generator, he)
         self.colour = fresh_layer(c.hidden // 2, 3, generator)
