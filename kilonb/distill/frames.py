@@ -258,7 +258,7 @@ def _named_colour(path: Path, content: dict[str, Any]) -> tuple[np.ndarray, str]
         raise KiloError(f"The frame {path} says that its alpha is {convention}, but holds {there}; expected rgb_{convention}.")
     return content[f"rgb_{convention}"], convention
 
-# %% ../../nbs/distill/frames.ipynb #3e0a8ff9
+# %% ../../nbs/distill/frames.ipynb #dc81b793
 def read_frame(path: str | Path) -> RenderedFrame:
     """A frame from its .npz, premultiplied whatever it was stored as; `stored` says which.
 
@@ -275,9 +275,9 @@ def read_frame(path: str | Path) -> RenderedFrame:
     depth = torch.from_numpy(content["expected_depth"].astype(np.float32)) if "expected_depth" in content else None
     samples = float(content.get("samples_per_ray", np.nan))
     frame = RenderedFrame(str(content.get("name", path.stem)), rgb, alpha, depth, stored, str(content.get("identity", "")), float(content.get("seconds", 0)),
-                          None if np.isnan(samples) else samples, bool(content.get("warm", True))).check()
-    try: check_premultiplied(frame.rgb_premultiplied, frame.alpha)
-    except KiloError as error: raise KiloError(f"The frame {path} is not what it says: {error}") from None
+                          None if np.isnan(samples) else samples, bool(content.get("warm", True)))
+    try: check_premultiplied(frame.check().rgb_premultiplied, frame.alpha)
+    except KiloError as error: raise KiloError(f"The frame {path} cannot be used: {error}") from None
     return frame
 
 # %% ../../nbs/distill/frames.ipynb #05b0d08f
