@@ -27,7 +27,7 @@ from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.guards import AlphaGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 
-# %% ../../nbs/distill/student.ipynb #30c7c647
+# %% ../../nbs/distill/student.ipynb #1565a9b8
 class Student(nn.Module):
     """A KiloNeRF and its occupied space. step: metres between samples when it is rendered and trained."""
 
@@ -37,13 +37,19 @@ class Student(nn.Module):
         self._grid, self._grid_version = None, -1
         self.register_buffer("box", grid.box.clone())
         self.register_buffer("occupied", grid.occupied.clone())
+        self.register_buffer("least_density", torch.zeros(grid.resolution) if grid.least_density is None else grid.least_density.clone())
 
     @property
     def grid(self) -> OccupancyGrid:
         """The occupied space; one object until it changes, since it remembers how far a ray may jump in it."""
         if self._grid is None or self._grid.occupied is not self.occupied or self._grid_version != self.occupied._version:
-            self._grid, self._grid_version = OccupancyGrid(self.box, self.occupied), self.occupied._version
+            self._grid, self._grid_version = OccupancyGrid(self.box, self.occupied, self.least_density), self.occupied._version
         return self._grid
+
+    @grid.setter
+    def grid(self, grid: OccupancyGrid) -> None:
+        self.occupied.copy_(grid.occupied)
+        self.least_density.copy_(torch.zeros(grid.resolution) if grid.least_density is None else grid.least_density)
 
     def render(self, camera: PinholeCamera) -> FieldImage:
         """What a camera sees; see `fields.rendering.render_image`."""
@@ -55,19 +61,20 @@ def make_student(grid: OccupancyGrid, config: KiloNeRFConfig, step: float, seed:
     if not grid.occupied.any(): raise KiloError("The occupancy grid is empty: there is no space for a student.")
     return Student(KiloNeRF(cells_of(grid, config.cell_size), config, torch.Generator().manual_seed(seed)), grid, step)
 
-# %% ../../nbs/distill/student.ipynb #a825ee5e
+# %% ../../nbs/distill/student.ipynb #3e47511e
 @dataclass(frozen=True)
 class DistillConfig:
     """How a student is trained from rays.
 
-    rays: per step. foreground: share of them that hit the object. first_refresh: step of the first occupancy refresh; it doubles from then on; 0: never.
-    refresh_until: share of the run after which the occupancy stays. refresh_weight: contribution to a ray below which a voxel is dropped.
+    rays: per step. foreground: share of them that hit the object. first_refresh: step of the first occupancy refresh; it doubles from then on, and comes every
+    refresh_every steps besides; 0: never. refresh_until: share of the run after which the occupancy stays. refresh_weight: contribution to a ray below which a voxel is dropped.
     alpha_floor: mean alpha on solid rays below which training stops. loop: steps, learning rate, averaging, checkpoints. loss: the terms.
     """
 
     rays: int = 4096
     foreground: float = 0.7
     first_refresh: int = 32
+    refresh_every: int = 500
     refresh_until: float = 0.7
     refresh_weight: float = 0.01
     alpha_floor: float = 0.1
@@ -80,11 +87,11 @@ class DistillConfig:
 
     def refreshes(self, step: int) -> bool:
         """Whether the occupancy is refreshed after `step` steps are done."""
-        if not self.first_refresh or step % self.first_refresh or step > self.refresh_until * self.loop.steps: return False
-        ratio = step // self.first_refresh
-        return ratio & (ratio - 1) == 0
+        if step > self.refresh_until * self.loop.steps or not self.first_refresh or step < self.first_refresh: return False
+        ratio, rest = divmod(step, self.first_refresh)
+        return rest == 0 and ratio & (ratio - 1) == 0 or self.refresh_every > 0 and step % self.refresh_every == 0
 
-# %% ../../nbs/distill/student.ipynb #cee25996
+# %% ../../nbs/distill/student.ipynb #50b8840b
 class Distillation:
     """One training run of a student: the step function, the refresh after it, and what a checkpoint needs to know of both."""
 
@@ -98,7 +105,7 @@ class Distillation:
         batch = self.pool.sample(self.config.rays, self.config.foreground, generator)
         offset = torch.rand(len(batch.alpha), generator=generator)
         seen = render_rays(self.student.field, batch.rays, self.student.grid, self.student.step, offset)
-        if step <= self.config.refresh_until * self.config.loop.steps: self.contributions.add(seen.samples.positions, seen.weights)
+        if step <= self.config.refresh_until * self.config.loop.steps: self.contributions.add(seen.samples.positions, seen.weights, seen.densities)
         values = response_loss(seen, batch, self.config.loss, generator) | {"samples_per_ray": len(seen.weights) / len(batch.alpha)}
         return add_terms(values, {name: term(step, self.student, batch, seen, generator) for name, term in self.terms.items()})
 
@@ -106,7 +113,7 @@ class Distillation:
         """Refresh the occupancy when it is time."""
         for term in self.terms.values(): term.after_step(step)
         if not self.config.refreshes(step + 1): return
-        self.student.occupied.copy_(self.contributions.refreshed(self.config.refresh_weight).occupied)
+        self.student.grid = self.contributions.refreshed(self.config.refresh_weight)
         self.contributions = VoxelContributions(self.student.grid)
 
     def state_dict(self) -> dict[str, Any]:

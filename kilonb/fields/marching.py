@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Samples', 'march_reference', 'march']
 
-# %% ../../nbs/fields/marching.ipynb #cc3f1759
+# %% ../../nbs/fields/marching.ipynb #611b9c13
+import math
 from typing import NamedTuple
 
 import numba
@@ -35,10 +36,13 @@ def _slab(origin, direction, low, high, enter, leave):
     first, second = (low - origin) / direction, (high - origin) / direction
     return max(enter, min(first, second)), min(leave, max(first, second))
 
-# %% ../../nbs/fields/marching.ipynb #93897ec8
+# %% ../../nbs/fields/marching.ipynb #329eb805
 @numba.njit(cache=True)
-def _walk(origin, direction, lower, upper, voxel, clearance, step, offset, near, far, distances):
-    """Write the kept distances of one ray; return how many. clearance: [X, Y, Z] 0 where occupied, else voxels to the nearest occupied one."""
+def _walk(origin, direction, lower, upper, voxel, clearance, least, depth_limit, step, offset, near, far, distances):
+    """Write the kept distances of one ray; return how many. clearance: [X, Y, Z] 0 where occupied, else voxels to the nearest occupied one.
+
+    least: [X, Y, Z] least density, 1/metre, or [0, 0, 0] where none is known; the ray ends once its optical depth is beyond `depth_limit`.
+    """
     enter, leave = near, far
     for a in range(3): enter, leave = _slab(origin[a], direction[a], lower[a], upper[a], enter, leave)
     if enter >= leave: return 0
@@ -46,7 +50,7 @@ def _walk(origin, direction, lower, upper, voxel, clearance, step, offset, near,
     ox, oy, oz = (origin[0] - lower[0]) / voxel[0], (origin[1] - lower[1]) / voxel[1], (origin[2] - lower[2]) / voxel[2]
     dx, dy, dz = direction[0] / voxel[0], direction[1] / voxel[1], direction[2] / voxel[2]
     fastest = max(abs(dx), abs(dy), abs(dz))                    # voxels per metre along the ray
-    count, k = 0, max(int(np.ceil(enter / step - offset)), 0)
+    count, k, depth, bounded = 0, max(int(np.ceil(enter / step - offset)), 0), np.float32(0), least.size > 0
     while True:
         t = (k + offset) * step
         if t >= leave: return count
@@ -58,17 +62,20 @@ def _walk(origin, direction, lower, upper, voxel, clearance, step, offset, near,
             distances[count] = t
             count += 1
             k += 1
+            if bounded:
+                depth += least[i, j, l] * step
+                if depth > depth_limit: return count
         else: k += max(int((clear - 1) / (fastest * step)), 1)
 
-# %% ../../nbs/fields/marching.ipynb #65604ed5
+# %% ../../nbs/fields/marching.ipynb #5d6fa02e
 @numba.njit(cache=True, parallel=True)
-def _march(parts, origins, directions, lower, upper, voxel, clearance, step, offsets, near, far, longest, counts, kept):
+def _march(parts, origins, directions, lower, upper, voxel, clearance, least, depth_limit, step, offsets, near, far, longest, counts, kept):
     """Each of `parts` threads walks a run of rays and packs their distances into its row of `kept`; counts: [R] samples of each ray."""
     rays = len(origins)
     for part in numba.prange(parts):
         buffer, used = np.empty(longest, np.float32), 0
         for ray in range(rays * part // parts, rays * (part + 1) // parts):
-            count = _walk(origins[ray], directions[ray], lower, upper, voxel, clearance, step, offsets[ray], near, far, buffer)
+            count = _walk(origins[ray], directions[ray], lower, upper, voxel, clearance, least, depth_limit, step, offsets[ray], near, far, buffer)
             kept[part, used:used + count] = buffer[:count]
             counts[ray] = count
             used += count
@@ -87,8 +94,8 @@ def _unpack(parts, origins, directions, starts, kept, ray_index, distances, posi
                     positions[i, a] = origins[ray, a] + t * directions[ray, a]
                     views[i, a] = directions[ray, a]
 
-# %% ../../nbs/fields/marching.ipynb #ffa74565
-def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor, near: float, far: float) -> Samples:
+# %% ../../nbs/fields/marching.ipynb #4f67aad7
+def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor, near: float, far: float, stop: float = 1e-4) -> Samples:
     """What `march` returns, from the whole lattice [R, K]; any device, any floating type."""
     inverse = 1 / torch.where(rays.directions.abs() < 1e-12, torch.full_like(rays.directions, 1e-12), rays.directions)
     walls = torch.stack([(grid.box[0] - rays.origins) * inverse, (grid.box[1] - rays.origins) * inverse])
@@ -99,28 +106,34 @@ def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor
     distance = (lattice[None] + offset[:, None]) * step
     inside = (distance >= enter[:, None]) & (distance < leave[:, None])
     points = rays.origins[:, None] + distance[..., None] * rays.directions[:, None]
-    ray, column = (inside & grid.contains(points)).nonzero(as_tuple=True)
+    kept = inside & grid.contains(points)
+    if grid.least_density is not None:
+        depth = torch.where(kept, grid.at(grid.least_density, points), 0) * step
+        kept &= depth.cumsum(-1) - depth <= -math.log(stop)
+    ray, column = kept.nonzero(as_tuple=True)
     offsets = torch.zeros(len(offset) + 1, dtype=torch.int64, device=ray.device)
     offsets[1:] = torch.bincount(ray, minlength=len(offset)).cumsum(0)
     kept = distance[ray, column]
     return Samples(offsets, ray, kept, torch.full_like(kept, step), points[ray, column], rays.directions[ray])
 
-# %% ../../nbs/fields/marching.ipynb #8725af14
-def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None, near: float = 0.0, far: float = 1e6) -> Samples:
-    """Samples of rays in the occupied voxels of a grid.
+# %% ../../nbs/fields/marching.ipynb #41d710e3
+def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None, near: float = 0.0, far: float = 1e6, stop: float = 1e-4) -> Samples:
+    """Samples of rays in the occupied voxels of a grid, as far as light comes.
 
     step: metres between samples, > 0. offset: [R] in [0, 1), the lattice's shift per ray in steps; 1/2 without it. near, far: metres along the rays.
+    stop: a ray ends where the grid's `least_density`, if it has one, lets less than this share of the light through.
     Numba on a CPU (float32), plain torch on a GPU. A ray that meets nothing has no samples.
     """
     if not step > 0: raise KiloError(f"The marching step is {step:g} m; expected a length above 0.")
     if offset is None: offset = torch.full((len(rays.origins),), 0.5, device=rays.origins.device)
-    if rays.origins.is_cuda: return march_reference(rays, grid, step, offset, near, far)
+    if rays.origins.is_cuda: return march_reference(rays, grid, step, offset, near, far, stop)
     origins, directions = (t.float().contiguous().numpy() for t in (rays.origins, rays.directions))
     box = [t.float().numpy() for t in (grid.box[0], grid.box[1], grid.voxel_size)]
     parts, count = numba.get_num_threads(), len(offset)
     longest = int(np.linalg.norm(box[1] - box[0]) / step) + 2
     kept, counts = np.empty((parts, (count // parts + 1) * longest), np.float32), np.empty(count, np.int64)
-    _march(parts, origins, directions, *box, grid.clearance, np.float32(step), offset.float().numpy(), np.float32(near), np.float32(far), longest, counts, kept)
+    least = np.empty((0, 0, 0), np.float32) if grid.least_density is None else grid.least_density.numpy()
+    _march(parts, origins, directions, *box, grid.clearance, least, np.float32(-math.log(stop)), np.float32(step), offset.float().numpy(), np.float32(near), np.float32(far), longest, counts, kept)
     starts = np.zeros(count + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     total = int(starts[-1])

@@ -21,16 +21,18 @@ from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import quat_to_rotmat
 from ..lab.errors import KiloError
 
-# %% ../../nbs/fields/occupancy.ipynb #4347e1dc
+# %% ../../nbs/fields/occupancy.ipynb #920fb0c8
 @dataclass(frozen=True)
 class OccupancyGrid:
     """A box of voxels, each occupied or empty; everything outside the box is empty.
 
     box: [2, 3] float32, lower and upper corner in the world, metres. occupied: [X, Y, Z] bool.
+    least_density: [X, Y, Z] float32, 1/metre, a lower bound on the density in each voxel, by which rays end early; None where nothing is known.
     """
 
     box: Tensor
     occupied: Tensor
+    least_density: Tensor | None = None
 
     def __post_init__(self):
         if not (self.box[1] > self.box[0]).all(): raise KiloError(f"The occupancy box {self.box.tolist()} has no volume; give lower and upper corner.")
@@ -59,15 +61,22 @@ class OccupancyGrid:
         axes = [self.box[0, i] + (torch.arange(n, device=self.box.device) + 0.5) * self.voxel_size[i] for i, n in enumerate(self.resolution)]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
-    def contains(self, points: Tensor) -> Tensor:
-        """Whether points [..., 3] lie in occupied voxels, bool [...]."""
+    def _voxels(self, points: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         index = ((points - self.box[0]) / self.voxel_size).floor().long()
         limit = torch.tensor(self.resolution, device=points.device)
-        inside = ((index >= 0) & (index < limit)).all(-1)
-        x, y, z = index.clamp(min=0).minimum(limit - 1).unbind(-1)
-        return inside & self.occupied[x, y, z]
+        return ((index >= 0) & (index < limit)).all(-1), index.clamp(min=0).minimum(limit - 1).unbind(-1)
 
-    def to(self, device: torch.device | str) -> "OccupancyGrid": return OccupancyGrid(self.box.to(device), self.occupied.to(device))
+    def at(self, values: Tensor, points: Tensor) -> Tensor:
+        """`values` [X, Y, Z] of the voxels that points [..., 3] lie in, 0 outside the box."""
+        inside, place = self._voxels(points)
+        return torch.where(inside, values[place], torch.zeros_like(values[place]))
+
+    def contains(self, points: Tensor) -> Tensor:
+        """Whether points [..., 3] lie in occupied voxels, bool [...]."""
+        return self.at(self.occupied, points)
+
+    def to(self, device: torch.device | str) -> "OccupancyGrid":
+        return OccupancyGrid(self.box.to(device), self.occupied.to(device), None if self.least_density is None else self.least_density.to(device))
 
 # %% ../../nbs/fields/occupancy.ipynb #71ce13b1
 @numba.njit(cache=True)
@@ -170,39 +179,49 @@ def occupancy_from_silhouettes(cameras: Sequence[PinholeCamera], alphas: Sequenc
         raise KiloError(f"The silhouettes of {len(masks)} views have nothing in common inside {box.tolist()}; check camera convention and alpha.")
     return dilated(grid, dilate)
 
-# %% ../../nbs/fields/occupancy.ipynb #4e8fb247
+# %% ../../nbs/fields/occupancy.ipynb #4e5a251a
 @numba.njit(cache=True)
-def _scatter_maximum(points, weights, lower, voxel, best):
+def _scatter_extremes(points, weights, densities, lower, voxel, best, least):
     nx, ny, nz = best.shape
     for n in range(len(points)):
         i = int(np.floor((points[n, 0] - lower[0]) / voxel[0]))
         j = int(np.floor((points[n, 1] - lower[1]) / voxel[1]))
         k = int(np.floor((points[n, 2] - lower[2]) / voxel[2]))
-        if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz and weights[n] > best[i, j, k]: best[i, j, k] = weights[n]
+        if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
+            best[i, j, k] = max(best[i, j, k], weights[n])
+            least[i, j, k] = min(least[i, j, k], densities[n])
 
-# %% ../../nbs/fields/occupancy.ipynb #ed5f6d91
+# %% ../../nbs/fields/occupancy.ipynb #604f56cf
 class VoxelContributions:
-    """The largest compositing weight that each voxel of a grid had since the last reset; feeds `refreshed`."""
+    """The largest compositing weight and the least density that were met in each voxel of a grid since the last reset; feeds `refreshed`."""
 
     def __init__(self, grid: OccupancyGrid):
-        self.grid, self.best = grid, torch.zeros(grid.resolution)
+        self.grid, self.best, self.least = grid, torch.zeros(grid.resolution), torch.full(grid.resolution, torch.inf)
 
-    def add(self, positions: Tensor, weights: Tensor) -> None:
-        """Take the weights [N] of samples at positions [N, 3] metres into account."""
+    def add(self, positions: Tensor, weights: Tensor, densities: Tensor) -> None:
+        """Take the weights [N] and densities [N], 1/metre, of samples at positions [N, 3] metres into account."""
         lower, voxel = self.grid.box[0].cpu().numpy(), self.grid.voxel_size.cpu().numpy()
-        _scatter_maximum(positions.cpu().numpy(), weights.detach().cpu().numpy(), lower, voxel, self.best.numpy())
+        arrays = [t.detach().cpu().numpy() for t in (positions, weights, densities)]
+        _scatter_extremes(*arrays, lower, voxel, self.best.numpy(), self.least.numpy())
 
     def state_dict(self) -> dict[str, Tensor]:
         """For a checkpoint."""
-        return {"best": self.best, "occupied": self.grid.occupied}
+        return {"best": self.best, "least": self.least, "occupied": self.grid.occupied, "least_density": self.grid.least_density}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where a checkpoint was."""
-        self.grid, self.best = replace(self.grid, occupied=state["occupied"].clone()), state["best"].clone()
+        known = state["least_density"]
+        self.grid = replace(self.grid, occupied=state["occupied"].clone(), least_density=None if known is None else known.clone())
+        self.best, self.least = state["best"].clone(), state["least"].clone()
 
-    def refreshed(self, minimum_weight: float = 0.01, dilate: int = 1) -> OccupancyGrid:
-        """The grid without the voxels that contributed less than `minimum_weight` to every ray. Never empty: then the grid stays as it is."""
+    def refreshed(self, minimum_weight: float = 0.01, dilate: int = 1, trust: float = 0.7) -> OccupancyGrid:
+        """The grid without the voxels that contributed less than `minimum_weight` to every ray, and with the least densities that were met.
+
+        trust: share of a measured least density that is relied on; voxels that no sample met keep what was known. Never empty: then the grid stays as it is.
+        """
         keep = self.best >= minimum_weight
         if not keep.any(): return self.grid
         kept = dilated(OccupancyGrid(self.grid.box.cpu(), keep), dilate).occupied.to(self.grid.occupied.device)
-        return replace(self.grid, occupied=kept & self.grid.occupied)
+        before = torch.zeros_like(self.best) if self.grid.least_density is None else self.grid.least_density.cpu()
+        least = torch.where(self.least.isfinite(), trust * self.least, before).to(self.grid.occupied.device)
+        return replace(self.grid, occupied=kept & self.grid.occupied, least_density=least)

@@ -20,12 +20,12 @@ from ..lab.errors import KiloError
 
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# %% ../../nbs/fields/rendering.ipynb #cc878a48
+# %% ../../nbs/fields/rendering.ipynb #c5e715cb
 class RayRender(NamedTuple):
     """What R rays saw of a field.
 
     rgb_premultiplied: [R, 3]. alpha: [R] in [0, 1]. expected_distance: [R] metres along the ray, 0 where alpha is (almost) 0.
-    weights: [N] of the samples, not differentiable. samples: where the rays were sampled.
+    weights: [N] of the samples, not differentiable. samples: where the rays were sampled. densities: [N] of the samples, 1/metre, not differentiable.
     """
 
     rgb_premultiplied: Tensor
@@ -33,6 +33,7 @@ class RayRender(NamedTuple):
     expected_distance: Tensor
     weights: Tensor
     samples: Samples
+    densities: Tensor | None = None
 
 
 def render_rays(field: Field, rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None) -> RayRender:
@@ -43,7 +44,7 @@ def render_rays(field: Field, rays: Rays, grid: OccupancyGrid, step: float, offs
     samples = march(rays, grid, step, offset)
     sigma, rgb = field(samples.positions, samples.directions)
     seen = composite(sigma, rgb, samples.delta, samples.distance, samples.offsets)
-    return RayRender(seen.rgb_premultiplied, seen.alpha, seen.expected_distance(), seen.weights, samples)
+    return RayRender(seen.rgb_premultiplied, seen.alpha, seen.expected_distance(), seen.weights, samples, sigma.detach())
 
 # %% ../../nbs/fields/rendering.ipynb #ca513086
 class FieldImage(NamedTuple):
