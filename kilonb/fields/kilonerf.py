@@ -43,20 +43,26 @@ class KiloNeRFConfig:
         if self.hidden < 1: raise KiloError(f"hidden is {self.hidden}; expected at least 1.")
         if min(self.position_frequencies, self.direction_frequencies) < 0: raise KiloError("The numbers of Fourier frequencies must be 0 or more.")
 
-# %% ../../nbs/fields/kilonerf.ipynb #5084b0d8
+# %% ../../nbs/fields/kilonerf.ipynb #cfe5f274
 @numba.njit(cache=True)
-def _locate(points, lower, cell_size, network, found, local):
+def _locate(points, bits, lower, cell_size, network, overlap, found, local):
+    """bits: [N, 3] the points' own, as unsigned integers, from which each point draws its shift of up to `overlap` cells."""
     for n in range(len(points)):
-        inside, index = True, (0, 0, 0)
-        for a in range(3):
-            scaled = (points[n, a] - lower[a]) / cell_size
-            cell = np.floor(scaled)
-            local[n, a] = np.float32(2) * (scaled - cell) - np.float32(1)
-            inside = inside and 0 <= cell < network.shape[a]
-            index = (index[1], index[2], int(cell))
-        found[n] = network[index] if inside else -1
+        mixed = (np.int64(bits[n, 0]) * 73856093) ^ (np.int64(bits[n, 1]) * 19349663) ^ (np.int64(bits[n, 2]) * 83492791)
+        for attempt in range(2):
+            inside, index = True, (0, 0, 0)
+            for a in range(3):
+                scaled = (points[n, a] - lower[a]) / cell_size
+                shift = np.float32(0)
+                if attempt == 0 and overlap > 0: shift = overlap * (np.float32(((mixed * (a + 1)) >> 9) & 0xFFFF) / np.float32(32768) - np.float32(1))
+                cell = np.floor(scaled + shift)
+                local[n, a] = np.float32(2) * (scaled - cell) - np.float32(1)
+                inside = inside and 0 <= cell < network.shape[a]
+                index = (index[1], index[2], int(cell))
+            found[n] = network[index] if inside else -1
+            if found[n] >= 0 or overlap == 0: break
 
-# %% ../../nbs/fields/kilonerf.ipynb #505621b4
+# %% ../../nbs/fields/kilonerf.ipynb #a8193436
 class CellGrid(nn.Module):
     """A box cut into cubic cells; the cells that matter are numbered 0, 1, 2 ...
 
@@ -72,19 +78,32 @@ class CellGrid(nn.Module):
     @property
     def count(self) -> int: return int(self.network.max()) + 1
 
-    def locate(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Network numbers [N] (-1 outside) and coordinates [N, 3] in [-1, 1] within the cell, of points [N, 3] metres. One compiled pass on a CPU."""
+    def locate(self, points: Tensor, overlap: float = 0.0) -> tuple[Tensor, Tensor]:
+        """Network numbers [N] (-1 outside) and coordinates [N, 3] within the cell, -1 to 1, of points [N, 3] metres. One compiled pass on a CPU.
+
+        overlap: share of a cell, below 1/2. A point so close to a wall may be given to the neighbour, the more often the closer it is, and then has
+        coordinates up to 2 overlap beyond 1. Which points are is drawn from the points themselves: the same point always goes to the same network.
+        """
         if points.device.type == "cpu" and points.dtype == torch.float32 and not points.requires_grad:
-            found, local = torch.empty(len(points), dtype=torch.int64), torch.empty(len(points), 3)
-            _locate(points.numpy(), self.lower.numpy(), np.float32(self.cell_size), self.network.numpy(), found.numpy(), local.numpy())
+            points, found, local = points.contiguous(), torch.empty(len(points), dtype=torch.int64), torch.empty(len(points), 3)
+            arrays = points.numpy(), points.numpy().view(np.uint32), self.lower.numpy(), np.float32(self.cell_size), self.network.numpy()
+            _locate(*arrays, np.float32(overlap), found.numpy(), local.numpy())
             return found, local
         scaled = (points - self.lower) / self.cell_size
-        index = scaled.floor()
-        limit = torch.tensor(self.network.shape, device=points.device)
+        if not overlap: return self._numbers(scaled.floor()), 2 * (scaled - scaled.floor()) - 1
+        bits = points.detach().float().contiguous().view(torch.int32).long() & 0xFFFFFFFF
+        mixed = (bits[:, 0] * 73856093) ^ (bits[:, 1] * 19349663) ^ (bits[:, 2] * 83492791)
+        drawn = (mixed[:, None] * torch.arange(1, 4, device=points.device) >> 9) & 0xFFFF
+        shifted = (scaled + overlap * (drawn.float() / 32768 - 1)).floor()
+        index = torch.where((self._numbers(shifted) >= 0)[:, None], shifted, scaled.floor())
+        return self._numbers(index), 2 * (scaled - index) - 1
+
+    def _numbers(self, index: Tensor) -> Tensor:
+        """Network numbers [N] of cells [N, 3], -1 outside."""
+        limit = torch.tensor(self.network.shape, device=index.device)
         cell = index.long()
-        inside = ((cell >= 0) & (cell < limit)).all(-1)
         x, y, z = cell.clamp(min=0).minimum(limit - 1).unbind(-1)
-        return torch.where(inside, self.network[x, y, z], -1), 2 * (scaled - index) - 1
+        return torch.where(((cell >= 0) & (cell < limit)).all(-1), self.network[x, y, z], -1)
 
 
 def cells_of(grid: OccupancyGrid, cell_size: float) -> CellGrid:
@@ -151,7 +170,7 @@ def route(network: Tensor, count: int, ratio: float = 0.7) -> Routing:
     active = order[: int(group_networks[:groups].sum())]
     return Routing(torch.from_numpy(slots).to(network.device), rows, active, list(zip(group_networks[:groups].tolist(), group_rows[:groups].tolist())))
 
-# %% ../../nbs/fields/kilonerf.ipynb #e90f5df0
+# %% ../../nbs/fields/kilonerf.ipynb #a745022c
 def _layer(layer: tuple[Tensor, Tensor], x: Tensor) -> Tensor: return torch.baddbmm(layer[1], x, layer[0])
 
 
@@ -173,6 +192,7 @@ class KiloNeRF(nn.Module):
         one = torch.cat([part.flatten() for part in self._initial_layers(generator)])
         self.networks = nn.Parameter(one.repeat(cells.count, 1))
         self.feature_width = c.hidden
+        self.overlap = 0.0                      # share of a cell; above 0 only while training, see `CellGrid.locate`
 
     def _initial_layers(self, generator: torch.Generator | None):
         """Weights and biases of one network, in the order of its row: He initialisation before a ReLU, 1/sqrt(inputs) elsewhere, biases 0."""
@@ -183,12 +203,16 @@ class KiloNeRF(nn.Module):
 
     def forward(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Density [N], 1/metre, and colour [N, 3] in [0, 1] at `positions` [N, 3] metres seen along unit `directions` [N, 3]. Density 0 outside all cells."""
-        network, local = self.cells.locate(positions)
+        network, local = self.cells.locate(positions, self.overlap)
         known = network >= 0
         if not bool(known.all()):
             sigma, rgb = self(positions[known], directions[known])
             index = known.nonzero().flatten()
             return positions.new_zeros(len(known)).index_copy(0, index, sigma), positions.new_zeros(len(known), 3).index_copy(0, index, rgb)
+        return self.ask(network, local, directions)
+
+    def ask(self, network: Tensor, local: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
+        """Density [N] and colour [N, 3] by networks of one's choice: numbers [N], cell coordinates [N, 3], unit directions [N, 3]."""
         fused = self.networks.device.type == "cpu" and self.networks.dtype == torch.float32
         raw = (run_networks(self.networks, self.layout, network, local, directions) if fused else self.run_reference(network, local, directions))
         sigma = self.config.density_scale * softplus(raw[:, 0] + self.config.density_bias)
