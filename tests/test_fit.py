@@ -11,16 +11,19 @@ import pytest
 import torch
 
 from kilonb.lab.errors import KiloError
+from kilonb.metrics.perceptual import lpips_available
 from kilonb.scenes.blender import BlenderScene, load_blender
 from kilonb.scenes.brickyard import write_brickyard
 from kilonb.splats.fit import Fit, FitConfig, Teacher, Views, change_set, fit_teacher, grow_and_prune, held_out_scores, initial_gaussians, photometric_loss
-from kilonb.splats.fit import render_teacher, scene_extent
+from kilonb.splats.fit import relocate_and_grow, render_teacher, scene_extent
 from kilonb.splats.gaussians import Gaussians
+from kilonb.splats.mcmc import draw_sources, exploration_noise, share_out
 from kilonb.splats.ply import read_ply
 from kilonb.training.guards import TrainingStopped
 
 CONFIG = FitConfig(steps=300, initial_count=2000, maximum_count=4000, means_rate=4e-4, grow_every_steps=50)
 SHORT = replace(CONFIG, steps=60, grow_every_steps=15, initial_count=1200, maximum_count=2500, evaluate_every_steps=30)
+SAMPLED = replace(SHORT, strategy="mcmc")
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +44,12 @@ def held_out(folder) -> BlenderScene: return load_blender(folder, "test")
 @pytest.fixture(scope="module")
 def unbroken(scene):
     return fit_teacher(scene, SHORT, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def sampled(scene, held_out):
+    """A short fit with the strategy "mcmc"."""
+    return fit_teacher(scene, replace(SAMPLED, steps=120), quiet=True, held_out=held_out)
 
 
 def floater(gaussians: Gaussians) -> Gaussians:
@@ -98,6 +107,18 @@ class StopAt:
     def __exit__(self, *_): Views.premultiplied = self.original
 
 
+def test_a_stopped_fit_with_noise_ends_in_the_same_numbers(scene, tmp_path):
+    """Noise and the choice of who is copied come from the seed and the step: stopped between, at and after relocations, nothing is drawn twice or skipped."""
+    whole = fit_teacher(scene, SAMPLED, quiet=True)
+    for stop in (7, 15, 22):
+        folder = tmp_path / str(stop)
+        with pytest.raises(KeyboardInterrupt), StopAt(stop): fit_teacher(scene, SAMPLED, folder, quiet=True)
+        resumed = fit_teacher(scene, SAMPLED, folder, resume=True, quiet=True)
+        assert resumed.resumed_from == stop and len(resumed.gaussians) == len(whole.gaussians) == SAMPLED.maximum_count
+        for name, tensor in whole.gaussians.parameters().items(): assert torch.equal(tensor, resumed.gaussians.parameters()[name]), (stop, name)
+    assert not torch.equal(whole.gaussians.means, fit_teacher(scene, replace(SAMPLED, noise_rate=0.0), quiet=True).gaussians.means), "there was no noise"
+
+
 @pytest.mark.parametrize("stop", [3, 15, 22, 30, 59])
 def test_a_stopped_fit_ends_in_the_same_numbers(scene, unbroken, tmp_path, stop):
     """Stopped before, at, between and after changes of the set: parameters to the bit, and each record but for its clock."""
@@ -130,10 +151,11 @@ def test_another_seed_is_another_fit(scene, unbroken):
     assert [r["loss"] for r in other.records] != [r["loss"] for r in unbroken.records]
 
 
-def test_every_parameter_is_trained(scene):
+@pytest.mark.parametrize("config", [SHORT, SAMPLED], ids=lambda config: config.strategy)
+def test_every_parameter_is_trained(scene, config):
     """Incident 24: a part without gradient looks like one that converged. After the warm-up each group, the harmonics too, has one."""
     views = Views(scene)
-    teacher = Teacher(initial_gaussians(views, SHORT), SHORT, scene_extent(views.cameras))
+    teacher = Teacher(initial_gaussians(views, config), config, scene_extent(views.cameras))
     fit = Fit(teacher, views, None)
     fit(SHORT.steps - 1, torch.Generator().manual_seed(0))["loss"].backward()
     for group in teacher.optimizer.param_groups:
@@ -174,6 +196,96 @@ def test_the_count_stays_below_its_cap(scene, room):
     assert len(teacher) <= config.maximum_count and change["cloned"] + change["split"] == room and change["count"] == len(teacher)
 
 
+def test_mcmc_learns_within_its_budget(sampled):
+    """The count is the budget that was given: reached by the growth, never exceeded; and what is learned is the scene, with an empty background."""
+    final, counts = sampled.evaluations[-1], [record["count"] for record in sampled.records]
+    assert final["psnr_srgb_white_db"] > final["psnr_blank_white_db"] + 12 and final["background_alpha"] < .01, final
+    assert counts == sorted(counts) and counts[0] < 1300 < counts[-1] and len(sampled.gaussians) == SAMPLED.maximum_count >= max(counts)
+    assert [set(e) >= {"step", "train_s", "count"} for e in sampled.evaluations] == [True] * 4
+    assert all(one["train_s"] < other["train_s"] for one, other in zip(sampled.evaluations, sampled.evaluations[1:]))
+
+
+def with_dead(gaussians: Gaussians, share: float) -> tuple[Gaussians, torch.Tensor]:
+    """The gaussians with a share of them, drawn at random, faded to nothing, and which."""
+    dead = torch.rand(len(gaussians), generator=torch.Generator().manual_seed(0)) < share
+    logits = torch.where(dead, torch.full_like(gaussians.logit_opacities, -9.0), gaussians.logit_opacities)
+    return Gaussians(gaussians.means, gaussians.quats, gaussians.log_scales, logits, gaussians.sh), dead
+
+
+@pytest.mark.parametrize("growth", [0.0, 0.2])
+def test_relocation_revives_the_dead_and_leaves_the_picture(scene, sampled, growth):
+    """The strategy's promise: a fifth of the set may move, and grow, without the loss noticing. Plain copies of the same ones are the control."""
+    views = Views(scene)
+    faded, dead = with_dead(sampled.gaussians, .2)
+    config = replace(SAMPLED, initial_count=1, maximum_count=10_000, growth=growth, scatter=0.0)
+    teacher = Teacher(faded, config, 4.8)
+    change = relocate_and_grow(teacher, 15, torch.Generator().manual_seed(0))
+    alive = faded.opacities > config.prune_opacity
+    assert change["relocated"] == int((~alive).sum()) >= int(dead.sum()) > 0
+    assert change["count"] == len(teacher) and len(faded) * (1 + growth) <= len(teacher) <= len(faded) * (1 + growth) + 1
+    assert (teacher.gaussians().opacities <= config.prune_opacity).float().mean() < .01 < (~alive).float().mean(), "the dead are dead still"
+    sources = draw_sources(torch.where(alive, faded.opacities, 0), len(teacher) - int(alive.sum()), torch.Generator().manual_seed(0))
+    plain = Gaussians.concatenate([faded.subset(alive), faded.subset(sources)])
+
+    def distance_db(gaussians: Gaussians) -> float:
+        """PSNR of its views against those before."""
+        with torch.no_grad(): pictures = [[render_teacher(g, camera, torch.ones(3), 3)[0] for camera in views.cameras[:4]] for g in (faded, gaussians)]
+        return -10 * (torch.stack(pictures[0]) - torch.stack(pictures[1])).square().mean().log10().item()
+
+    assert distance_db(teacher.gaussians()) > distance_db(plain) + 6 and distance_db(teacher.gaussians()) > 30
+
+
+def test_relocated_gaussians_start_without_a_past(scene):
+    """The moments of whoever held the row before would throw the newcomer, and its original, far off; everybody else keeps theirs."""
+    views = Views(scene)
+    faded, _ = with_dead(initial_gaussians(views, SAMPLED), .01)
+    teacher = Teacher(faded, replace(SAMPLED, growth=0.0), 4.8)
+    fit = Fit(teacher, views, None)
+    fit(0, torch.Generator().manual_seed(0))["loss"].backward()
+    teacher.optimizer.step()
+    before = teacher.optimizer.state[teacher["logit_opacities"]]["exp_avg"].clone()
+    values = teacher["logit_opacities"].detach().clone()
+    kept = (values.sigmoid() > SAMPLED.prune_opacity).nonzero()[:, 0]
+    relocate_and_grow(teacher, 15, torch.Generator().manual_seed(0))
+    after, now = teacher.optimizer.state[teacher["logit_opacities"]]["exp_avg"], teacher["logit_opacities"].detach()
+    shared = now[:len(kept)] != values[kept]
+    assert 0 < shared.sum() <= len(values) - len(kept) and (after[len(kept):] == 0).all() and (after[:len(kept)][shared] == 0).all()
+    assert torch.equal(after[:len(kept)][~shared], before[kept][~shared]) and (before[kept] != 0).float().mean() > .5
+
+
+def test_sharing_keeps_what_a_line_of_sight_loses():
+    """Equation 9 by experiment: the composite of all copies along a line through the centre, integrated, is that of the one they replace."""
+    logits, sources = torch.logit(torch.tensor([.05, .5, .95, .999], dtype=torch.float64)), torch.tensor([0, 1, 1, 2, 2, 2, 2, 2, 3])
+    shared, scales, drawn = share_out(logits, torch.zeros(4, 3, dtype=torch.float64), sources)
+    x = torch.linspace(-15, 15, 60_001, dtype=torch.float64)
+    for k in range(4):
+        copies = 1 + int((sources == k).sum())
+        through = (1 - shared[k].sigmoid() * torch.exp(-.5 * (x / scales[k, 0].exp()) ** 2)) ** copies
+        one = 1 - logits[k].sigmoid() * torch.exp(-.5 * x ** 2)
+        torch.testing.assert_close(torch.trapezoid(1 - through, x), torch.trapezoid(1 - one, x), rtol=1e-5, atol=0)
+        torch.testing.assert_close(through.min(), one.min(), rtol=1e-5, atol=1e-7)
+    assert drawn.all() and (scales <= 0).all()
+
+
+def test_noise_moves_the_faint_and_spares_the_solid():
+    """A picture must not blur because the set explores."""
+    quats, scales = torch.tensor([[1.0, 0, 0, 0]]).expand(3000, 4), torch.tensor([.2, .1, .01]).expand(3000, 3)
+    opacities = torch.tensor([.002, .05, .5]).repeat_interleave(1000)
+    noise = exploration_noise(quats, scales, opacities, 3.0, torch.Generator().manual_seed(0))
+    length = noise.square().mean(0).sqrt()
+    faint, weak, solid = noise.norm(dim=-1).reshape(3, 1000).mean(1).tolist()
+    assert faint > 20 * weak > 0 and solid == 0 and length[0] > 3 * length[1] > 100 * length[2]
+
+
+@pytest.mark.parametrize(("settings", "words"), [
+    (dict(strategy="mcmc", reset_opacity_steps=300), "reset_opacity_steps is set to 300, but only the strategy 'default'"),
+    (dict(strategy="mcmc", grow_gradient=1e-3), "grow_gradient"), (dict(noise_rate=10.0), "noise_rate is set to 10.0, but only the strategy 'mcmc'"),
+    (dict(strategy="annealing"), "'default' or 'mcmc' is expected"), (dict(strategy="mcmc", scatter=-1.0), "scatter is -1.0"),
+])
+def test_settings_that_contradict_each_other_are_refused(settings, words):
+    with pytest.raises(KiloError, match=words): FitConfig(**settings)
+
+
 def test_the_blank_score_is_what_nothing_scores(held_out):
     """Incident 1: 6 to 9 dB looked like a start and was an empty picture."""
     views = Views(held_out)
@@ -190,12 +302,52 @@ def test_pictures_and_poses_that_do_not_belong_together_are_refused(scene):
     with pytest.raises(KiloError, match="no view"): Views([])
 
 
+class Shot:
+    """One view that is not from a file."""
+
+    def __init__(self, camera, rgba, name="made"): self.camera, self.rgba, self.name = camera, rgba, name
+
+    def rgba_straight(self) -> torch.Tensor: return self.rgba
+
+
+def test_pictures_of_different_sizes_or_with_nan_are_refused(scene, folder):
+    small = load_blender(folder, "train", 32)
+    with pytest.raises(KiloError, match="camera of 32x32 pixels, but the first view's camera has 64x64"): Views([scene[0], small[1]])
+    with pytest.raises(KiloError, match=r"shape \[64, 64, 3\]"): Views([scene[0], Shot(scene[1].camera, scene[1].rgba_straight()[..., :3])])
+    with pytest.raises(KiloError, match="'made' holds NaN"): Views([scene[0], Shot(scene[1].camera, torch.full((64, 64, 4), torch.nan))])
+
+
+@pytest.mark.parametrize("initial", ["hull", "box"])
+def test_cameras_that_see_nothing_are_refused(scene, initial):
+    """Empty pictures, and poses that look elsewhere: a fit to either would run to its end and be blank."""
+    config = replace(SHORT, initial=initial)
+    empty = [Shot(frame.camera, torch.zeros(64, 64, 4)) for frame in scene]
+    words = "no common volume" if initial == "hull" else "No view shows the object"
+    with pytest.raises(KiloError, match=words): fit_teacher(empty, config, quiet=True)
+    begin = initial_gaussians(Views(scene), config)
+    begin.means = begin.means + 20
+    words = "12 of 12 views show the object but see none of the 1200 gaussians"
+    with pytest.raises(KiloError, match=words): fit_teacher(scene, config, initial=begin, quiet=True)
+    flip = torch.diag(torch.tensor([1.0, -1, -1, 1]))
+    turned = [Shot(replace(frame.camera, camera_to_world=frame.camera.camera_to_world @ flip), frame.rgba_straight()) for frame in scene]
+    with pytest.raises(KiloError, match="12 of 12 cameras look away"): fit_teacher(turned, config, quiet=True)
+
+
+def test_a_start_from_broken_gaussians_is_refused(scene):
+    begin = initial_gaussians(Views(scene), SHORT)
+    with pytest.raises(KiloError, match="degree 3, but sh_degree is 1"): fit_teacher(scene, replace(SHORT, sh_degree=1), initial=begin, quiet=True)
+    begin.sh[7, 2, 1] = torch.nan
+    with pytest.raises(KiloError, match="1 of 1200 gaussians have a value in sh that is not finite, the first is number 7"):
+        fit_teacher(scene, SHORT, initial=begin, quiet=True)
+
+
 def test_an_object_that_fades_stops_the_fit_with_a_sentence(scene):
     """Incident 1: a model that renders background only runs on for hours and its score looks like a number. Ours stops and says so."""
     faint = initial_gaussians(Views(scene), SHORT)
     faint.logit_opacities = torch.full_like(faint.logit_opacities, -12.0)
     stuck = replace(SHORT, steps=400, opacity_rate=1e-9)
-    with pytest.raises(TrainingStopped, match="every gaussian"): fit_teacher(scene, stuck, initial=faint, quiet=True)
+    for strategy in ("default", "mcmc"):
+        with pytest.raises(TrainingStopped, match="every gaussian"): fit_teacher(scene, replace(stuck, strategy=strategy), initial=faint, quiet=True)
     with pytest.raises(TrainingStopped, match="alpha collapsed"): fit_teacher(scene, replace(stuck, grow_until=0.1), initial=faint, quiet=True)
 
 
@@ -223,9 +375,15 @@ def test_the_experiment_fits_inspects_and_inspects_again_what_it_wrote(tmp_path)
         return json.loads(done.stdout.strip().splitlines()[-1])
 
     small = ("-p", "orbit_views=3", "-p", "orbit_width=100")
-    fitted = run("fitted", "-p", "steps=150", "-p", "resolution=64", "-p", "initial_count=2000", "-p", "maximum_count=4000", *small)
-    assert fitted["results"]["psnr_srgb_white_db"] > fitted["results"]["psnr_blank_white_db"] + 12 and fitted["results"]["steps"] == 150
+    fitted = run("fitted", "-p", "steps=150", "-p", "resolution=64", "-p", "initial_count=2000", "-p", "maximum_count=4000", "-p", "strategy=mcmc",
+                 "-p", "test_views=0", "-p", "lpips_every=3", *small)
+    results = fitted["results"]
+    assert results["test_psnr_srgb_white_db"] > results["psnr_blank_white_db"] + 12 and results["steps"] == 150 and results["fit_s"] > 0
+    assert results["views"] == 8 and results["test_psnr_srgb_white_db"] == results["psnr_srgb_white_db"]
+    assert results["lpips_views"] == (3 if lpips_available() else 0) and ("test_lpips_vgg" in results) == lpips_available()
     assert fitted["gates"]["background_alpha_mean"]["verdict"] == "green"
+    tables = json.loads((tmp_path / "fitted/results.json").read_text())["tables"]
+    assert len(tables["views"]) == 8 and all({"train_s", "count", "psnr_srgb_white_db"} <= set(row) for row in tables["evaluations"])
     for picture in ("fit", "worst_view", "around", "gaussians"): assert (tmp_path / f"fitted/figures/{picture}.png").stat().st_size < 150_000
     looked = run("looked", "-p", f"ply={tmp_path / 'fitted/teacher.ply'}", "-p", "up=-y", *small)
     assert looked["results"]["count"] == fitted["results"]["count"] and "psnr_srgb_white_db" not in looked["results"]
