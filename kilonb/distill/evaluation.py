@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Metrics', 'Subject', 'SUMMARY', 'disagreements', 'check_agreement', 'against_photo', 'against_teacher', 'as_subject',
-           'look', 'Evaluation', 'evaluate_frames', 'score_view', 'SummaryTable', 'summarise_runs']
+           'look', 'Evaluation', 'evaluate_frames', 'check_targets', 'score_view', 'target_picture', 'SummaryTable',
+           'summarise_runs']
 
-# %% ../../nbs/distill/evaluation.ipynb #49271c5a
+# %% ../../nbs/distill/evaluation.ipynb #b221b95b
 import csv
 import io
 import math
@@ -20,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .diagnostics import alpha_report
 from kilonb.distill.frames import (
     FrameFolder, FrameSource, RenderedFrame, background_colour, camera_digest, open_source, read_frames, source_of_gaussians, source_of_student, told_frames,
 )
@@ -155,7 +157,7 @@ def look(subject: FrameSource | FrameFolder, name: str, camera: PinholeCamera) -
         raise KiloError(f"Frame '{name}' of {subject.folder} was rendered from another camera than its target's.")
     return frame
 
-# %% ../../nbs/distill/evaluation.ipynb #95d60a28
+# %% ../../nbs/distill/evaluation.ipynb #773c19c0
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of a subject on named views.
@@ -177,12 +179,12 @@ class Evaluation:
         return mean_scores(self.scores)
 
     def worst(self, count: int = 8, metric: str = "") -> list[str]:
-        """Names of the `count` worst views by a metric (the first PSNR by default), the worst first; NaN counts as worst of all."""
+        """Names of the `count` worst views by a metric (the first PSNR by default), the worst first; views that lack it, or have NaN, come last."""
         metric = metric or next(name for name in self.means() if name.startswith("psnr"))
         if metric not in self.means(): raise KiloError(f"There is no metric '{metric}'; there are {', '.join(self.means())}.")
-        sign = -1 if metric.startswith("lpips") else 1
-        value = lambda name: sign * self.scores[name].get(metric, math.inf * sign)
-        return sorted(self.scores, key=lambda name: (not math.isnan(value(name)), value(name) if not math.isnan(value(name)) else 0))[:count]
+        sign = -1 if metric.startswith(("lpips", "halo", "haze", "leak")) else 1
+        value = lambda name: sign * self.scores[name].get(metric, math.nan)
+        return sorted(self.scores, key=lambda name: math.inf if math.isnan(value(name)) else value(name))[:count]
 
     def results(self, prefix: str = "test") -> dict[str, Any]:
         """The means under the names of a run's results (`test_psnr_srgb_white_db`), with `test_views`, `test_lpips_views`, the worst view and the gap."""
@@ -223,7 +225,7 @@ def _lesson(view: Any, teacher: FrameSource | FrameFolder | None) -> Any:
     if teacher is not None: return look(teacher, *_named(view))
     return view if isinstance(view, ViewTarget) and view.source == "teacher" else None
 
-# %% ../../nbs/distill/evaluation.ipynb #8fa50a15
+# %% ../../nbs/distill/evaluation.ipynb #29a3f39f
 def evaluate_frames(subject: Subject, views: Iterable[Any], *, teacher: Subject | None = None, lpips: Metrics | None = None, lpips_every: int = 1,
                     background: str | float | Sequence[float] = "white", weights: str | None = None, quiet: bool = False) -> Evaluation:
     """Score a subject on exactly these views, in this order.
@@ -242,23 +244,36 @@ def evaluate_frames(subject: Subject, views: Iterable[Any], *, teacher: Subject 
     if not quiet: print(f"scoring {told}\non {told_frames(names)}")
     scores, with_lpips = {}, []
     for i, (name, view) in enumerate(zip(names, views)):
-        chosen = lpips if lpips and i % lpips_every == 0 else None
-        scores[name] = score_view(look(subject, *_named(view)), _photo(view), _lesson(view, teacher), chosen, background, lpips if i == 0 else None)
+        chosen, photo, lesson = lpips if lpips and i % lpips_every == 0 else None, _photo(view), _lesson(view, teacher)
+        check_targets(name, photo, lesson, lpips if i == 0 else None)
+        scores[name] = score_view(look(subject, *_named(view)), photo, lesson, chosen, background)
         if chosen: with_lpips.append(name)
     return Evaluation(told, sha256, held, scores, with_lpips)
 
-# %% ../../nbs/distill/evaluation.ipynb #df406437
-def score_view(seen: RenderedFrame, photo: ViewTarget | None, lesson: Any, lpips: Metrics | None = None,
-               background: str | float | Sequence[float] = "white", ruler: Metrics | None = None) -> dict[str, float]:
-    """All scores of one view, after the target has been scored against itself. ruler: perceptual metrics that this self-check includes."""
-    if photo is None and lesson is None: raise KiloError(f"View '{seen.name}' has neither a photograph nor a teacher: there is nothing to compare it with.")
+# %% ../../nbs/distill/evaluation.ipynb #1d00f975
+def check_targets(name: str, photo: ViewTarget | None, lesson: Any, lpips: Metrics | None = None) -> None:
+    """The ruler before the measurement: each target of a view scored against itself. KiloError where that is not perfect, or where there is none."""
+    if photo is None and lesson is None: raise KiloError(f"View '{name}' has neither a photograph nor a teacher: there is nothing to compare it with.")
     for target in (photo, lesson):
-        if target is None: continue
-        if target.alpha.shape != seen.alpha.shape:
+        if target is not None: self_check(target.rgb_premultiplied, target.alpha, lpips)
+
+
+def score_view(seen: RenderedFrame, photo: ViewTarget | None, lesson: Any, lpips: Metrics | None = None,
+               background: str | float | Sequence[float] = "white") -> dict[str, float]:
+    """All scores of one view against its targets, with halo_mean, haze_mean and leak_mean (see `diagnostics.alpha_report`)."""
+    for target in (photo, lesson):
+        if target is not None and target.alpha.shape != seen.alpha.shape:
             raise KiloError(f"View '{seen.name}' is {list(seen.alpha.shape)}, its target {list(target.alpha.shape)} (height, width): use one resolution.")
-        self_check(target.rgb_premultiplied, target.alpha, ruler)
     scores = {} if photo is None else against_photo(seen, photo, lpips, background)
-    return scores if lesson is None else {**scores, **against_teacher(seen, lesson, photo, None if photo is not None else lpips)}
+    if lesson is not None: scores |= against_teacher(seen, lesson, photo, None if photo is not None else lpips)
+    report = alpha_report(seen.alpha, (photo or lesson).alpha)
+    return {**scores, **{name: report[name] for name in ("halo_mean", "haze_mean", "leak_mean") if name in report}}
+
+# %% ../../nbs/distill/evaluation.ipynb #66752bf3
+def target_picture(view: Any, background: str | float | Sequence[float] = "white") -> Tensor:
+    """A frame of a dataset, or a target, on a background: [H, W, 3] sRGB, clamped to 0..1."""
+    target = view if isinstance(view, ViewTarget) else targets_from_images([view])[0]
+    return composite(target.rgb_premultiplied, target.alpha, background_colour(background)[1]).clamp(0, 1)
 
 # %% ../../nbs/distill/evaluation.ipynb #1f567342
 SUMMARY = ("test_psnr_srgb_white_db", "test_psnr_srgb_foreground_db", "test_psnr_blank_white_db", "test_ssim_white", "test_lpips_vgg", "test_lpips_views",

@@ -96,14 +96,14 @@ def camera_digest(camera: PinholeCamera) -> str:
     numbers += [f"{value / camera.width:.6f}" for value in (camera.fx, camera.fy, camera.cx, camera.cy)]
     return hashlib.sha256(" ".join([*numbers, f"{camera.width}x{camera.height}"]).replace("-0.00000", "0.00000").encode()).hexdigest()[:16]
 
-# %% ../../nbs/distill/frames.ipynb #ad2f0a68
+# %% ../../nbs/distill/frames.ipynb #9e7efbde
 @dataclass(frozen=True)
 class FrameSource:
     """Something that can be looked at.
 
     render: (camera, chunk_rays or None) -> an object with rgb_premultiplied [H, W, 3], alpha [H, W], expected_depth [H, W] and, if it has it, samples_per_ray.
     kind: "student" or "teacher". sha256: of the file, or of the weights where there is no file. weights: "averaged", "raw" or "" (gaussians have only one).
-    name: where it comes from, for people. device: what it renders on.
+    name: where it comes from, for people. device: what it renders on. model: the student or the gaussians themselves.
     """
 
     render: Callable[[PinholeCamera, int | None], Any]
@@ -112,11 +112,12 @@ class FrameSource:
     weights: str
     name: str
     device: str = "cpu"
+    model: Any = None
 
     def __str__(self) -> str:
         return f"{self.kind} {self.name}, {self.weights + ' weights, ' if self.weights else ''}sha256 {self.sha256[:12]}"
 
-# %% ../../nbs/distill/frames.ipynb #430df5be
+# %% ../../nbs/distill/frames.ipynb #8753d7ff
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, shapes and values."""
     digest = hashlib.sha256()
@@ -133,7 +134,7 @@ def source_of_student(student: Student, weights: str = "raw", name: str = "in me
     def render(camera: PinholeCamera, chunk_rays: int | None) -> Any:
         camera = camera.to(device)
         return student.render(camera) if chunk_rays is None else render_image(student.field, camera, student.grid, student.step, chunk_rays)
-    return FrameSource(render, "student", sha256 or tensors_digest(student.state_dict()), weights, name, device)
+    return FrameSource(render, "student", sha256 or tensors_digest(student.state_dict()), weights, name, device, student)
 
 
 class Seen(NamedTuple):
@@ -151,7 +152,7 @@ def source_of_gaussians(gaussians: Gaussians, name: str = "in memory", sha256: s
         picture = render_gaussians(gaussians, camera.to(gaussians.device))
         alpha = picture.alpha.clamp(0, 1)
         return Seen(torch.minimum(picture.rgb_premultiplied.clamp(min=0), alpha[..., None]), alpha, picture.expected_depth)
-    return FrameSource(render, "teacher", sha256 or tensors_digest(gaussians.parameters()), "", name, str(gaussians.device))
+    return FrameSource(render, "teacher", sha256 or tensors_digest(gaussians.parameters()), "", name, str(gaussians.device), gaussians)
 
 # %% ../../nbs/distill/frames.ipynb #cea50de3
 def student_of_checkpoint(path: Path, weights: str | None = None, like: Student | None = None) -> tuple[Student, str]:

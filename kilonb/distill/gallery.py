@@ -25,7 +25,7 @@ from ..lab.gates import spell
 from ..lab.pages import POLICY
 from ..metrics.images import check_images
 
-# %% ../../nbs/distill/gallery.ipynb #7c37c2c2
+# %% ../../nbs/distill/gallery.ipynb #808f52dc
 @dataclass(frozen=True)
 class Entry:
     """One view of a gallery. target, student: [H, W, 3] sRGB in 0..1, on the same background. scores: metric -> value, the first is the one it is ranked by."""
@@ -46,13 +46,13 @@ def lower_is_better(metric: str) -> bool:
 
 
 def ranked(entries: Sequence[Entry], metric: str = "", count: int | None = None) -> list[Entry]:
-    """The worst first, by a metric (the first of the first entry); views without it, or with NaN, come before all. KiloError where nobody has it."""
+    """The worst first, by a metric (the first of the first entry); views without it, or with NaN, come last. KiloError where nobody has it."""
     if not entries: raise KiloError("There are no views to show: the list is empty.")
     metric = metric or next(iter(entries[0].scores))
     if all(metric not in entry.scores for entry in entries): raise KiloError(f"No view has the metric '{metric}'; there are {', '.join(entries[0].scores)}.")
-    def badness(entry: Entry) -> float:
+    def badness(entry: Entry) -> tuple[bool, float]:
         value = entry.scores.get(metric, math.nan)
-        return math.inf if math.isnan(value) else value if lower_is_better(metric) else -value
+        return (False, 0.0) if math.isnan(value) else (True, value if lower_is_better(metric) else -value)
     return sorted(entries, key=badness, reverse=True)[:count]
 
 # %% ../../nbs/distill/gallery.ipynb #f4f9a29e
@@ -150,13 +150,16 @@ details summary { cursor: pointer; color: var(--soft); font-size: .85rem; margin
 .spacer { flex: 1; }
 """
 
-# %% ../../nbs/distill/gallery.ipynb #f25bc6d7
+# %% ../../nbs/distill/gallery.ipynb #4e3ed682
 SCRIPT = """
 const cards = document.getElementById("cards"), metric = document.getElementById("metric"), order = document.getElementById("order");
 const large = document.getElementById("large"), picture = document.getElementById("picture"), caption = document.getElementById("caption");
 const lower = JSON.parse(document.getElementById("lower").textContent);
 let shown = null, face = "target", timer = 0;
-const value = card => { const x = parseFloat(JSON.parse(card.dataset.scores)[metric.value]); return Number.isNaN(x) ? null : x; };
+const value = card => {
+  const spelled = JSON.parse(card.dataset.scores)[metric.value], x = { inf: Infinity, "-inf": -Infinity }[spelled] ?? parseFloat(spelled);
+  return Number.isNaN(x) ? null : x;
+};
 function sort() {
   const sign = (lower.includes(metric.value) ? -1 : 1) * (order.value === "worst" ? 1 : -1);
   const sorted = [...cards.children].sort((a, b) => {
@@ -198,7 +201,7 @@ for (const select of [metric, order]) select.addEventListener("change", sort);
 sort();
 """
 
-# %% ../../nbs/distill/gallery.ipynb #9af2e793
+# %% ../../nbs/distill/gallery.ipynb #af3bc0d9
 def _card(entry: Entry, gain: float, size: int) -> str:
     name, faces = html.escape(entry.name), {"target": entry.target, "student": entry.student, "error": error_picture(entry.student, entry.target, gain)}
     figures = "".join(f'<figure><img data-face="{face}" alt="{face} of {name}" loading="lazy" src="{picture_address(picture, size)}">'
@@ -212,9 +215,9 @@ def _card(entry: Entry, gain: float, size: int) -> str:
 
 def gallery_html(entries: Sequence[Entry], title: str, under: str = "", metric: str = "", gain: float = 5.0, size: int = 400) -> str:
     """The page as text; see `write_gallery`."""
-    entries = ranked(entries, metric)
     metrics = list(dict.fromkeys(name for entry in entries for name in entry.scores))
-    first = metric or metrics[0]
+    first = metric or next(iter(metrics), "")
+    entries = ranked(entries, first)
     options = "".join(f"<option{' selected' if name == first else ''}>{html.escape(name)}</option>" for name in metrics)
     lower = dumps([name for name in metrics if lower_is_better(name)]).replace("<", "\\u003c")
     buttons = "".join(f'<button type="button" data-show="{face}">{face}</button>' for face in ("target", "student", "error"))
