@@ -45,13 +45,13 @@ def _half_polylogarithm(mu):
     for k in range(7, 0, -1): rest = z * (np.float32(k**-0.5) + rest)
     return rest
 
-# %% ../../nbs/splats/lookup.ipynb #ea0f2f51
-def footprint_records(gaussians: Gaussians, minimum_scale: float, sigmas: float, profile: str = "splat") -> tuple[Tensor, Tensor]:
+# %% ../../nbs/splats/lookup.ipynb #9760eb87
+def footprint_records(gaussians: Gaussians, minimum_scale: float, sigmas: float, profile: str = "gaussian") -> tuple[Tensor, Tensor]:
     """What queries read of each gaussian, and how far it reaches along the world's axes.
 
     minimum_scale: metres; thinner axes are widened to it, which lowers the density. sigmas: reach of a footprint, standard deviations.
-    profile: "splat" or "gaussian". Returns records [G, 16] float64: centre (metres), W row by row (1/metre), amplitude (1/metre), squared reach
-    (standard deviations; -1 where the opacity is below 1/255), -ln(opacity) or -1 for the profile "gaussian", 0; and extents [G, 3], metres.
+    profile: "gaussian" or "splat". Returns records [G, 16] float64: centre (metres), W row by row (1/metre), amplitude (1/metre), squared reach
+    (standard deviations; -1 where the opacity is below 1/255), -ln(opacity) for the profile "splat", else -1; 0; and extents [G, 3], metres.
     """
     means, opacities = gaussians.means.detach().double().cpu(), gaussians.opacities.detach().double().cpu()
     scales = gaussians.scales.detach().double().cpu().clamp(min=max(minimum_scale, 1e-9))
@@ -133,14 +133,14 @@ def build_index(records: Tensor, extents: Tensor, resolution: int, maximum_entri
     _touch(*arrays, edge, shape, starts[:-1].copy(), entries)
     return CellIndex(records.float().numpy(), starts, entries, lower.float().numpy(), np.float32(edge), shape)
 
-# %% ../../nbs/splats/lookup.ipynb #c0814fdd
+# %% ../../nbs/splats/lookup.ipynb #c9a771c9
 def density_of(records: Tensor, squared: Tensor) -> Tensor:
     """Density, 1/metre, that gaussians with `records` [..., 16] have at squared Mahalanobis distances [...]; 0 beyond their reach."""
     splat = half_polylogarithm((0.5 * squared + records[..., 14]).clamp(min=1e-3))
     return torch.where(squared <= records[..., 13], records[..., 12] * torch.where(records[..., 14] < 0, torch.exp(-0.5 * squared), splat), 0.0)
 
 
-def all_pairs(gaussians: Gaussians, points: Tensor, minimum_scale: float = 0.0, sigmas: float = 3.0, profile: str = "splat") -> tuple[Tensor, Tensor]:
+def all_pairs(gaussians: Gaussians, points: Tensor, minimum_scale: float = 0.0, sigmas: float = 3.0, profile: str = "gaussian") -> tuple[Tensor, Tensor]:
     """The density that each gaussian has at each point, and how far away it is: the reference, in plain torch and double precision.
 
     points: [N, 3] metres. Returns densities [N, G], 1/metre, 0 beyond the footprint, and Mahalanobis distances [N, G], standard deviations.
@@ -301,19 +301,19 @@ class TorchLookup:
         total = sum_per_point(density, count)
         return total, sum_per_point(density[:, None] * values, count) / total.clamp(min=1e-30)[:, None]
 
-# %% ../../nbs/splats/lookup.ipynb #2f9b7d9d
+# %% ../../nbs/splats/lookup.ipynb #0ff8469a
 class GaussianLookup:
     """Gaussians as a field: `lookup(positions, directions) -> (density, colour)`, and the mean of any table at any point.
 
     gaussians: G of them, finite. minimum_scale: metres; thinner axes are widened to it. A marcher that takes steps of `step` metres skips what is thinner
-    than half a step: give it `step / 2`. sigmas: reach of a footprint, standard deviations. resolution: cells along the longest edge. profile: "splat", whose
-    rays are as opaque as the rasteriser's, or "gaussian", as `kilonb.fields.voxels` bakes them.
+    than half a step: give it `step / 2`. sigmas: reach of a footprint, standard deviations. resolution: cells along the longest edge. profile: "gaussian",
+    as `kilonb.fields.voxels` bakes them, or "splat", whose rays are as opaque as the rasteriser's: the better teacher where rays have the last word.
     Nothing is differentiable; points may lie anywhere. The same question always gets the same bits. Answers are float32: by compiled code in torch's
     threads for points on a CPU, by `TorchLookup` elsewhere. Raises KiloError where no gaussian is visible, a value is not finite or a setting makes no sense.
     """
 
     def __init__(self, gaussians: Gaussians, minimum_scale: float = 0.0, sigmas: float = 3.0, resolution: int = 96,
-                 profile: Literal["splat", "gaussian"] = "splat"):
+                 profile: Literal["gaussian", "splat"] = "gaussian"):
         if not minimum_scale >= 0: raise KiloError(f"minimum_scale is {minimum_scale}; expected a length of 0 metres or more.")
         if not sigmas > 0: raise KiloError(f"sigmas is {sigmas}; expected a reach above 0 standard deviations.")
         if not 1 <= resolution <= 512: raise KiloError(f"resolution is {resolution}; expected 1 to 512 cells along the longest edge.")
