@@ -25,7 +25,7 @@ def activate(raw: Tensor, density_scale: float, density_bias: float) -> tuple[Te
     """
     return density_scale * softplus(raw[:, 0] + density_bias), torch.sigmoid(raw[:, 1:]) * 1.002 - 0.001
 
-# %% ../../nbs/fields/mlp.ipynb #a5f3f6f7
+# %% ../../nbs/fields/mlp.ipynb #1f929b32
 class BoxField(nn.Module):
     """A field over one box: `field(positions, directions)` gives density and colour, density 0 outside.
 
@@ -42,7 +42,9 @@ class BoxField(nn.Module):
         self.register_buffer("box", box.detach().float().clone())
         self.config = config
 
-    def _inside(self, positions: Tensor) -> Tensor: return ((positions >= self.box[0]) & (positions <= self.box[1])).all(-1)
+    def _inside(self, positions: Tensor) -> Tensor:
+        x, y, z = ((positions >= self.box[0]) & (positions <= self.box[1])).unbind(-1)          # far faster than all(-1) over three
+        return x & y & z
 
     def forward(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Density [N], 1/metre, and colour [N, 3] in [0, 1] at `positions` [N, 3] metres seen along unit `directions` [N, 3]."""
