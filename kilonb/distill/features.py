@@ -203,7 +203,7 @@ def draw_by_weight(weights: Tensor, count: int, generator: torch.Generator) -> T
     marks = (torch.arange(count, device=weights.device) + torch.rand(count, generator=generator, device=weights.device, dtype=torch.float64)) / count
     return torch.searchsorted(line, marks * line[-1], right=True).clamp(max=len(line) - 1)
 
-# %% ../../nbs/distill/features.ipynb #fac6ed4d
+# %% ../../nbs/distill/features.ipynb #647cb06c
 class FeatureTerm(Term):
     """Teaches a student's hidden features what the teacher knows at the same points; a term for `distill.student.distill`.
 
@@ -266,7 +266,7 @@ class FeatureTerm(Term):
     def features_of(self, student: nn.Module, positions: Tensor, directions: Tensor) -> Tensor:
         """The student's features [K, width], or a KiloError that says what it lacks."""
         field = student.field
-        if not hasattr(field, "features"): raise KiloError(f"A {type(field).__name__} shows no features: it needs features(positions, directions).")
+        if not hasattr(field, "features"): raise KiloError(f"The field, {type(field).__name__}, shows no features: it needs features(positions, directions).")
         features = field.features(positions, directions)
         if features.shape != (len(positions), self.width):
             raise KiloError(f"The student's features are {list(features.shape)[1:]} wide, the term expects {self.width}: give it the field's feature_width.")
