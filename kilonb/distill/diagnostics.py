@@ -66,13 +66,13 @@ def alpha_report(alpha: Tensor, target_alpha: Tensor, rim_pixels: int = 1, band_
         if len(values): report |= {f"{name}_mean": values.mean().item(), **_quantiles(values, name, (0.95,))}
     return report
 
-# %% ../../nbs/distill/diagnostics.ipynb #14f09b81
+# %% ../../nbs/distill/diagnostics.ipynb #74329ba2
 def draw_alpha(alpha: Tensor, target_alpha: Tensor, axes: Sequence[Any], rim_pixels: int = 1) -> None:
     """On two axes: histograms of alpha by region (logarithmic), and a map, red where alpha is too high, blue where too low."""
     regions = alpha_regions(target_alpha, rim_pixels)
     axes[0].hist([alpha[mask].cpu().numpy() for mask in regions.values()], bins=30, range=(0, 1), log=True, label=list(regions),
                  color=["0.2", "0.6", "tab:red"])
-    axes[0].set_xlabel("alpha"); axes[0].set_ylabel("pixels"); axes[0].legend(frameon=False, fontsize=7)
+    axes[0].set_xlabel("alpha"); axes[0].set_ylabel("pixels"); axes[0].legend(frameon=False, fontsize=7, loc="upper center")
     axes[1].imshow((alpha - target_alpha).cpu(), cmap="RdBu_r", vmin=-1, vmax=1); axes[1].axis("off"); axes[1].set_title("too high / too low", fontsize=8)
 
 # %% ../../nbs/distill/diagnostics.ipynb #2d626044
