@@ -180,7 +180,7 @@ class AlphaBand(Term):
         check_same_term(self, state)
         self.state = {name: value.clone() for name, value in state["state"].items()}
 
-# %% ../../nbs/distill/alpha.ipynb #e90c0b68
+# %% ../../nbs/distill/alpha.ipynb #bc75e099
 def next_guard_state(config: AlphaBandConfig, state: Mapping[str, Tensor], measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The guard's state after one more measurement, all scalars (float64) that stay on their device.
 
@@ -192,7 +192,7 @@ def next_guard_state(config: AlphaBandConfig, state: Mapping[str, Tensor], measu
     average = {name: keep * state[name] + (1 - keep) * measured[name] for name in ("object", "halo")}
     missed = (average["object"] < config.minimum) | (average["object"] > config.maximum) | (average["halo"] > config.halo)
     misses, hits = (state["misses"] + 1) * missed, (state["hits"] + 1) * ~missed
-    change = config.rise * (misses >= config.patience) - config.fall * (hits >= config.patience)
+    change = config.rise * (misses >= config.patience).double() - config.fall * (hits >= config.patience).double()
     new = {**average, "weight": (state["weight"] + change).clamp(0, config.cap), "seen": state["seen"] + 1, "misses": misses, "hits": hits}
     return {name: torch.where(measured["any"], value, state[name]) for name, value in new.items()}
 
