@@ -27,7 +27,7 @@ from ..splats.gaussians import Gaussians
 from ..splats.ply import read_ply
 from ..splats.rasterizer import render_gaussians
 
-# %% ../../nbs/distill/lesson.ipynb #4863f45d
+# %% ../../nbs/distill/lesson.ipynb #042a87fd
 def centre_and_reach(gaussians: Gaussians) -> tuple[Tensor, float]:
     """(median [3] of the gaussians that matter, radius in metres around it that holds 98% of them)."""
     strong = gaussians.opacities > 0.1
@@ -46,7 +46,8 @@ def cameras_around(gaussians: Gaussians, count: int, width: int, up: Tensor, ele
                    field_of_view_deg: float = 39.6) -> list[PinholeCamera]:
     """`count` square cameras of `width` pixels that look at a teacher from all around.
 
-    up: [3] unit. elevation_deg: lowest and highest, above the plane across `up`. offset: 0 to 1, where in its step each camera stands; another offset, other views.
+    up: [3] unit. elevation_deg: lowest and highest, above the plane across `up`. offset: 0 to 1, where in its step each camera
+    stands; another offset, other views.
     """
     centre, reach = centre_and_reach(gaussians)
     low, high = (math.sin(math.radians(degrees)) for degrees in elevation_deg)
@@ -75,7 +76,7 @@ def check_teacher(gaussians: Gaussians, targets: Sequence[ViewTarget], margin_db
                         "its up axis, scale or origin is another, or the poses are.")
     return mean
 
-# %% ../../nbs/distill/lesson.ipynb #f71ad77a
+# %% ../../nbs/distill/lesson.ipynb #c10f2b39
 @dataclass(frozen=True)
 class Lesson:
     """What a student learns from and is tested on.
@@ -96,7 +97,8 @@ class Lesson:
         """Training targets: "images", "teacher" or "both"; those of the teacher are kept in the folder `cache`."""
         if kind not in ("images", "teacher", "both"): raise KiloError(f"targets is '{kind}': images, teacher or both is expected.")
         if kind != "teacher" and not self.photos: raise KiloError(f"targets is '{kind}', but a PLY has no photographs: choose teacher.")
-        return (targets_from_images(self.photos) if kind != "teacher" else []) + (targets_from_teacher(self.teacher, self.train, cache) if kind != "images" else [])
+        photos = targets_from_images(self.photos) if kind != "teacher" else []
+        return photos + (targets_from_teacher(self.teacher, self.train, cache) if kind != "images" else [])
 
 
 def spread(items: Sequence, count: int) -> list:

@@ -5,14 +5,12 @@
 # %% auto #0
 __all__ = ['TeachingConfig', 'space_of_scene', 'Taught', 'teach', 'steps_in']
 
-# %% ../../nbs/distill/multiview.ipynb #cc05448e
+# %% ../../nbs/distill/multiview.ipynb #2001400a
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from .lesson import Lesson
 from .losses import Term
@@ -30,9 +28,9 @@ from ..geometry.cameras import PinholeCamera
 from ..lab.errors import KiloError
 from ..splats.gaussians import Gaussians
 from ..splats.lookup import GaussianLookup
-from ..training.loop import LoopConfig, TrainingResult
+from ..training.loop import TrainingResult
 
-# %% ../../nbs/distill/multiview.ipynb #aa0cb3a6
+# %% ../../nbs/distill/multiview.ipynb #6450bb21
 @dataclass(frozen=True)
 class TeachingConfig:
     """How a student is taught a scene. Lengths are in parts of the longest edge of the scene's box.
@@ -50,10 +48,10 @@ class TeachingConfig:
     voxels: int = 256
     density: float = 60.0
     targets: Literal["images", "teacher", "both"] = "images"
-    seen_weight: float = 0.003
+    seen_weight: float = 0.01
     continuity: float = 0.02
     points: PointsConfig | None = field(default_factory=PointsConfig)
-    rays: DistillConfig = field(default_factory=lambda: DistillConfig(first_refresh=500, refresh_weight=0.005, refresh_until=0.8))
+    rays: DistillConfig = field(default_factory=lambda: DistillConfig(first_refresh=500, refresh_weight=0.01, refresh_until=0.8))
     seed: int = 0
 
     def __post_init__(self):
@@ -86,10 +84,13 @@ def space_of_scene(gaussians: Gaussians, cameras: Sequence[PinholeCamera], confi
     footprints = occupancy_from_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, config.voxels, box)
     return seen_space(teacher, footprints, look, step, config.seen_weight), teacher, step
 
-# %% ../../nbs/distill/multiview.ipynb #9dba268a
+# %% ../../nbs/distill/multiview.ipynb #608c7301
 @dataclass(frozen=True)
 class Taught:
-    """A taught student. space_s, points_s: seconds of the first two stages; rays: of the last, its seconds included. lost_alpha: of the training views, outside the space."""
+    """A taught student. space_s, points_s: seconds of the first two stages; rays: of the last, with its own.
+
+    lost_alpha: share of the training views' alpha on rays that miss the space.
+    """
 
     student: Student
     rays: TrainingResult
@@ -125,18 +126,21 @@ def teach(lesson: Lesson, config: TeachingConfig, folder: Path | None = None, *,
     student = make_student(grid, config.shape((grid.box[1] - grid.box[0]).max().item()), step, config.seed)
     pool = RayPool(lesson.targets(config.targets), grid, step)
     space_s, points = time.perf_counter() - began, None
-    if not quiet: print(f"space {grid.fraction:.1%} of {'x'.join(map(str, grid.resolution))} voxels, {len(pool):,} rays, {pool.lost_alpha:.3%} of their alpha lost; {space_s:.0f} s")
+    told = f"space {grid.fraction:.1%} of {'x'.join(map(str, grid.resolution))} voxels, {len(pool):,} rays, {pool.lost_alpha:.3%} of their alpha lost"
+    if not quiet: print(f"{told}; {space_s:.0f} s")
     if config.points:
         began = time.perf_counter()
         points = distill_points(student, teacher, cameras, config.points, None if folder is None else folder / "points", resume=resume, quiet=quiet)
         points = replace(points, seconds=max(points.seconds, time.perf_counter() - began))
-    own = [Continuity(student, config.continuity)] if config.continuity and config.kind == "kilonerf" else []
+    further = [Continuity(student, config.continuity)] if config.continuity and config.kind == "kilonerf" else []
+    further += terms(student, teacher) if terms else []
     known = {"teaching": {k: v for k, v in asdict(config).items() if k not in ("points", "rays")}} | (settings or {})
-    rays = distill(student, pool, config.rays, folder, terms=[*own, *(terms(student, teacher) if terms else [])], resume=resume, blank_db=blank_db, settings=known, quiet=quiet)
+    rays = distill(student, pool, config.rays, folder, terms=further, resume=resume, blank_db=blank_db, settings=known, quiet=quiet)
     return Taught(student, rays, points, space_s, pool.lost_alpha)
 
-# %% ../../nbs/distill/multiview.ipynb #b185cc4b
-def steps_in(seconds: float, lesson: Lesson, config: TeachingConfig, *, terms: Callable[[Student, Field], Sequence[Term]] | None = None, trial_steps: int = 30) -> int:
+# %% ../../nbs/distill/multiview.ipynb #93fca74e
+def steps_in(seconds: float, lesson: Lesson, config: TeachingConfig, *, terms: Callable[[Student, Field], Sequence[Term]] | None = None,
+             trial_steps: int = 30) -> int:
     """How many steps of rays a student takes in `seconds`, by a trial of `trial_steps` after a few steps of points; at least 50."""
     loop = replace(config.rays.loop, steps=trial_steps, warmup_steps=min(5, trial_steps - 1), log_every_steps=max(1, trial_steps // 6), time_limit_s=None)
     points = config.points and replace(config.points, bank=min(config.points.bank, 200_000), loop=replace(config.points.loop, steps=30, warmup_steps=5))

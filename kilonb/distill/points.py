@@ -20,8 +20,9 @@ from ..geometry.cameras import PinholeCamera
 from ..lab.errors import KiloError
 from ..training.loop import LoopConfig, TrainingResult, train
 
-# %% ../../nbs/distill/points.ipynb #9e023f2a
-def seen_space(field: Field, grid: OccupancyGrid, cameras: Sequence[PinholeCamera], step: float, minimum_weight: float = 0.01, dilate: int = 1) -> OccupancyGrid:
+# %% ../../nbs/distill/points.ipynb #a6c5e101
+def seen_space(field: Field, grid: OccupancyGrid, cameras: Sequence[PinholeCamera], step: float, minimum_weight: float = 0.01,
+               dilate: int = 1) -> OccupancyGrid:
     """The voxels of `grid` that contribute at least `minimum_weight` to some ray of some camera, and `dilate` voxels around them.
 
     field: what the cameras look at. step: metres between samples. Raises KiloError where the cameras see nothing of it.

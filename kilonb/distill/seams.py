@@ -19,7 +19,7 @@ from ..fields.rendering import RayRender
 from ..lab.errors import KiloError
 from ..metrics.images import composite
 
-# %% ../../nbs/distill/seams.ipynb #25a367b3
+# %% ../../nbs/distill/seams.ipynb #60124e62
 def wall_distance(cells: CellGrid, points: Tensor) -> Tensor:
     """How far points [..., 3] metres are from the nearest wall between two cells, in cells: 0 to 1/2."""
     scaled = (points - cells.lower) / cells.cell_size
@@ -45,7 +45,8 @@ def seam_error(student: Student, targets: Sequence[ViewTarget], within: float = 
             total[i] += squared[chosen].double().sum(); count[i] += chosen.sum()
     if not (count > 0).all(): raise KiloError("No solid pixel shows a wall, or none shows anything else: there is no seam to measure in these views.")
     rmse = (total / count).sqrt()
-    return {"seam_rmse": rmse[0].item(), "interior_rmse": rmse[1].item(), "seam_ratio": (rmse[0] / rmse[1]).item(), "seam_share": (count[0] / count.sum()).item()}
+    return {"seam_rmse": rmse[0].item(), "interior_rmse": rmse[1].item(), "seam_ratio": (rmse[0] / rmse[1]).item(),
+            "seam_share": (count[0] / count.sum()).item()}
 
 # %% ../../nbs/distill/seams.ipynb #19b84e83
 def neighbours(cells: CellGrid) -> Tensor:

@@ -71,13 +71,14 @@ def make_student(grid: OccupancyGrid, config: FieldConfig, step: float, seed: in
     else: field = (MLPField if isinstance(config, MLPConfig) else HashGridField)(grid.box, config, generator)
     return Student(field, grid, step)
 
-# %% ../../nbs/distill/student.ipynb #ddee7a19
+# %% ../../nbs/distill/student.ipynb #a3a90480
 @dataclass(frozen=True)
 class DistillConfig:
     """How a student is trained from rays.
 
     rays: per step. foreground: share of them that hit the object. first_refresh: step of the first occupancy refresh; it doubles from then on, and comes every
-    refresh_every steps besides; 0: never. refresh_until: share of the run after which the occupancy stays. refresh_weight: contribution to a ray below which a voxel is dropped.
+    refresh_every steps besides; 0: never. refresh_until: share of the run after which the occupancy stays. refresh_weight: contribution to a ray below
+    which a voxel is dropped.
     overlap: share of a cell, below 1/2, by which a KiloNeRF's cells overlap while training, which closes the seams between them (`distill.seams`).
     alpha_floor: mean alpha on solid rays below which training stops. loop: steps, learning rate, averaging, checkpoints. loss: the terms.
     """
@@ -102,7 +103,7 @@ class DistillConfig:
         """Whether the occupancy is refreshed after `step` steps are done."""
         if step > self.refresh_until * self.loop.steps or not self.first_refresh or step < self.first_refresh: return False
         ratio, rest = divmod(step, self.first_refresh)
-        return rest == 0 and ratio & (ratio - 1) == 0 or self.refresh_every > 0 and step % self.refresh_every == 0
+        return (rest == 0 and ratio & (ratio - 1) == 0) or (self.refresh_every > 0 and step % self.refresh_every == 0)
 
 # %% ../../nbs/distill/student.ipynb #860fb2ed
 @contextmanager
@@ -113,7 +114,7 @@ def overlapping(field: nn.Module, share: float) -> Iterator[None]:
     finally:
         if isinstance(field, KiloNeRF): field.overlap = 0.0
 
-# %% ../../nbs/distill/student.ipynb #dc3d338f
+# %% ../../nbs/distill/student.ipynb #105cd6a9
 class Distillation:
     """One training run of a student: the step function, the refresh after it, and what a checkpoint needs to know of both."""
 
@@ -126,7 +127,8 @@ class Distillation:
         """Loss and logged values of one batch of rays."""
         batch = self.pool.sample(self.config.rays, self.config.foreground, generator)
         offset = torch.rand(len(batch.alpha), generator=generator)
-        with overlapping(self.student.field, self.config.overlap): seen = render_rays(self.student.field, batch.rays, self.student.grid, self.student.step, offset)
+        student = self.student
+        with overlapping(student.field, self.config.overlap): seen = render_rays(student.field, batch.rays, student.grid, student.step, offset)
         if step <= self.config.refresh_until * self.config.loop.steps: self.contributions.add(seen.samples.positions, seen.weights, seen.densities)
         values = response_loss(seen, batch, self.config.loss, generator) | {"samples_per_ray": len(seen.weights) / len(batch.alpha)}
         return add_terms(values, {name: term(step, self.student, batch, seen, generator) for name, term in self.terms.items()})
@@ -144,17 +146,18 @@ class Distillation:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put them back. Raises KiloError where the run had other terms."""
-        if set(state["terms"]) != set(self.terms): raise KiloError(f"The checkpoint's run had the terms {sorted(state['terms'])}, this one has {sorted(self.terms)}.")
+        if set(state["terms"]) != set(self.terms):
+            raise KiloError(f"The checkpoint's run had the terms {sorted(state['terms'])}, this one has {sorted(self.terms)}.")
         self.contributions.load_state_dict(state)
         for name, term in self.terms.items(): term.load_state_dict(state["terms"][name])
 
-# %% ../../nbs/distill/student.ipynb #0fe5e079
+# %% ../../nbs/distill/student.ipynb #b3456e60
 def distill(student: Student, pool: RayPool, config: DistillConfig, folder: Path | None = None, *, terms: Sequence[Term] = (), resume: bool = False,
             blank_db: float | None = None, settings: dict | None = None, quiet: bool = False) -> TrainingResult:
     """Train a student on a pool of rays; afterwards it holds the averaged weights where the loop keeps an average, the last ones elsewhere.
 
-    folder: of the run, for logs and checkpoints; None keeps nothing. terms: further losses, see `distill.losses.Term`. resume: go on from the folder's checkpoint. blank_db: score of an all-white
-    image, for the guard's message. settings: what else must be the same when resuming.
+    folder: of the run, for logs and checkpoints; None keeps nothing. terms: further losses, see `distill.losses.Term`. resume: go on from the folder's
+    checkpoint. blank_db: score of an all-white image, for the guard's message. settings: what else must be the same when resuming.
     Raises TrainingStopped where ray alpha collapses or the loss is not finite, KeyboardInterrupt on Ctrl-C once a checkpoint is saved.
     """
     run, rate = Distillation(student, pool, config, terms), config.loop.learning_rate
