@@ -71,7 +71,7 @@ def make_student(grid: OccupancyGrid, config: FieldConfig, step: float, seed: in
     else: field = (MLPField if isinstance(config, MLPConfig) else HashGridField)(grid.box, config, generator)
     return Student(field, grid, step)
 
-# %% ../../nbs/distill/student.ipynb #a3a90480
+# %% ../../nbs/distill/student.ipynb #48025d44
 @dataclass(frozen=True)
 class DistillConfig:
     """How a student is trained from rays.
@@ -80,6 +80,7 @@ class DistillConfig:
     refresh_every steps besides; 0: never. refresh_until: share of the run after which the occupancy stays. refresh_weight: contribution to a ray below
     which a voxel is dropped.
     overlap: share of a cell, below 1/2, by which a KiloNeRF's cells overlap while training, which closes the seams between them (`distill.seams`).
+    fixed_batch: show the same rays in every step; a student that cannot learn those by heart has a fault that no data will mend.
     alpha_floor: mean alpha on solid rays below which training stops. loop: steps, learning rate, averaging, checkpoints. loss: the terms.
     """
 
@@ -90,6 +91,7 @@ class DistillConfig:
     refresh_until: float = 0.7
     refresh_weight: float = 0.01
     overlap: float = 0.0
+    fixed_batch: bool = False
     alpha_floor: float = 0.1
     loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=2000, learning_rate=5e-3, warmup_steps=50, ema_decay=0.99))
     loss: ResponseLossConfig = field(default_factory=ResponseLossConfig)
@@ -114,7 +116,7 @@ def overlapping(field: nn.Module, share: float) -> Iterator[None]:
     finally:
         if isinstance(field, KiloNeRF): field.overlap = 0.0
 
-# %% ../../nbs/distill/student.ipynb #105cd6a9
+# %% ../../nbs/distill/student.ipynb #7ef7c3c7
 class Distillation:
     """One training run of a student: the step function, the refresh after it, and what a checkpoint needs to know of both."""
 
@@ -125,8 +127,9 @@ class Distillation:
 
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor | float]:
         """Loss and logged values of one batch of rays."""
-        batch = self.pool.sample(self.config.rays, self.config.foreground, generator)
-        offset = torch.rand(len(batch.alpha), generator=generator)
+        drawn = torch.Generator().manual_seed(self.config.loop.seed) if self.config.fixed_batch else generator
+        batch = self.pool.sample(self.config.rays, self.config.foreground, drawn)
+        offset = torch.rand(len(batch.alpha), generator=drawn)
         student = self.student
         with overlapping(student.field, self.config.overlap): seen = render_rays(student.field, batch.rays, student.grid, student.step, offset)
         if step <= self.config.refresh_until * self.config.loop.steps: self.contributions.add(seen.samples.positions, seen.weights, seen.densities)
