@@ -116,7 +116,7 @@ def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor
     kept = distance[ray, column]
     return Samples(offsets, ray, kept, torch.full_like(kept, step), points[ray, column], rays.directions[ray])
 
-# %% ../../nbs/fields/marching.ipynb #41d710e3
+# %% ../../nbs/fields/marching.ipynb #899fb6ce
 def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None, near: float = 0.0, far: float = 1e6, stop: float = 1e-4) -> Samples:
     """Samples of rays in the occupied voxels of a grid, as far as light comes.
 
@@ -133,7 +133,8 @@ def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = 
     longest = int(np.linalg.norm(box[1] - box[0]) / step) + 2
     kept, counts = np.empty((parts, (count // parts + 1) * longest), np.float32), np.empty(count, np.int64)
     least = np.empty((0, 0, 0), np.float32) if grid.least_density is None else grid.least_density.numpy()
-    _march(parts, origins, directions, *box, grid.clearance, least, np.float32(-math.log(stop)), np.float32(step), offset.float().numpy(), np.float32(near), np.float32(far), longest, counts, kept)
+    settings = (np.float32(value) for value in (-math.log(stop), step))
+    _march(parts, origins, directions, *box, grid.clearance, least, *settings, offset.float().numpy(), np.float32(near), np.float32(far), longest, counts, kept)
     starts = np.zeros(count + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     total = int(starts[-1])
