@@ -170,7 +170,7 @@ def route(network: Tensor, count: int, ratio: float = 0.7) -> Routing:
     active = order[: int(group_networks[:groups].sum())]
     return Routing(torch.from_numpy(slots).to(network.device), rows, active, list(zip(group_networks[:groups].tolist(), group_rows[:groups].tolist())))
 
-# %% ../../nbs/fields/kilonerf.ipynb #a745022c
+# %% ../../nbs/fields/kilonerf.ipynb #8ea8e055
 def _layer(layer: tuple[Tensor, Tensor], x: Tensor) -> Tensor: return torch.baddbmm(layer[1], x, layer[0])
 
 
@@ -220,8 +220,9 @@ class KiloNeRF(nn.Module):
 
     def layers(self, rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
         """Views (weights [n, inputs, outputs], biases [n, 1, outputs]) of network parameters `rows` [n, layout.size]."""
-        shapes, offsets = self.layout.shapes, self.layout.offsets
-        return {k: (rows[:, w:b].view(-1, *shapes[k]), rows[:, None, b:end]) for k, (w, b, end) in offsets.items()}
+        sizes = [size for w, b, end in self.layout.offsets.values() for size in (b - w, end - b)]
+        parts = rows.split(sizes, 1)                            # one split: its gradient is one concatenation
+        return {k: (weights.unflatten(1, shape), biases[:, None]) for (k, shape), weights, biases in zip(self.layout.shapes.items(), parts[::2], parts[1::2])}
 
     def features(self, positions: Tensor, directions: Tensor | None = None) -> Tensor:
         """What the networks know of `positions` [N, 3] before they hear the direction: [N, feature_width], differentiable; 0 outside all cells."""
@@ -239,11 +240,9 @@ class KiloNeRF(nn.Module):
         if len(network) == 0: return inputs.new_zeros(0, width)
         routing = route(network, self.cells.count)
         table = inputs.new_zeros(routing.rows, inputs.shape[1]).index_copy(0, routing.slots, inputs)
-        outputs, row, first = [], 0, 0
-        for count, height in routing.groups:
-            layers = self.layers(self.networks[routing.networks[first:first + count]])
-            outputs.append(function(layers, table[row:row + count * height].view(count, height, -1)).flatten(0, 1))
-            row, first = row + count * height, first + count
+        chosen = self.networks.index_select(0, routing.networks).split([count for count, _ in routing.groups])
+        blocks = table.split([count * height for count, height in routing.groups])
+        outputs = [function(self.layers(rows), block.view(len(rows), -1, block.shape[1])).flatten(0, 1) for rows, block in zip(chosen, blocks)]
         return torch.cat(outputs).index_select(0, routing.slots)
 
     def _hidden(self, layers: dict[str, tuple[Tensor, Tensor]], local: Tensor) -> Tensor:
