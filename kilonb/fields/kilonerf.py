@@ -122,7 +122,7 @@ def cells_of(grid: OccupancyGrid, cell_size: float) -> CellGrid:
     network = torch.where(marked, marked.flatten().cumsum(0).reshape(marked.shape) - 1, -1)
     return CellGrid(grid.box[0], cell_size, network)
 
-# %% ../../nbs/fields/kilonerf.ipynb #47f6bf33
+# %% ../../nbs/fields/kilonerf.ipynb #204ed3ef
 @numba.njit(cache=True)
 def _assign_slots(network, counts, order, ratio, slots, group_networks, group_rows):
     """Give every sample a row in the padded table; `order` lists networks by falling count. Returns (groups, rows in all)."""
@@ -131,7 +131,7 @@ def _assign_slots(network, counts, order, ratio, slots, group_networks, group_ro
     while i < len(order) and counts[order[i]] > 0:
         height = (counts[order[i]] + 7) // 8 * 8
         j = i
-        while j < len(order) and counts[order[j]] > 0 and counts[order[j]] >= ratio * height:
+        while j < len(order) and counts[order[j]] > 0 and (counts[order[j]] >= ratio * height or height <= 16):
             first_row[order[j]] = rows + (j - i) * height
             j += 1
         if j == i:
