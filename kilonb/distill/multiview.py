@@ -66,12 +66,12 @@ class TeachingConfig:
         if self.kind == "kilonerf": return KiloNeRFConfig(cell_size=edge / self.cells, **scale)
         return (MLPConfig if self.kind == "mlp" else HashGridConfig)(**scale)
 
-# %% ../../nbs/distill/multiview.ipynb #423f56b1
+# %% ../../nbs/distill/multiview.ipynb #c111e46f
 def space_of_scene(gaussians: Gaussians, cameras: Sequence[PinholeCamera], config: TeachingConfig) -> tuple[OccupancyGrid, Field, float]:
     """What the cameras see of a teacher, in a box fitted to it: (grid, the teacher as a field, the marcher's step in metres).
 
     Seen coarsely first, since a few stray gaussians can make the box of all footprints many times too large.
-    Raises KiloError where the cameras see nothing, TrainingStopped never.
+    Raises KiloError where the cameras see nothing.
     """
     look = [camera.resized(max(camera.width // 2, 1), max(camera.height // 2, 1)) for camera in cameras]
     coarse = space_of_teacher(gaussians, 96)
@@ -138,12 +138,12 @@ def teach(lesson: Lesson, config: TeachingConfig, folder: Path | None = None, *,
     rays = distill(student, pool, config.rays, folder, terms=further, resume=resume, blank_db=blank_db, settings=known, quiet=quiet)
     return Taught(student, rays, points, space_s, pool.lost_alpha)
 
-# %% ../../nbs/distill/multiview.ipynb #93fca74e
+# %% ../../nbs/distill/multiview.ipynb #d6dca8aa
 def steps_in(seconds: float, lesson: Lesson, config: TeachingConfig, *, terms: Callable[[Student, Field], Sequence[Term]] | None = None,
              trial_steps: int = 30) -> int:
-    """How many steps of rays a student takes in `seconds`, by a trial of `trial_steps` after a few steps of points; at least 50."""
+    """How many steps of rays a student takes in `seconds`, by a trial of `trial_steps` after a few steps of points; at least 1."""
     loop = replace(config.rays.loop, steps=trial_steps, warmup_steps=min(5, trial_steps - 1), log_every_steps=max(1, trial_steps // 6), time_limit_s=None)
     points = config.points and replace(config.points, bank=min(config.points.bank, 200_000), loop=replace(config.points.loop, steps=30, warmup_steps=5))
     records = teach(lesson, replace(config, points=points, rays=replace(config.rays, loop=loop)), terms=terms, quiet=True).rays.records
     pace = (records[-1]["elapsed_s"] - records[0]["elapsed_s"]) / (records[-1]["step"] - records[0]["step"])
-    return max(50, round(seconds / pace))
+    return max(1, round(seconds / pace))

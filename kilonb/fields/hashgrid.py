@@ -6,10 +6,10 @@
 __all__ = ['PRIMES', 'PARTS', 'HashGridConfig', 'Level', 'place_levels', 'kernel_levels', 'read_grids', 'write_grids',
            'HeadLayout', 'head_forward', 'head_backward', 'HashGridField']
 
-# %% ../../nbs/fields/hashgrid.ipynb #2af559a6
+# %% ../../nbs/fields/hashgrid.ipynb #0eb53dfc
 from dataclasses import dataclass
 from itertools import product
-from math import prod, sqrt
+from math import prod
 
 import numba
 import numpy as np
@@ -153,7 +153,7 @@ def write_grids(parts, levels, points, kept, grad_encoded, grad_table):
     for part in numba.prange(parts):
         for l in range(part, len(levels), parts): _write_level(levels[l], points, kept, grad_encoded[2 * l], grad_encoded[2 * l + 1], grad_table)
 
-# %% ../../nbs/fields/hashgrid.ipynb #09413d85
+# %% ../../nbs/fields/hashgrid.ipynb #8ffa873f
 @dataclass(frozen=True)
 class HeadLayout:
     """Shape of the small network and the place of its layers in one row of parameters: weights [inputs, outputs], then biases."""
@@ -170,7 +170,7 @@ class HeadLayout:
         return {"first": (self.inputs, self.hidden), "density": (self.hidden, 1), "feature": (self.hidden, self.features),
                 "view": (self.features + direction, self.hidden), "colour": (self.hidden, 3)}
 
-    offsets, size = NetworkLayout.offsets, NetworkLayout.size                  # they follow from the shapes
+    offsets, size, fresh_row = NetworkLayout.offsets, NetworkLayout.size, NetworkLayout.fresh_row      # they follow from the shapes
 
     def table(self) -> np.ndarray:
         """The numbers that the kernels read: frequencies, inputs, hidden, features, then weights and biases start of the five layers."""
@@ -280,7 +280,7 @@ class _HashGrid(torch.autograd.Function):
         write_grids(min(numba.get_num_threads(), len(levels)), levels, points, kept, grad_encoded, grad_table.numpy())
         return grad_table, torch.from_numpy(grad_parts.sum(0)), None, None, None, None
 
-# %% ../../nbs/fields/hashgrid.ipynb #e6ce5dd0
+# %% ../../nbs/fields/hashgrid.ipynb #5d9de08d
 class HashGridField(BoxField):
     """A hash grid and its small network over a box; see `fields.mlp.BoxField` for how it is asked.
 
@@ -299,14 +299,7 @@ class HashGridField(BoxField):
         self.feature_width = c.features
         places = self.levels[-1].start + self.levels[-1].size
         self.table = nn.Parameter(torch.rand(places, 2, generator=generator) * 2e-4 - 1e-4)
-        self.network = nn.Parameter(torch.cat([part.flatten() for part in self._initial_layers(generator)]))
-
-    def _initial_layers(self, generator: torch.Generator | None):
-        """Weights and biases in the order of the row: He initialisation before a ReLU, 1/sqrt(inputs) elsewhere, biases 0."""
-        for name, (inputs, outputs) in self.layout.shapes.items():
-            gain = sqrt(2.0) if name in ("first", "view") else 1.0
-            yield torch.randn(inputs, outputs, generator=generator) * gain / sqrt(inputs)
-            yield torch.zeros(outputs)
+        self.network = nn.Parameter(self.layout.fresh_row(generator))
 
     def _units(self, positions: Tensor) -> Tensor: return (positions - self.box[0]) / (self.box[1] - self.box[0]).max()
 

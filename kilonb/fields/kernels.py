@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['LANES', 'NetworkLayout', 'sort_by_network', 'keep_wanted', 'networks_forward', 'networks_backward', 'run_networks']
 
-# %% ../../nbs/fields/kernels.ipynb #19dc5600
+# %% ../../nbs/fields/kernels.ipynb #780f2be8
 from dataclasses import dataclass
+from math import sqrt
 
 import numba
 import numpy as np
@@ -17,7 +18,7 @@ from .encodings import fourier_width
 
 LANES = 64
 
-# %% ../../nbs/fields/kernels.ipynb #697f573d
+# %% ../../nbs/fields/kernels.ipynb #783929e3
 @dataclass(frozen=True)
 class NetworkLayout:
     """Shape of one tiny network and the place of its layers in a row of parameters. See `fields.kilonerf` for what the layers do."""
@@ -46,6 +47,14 @@ class NetworkLayout:
 
     @property
     def size(self) -> int: return max(end for _, _, end in self.offsets.values())
+
+    def fresh_row(self, generator: torch.Generator | None = None) -> Tensor:
+        """Weights and biases of one network, [size]: He initialisation before a ReLU, 1/sqrt(inputs) elsewhere, biases 0."""
+        parts = []
+        for name, (inputs, outputs) in self.shapes.items():
+            gain = 1.0 if name in ("density", "feature", "colour") else sqrt(2)
+            parts += [(torch.randn(inputs, outputs, generator=generator) * gain / sqrt(inputs)).flatten(), torch.zeros(outputs)]
+        return torch.cat(parts)
 
     def table(self) -> np.ndarray:
         """The numbers that the kernels read: frequencies, hidden, inputs of the second layer, then weights and biases start of the six layers."""
