@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['quat_to_rotmat', 'rotmat_to_quat', 'quat_multiply', 'rigid', 'rigid_inverse', 'transform_points', 'check_rigid',
-           'look_at']
+           'look_at', 'carla_pose_to_matrix', 'left_to_right_handed', 'mirror_y', 'forward_to_opencv',
+           'opencv_to_forward']
 
 # %% ../../nbs/geometry/transforms.ipynb #b70c1e8c
 import torch
@@ -93,3 +94,40 @@ def look_at(eye: Tensor, target: Tensor, up: Tensor) -> Tensor:
     if (right.norm(dim=-1) < 1e-9 * (1 + forward.norm(dim=-1))).any(): raise KiloError("look_at: the view is parallel to up; choose another up or eye.")
     forward, right = torch.nn.functional.normalize(forward, dim=-1), torch.nn.functional.normalize(right, dim=-1)
     return rigid(torch.stack([right, torch.linalg.cross(forward, right), forward], -1), eye)
+
+# %% ../../nbs/geometry/transforms.ipynb #d8e06bcc
+_MIRROR_Y = torch.tensor([1.0, -1, 1, 1], dtype=torch.float64)
+
+
+def carla_pose_to_matrix(x: float, y: float, z: float, roll_deg: float, yaw_deg: float, pitch_deg: float) -> Tensor:
+    """Pose [4, 4] float64 of a CARLA transform, in CARLA's left-handed axes (x forward, y right, z up), metres. The argument order is that of OPV2V's lists."""
+    angles = torch.deg2rad(torch.tensor([roll_deg, yaw_deg, pitch_deg], dtype=torch.float64))
+    (sr, sy, sp), (cr, cy, cp) = angles.sin().tolist(), angles.cos().tolist()
+    yaw = torch.tensor([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]], dtype=torch.float64)
+    pitch = torch.tensor([[cp, 0, -sp], [0, 1, 0], [sp, 0, cp]], dtype=torch.float64)
+    roll = torch.tensor([[1, 0, 0], [0, cr, sr], [0, -sr, cr]], dtype=torch.float64)
+    return rigid(yaw @ pitch @ roll, torch.tensor([x, y, z], dtype=torch.float64))
+
+
+def left_to_right_handed(transform: Tensor) -> Tensor:
+    """A rigid motion [..., 4, 4] between axes with y to the right, given between axes with y to the left; its own inverse. Points change as `mirror_y`."""
+    mirror = _MIRROR_Y.to(transform)
+    return mirror[:, None] * transform * mirror
+
+
+def mirror_y(points: Tensor) -> Tensor:
+    """Points [..., 3] with y to the right, given with y to the left; its own inverse."""
+    return points * _MIRROR_Y[:3].to(points)
+
+# %% ../../nbs/geometry/transforms.ipynb #a58db42b
+_FORWARD_FROM_OPENCV = torch.tensor([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)
+
+
+def forward_to_opencv(body_to_world: Tensor) -> Tensor:
+    """`camera_to_world` [..., 4, 4] of an OpenCV camera (x right, y down, z forward) that sits at and looks along a body with x forward, y left, z up."""
+    return body_to_world @ _FORWARD_FROM_OPENCV.to(body_to_world)
+
+
+def opencv_to_forward(camera_to_world: Tensor) -> Tensor:
+    """The inverse of `forward_to_opencv`: the body [..., 4, 4] with x forward, y left, z up at an OpenCV camera."""
+    return camera_to_world @ _FORWARD_FROM_OPENCV.mT.to(camera_to_world)
