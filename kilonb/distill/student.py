@@ -31,7 +31,7 @@ from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.guards import AlphaGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 
-# %% ../../nbs/distill/student.ipynb #35a7d98b
+# %% ../../nbs/distill/student.ipynb #b0cb946a
 class Student(nn.Module):
     """A field and its occupied space. step: metres between samples when it is rendered and trained."""
 
@@ -55,9 +55,9 @@ class Student(nn.Module):
         self.occupied.copy_(grid.occupied)
         self.least_density.copy_(torch.zeros(grid.resolution) if grid.least_density is None else grid.least_density)
 
-    def render(self, camera: PinholeCamera) -> FieldImage:
-        """What a camera sees; see `fields.rendering.render_image`."""
-        return render_image(self.field, camera, self.grid, self.step)
+    def render(self, camera: PinholeCamera, stop: float = 1e-4) -> FieldImage:
+        """What a camera sees; rays end where less than `stop` of the light is left. See `fields.rendering.render_image`."""
+        return render_image(self.field, camera, self.grid, self.step, stop=stop)
 
 
 FieldConfig = KiloNeRFConfig | MLPConfig | HashGridConfig
