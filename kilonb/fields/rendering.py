@@ -82,9 +82,9 @@ def _add_samples(alive, cursor, starts, distances, at_a_time, step, stop, sigma,
         cursor[ray] = last
         going[n] = end[0] >= stop and last < starts[ray + 1]
 
-# %% ../../nbs/fields/rendering.ipynb #a6a2d1e1
+# %% ../../nbs/fields/rendering.ipynb #55fc0213
 class TracedRays(NamedTuple):
-    """What R rays saw of a field. rgb_premultiplied: [R, 3]. alpha, expected_distance (metres, 0 where alpha is almost 0): [R]. samples: [R] int64, asked for."""
+    """What R rays saw of a field. rgb_premultiplied: [R, 3]. alpha, expected_distance (metres, 0 where alpha is ~0): [R]. samples: [R] int64, asked for."""
 
     rgb_premultiplied: Tensor
     alpha: Tensor
