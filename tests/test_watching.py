@@ -75,7 +75,8 @@ def test_durations_are_spelt_as_in_training():
     assert all(duration(s) == training_progress.duration(s) for s in [0, 0.5, 59.4, 59.6, 3599.6, 3600, 1e6])
 
 
-@pytest.mark.parametrize("line", ["loss 0.1", "training 5/10  60%", "training 5/10   50%  then more", "12/31 papers", "── Training", "\x1b[2J", "training 5/0  0%"])
+@pytest.mark.parametrize("line", ["loss 0.1", "training 5/10  60%", "training 5/10   50%  then more", "12/31 papers", "── Training", "\x1b[2J",
+                                  "training 5/0  0%"])
 def test_what_is_no_line_of_progress_is_not_taken_for_one(line): assert parse_progress(line) is None
 
 
@@ -114,6 +115,13 @@ def test_a_second_attempt_is_a_change():
     with SweepDisplay(log) as display:
         for status in (first, second): display.update(status)
     assert log.getvalue().splitlines()[-1].endswith("001 (learning_rate 0.01) running, attempt 2")
+
+
+def test_trouble_of_the_sweep_itself_is_said_once():
+    log, fine, troubled = io.StringIO(), sweep(sweep_run("001", "running")), sweep(sweep_run("001", "running"), trouble="No worker is left.")
+    with SweepDisplay(log) as display:
+        for status in (fine, troubled, troubled): display.update(status)
+    assert log.getvalue().splitlines()[1:] == ["No worker is left."]
 
 
 def test_json_is_one_line_for_each_change_and_the_clock_is_none(tmp_path):

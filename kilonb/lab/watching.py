@@ -106,7 +106,7 @@ def read_progress(folder: str | os.PathLike) -> dict[str, Any] | None:
     if not isinstance(value, dict): raise KiloError(f"{path} is not a JSON object: it was cut short or edited.")
     return _progress(value)
 
-# %% ../../nbs/lab/watching.ipynb #4de30b38
+# %% ../../nbs/lab/watching.ipynb #3fce2775
 STATES = ("waiting", "running", "finished", "failed", "skipped", "interrupted")
 TOLD = ("finished", "skipped", "failed", "interrupted", "running", "waiting")
 
@@ -124,7 +124,7 @@ def _sweep(status: Mapping[str, Any]) -> dict[str, Any]:
     runs = [_sweep_run(run) for run in listed if isinstance(run, Mapping)]
     told = _object(status.get("counts"))
     counts = {name: sum(run["status"] == name for run in runs) if runs else _whole(told.get(name)) for name in STATES}
-    texts = {name: plain(status.get(name) or "") for name in ("sweep", "experiment", "status", "started", "changed", "scheduler")}
+    texts = {name: plain(status.get(name) or "") for name in ("sweep", "experiment", "status", "started", "changed", "scheduler", "trouble")}
     return {"kind": "sweep", **texts, "elapsed_s": _real(status.get("elapsed_s")), "eta_s": _real(status.get("eta_s")),
             "process": dict(_object(status.get("process"))), "workers": _whole(status.get("workers")), "counts": counts, "runs": runs}
 
@@ -254,7 +254,7 @@ def _failed_row(run: Mapping[str, Any]) -> list[Text]:
     attempts = f" (attempt {run['attempt']})" if run["attempt"] > 1 else ""
     return [Text("✘", "red"), Text(run["name"], "bold"), Text(_varied(run)), Text((run["error"] or run["status"]) + attempts, "red")]
 
-# %% ../../nbs/lab/watching.ipynb #41386289
+# %% ../../nbs/lab/watching.ipynb #964c70c5
 def _part(title: str, rows: Sequence[Sequence[Text]], most: int, first: bool, fold: bool = False) -> list[RenderableType]:
     if not rows: return []
     shown = rows[:most] if first else rows[-most:]
@@ -271,7 +271,7 @@ def _whole_part(seen: Mapping[str, Any]) -> list[RenderableType]:
     over = Table.grid(padding=(0, 2))
     over.add_row(_bar([(counts[state], _STYLES[state]) for state in TOLD[:-1]], total, 40), Text(f"{ready}/{total}", "bold"),
                  Text(f"{duration(seen['elapsed_s'])} elapsed"), Text(left))
-    said = [Text(sentence, "red") for sentence in (standing(seen) if status == ABANDONED else "", _silence(seen)) if sentence]
+    said = [Text(sentence, "red") for sentence in (standing(seen) if status == ABANDONED else "", seen["trouble"], _silence(seen)) if sentence]
     return [head, over, Text("  ").join(Text(f"{counts[state]} {state}", _STYLES[state]) for state in TOLD if counts[state]), *said]
 
 
@@ -320,7 +320,7 @@ def run_view(folder: str | os.PathLike) -> RenderableType:
     """The view of the run in a folder for a rich console: cell, heading, stage, last metrics and line; at its end the gates or the error."""
     return _run_view(read_watched(folder))
 
-# %% ../../nbs/lab/watching.ipynb #64b8cbfc
+# %% ../../nbs/lab/watching.ipynb #514820f8
 def _run_line(run: Mapping[str, Any], counts: Mapping[str, int]) -> str:
     ready, status = counts["finished"] + counts["skipped"] + counts["failed"], run["status"]
     head = f"[{ready}/{sum(counts.values())}] {run['name']}" + (f" ({_varied(run)})" if run["varied"] else "") + f" {status}"
@@ -333,11 +333,11 @@ def _run_line(run: Mapping[str, Any], counts: Mapping[str, int]) -> str:
 def _sweep_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
     state = lambda run: (run["status"], run["attempt"])
     told = lambda runs: [_run_line(run, now["counts"]) for run in runs]
-    if before is None: return [standing(now), *told(run for run in now["runs"] if run["status"] == "failed"), *filter(None, [_silence(now)])]
+    warned = [sentence for sentence, old in ((now["trouble"], before and before["trouble"]), (_silence(now), before and _silence(before))) if sentence and not old]
+    if before is None: return [standing(now), *told(run for run in now["runs"] if run["status"] == "failed"), *warned]
     known = {run["name"]: state(run) for run in before["runs"]}
     moved = [run for run in now["runs"] if state(run) != known.get(run["name"], ("waiting", run["attempt"]))]
-    silent = [_silence(now)] if _silence(now) and not _silence(before) else []
-    return told(moved) + silent + ([standing(now)] if before["status"] != now["status"] else [])
+    return told(moved) + warned + ([standing(now)] if before["status"] != now["status"] else [])
 
 
 def _run_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
