@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['FREE_SETTINGS', 'LoopConfig', 'LoopState', 'TrainingResult', 'fetch', 'interval_means', 'checked_values',
-           'optimizer_parameters', 'optimizer_step', 'deferred_interrupt', 'Run', 'begin', 'take_step', 'make_record',
-           'save', 'resume_run', 'open_log', 'run_steps', 'train']
+           'optimizer_parameters', 'optimizer_step', 'deferred_interrupt', 'Run', 'begin', 'take_step', 'over_ranks',
+           'make_record', 'save', 'resume_run', 'open_log', 'meet', 'run_tensors', 'run_steps', 'train']
 
-# %% ../../nbs/training/loop.ipynb #72c6a4a4
+# %% ../../nbs/training/loop.ipynb #69c16dc5
 import math
 import signal
 import threading
@@ -25,6 +25,9 @@ from ..lab.errors import KiloError
 from .averaging import Average, choose_average
 from .checkpoints import check_same_settings, keep_final, latest_path, random_state, read_checkpoint, restore_random_state, write_checkpoint
 from .guards import FiniteGuard, TrainingStopped
+from kilonb.training.parallel import (
+    ALONE, World, agree, average_gradients, broadcast_from_first, check_in_step, from_first, gather_values, known_to_all, together,
+)
 from .progress import Progress
 from .scalars import SCALARS_NAME, ScalarLog, read_scalars
 from .schedules import WarmupCosine, schedule_for, set_learning_rates
@@ -114,7 +117,7 @@ def interval_means(interval: Mapping[int, Mapping[str, float]]) -> dict[str, flo
     columns = {name: [float(values[name]) for values in interval.values() if name in values] for name in names}
     return {name: math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) for name, values in columns.items()}
 
-# %% ../../nbs/training/loop.ipynb #fb346373
+# %% ../../nbs/training/loop.ipynb #7d8b543b
 def checked_values(values: Any) -> dict[str, Tensor | float]:
     """What a step function returned, or KiloError: a dict of single numbers whose "loss" is a Tensor that has a gradient."""
     reserved = sorted({"step", "elapsed_s", "learning_rate", "gradient_norm"}.intersection(values if isinstance(values, dict) else ()))
@@ -132,10 +135,12 @@ def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def optimizer_step(values: dict[str, Tensor | float], optimizer: torch.optim.Optimizer, gradient_clip: float | None) -> dict[str, Tensor | float]:
-    """Backward, clip, step. Returns the values, detached, with "gradient_norm" (before the clip) where there is a clip."""
+def optimizer_step(values: dict[str, Tensor | float], optimizer: torch.optim.Optimizer, gradient_clip: float | None,
+                   world: World = ALONE) -> dict[str, Tensor | float]:
+    """Backward, mean over the ranks, clip, step. Returns the values, detached, with "gradient_norm" (before the clip) where there is a clip."""
     optimizer.zero_grad(set_to_none=True)
     values["loss"].backward()
+    average_gradients(optimizer_parameters(optimizer), world, values.get("share"))
     norm = {} if gradient_clip is None else {"gradient_norm": nn.utils.clip_grad_norm_(optimizer_parameters(optimizer), gradient_clip)}
     optimizer.step()
     return {name: value.detach() if isinstance(value, Tensor) else float(value) for name, value in {**values, **norm}.items()}
@@ -157,7 +162,7 @@ def deferred_interrupt() -> Iterator[threading.Event]:
     try: yield requested
     finally: signal.signal(signal.SIGINT, previous if previous is not None else signal.default_int_handler)
 
-# %% ../../nbs/training/loop.ipynb #b5f5e69b
+# %% ../../nbs/training/loop.ipynb #af65a410
 @dataclass
 class Run:
     """The moving parts of one training run; made by `begin`, driven by `train`, whose arguments explain the fields. `log` is None without a folder."""
@@ -172,13 +177,14 @@ class Run:
     schedule: WarmupCosine
     generator: torch.Generator
     averaged: Average | None
+    world: World = ALONE
     state: LoopState = field(default_factory=LoopState)
     log: ScalarLog | None = None
 
-# %% ../../nbs/training/loop.ipynb #1a9752c2
+# %% ../../nbs/training/loop.ipynb #6aa8264d
 def begin(
     optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Module | None = None, folder: str | Path | None = None,
-    stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (), settings: Mapping[str, Any] | None = None,
+    stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (), settings: Mapping[str, Any] | None = None, world: World = ALONE,
 ) -> Run:
     """A run at step 0, with a seeded generator on the first parameter's device and a FiniteGuard before all others; nothing is written yet."""
     parameters = optimizer_parameters(optimizer)
@@ -188,24 +194,38 @@ def begin(
         guards=[*finite, *(guard for guard in guards if guard not in finite)],
         settings={**asdict(config), **{f"settings.{name}": value for name, value in (settings or {}).items()}},
         schedule=config.schedule(), generator=torch.Generator(device=parameters[0].device if parameters else "cpu").manual_seed(config.seed),
-        averaged=choose_average(model, config.ema_decay, config.swa_from, config.steps),
+        averaged=choose_average(model, config.ema_decay, config.swa_from, config.steps), world=world,
     )
 
-# %% ../../nbs/training/loop.ipynb #fff5b3ef
+# %% ../../nbs/training/loop.ipynb #affd9aaa
 def take_step(run: Run, step_function: Callable) -> None:
     """One optimiser step at the schedule's rate, then the average."""
     state = run.state
     rate = set_learning_rates(run.optimizer, run.config.learning_rate, run.schedule.factor(state.step))
-    values = optimizer_step(checked_values(step_function(state.step, run.generator)), run.optimizer, run.config.gradient_clip)
+    values = optimizer_step(checked_values(step_function(state.step, run.generator)), run.optimizer, run.config.gradient_clip, run.world)
+    weight = values.pop("share", 1 / run.world.size)
     if run.averaged is not None: run.averaged.update(run.model)
     state.step += 1
-    state.pending[state.step] = {**values, "learning_rate": rate}
+    state.pending[state.step] = {**values, "learning_rate": rate} | ({"share": weight} if run.world.size > 1 else {})
 
-# %% ../../nbs/training/loop.ipynb #cdd81e20
+# %% ../../nbs/training/loop.ipynb #536dcd8b
+def over_ranks(interval: Mapping[int, Mapping[str, float]], world: World) -> dict[int, dict[str, float]]:
+    """The values of several steps as means over the ranks, weighted by each one's share of the step; a value that is the same on all stays as it is."""
+    if world.size == 1: return dict(interval)
+    merged, everyones = {}, gather_values(interval, world, "the values of an interval")
+    for step in interval:
+        parts = [interval[step] for interval in everyones]
+        for name in dict.fromkeys(name for part in parts for name in part if name != "share"):
+            known = [(part.get("share", 1.0), part[name]) for part in parts if name in part]
+            mean = sum(weight * value for weight, value in known) / sum(weight for weight, _ in known)
+            merged.setdefault(step, {})[name] = known[0][1] if all(value == known[0][1] for _, value in known) else mean
+    return merged
+
+# %% ../../nbs/training/loop.ipynb #517feb79
 def make_record(run: Run) -> None:
     """The means since the last record: into the records, both logs, and past the guards."""
     state = run.state
-    interval = fetch(state.pending)
+    interval = over_ranks(fetch(state.pending), run.world)
     record = {"step": state.step, "elapsed_s": state.elapsed_s, **interval_means(interval), "learning_rate": interval[state.step]["learning_rate"]}
     state.records.append(record)
     state.pending = {}
@@ -213,17 +233,21 @@ def make_record(run: Run) -> None:
     if not record["loss"] >= state.best.get("loss", math.inf): state.best = {"loss": record["loss"], "step": state.step}
     for guard in run.guards: guard.check(record, interval)
 
-# %% ../../nbs/training/loop.ipynb #d6eb9c3c
+# %% ../../nbs/training/loop.ipynb #d112534f
 def save(run: Run, random: Mapping[str, Any] | None = None) -> None:
     """Write the latest checkpoint. TrainingStopped, and the previous one kept, when a value or a weight is not finite.
 
-    random: the state of the random generators to store, if it is not the present one.
+    random: the state of the random generators to store, if it is not the present one. Where several ranks share the run all of them call this; what they
+    collected apart is merged, their weights are compared, and the first one writes; they return when it has.
     """
-    state, interval = run.state, fetch(run.state.pending)
+    state, interval, world = run.state, over_ranks(fetch(run.state.pending), run.world), run.world
+    for thing in run.stateful.values():
+        if world.size > 1 and hasattr(thing, "merge"): thing.merge(world)
+    check_in_step(optimizer_parameters(run.optimizer), world, f"after step {state.step}")
     if interval: run.guards[0].check({"step": state.step, **interval_means(interval)}, interval)
     if not all(bool(torch.isfinite(parameter).all()) for parameter in optimizer_parameters(run.optimizer)):
         raise TrainingStopped(f"Training stopped at step {state.step}: the weights hold NaN or infinite values; the last good checkpoint is kept.")
-    write_checkpoint(latest_path(run.folder), {
+    if world.first: write_checkpoint(latest_path(run.folder), {
         "step": state.step, "elapsed_s": state.elapsed_s, "pending": interval, "best": state.best, "settings": run.settings,
         "model": None if run.model is None else run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
         "averaged": None if run.averaged is None else run.averaged.state_dict(),
@@ -231,6 +255,7 @@ def save(run: Run, random: Mapping[str, Any] | None = None) -> None:
         "guards": [guard.state_dict() if hasattr(guard, "state_dict") else None for guard in run.guards],
         "random": random or random_state(run.generator),
     })
+    agree(world, "a checkpoint is written")
 
 # %% ../../nbs/training/loop.ipynb #f2b6d3be
 def resume_run(run: Run) -> int | None:
@@ -274,37 +299,64 @@ def open_log(run: Run, resume: bool) -> int | None:
         run.state.records = [{name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))} for row in rows]
     return resumed_from
 
-# %% ../../nbs/training/loop.ipynb #b3c83a11
+# %% ../../nbs/training/loop.ipynb #7ebe811e
+def meet(run: Run, resume: bool) -> int | None:
+    """Open the logs and put all ranks where the first one is; returns the step it resumes from, None for a fresh run."""
+    world = run.world
+    resumed_from = open_log(run, resume) if run.folder is not None and world.first else None
+    if world.size == 1: return resumed_from
+    folder, resumed_from, records = from_first((None if run.folder is None else str(run.folder), resumed_from, run.state.records), world)
+    run.folder = None if folder is None else Path(folder)
+    if not world.first:
+        if resumed_from is not None and resume_run(run) != resumed_from:
+            raise KiloError(f"Rank {world.rank} finds another checkpoint in {folder} than rank 0: all ranks must see the same folder.")
+        run.state.records = records
+    broadcast_from_first(run_tensors(run), world)
+    restore_random_state(from_first(random_state(run.generator), world), run.generator)
+    return resumed_from
+
+
+def run_tensors(run: Run) -> list[Tensor]:
+    """Everything that a run trains, averages or keeps beside, each tensor once."""
+    model = [] if run.model is None else [*run.model.parameters(), *run.model.buffers()]
+    average = [] if run.averaged is None else list(run.averaged.average.values())
+    return list({id(tensor): tensor for tensor in (*optimizer_parameters(run.optimizer), *model, *average)}.values())
+
+# %% ../../nbs/training/loop.ipynb #e6711b30
 def run_steps(run: Run, step_function: Callable, after_step: Callable | None, progress: Progress) -> None:
     """Step until the config's steps or its time are over; KeyboardInterrupt after saving when one was asked for."""
-    config, state = run.config, run.state
+    config, state, world = run.config, run.state, run.world
     before, began = state.elapsed_s, time.perf_counter()
-    saved_at, random = began, None
+    late = lambda: bool(config.time_limit_s and state.elapsed_s >= config.time_limit_s)
+    saved_at, random, over = began, None, late()
     with deferred_interrupt() as requested:
-        while state.step < config.steps and not (config.time_limit_s and state.elapsed_s >= config.time_limit_s):
+        while state.step < config.steps and not over:
             random = random_state(run.generator) if run.folder is not None else None
-            done = state.step
+            done, held = state.step, optimizer_parameters(run.optimizer)
             try: take_step(run, step_function)
             except KeyboardInterrupt:
-                if state.step == done and not requested.is_set() and run.folder is not None: save(run, random)
+                if world.size == 1 and state.step == done and not requested.is_set() and run.folder is not None: save(run, random)
                 raise
             state.elapsed_s = before + time.perf_counter() - began
             if after_step is not None: after_step(state.step - 1, state.records)
             if state.step % config.log_every_steps == 0 or state.step == config.steps: make_record(run)
             progress.update(state.step, {name: state.records[-1][name] for name in ("loss", "learning_rate") if state.records})
             every = config.checkpoint_every_steps
-            due = time.perf_counter() - saved_at >= (config.checkpoint_every_seconds or math.inf) or (every and state.step % every == 0)
-            if run.folder is not None and (due or requested.is_set()):
+            due = time.perf_counter() - saved_at >= (config.checkpoint_every_seconds or math.inf) or bool(every and state.step % every == 0)
+            replaced = world.size > 1 and list(map(id, held)) != list(map(id, optimizer_parameters(run.optimizer)))
+            stop, over, due, replaced = agree(world, f"the end of step {state.step}", requested.is_set(), late(), due and world.first, replaced)
+            if replaced: broadcast_from_first(run_tensors(run), world)
+            if run.folder is not None and (due or stop):
                 save(run)
                 saved_at = time.perf_counter()
-            if requested.is_set(): raise KeyboardInterrupt
+            if stop: raise known_to_all(KeyboardInterrupt())
 
-# %% ../../nbs/training/loop.ipynb #51a25915
+# %% ../../nbs/training/loop.ipynb #cdcb6ec0
 def train(
     step_function: Callable[[int, torch.Generator], dict[str, Tensor | float]], optimizer: torch.optim.Optimizer, config: LoopConfig, *,
     model: nn.Module | None = None, folder: str | Path | None = None, stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (),
     after_step: Callable[[int, list[dict[str, float]]], None] | None = None, settings: Mapping[str, Any] | None = None,
-    resume: bool = False, description: str = "training", quiet: bool = False,
+    resume: bool = False, description: str = "training", quiet: bool = False, world: World | None = None,
 ) -> TrainingResult:
     """Train, and return the records.
 
@@ -314,20 +366,27 @@ def train(
     stateful: name -> object with state_dict / load_state_dict, saved along. guards: objects with check(record, interval); a FiniteGuard is always there.
     after_step(step, records): after each optimiser step; it may replace the optimiser's parameters. settings: the experiment's own, compared when resuming.
     resume: go on from the folder's checkpoint, or start there when it has none.
+    world: the ranks that share the run, joined before (`training.parallel`); None: this process alone. All of them call this with the same arguments; the
+        step function draws the global batch and returns the mean over its share of it, and beside it "share", its part of the batch, where that is not the
+        same for all. Rates and steps do not depend on the world; records are means over it; only the first rank writes and prints. A `stateful` object
+        that collects something of its own samples has merge(world), called on all ranks before its state is saved.
     Raises TrainingStopped by a guard, KiloError on bad input, KeyboardInterrupt on Ctrl-C once a checkpoint is saved.
     """
-    if resume and folder is None: raise KiloError("There is nothing to resume without a folder: pass the run's folder.")
-    run = begin(optimizer, config, model, folder, stateful, guards, settings)
-    resumed_from = open_log(run, resume) if run.folder is not None else None
-    progress = Progress(config.steps, description, start=run.state.step, quiet=quiet)
-    try:
-        run_steps(run, step_function, after_step, progress)
-        if run.folder is not None:
-            save(run)
-            if run.state.step >= config.steps: keep_final(run.folder)
-    finally:
-        progress.close()
-        if run.log is not None: run.log.close()
+    world = world or ALONE
+    if resume and folder is None and world.first: raise KiloError("There is nothing to resume without a folder: pass the run's folder.")
+    run = begin(optimizer, config, model, folder, stateful, guards, settings, world)
+    with together(world):
+        try:
+            resumed_from = meet(run, resume)
+            progress = Progress(config.steps, description, start=run.state.step, quiet=quiet or not world.first)
+            try: run_steps(run, step_function, after_step, progress)
+            finally: progress.close()
+            if run.folder is not None:
+                save(run)
+                if run.state.step >= config.steps and world.first: keep_final(run.folder)
+            agree(world, "the end of the run")
+        finally:
+            if run.log is not None: run.log.close()
     state = run.state
     averaged = run.averaged if run.averaged is not None and run.averaged.average else None
     return TrainingResult(state.records, state.step, state.elapsed_s, averaged, resumed_from, state.best, state.step >= config.steps)
