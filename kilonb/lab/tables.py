@@ -93,16 +93,22 @@ class _FramePickler(pickle._Pickler):
             if item.state is not None: self.save(item.state), self.write(pickle.BUILD)
         else: super().save(item, save_persistent_id)
 
-# %% ../../nbs/lab/tables.ipynb #974c40be
+# %% ../../nbs/lab/tables.ipynb #1553e55e
 _FRAME, _MANAGER = _Global("pandas.core.frame", "DataFrame"), _Global("pandas.core.internals.managers", "BlockManager")
 _NEW_INDEX, _INDEX, _RANGE = (_Global(*name) for name in (("pandas.core.indexes.base", "_new_Index"), ("pandas.core.indexes.base", "Index"),
                                                           ("pandas.core.indexes.range", "RangeIndex")))
 
 
-def _blocks(columns: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+def _array(values: Any) -> np.ndarray:
+    """One column; with a text in it, all of it stays as Python objects: numpy would spell a missing value beside texts as 'nan'."""
+    if not isinstance(values, np.ndarray) and any(isinstance(value, str) for value in values): return np.array(list(values), dtype=object)
+    array = np.asarray(values)
+    return array.astype(object) if array.dtype.kind in "US" else array
+
+
+def _blocks(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     kinds: dict[np.dtype, list[int]] = {}
-    arrays = [np.asarray(values) for values in columns.values()]
-    arrays = [values.astype(object) if values.dtype.kind in "US" else values for values in arrays]
+    arrays = [_array(values) for values in columns.values()]
     for number, values in enumerate(arrays): kinds.setdefault(values.dtype, []).append(number)
     blocks = []
     for numbers in kinds.values():
