@@ -31,14 +31,14 @@ from .errors import KiloError, unknown_name
 from .files import dumps, write_json
 from .hashing import hash_files, hash_folder, list_files
 
-# %% ../../nbs/lab/manifests.ipynb #6839136e
+# %% ../../nbs/lab/manifests.ipynb #d1e29cff
 KINDS = {
     "blender": "a folder with transforms_<split>.json and RGBA images",
     "ply": "a PLY file of gaussians in the INRIA layout",
-    "pandaset": "a folder of PandaSet sequences",
+    "pandaset": "a PandaSet sequence, or a folder of them",
     "argoverse2": "a folder of one Argoverse 2 log",
-    "opv2v": "a folder of OPV2V camera images",
-    "carla": "a folder of surround images and depth from CARLA",
+    "opv2v": "a folder in OPV2V's layout (splits, a split or a scenario), or one vehicle's pictures with their rig in a MANIFEST.json",
+    "v2xsim": "a folder of one instant's surround pictures and depth from V2X-Sim",
     "dannce": "a folder of synchronised calibrated videos",
     "middlebury": "a folder of calibrated Middlebury multi-view images",
     "weights": "a folder of trained weights",
