@@ -6,12 +6,12 @@
 __all__ = ['FAR_CENTIMETRES', 'READERS', 'Problem', 'note', 'image_size', 'read_rgb', 'read_z_depth', 'View', 'Frame', 'no_boxes',
            'SurroundFrame', 'SurroundScene', 'camera_height_m', 'panorama_pose', 'load_surround']
 
-# %% ../../nbs/scenes/surround.ipynb #487ad193
+# %% ../../nbs/scenes/surround.ipynb #742cb6e3
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -195,11 +195,12 @@ def panorama_pose(frame: Frame, height_m: float | None = None) -> Tensor:
     lift = rigid(torch.eye(3, dtype=torch.float64), torch.tensor([0, 0, rise], dtype=torch.float64))
     return forward_to_opencv(frame.vehicle_to_world.double() @ lift).float()
 
-# %% ../../nbs/scenes/surround.ipynb #ef80da13
-READERS: Mapping[str, str] = {kind: f"kilonb.scenes.{kind}:load_{kind}" for kind in ("opv2v", "pandaset", "v2xsim")}
+# %% ../../nbs/scenes/surround.ipynb #89760977
+READERS: Mapping[str, str] = {"opv2v": "kilonb.scenes.opv2v:load_opv2v", "pandaset": "kilonb.scenes.pandaset:load_surround_frames",
+                              "v2xsim": "kilonb.scenes.v2xsim:load_v2xsim"}
 
 
-def load_surround(kind: str, path: str | Path):
+def load_surround(kind: str, path: str | Path) -> Any:
     """The scene of surround frames at `path`, opened by the reader of its `kind` (opv2v, pandaset, v2xsim): `len`, iteration over frames, `problems`."""
     if kind not in READERS: raise unknown_name("kind of surround data", kind, READERS)
     module, _, name = READERS[kind].partition(":")
