@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['CHANNELS', 'ViewSettings', 'OrbitPose', 'pose_around', 'Sight', 'see_teacher', 'bands', 'see_student_in_bands',
            'see_student', 'normals_of', 'colour_bar', 'mapped', 'cell_colours', 'cells_of_sight', 'listed_gaussians',
-           'View', 'paint', 'render_teacher_view', 'render_student_view', 'view_sheet']
+           'View', 'paint', 'render_teacher_view', 'render_student_view', 'view_sheet', 'newest_student']
 
-# %% ../../nbs/distill/viewing.ipynb #c3426fd0
+# %% ../../nbs/distill/viewing.ipynb #1d0e3123
 import colorsys
 import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numba
@@ -29,6 +30,7 @@ from ..fields.kilonerf import KiloNeRF
 from ..geometry.cameras import PinholeCamera, orbit_cameras
 from ..geometry.transforms import quat_to_rotmat
 from ..lab.errors import KiloError
+from ..lab.runs import FINISHED, list_runs
 from ..splats.gaussians import Gaussians
 from ..splats.rasterizer import rasterize, render_gaussians
 from ..splats.tiles import TILE
@@ -166,7 +168,7 @@ def see_student(student: Student, camera: PinholeCamera, stop: float = 0.01) -> 
     """What a camera sees of a student. stop: share of the light below which a ray ends."""
     return [*see_student_in_bands(student, camera, stop)][-1]
 
-# %% ../../nbs/distill/viewing.ipynb #f6ab9a3b
+# %% ../../nbs/distill/viewing.ipynb #fe7db2c3
 @numba.njit(cache=True, inline="always")
 def _point(depth, v, u, fx, fy, cx, cy):
     z = depth[v, u]
@@ -191,6 +193,21 @@ def _tangent(depth, solid, v, u, dv, du, fx, fy, cx, cy):
 
 
 @numba.njit(cache=True)
+def _smoothed(depth, solid, reach, jump, smooth):
+    """Means over neighbours up to `reach` pixels away whose depth differs by less than `jump` of one's own."""
+    height, width = depth.shape
+    for v in range(height):
+        for u in range(width):
+            total, count, own = 0.0, 0, depth[v, u]
+            for i in range(max(v - reach, 0), min(v + reach + 1, height)):
+                for j in range(max(u - reach, 0), min(u + reach + 1, width)):
+                    if solid[i, j] and abs(depth[i, j] - own) < jump * own:
+                        total += depth[i, j]
+                        count += 1
+            smooth[v, u] = total / count if count and solid[v, u] else own
+
+
+@numba.njit(cache=True)
 def _normals(depth, solid, fx, fy, cx, cy, normals):
     for v in range(depth.shape[0]):
         for u in range(depth.shape[1]):
@@ -205,12 +222,14 @@ def _normals(depth, solid, fx, fy, cx, cy, normals):
             if x * px + y * py + z * pz > 0: length = -length
             normals[v, u, 0], normals[v, u, 1], normals[v, u, 2] = x / length, y / length, z / length
 
-# %% ../../nbs/distill/viewing.ipynb #dca7d15c
+# %% ../../nbs/distill/viewing.ipynb #66578f31
 def normals_of(sight: Sight, least_alpha: float = 0.5) -> Tensor:
     """Unit normals [H, W, 3] of the expected depth in the camera's frame (x right, y down, z forward), facing the camera; 0 where alpha is below."""
     camera, normals = sight.camera, np.empty((*sight.alpha.shape, 3), np.float32)
     solid = (sight.alpha >= least_alpha) & (sight.expected_depth > 0)
-    _normals(sight.expected_depth.contiguous().numpy(), solid.numpy(), camera.fx, camera.fy, camera.cx, camera.cy, normals)
+    smooth = np.empty(solid.shape, np.float32)
+    _smoothed(sight.expected_depth.contiguous().numpy(), solid.numpy(), max(1, round(camera.width / 160)), 0.01, smooth)
+    _normals(smooth, solid.numpy(), camera.fx, camera.fy, camera.cx, camera.cy, normals)
     return torch.from_numpy(normals)
 
 # %% ../../nbs/distill/viewing.ipynb #550e92d4
@@ -377,3 +396,13 @@ def view_sheet(gaussians: Gaussians, student: Student, camera: PinholeCamera, se
     sheet = Image.new("RGB", (4 * (width + gap) - gap, 2 * (height + gap) - gap), "white")
     for i, panel in enumerate(panels): sheet.paste(panel, (i % 4 * (width + gap), i // 4 * (height + gap)))
     return sheet
+
+# %% ../../nbs/distill/viewing.ipynb #7e983c28
+def newest_student(sha256: str, outputs: str | Path | None = None) -> Path | None:
+    """The student.pt of the newest finished run on the data with this hash, None where there is none; those of single-view experiments come last."""
+    found = []
+    for record in list_runs(outputs):
+        if record.status != FINISHED or not any(sha256 and item.get("sha256") == sha256 for item in record.environment.get("data") or []): continue
+        students = sorted(record.folder.rglob("student.pt"), key=lambda path: path.stat().st_mtime)
+        if students: found.append((not record.experiment.startswith("single_view"), record.started, students[-1]))
+    return max(found)[-1] if found else None
