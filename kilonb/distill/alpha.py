@@ -69,11 +69,11 @@ class OpacityTargetConfig:
         way = min(1.0, max(0.0, share - self.warmup) / self.ramp) if self.ramp else float(share >= self.warmup)
         return self.start + (self.end - self.start) * way, self.weight * risen
 
-# %% ../../nbs/distill/alpha.ipynb #69f54358
+# %% ../../nbs/distill/alpha.ipynb #d2d49044
 class OpacityTarget(Term):
     """The target as a term of a run of `steps` steps; see the formula above. Logs `opacity_target`, `opacity_measured`, `opacity_weight_effective`."""
 
-    name = "opacity"
+    name, shareable = "opacity", True
 
     def __init__(self, config: OpacityTargetConfig, steps: int):
         self.config, self.steps = config, steps
@@ -137,7 +137,7 @@ class AlphaBandConfig:
         if not 0 < self.fall <= self.rise: raise KiloError(f"The alpha band's fall = {self.fall:g} must be above 0 and not above its rise = {self.rise:g}.")
         if not 0 <= self.weight <= self.cap: raise KiloError(f"The alpha band's weight = {self.weight:g} does not lie between 0 and its cap = {self.cap:g}.")
 
-# %% ../../nbs/distill/alpha.ipynb #0db22adb
+# %% ../../nbs/distill/alpha.ipynb #20976f1c
 class AlphaBand(Term):
     """The alpha guard as a term of a run of `steps` steps.
 
@@ -145,7 +145,7 @@ class AlphaBand(Term):
     `alpha_band_halo_quantile` and `alpha_band_leak_quantile` of this batch; `alpha_band_misses`, in a row.
     """
 
-    name = "alpha_band"
+    name, shareable = "alpha_band", True
 
     def __init__(self, config: AlphaBandConfig, steps: int):
         if config.patience >= steps:

@@ -79,11 +79,16 @@ def response_loss(seen: RayRender, target: RayBatch, config: ResponseLossConfig,
     shares = {"ray_alpha_foreground": mean_where(target.alpha > 0.5), "ray_alpha_background": mean_where(target.alpha == 0)}
     return {"loss": loss, **{k: v.detach() for k, v in terms.items()}, **shares}
 
-# %% ../../nbs/distill/losses.ipynb #04a24d01
+# %% ../../nbs/distill/losses.ipynb #c0ee05bc
 class Term:
-    """A loss beside the response losses. name: prefix of what it logs, unique in a run."""
+    """A loss beside the response losses. name: prefix of what it logs, unique in a run.
+
+    shareable: whether several ranks may share a run with it (`training.parallel`): it is where the term looks at what whole rays saw or asks the field
+    itself, which all ranks do alike, and never at the samples along rays, of which each rank has only its own.
+    """
 
     name = "term"
+    shareable = False
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """Adam's groups {"params", "lr"} of the term's own parameters. learning_rate: the student's."""

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TeachingConfig', 'space_of_scene', 'Taught', 'teach', 'steps_in']
 
-# %% ../../nbs/distill/multiview.ipynb #2001400a
+# %% ../../nbs/distill/multiview.ipynb #5c733cef
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -29,6 +29,7 @@ from ..lab.errors import KiloError
 from ..splats.gaussians import Gaussians
 from ..splats.lookup import GaussianLookup
 from ..training.loop import TrainingResult
+from ..training.parallel import ALONE, World, together
 
 # %% ../../nbs/distill/multiview.ipynb #6450bb21
 @dataclass(frozen=True)
@@ -66,25 +67,26 @@ class TeachingConfig:
         if self.kind == "kilonerf": return KiloNeRFConfig(cell_size=edge / self.cells, **scale)
         return (MLPConfig if self.kind == "mlp" else HashGridConfig)(**scale)
 
-# %% ../../nbs/distill/multiview.ipynb #c111e46f
-def space_of_scene(gaussians: Gaussians, cameras: Sequence[PinholeCamera], config: TeachingConfig) -> tuple[OccupancyGrid, Field, float]:
+# %% ../../nbs/distill/multiview.ipynb #5e522257
+def space_of_scene(gaussians: Gaussians, cameras: Sequence[PinholeCamera], config: TeachingConfig,
+                   world: World = ALONE) -> tuple[OccupancyGrid, Field, float]:
     """What the cameras see of a teacher, in a box fitted to it: (grid, the teacher as a field, the marcher's step in metres).
 
     Seen coarsely first, since a few stray gaussians can make the box of all footprints many times too large.
-    Raises KiloError where the cameras see nothing.
+    world: ranks that share the work. Raises KiloError where the cameras see nothing.
     """
     look = [camera.resized(max(camera.width // 2, 1), max(camera.height // 2, 1)) for camera in cameras]
     coarse = space_of_teacher(gaussians, 96)
     rough = (coarse.box[1] - coarse.box[0]).max().item() / 160
     rough_lookup = GaussianLookup(gaussians, minimum_scale=rough / 2)
     quick = [camera.resized(max(camera.width // 4, 1), max(camera.height // 4, 1)) for camera in cameras[::max(len(cameras) // 24, 1)]]
-    box = tight_box(seen_space(rough_lookup, coarse, quick, rough, config.seen_weight, dilate=1))
+    box = tight_box(seen_space(rough_lookup, coarse, quick, rough, config.seen_weight, dilate=1, world=world))
     step = (box[1] - box[0]).max().item() / config.march_steps
     teacher = GaussianLookup(gaussians, minimum_scale=step / 2)
     footprints = occupancy_from_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, config.voxels, box)
-    return seen_space(teacher, footprints, look, step, config.seen_weight), teacher, step
+    return seen_space(teacher, footprints, look, step, config.seen_weight, world=world), teacher, step
 
-# %% ../../nbs/distill/multiview.ipynb #608c7301
+# %% ../../nbs/distill/multiview.ipynb #1f6cea96
 @dataclass(frozen=True)
 class Taught:
     """A taught student. space_s, points_s: seconds of the first two stages; rays: of the last, with its own.
@@ -115,14 +117,21 @@ class Taught:
 
 
 def teach(lesson: Lesson, config: TeachingConfig, folder: Path | None = None, *, terms: Callable[[Student, Field], Sequence[Term]] | None = None,
-          resume: bool = False, blank_db: float | None = None, settings: dict | None = None, quiet: bool = False) -> Taught:
+          resume: bool = False, blank_db: float | None = None, settings: dict | None = None, quiet: bool = False, world: World | None = None) -> Taught:
     """Teach a student a lesson: space, points, rays. folder: for logs and checkpoints, those of the points in `points/`; None keeps nothing.
 
     terms: further losses for the rays, made of the student and the teacher as a field. resume: go on where the folder's checkpoints are.
+    world: the ranks that share the work (`training.parallel`), all with the same lesson and config; each returns the same student.
     """
+    world = world or ALONE
+    with together(world): return _teach(lesson, config, folder, terms, resume, blank_db, settings, quiet or not world.first, world)
+
+
+def _teach(lesson: Lesson, config: TeachingConfig, folder: Path | None, terms: Callable[[Student, Field], Sequence[Term]] | None, resume: bool,
+           blank_db: float | None, settings: dict | None, quiet: bool, world: World) -> Taught:
     began = time.perf_counter()
     cameras = [camera for _, camera in lesson.train]
-    grid, teacher, step = space_of_scene(lesson.teacher, cameras, config)
+    grid, teacher, step = space_of_scene(lesson.teacher, cameras, config, world)
     student = make_student(grid, config.shape((grid.box[1] - grid.box[0]).max().item()), step, config.seed)
     pool = RayPool(lesson.targets(config.targets), grid, step)
     space_s, points = time.perf_counter() - began, None
@@ -130,12 +139,13 @@ def teach(lesson: Lesson, config: TeachingConfig, folder: Path | None = None, *,
     if not quiet: print(f"{told}; {space_s:.0f} s")
     if config.points:
         began = time.perf_counter()
-        points = distill_points(student, teacher, cameras, config.points, None if folder is None else folder / "points", resume=resume, quiet=quiet)
+        kept = None if folder is None else folder / "points"
+        points = distill_points(student, teacher, cameras, config.points, kept, resume=resume, quiet=quiet, world=world)
         points = replace(points, seconds=max(points.seconds, time.perf_counter() - began))
-    further = [Continuity(student, config.continuity)] if config.continuity and config.kind == "kilonerf" else []
+    further = [Continuity(student, config.continuity, world=world)] if config.continuity and config.kind == "kilonerf" else []
     further += terms(student, teacher) if terms else []
     known = {"teaching": {k: v for k, v in asdict(config).items() if k not in ("points", "rays")}} | (settings or {})
-    rays = distill(student, pool, config.rays, folder, terms=further, resume=resume, blank_db=blank_db, settings=known, quiet=quiet)
+    rays = distill(student, pool, config.rays, folder, terms=further, resume=resume, blank_db=blank_db, settings=known, quiet=quiet, world=world)
     return Taught(student, rays, points, space_s, pool.lost_alpha)
 
 # %% ../../nbs/distill/multiview.ipynb #d6dca8aa

@@ -208,11 +208,11 @@ def restore_plan(plan: PhasePlan, state: Mapping[str, Any]) -> None:
             raise KiloError(f"The checkpoint's run had {what}: resume with the same plan.")
     for name in ("index", "began", "judged", "streaks", "history"): setattr(plan, name, state[name])
 
-# %% ../../nbs/distill/phases.ipynb #f2e0690c
+# %% ../../nbs/distill/phases.ipynb #f14f2245
 class PhaseClock(Term):
     """The term that runs a plan: see `phased`. Logs `phase_index` from 0, `phase_waiting_steps`, `phase_colour_error`."""
 
-    name = "phase"
+    name, shareable = "phase", True
 
     def __init__(self, plan: PhasePlan, groups: Mapping[str, Sequence[nn.Parameter]]):
         self.plan, self.groups, self.names = plan, groups, set()
@@ -267,12 +267,12 @@ class PhaseClock(Term):
         self.sums, self.counts, self.steps = dict(state["sums"]), dict(state["counts"]), state["seen_steps"]
         self.freeze()
 
-# %% ../../nbs/distill/phases.ipynb #9647acbc
+# %% ../../nbs/distill/phases.ipynb #fe79f90c
 class PhasedTerm(Term):
     """A term whose loss and logged effective weight are multiplied by the present phase's factor, logged as `<name>_phase_weight`; at 0 it is not asked."""
 
     def __init__(self, term: Term, clock: PhaseClock):
-        self.term, self.clock, self.name, self.asked = term, clock, term.name, False
+        self.term, self.clock, self.name, self.shareable, self.asked = term, clock, term.name, term.shareable, False
 
     def parameter_groups(self, learning_rate: float) -> list[dict[str, Any]]:
         """The term's own."""

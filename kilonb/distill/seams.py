@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wall_distance', 'seam_error', 'neighbours', 'Continuity']
 
-# %% ../../nbs/distill/seams.ipynb #ebcdbe9b
+# %% ../../nbs/distill/seams.ipynb #9a638e8c
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +18,7 @@ from ..fields.kilonerf import CellGrid, KiloNeRF
 from ..fields.rendering import RayRender
 from ..lab.errors import KiloError
 from ..metrics.images import composite
+from ..training.parallel import ALONE, World, gather_rows, share
 
 # %% ../../nbs/distill/seams.ipynb #60124e62
 def wall_distance(cells: CellGrid, points: Tensor) -> Tensor:
@@ -48,7 +49,7 @@ def seam_error(student: Student, targets: Sequence[ViewTarget], within: float = 
     return {"seam_rmse": rmse[0].item(), "interior_rmse": rmse[1].item(), "seam_ratio": (rmse[0] / rmse[1]).item(),
             "seam_share": (count[0] / count.sum()).item()}
 
-# %% ../../nbs/distill/seams.ipynb #19b84e83
+# %% ../../nbs/distill/seams.ipynb #37561104
 def neighbours(cells: CellGrid) -> Tensor:
     """Pairs of cells that share a wall, [M, 3]: the lower one's network, the upper one's, and the axis 0, 1, 2 that leads from one to the other."""
     pairs, numbers = [], cells.network
@@ -63,15 +64,15 @@ class Continuity(Term):
     """A loss on the jump between neighbouring networks, at random points of the walls between them that lie in occupied space.
 
     weight: beside the response losses. points: on walls, per step. student: a KiloNeRF. Logs continuity_alpha_jump and continuity_colour_jump, root mean
-    squares. Source: ours; after the submodel consistency of SMERF (Duckworth et al. 2023), section 4.3.
+    squares. world: the ranks that share the points. Source: ours; after the submodel consistency of SMERF (Duckworth et al. 2023), section 4.3.
     """
 
-    name = "continuity"
+    name, shareable = "continuity", True
 
-    def __init__(self, student: Student, weight: float = 0.1, points: int = 2048):
+    def __init__(self, student: Student, weight: float = 0.1, points: int = 2048, world: World = ALONE):
         if not isinstance(student.field, KiloNeRF): raise KiloError(f"A {student.field.kind} field has no cells: leave the continuity loss out.")
         if not weight > 0 or points < 1: raise KiloError(f"The continuity loss has weight {weight:g} and {points} points; expected both above 0.")
-        self.weight, self.points = weight, points
+        self.weight, self.points, self.world = weight, points, world
         cells = student.field.cells
         place = torch.zeros(cells.count, 3)
         place[cells.network[cells.network >= 0]] = (cells.network >= 0).nonzero().float()
@@ -90,10 +91,12 @@ class Continuity(Term):
         """See `Term`."""
         pairs, below, above = self.walls(student, generator)
         directions = batch.rays.directions[torch.randint(len(batch.alpha), (len(pairs),), generator=generator)]
-        networks, local = torch.cat([pairs[:, 0], pairs[:, 1]]), torch.cat([below, above])
+        world, count = self.world if len(pairs) >= self.world.size else ALONE, max(len(pairs), 1)
+        mine, below, above, directions = (t[share(len(pairs), world)] if world.size > 1 else t for t in (pairs, below, above, directions))
+        networks, local = torch.cat([mine[:, 0], mine[:, 1]]), torch.cat([below, above])
         sigma, rgb = student.field.ask(networks, local, directions.repeat(2, 1))
-        alpha, count = -torch.expm1(-sigma * student.step), max(len(pairs), 1)
-        (a, b), (first, second) = alpha.split(len(pairs)), rgb.split(len(pairs))
+        alpha = -torch.expm1(-sigma * student.step)
+        a, b, first, second = gather_rows([*alpha.split(len(mine)), *rgb.split(len(mine))], len(pairs), world)
         jump, colour_jump = (a - b).square().sum() / count, ((a + b)[:, None] / 2 * (first - second).square()).sum() / count
         logged = {"continuity_alpha_jump": jump.detach().sqrt(), "continuity_colour_jump": colour_jump.detach().sqrt()}
         return {"loss": self.weight * (jump + colour_jump), **logged}

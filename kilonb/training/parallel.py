@@ -334,7 +334,7 @@ def average_gradients(parameters: Iterable[Tensor], world: World, weight: float 
     if abs(had[-1] - 1) > 1e-6: raise known_to_all(KiloError(f"The ranks' shares sum to {had[-1]:.4g}; expected 1: give share_weight of the global batch."))
     for parameter, mean, count in zip(parameters, means, had.tolist()): parameter.grad = mean if count else None
 
-# %% ../../nbs/training/parallel.ipynb #d616dc57
+# %% ../../nbs/training/parallel.ipynb #494b2224
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, count: int, world: World) -> Tensor:
@@ -349,12 +349,17 @@ class _Rows(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]: return gradient[ctx.mine] * ctx.size, None, None
 
 
-def gather_rows(own: Tensor, count: int, world: World) -> Tensor:
-    """All rows [count, ...] of a global batch, of which `own` [n, ...] are our `share`. Differentiable; see the note on losses above."""
-    if world.size == 1: return own
-    if len(own) != len(range(count)[share(count, world)]): raise KiloError(f"{len(own)} rows were given as rank {world.rank}'s share of {count}: see `share`.")
+def gather_rows(parts: Sequence[Tensor], count: int, world: World) -> list[Tensor]:
+    """All rows of tensors [count, ...] over a global batch, of which `parts` [n, ...] are our `share`, of one type; they travel together.
+
+    Differentiable, and to be followed by `average_gradients` with equal weights; see the note on losses above.
+    """
+    if world.size == 1: return list(parts)
+    wrong = next((len(part) for part in parts if len(part) != len(range(count)[share(count, world)])), None)
+    if wrong is not None: raise KiloError(f"{wrong} rows were given as rank {world.rank}'s share of {count}: see `share`.")
     agree(world, "rows")
-    return _Rows.apply(own, count, world)
+    rows = _Rows.apply(torch.cat([part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts], 1), count, world)
+    return [columns.reshape(count, *part.shape[1:]) for columns, part in zip(rows.split([part[:1].numel() for part in parts], 1), parts)]
 
 # %% ../../nbs/training/parallel.ipynb #c88d9952
 def largest_over_ranks(tensor: Tensor, world: World) -> None:
