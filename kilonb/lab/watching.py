@@ -320,7 +320,7 @@ def run_view(folder: str | os.PathLike) -> RenderableType:
     """The view of the run in a folder for a rich console: cell, heading, stage, last metrics and line; at its end the gates or the error."""
     return _run_view(read_watched(folder))
 
-# %% ../../nbs/lab/watching.ipynb #514820f8
+# %% ../../nbs/lab/watching.ipynb #31761032
 def _run_line(run: Mapping[str, Any], counts: Mapping[str, int]) -> str:
     ready, status = counts["finished"] + counts["skipped"] + counts["failed"], run["status"]
     head = f"[{ready}/{sum(counts.values())}] {run['name']}" + (f" ({_varied(run)})" if run["varied"] else "") + f" {status}"
@@ -333,7 +333,8 @@ def _run_line(run: Mapping[str, Any], counts: Mapping[str, int]) -> str:
 def _sweep_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
     state = lambda run: (run["status"], run["attempt"])
     told = lambda runs: [_run_line(run, now["counts"]) for run in runs]
-    warned = [sentence for sentence, old in ((now["trouble"], before and before["trouble"]), (_silence(now), before and _silence(before))) if sentence and not old]
+    told_before = [before["trouble"], _silence(before)] if before else ["", ""]
+    warned = [sentence for sentence, old in zip([now["trouble"], _silence(now)], told_before) if sentence and not old]
     if before is None: return [standing(now), *told(run for run in now["runs"] if run["status"] == "failed"), *warned]
     known = {run["name"]: state(run) for run in before["runs"]}
     moved = [run for run in now["runs"] if state(run) != known.get(run["name"], ("waiting", run["attempt"]))]
