@@ -22,7 +22,7 @@ def range_of_depth(camera: Camera, depth: Tensor) -> Tensor:
     along_axis = camera.directions(camera.pixel_centres()) @ camera.camera_to_world[:3, 2]
     return depth / along_axis.reshape(camera.height, camera.width).to(depth)
 
-# %% ../../nbs/geometry/panoramas.ipynb #25752028
+# %% ../../nbs/geometry/panoramas.ipynb #7aabddb5
 @dataclass(frozen=True)
 class PanoramaCamera(Camera):
     """What equirectangular and cylindrical panoramas share. camera_to_world: [4, 4], OpenCV frame, y down along the axis. width, height: pixels.
@@ -51,11 +51,13 @@ class PanoramaCamera(Camera):
         return self.azimuth_range_deg == 360
 
     @property
-    def _heights(self) -> tuple[float, float]: return self._height(radians(self.elevation_min_deg)), self._height(radians(self.elevation_max_deg))
+    def heights(self) -> tuple[float, float]:
+        """What the lower and the upper border are at: radians, or tangents on a cylinder."""
+        return self._height(radians(self.elevation_min_deg)), self._height(radians(self.elevation_max_deg))
 
     def angles(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(azimuth [N], elevation [N]), radians, of `pixels` [N, 2]."""
-        low, high = self._heights
+        low, high = self.heights
         return (pixels[:, 0] / self.width - 0.5) * radians(self.azimuth_range_deg), self._elevation(high - pixels[:, 1] / self.height * (high - low))
 
     def directions(self, pixels: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ class PanoramaCamera(Camera):
         A closed panorama's u is in [0, width). Points without a pixel (the centre; on a cylinder, its axis) get NaN pixels.
         """
         local = transform_points(self.world_to_camera, points)
-        low, high = self._heights
+        low, high = self.heights
         u = (torch.atan2(local[:, 0], local[:, 2]) / radians(self.azimuth_range_deg) + 0.5) * self.width
         v = (high - self._height_of(local)) / (high - low) * self.height
         ranges = local.norm(dim=-1)
