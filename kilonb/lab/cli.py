@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['build_parser', 'outputs_folder', 'data_root', 'describe_notebook', 'resolve_argument', 'run', 'summary', 'paint',
-           'runs', 'show', 'describe_run', 'gates', 'page', 'data_list', 'data_verify', 'data_make', 'data_get', 'main']
+           'sweep', 'watch', 'tensorboard', 'runs', 'show', 'describe_run', 'gates', 'page', 'data_list', 'data_verify',
+           'data_make', 'data_get', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #87fa497e
 import argparse
@@ -49,6 +50,32 @@ def _add_run(commands: Any, command: str, shelf: str, kind: str, summary: str) -
     parser.add_argument("--json", action="store_true", help="end with one line of JSON: run, ok, results, gates")
     parser.add_argument("-h", "--help", action=_Help)
 
+# %% ../../nbs/lab/cli.ipynb #97c5913d
+def _add_sweeps(commands: Any) -> None:
+    parser = commands.add_parser("sweep", help="run what a sweep file describes", description="Run what a sweep file describes and is not done yet.")
+    parser.add_argument("file", metavar="FILE", help="YAML: experiment, parameters, grid, runs, seeds, resources")
+    parser.add_argument("--data", metavar="KIND:PATH", help="what to run on, in place of the file's")
+    parser.add_argument("--workers", type=_count, metavar="N", help="runs side by side (default: as many as fit on the machine; under SLURM, the file's jobs)")
+    parser.add_argument("--scheduler", default="", metavar="ADDRESS", help="a running dask scheduler, as tcp://host:8786")
+    parser.add_argument("--slurm", action="store_true", help="ask SLURM for the workers")
+    parser.add_argument("--plan", action="store_true", help="show what would be run, and start nothing")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON: the sweep's status")
+    parser.set_defaults(action=sweep)
+    parser = commands.add_parser("watch", help="follow a run or a sweep", description="Follow a run or a sweep that any process is working on, until it ends.")
+    parser.add_argument("name", metavar="RUN|SWEEP", help="a sweep's name, or a run as `kilonb show` takes it, or a folder")
+    parser.add_argument("--once", action="store_true", help="say how it stands now, and end")
+    parser.add_argument("--json", action="store_true", help="one line of JSON for each change")
+    parser.set_defaults(action=watch)
+    parser = commands.add_parser("tensorboard", help="TensorBoard on a run, a sweep or all runs", description="TensorBoard on a run, a sweep or all runs.")
+    parser.add_argument("name", metavar="RUN|SWEEP", nargs="?", default="", help="as for `kilonb watch` (default: everything)")
+    parser.add_argument("--port", type=_count, help="default: a free one")
+    parser.set_defaults(action=tensorboard)
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1: raise KiloError(f"A whole number above 0 was expected, got '{text}'.")
+    return int(text)
+
 # %% ../../nbs/lab/cli.ipynb #f1dd4fd2
 def _add_records(commands: Any) -> None:
     def add(command: str, action: Callable, summary: str, **argument: Any) -> None:
@@ -72,7 +99,7 @@ def _add_data(commands: Any) -> None:
         if verb != "list": added.add_argument("names", nargs="+", metavar="NAME")
         added.set_defaults(action=action)
 
-# %% ../../nbs/lab/cli.ipynb #0d47d60c
+# %% ../../nbs/lab/cli.ipynb #1b702e23
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `action`, a function from the options to the exit code."""
     parser = _Parser(prog="kilonb", description=kilonb.__doc__ or "Experiments in notebooks that run, are measured and are compared.",
@@ -81,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_run(commands, "run", "experiments", "EXPERIMENT", "run an experiment")
     _add_run(commands, "bench", "benchmarks", "NAME", "run a benchmark")
+    _add_sweeps(commands)
     _add_records(commands)
     _add_data(commands)
     return parser
@@ -185,6 +213,64 @@ def paint(text: str) -> str:
     """Verdicts in colour where a terminal shows them."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"): return text
     return text.replace("✔ green", "\033[32m✔ green\033[0m").replace("✘ red", "\033[31m✘ red\033[0m").replace("– not run", "\033[33m– not run\033[0m")
+
+# %% ../../nbs/lab/cli.ipynb #8ff5b539
+def sweep(options: argparse.Namespace) -> int:
+    """`kilonb sweep`."""
+    from kilonb.lab.sweeps import plan_sweep
+
+    if options.scheduler and options.slurm: raise KiloError("Give --scheduler or --slurm, not both.")
+    planned = plan_sweep(options.file, outputs_folder(), options.data, resolve=lambda text: resolve_argument(text, data_root()))
+    if options.plan: return _show_plan(planned)
+    from kilonb.lab.scheduling import run_sweep
+    from kilonb.lab.watching import SweepDisplay
+
+    print(f"{planned.name}: {len(planned.runs)} runs of {planned.notebook.name} -> {planned.folder}", flush=True)
+    with SweepDisplay() as display:
+        status = run_sweep(planned, options.scheduler, options.slurm, options.workers, shlex.join(["kilonb", *options.arguments]), display.update)
+    return _end_sweep(planned, status, options.json)
+
+
+def _show_plan(planned: Any) -> int:
+    from kilonb.lab.gates import spell, text_table
+    from kilonb.lab.sweeps import run_state
+
+    lines = [[run.name, *(spell(run.varied.get(name)) for name in planned.varied), *run_state(planned, run)] for run in planned.runs]
+    print(text_table(("run", *planned.varied, "state", "why"), lines))
+    return 0
+
+
+def _end_sweep(planned: Any, status: Mapping[str, Any], as_json: bool) -> int:
+    from kilonb.lab.files import dumps
+
+    written = _write_report(planned.folder)
+    if as_json: print(dumps(status), flush=True)
+    else: print(f"\nruns    {planned.folder}" + (f"\nreport  {written}" if written else ""), flush=True)
+    if status["status"] == "interrupted": raise KeyboardInterrupt
+    return 1 if status["counts"]["failed"] else 0
+
+
+def _write_report(folder: Path) -> Path | None:
+    from kilonb.lab.reports import write_report
+
+    try: return write_report(folder)
+    except Exception as error: print(f"The report of {folder} was not written: {type(error).__name__}: {error}", file=sys.stderr)
+
+# %% ../../nbs/lab/cli.ipynb #eca23f59
+def watch(options: argparse.Namespace) -> int:
+    """`kilonb watch`."""
+    from kilonb.lab import watching
+
+    return watching.watch(watching.find_watched(options.name, outputs_folder()), options.once, options.json)
+
+
+def tensorboard(options: argparse.Namespace) -> int:
+    """`kilonb tensorboard`."""
+    from kilonb.lab import dashboards
+    from kilonb.lab.runs import outputs_root
+    from kilonb.lab.watching import find_watched
+
+    return dashboards.tensorboard(find_watched(options.name, outputs_folder()) if options.name else outputs_folder() or outputs_root(), options.port)
 
 # %% ../../nbs/lab/cli.ipynb #dad59925
 def _took(seconds: float) -> str:

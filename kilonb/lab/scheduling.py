@@ -45,9 +45,9 @@ def local_workers(needs: Resources, has: Mapping[str, Any]) -> int:
         if wanted > there: raise KiloError(f"A run of this sweep needs {wanted:g} {name}, this machine has {there:.4g}: ask for less, or use a cluster.")
     return min(int(there // wanted) for wanted, there in shares.values() if wanted)
 
-# %% ../../nbs/lab/scheduling.ipynb #ae737701
-_QUIET = {"distributed.scheduler.allowed-failures": 0, "distributed.comm.timeouts.connect": "20s", "distributed.admin.tick.limit": "1h",
-          "distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False}
+# %% ../../nbs/lab/scheduling.ipynb #91759b39
+_QUIET = {"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0, "distributed.comm.timeouts.connect": "20s",
+          "distributed.admin.tick.limit": "1h", "distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False}
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ def _slurm(sweep: Sweep, workers: int | None) -> Iterator[Any]:
             cores=needs.cores, processes=1, memory=f"{needs.memory_gb or asked.memory_gb:g}GB", walltime=asked.walltime, queue=asked.queue,
             account=asked.account, job_extra_directives=[*gpus[0], *asked.directives], job_script_prologue=asked.setup,
             worker_extra_args=["--nthreads", "1", *gpus[1]],
-            log_directory=str(sweep.folder / "slurm"), scheduler_options={"dashboard_address": None}, silence_logs="CRITICAL") as cluster:
+            log_directory=str(sweep.folder / "slurm"), scheduler_options={"dashboard_address": ":0"}, silence_logs="CRITICAL") as cluster:
         cluster.scale(jobs=workers or min(asked.jobs, len(sweep.runs)))
         yield cluster
 
@@ -153,7 +153,7 @@ def _row_status(sweep: Sweep, row: Row) -> dict[str, Any]:
             "attempt": row.attempt, "worker": row.began.get("worker", ""), "elapsed_s": round(row.elapsed_s, 2), "progress": progress or None,
             "results": answer.get("results", {}), "error": answer.get("error", "") or row.note}
 
-# %% ../../nbs/lab/scheduling.ipynb #c9cc3195
+# %% ../../nbs/lab/scheduling.ipynb #73250e13
 class SweepRunner:
     """Drives a sweep over a cluster.
 
@@ -164,7 +164,7 @@ class SweepRunner:
         self.sweep, self.command, self.on_status = sweep, command, on_status
         self.rows = [open_row(sweep, run) for run in sweep.runs]
         self.stops, self.scheduler, self.workers, self.trouble = 0, "", 0, ""
-        self.began, self.started = time.monotonic(), _now()
+        self.began, self.met, self.started = time.monotonic(), time.monotonic(), _now()
 
     @property
     def waiting(self) -> list[Row]:
@@ -186,15 +186,18 @@ class SweepRunner:
         request = {"notebook": str(self.sweep.notebook.path), "values": row.run.parameters, "folder": str(self.sweep.folder / row.run.name),
                    "resume": row.resume, "command": self.command, "environment": {**threads, "OMP_WAIT_POLICY": "PASSIVE"}, "code": self.sweep.code,
                    "token": str(row.token), "gpus": needs.gpus, "devices": self.devices}
-        row.future = client.submit(run_planned, request, key=f"{self.sweep.name}-{row.token.name}", pure=False, retries=0,
+        row.future = client.submit(run_planned, request, key=f"{self.sweep.name}-{row.token.name}", pure=False, retries=0, priority=row.attempt - 1,
                                    resources={"GPU": needs.gpus} if needs.gpus else None)
 
     def settle(self, client: Any, row: Row) -> None:
-        """Take the answer of a row's future, where there is one; a death is tried again."""
+        """Take the answer of a row's future, where there is one; a death is tried again, and does not count where the run had not begun."""
         if row.status == WAITING and (began := _read(row.token)): row.status, row.began = RUNNING, began
         if row.future.status not in ("finished", "error", "cancelled", "lost"): return
         answer = _answer(row.future)
         row.future = None
+        if answer["status"] == DIED and not self.stops and not row.token.exists():
+            row.attempt -= 1
+            return self.submit(client, row)
         if answer["status"] == DIED and not self.stops and row.attempt <= self.sweep.file.retries: return self._again(client, row, answer["error"])
         died = answer["status"] == DIED and not self.stops
         row.status = FAILED if died else INTERRUPTED if answer["status"] == DIED else answer["status"]
@@ -219,6 +222,9 @@ class SweepRunner:
             if self.stops > told: told, _ = self.stops, self._withdraw(client)
             if self.stops: client.run(interrupt_worker, str(self.sweep.folder), min(self.stops, 2), wait=False, on_error="ignore")
             self.workers = len(client.scheduler_info(n_workers=-1)["workers"])
+            alone = time.monotonic() - self.met if not self.workers else 0.0
+            self.met = time.monotonic() - alone
+            self.trouble = f"No worker has come for {alone:.0f} s." if alone > 30 else self.trouble if self.trouble.startswith("Cannot") else ""
             self.tell("running")
             time.sleep(every_s)
 

@@ -7,14 +7,14 @@ __all__ = ['DONE', 'RESUMABLE', 'FRESH', 'SPOILT', 'Resources', 'Slurm', 'SweepF
            'imported_modules', 'code_hash', 'data_hash', 'PlannedRun', 'Sweep', 'plan_sweep', 'run_state',
            'fresh_beside', 'write_plan']
 
-# %% ../../nbs/lab/sweeps.ipynb #4f57a121
+# %% ../../nbs/lab/sweeps.ipynb #ebf3e2e9
 import ast
 import hashlib
 import itertools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -201,16 +201,18 @@ class Sweep:
         """The names of the parameters that vary, in the file's order."""
         return list(dict.fromkeys(name for run in self.runs for name in run.varied))
 
-# %% ../../nbs/lab/sweeps.ipynb #0e67f398
+# %% ../../nbs/lab/sweeps.ipynb #0d041abf
 def _digest(notebook: Notebook, parameters: Mapping[str, Any], code: str, data: str) -> str:
     every = {name: parameters.get(name, parameter.default) for name, parameter in notebook.parameters.items() if name not in ("run_dir", "resume")}
     return hashlib.sha256(dumps([notebook.name, every, code, data]).encode()).hexdigest()[:10]
 
 
-def plan_sweep(path: str | os.PathLike, outputs: str | os.PathLike | None = None, data: str | None = None, root: str | os.PathLike | None = None) -> Sweep:
+def plan_sweep(path: str | os.PathLike, outputs: str | os.PathLike | None = None, data: str | None = None, root: str | os.PathLike | None = None,
+               resolve: Callable[[str], str] = str) -> Sweep:
     """The sweep that the file at `path` describes, checked whole before anything is started.
 
     outputs: the folder that holds `sweeps/` (default `outputs_root()`). data: replaces the file's `data`. root: of the checkout whose shelf is meant.
+    resolve: makes the text of a `data` that the file gives into what the notebook takes (the command line: absolute paths, datasets under KILONB_DATA).
     Raises KiloError: a bad file, no such notebook, a parameter it does not have or that does not fit, nothing that varies, two runs that are the same.
     """
     path = Path(path).expanduser()
@@ -222,7 +224,8 @@ def plan_sweep(path: str | os.PathLike, outputs: str | os.PathLike | None = None
     fixed = {**file.parameters, **({"data": data} if data is not None else {})}
     code, known, runs = code_hash(notebook), {}, []
     for number, varied in enumerate(combinations(file), 1):
-        typed = _typed(notebook, {**fixed, **varied})
+        given = {**fixed, **varied}
+        typed = _typed(notebook, {**given, **({"data": resolve(given["data"])} if isinstance(given.get("data"), str) else {})})
         digest = _digest(notebook, typed, code, data_hash({"data": getattr(notebook.parameters.get("data"), "default", ""), **typed}, known))
         runs.append(PlannedRun(f"{number:03d}-{digest}", typed, {key: typed[key] for key in varied}, digest))
     _check_different(runs)
