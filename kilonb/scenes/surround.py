@@ -179,21 +179,21 @@ class SurroundScene:
         if not 0 <= index < len(self.frames): raise KiloError(f"Frame {index} is not there: {self.root} has {len(self.frames)} frames.")
         return self.frames[index]
 
-# %% ../../nbs/scenes/surround.ipynb #56cb3d4f
+# %% ../../nbs/scenes/surround.ipynb #3823ee83
 def camera_height_m(frame: Frame) -> float:
     """The mean height of the frame's cameras above the ground under the vehicle, metres."""
     up, origin = frame.vehicle_to_world[:3, 2], frame.vehicle_to_world[:3, 3]
     return torch.stack([(camera.position.double() - origin) @ up for camera in frame.cameras.values()]).mean().item() + frame.origin_height_m
 
 
-def panorama_pose(frame: Frame, height_m: float | None = None) -> Tensor:
-    """`camera_to_world` [4, 4] float32 (OpenCV: x right, y down, z forward) of a panorama at the vehicle's origin, looking along its forward axis.
+def panorama_pose(frame: Frame, height_m: float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """`camera_to_world` [4, 4] (OpenCV: x right, y down, z forward) of a panorama at the vehicle's origin, looking along its forward axis.
 
-    height_m: above the ground; the mean height of the cameras by default.
+    height_m: above the ground; the mean height of the cameras by default. dtype: float32, as cameras are; float64 for poses that are subtracted.
     """
     rise = (camera_height_m(frame) if height_m is None else height_m) - frame.origin_height_m
     lift = rigid(torch.eye(3, dtype=torch.float64), torch.tensor([0, 0, rise], dtype=torch.float64))
-    return forward_to_opencv(frame.vehicle_to_world.double() @ lift).float()
+    return forward_to_opencv(frame.vehicle_to_world.double() @ lift).to(dtype)
 
 # %% ../../nbs/scenes/surround.ipynb #89760977
 READERS: Mapping[str, str] = {"opv2v": "kilonb.scenes.opv2v:load_opv2v", "pandaset": "kilonb.scenes.pandaset:load_surround_frames",
