@@ -51,7 +51,8 @@ def test_help_imports_nothing_heavy():
     code = ("import sys\nfrom kilonb.lab.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
             "heavy = {'torch', 'numpy', 'papermill', 'nbconvert', 'nbformat', 'matplotlib', 'pandas', 'rich', 'typer'} & set(sys.modules)\n"
             "print('heavy:', sorted(heavy))")
-    for arguments in (["--help"], ["run", "--help"], ["bench", "--help"], ["data", "--help"], ["data", "get", "--help"], ["show", "--help"], ["--version"]):
+    for arguments in (["--help"], ["run", "--help"], ["bench", "--help"], ["data", "--help"], ["data", "get", "--help"], ["show", "--help"],
+                      ["sweep", "--help"], ["watch", "--help"], ["report", "--help"], ["runs", "--help"], ["runs", "archive", "--help"], ["--version"]):
         out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
         assert out.endswith("heavy: []\n") and ("usage: kilonb" in out or out.startswith("kilonb 0.")), out
 
@@ -209,6 +210,24 @@ def test_runs_show_gates_and_page_look_at_what_is_there(capfd, tmp_path):
     assert "Unknown experiment 'tinny': did you mean 'tiny'?" in one_sentence(*call(capfd, "gates", "tinny"))
     (tmp_path / "outputs/tiny/run3/results.json").write_text("{")
     assert "results.json is not JSON" in one_sentence(*call(capfd, "show", "run3"))
+
+
+def test_runs_are_compared_reported_archived_and_restored(capfd, tmp_path):
+    notebook = write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
+    for steps in (3, 4): assert call(capfd, "run", notebook, "-p", f"steps={steps}", "--out", tmp_path / "outputs" / "tiny" / f"run{steps}")[0] == 0
+    code, out, _ = call(capfd, "runs", "compare", "run3", "run4")
+    assert code == 0 and [line.split() for line in out.splitlines() if line.startswith("steps ")] == [["steps", "3", "4"]]
+    code, out, _ = call(capfd, "report", "tiny")
+    assert code == 0 and Path(out.strip()).is_file() and "run3" in Path(out.strip()).read_text()
+    code, out, _ = call(capfd, "runs", "archive", "run3")
+    assert code == 0 and "1 runs would be archived: add --yes." in out and (tmp_path / "outputs/tiny/run3").is_dir(), "nothing is touched without --yes"
+    assert call(capfd, "runs", "archive", "run3", "--yes")[0] == 0 and not (tmp_path / "outputs/tiny/run3").exists()
+    assert "run3" not in call(capfd, "runs")[1] and "run3" in call(capfd, "runs", "archives")[1]
+    name = next((tmp_path / "outputs/archive").glob("*.tar.gz")).name
+    assert call(capfd, "runs", "restore", name)[0] == 0 and read_run(tmp_path / "outputs/tiny/run3").results["sum"] == 3
+    for arguments, told in ((("archive",), "Archiving everything is not meant"), (("compare", "run3"), "at least two runs"),
+                            (("restore", "none.tar.gz"), "none.tar.gz"), (("list", "--status", "finishd"), "did you mean 'finished'?")):
+        assert told in one_sentence(*call(capfd, "runs", *arguments))
 
 
 def test_unknown_data_is_one_sentence(capfd):

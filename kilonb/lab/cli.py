@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['build_parser', 'outputs_folder', 'data_root', 'describe_notebook', 'resolve_argument', 'run', 'summary', 'paint',
-           'sweep', 'watch', 'tensorboard', 'runs', 'show', 'describe_run', 'gates', 'page', 'data_list', 'data_verify',
-           'data_make', 'data_get', 'main']
+           'sweep', 'watch', 'tensorboard', 'runs', 'compare', 'archive', 'archives', 'restore', 'show', 'describe_run',
+           'gates', 'report', 'page', 'data_list', 'data_verify', 'data_make', 'data_get', 'main']
 
 # %% ../../nbs/lab/cli.ipynb #87fa497e
 import argparse
@@ -38,7 +38,7 @@ class _Help(argparse.Action):
         else: print(describe_notebook(options.name, parser.get_default("shelf")))
         parser.exit()
 
-# %% ../../nbs/lab/cli.ipynb #10e5bc63
+# %% ../../nbs/lab/cli.ipynb #8d55ccb5
 def _add_run(commands: Any, command: str, shelf: str, kind: str, summary: str) -> None:
     parser = commands.add_parser(command, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.", add_help=False)
     parser.set_defaults(action=run, shelf=shelf)
@@ -47,6 +47,7 @@ def _add_run(commands: Any, command: str, shelf: str, kind: str, summary: str) -
     parser.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[], help="another value for one parameter; may be repeated")
     parser.add_argument("--out", metavar="DIR", help="the run's folder, new or empty (default: outputs/<name>/<time>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the newest one that did not finish")
+    parser.add_argument("--processes", type=_count, default=1, metavar="N", help="share the work of each step among N processes of this machine")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON: run, ok, results, gates")
     parser.add_argument("-h", "--help", action=_Help)
 
@@ -76,18 +77,52 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1: raise KiloError(f"A whole number above 0 was expected, got '{text}'.")
     return int(text)
 
-# %% ../../nbs/lab/cli.ipynb #f1dd4fd2
+# %% ../../nbs/lab/cli.ipynb #c4655b5e
 def _add_records(commands: Any) -> None:
-    def add(command: str, action: Callable, summary: str, **argument: Any) -> None:
+    def add(command: str, action: Callable, summary: str, **argument: Any) -> argparse.ArgumentParser:
         parser = commands.add_parser(command, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.")
         parser.add_argument("names", **argument)
         parser.set_defaults(action=action)
-        if command != "page": parser.add_argument("--json", action="store_true", help="as one line of JSON")
-    add("runs", runs, "list the runs, the newest last", nargs="*", metavar="EXPERIMENT")
+        if command in ("show", "gates"): parser.add_argument("--json", action="store_true", help="as one line of JSON")
+        return parser
     add("show", show, "show a run, or several side by side", nargs="+", metavar="RUN",
         help="a folder, experiment/run, the beginning of a run's name, or an experiment")
-    add("gates", gates, "show what is green, red and not run, over the newest finished runs", nargs="*", metavar="EXPERIMENT")
+    add("gates", gates, "show what is green, red and not run, and what that unlocks", nargs="*", metavar="EXPERIMENT")
     add("page", page, "write the HTML page of a run", nargs="+", metavar="RUN")
+    parser = add("report", report, "write one offline HTML page on runs, a sweep, or everything", nargs="*", metavar="RUN|SWEEP|EXPERIMENT")
+    parser.add_argument("--out", metavar="FILE", help="where to (default: report.html in the folder)")
+    parser.add_argument("--worst", type=int, default=6, metavar="N", help="how many of the worst pictures (default 6)")
+    for axis in ("quality", "time", "speed"):
+        parser.add_argument(f"--{axis}", default="", metavar="RESULT", help="the result to compare by (default: chosen by its unit)")
+
+
+def _add_runs(commands: Any) -> None:
+    summary = "list, compare, archive and restore runs"
+    parser = commands.add_parser("runs", help=summary, description=f"{summary.capitalize()}. `kilonb runs` alone lists them, the newest last.")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    def add(verb: str, action: Callable, summary: str, **argument: Any) -> argparse.ArgumentParser:
+        added = verbs.add_parser(verb, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.")
+        if argument: added.add_argument("names", **argument)
+        added.set_defaults(action=action)
+        if verb != "restore": added.add_argument("--json", action="store_true", help="as one line of JSON")
+        return added
+    _add_choice(add("list", runs, "list runs, the newest last", nargs="*", metavar="EXPERIMENT"))
+    add("compare", compare, "what differs between runs, and what they reached", nargs="+", metavar="RUN")
+    parser = add("archive", archive, "pack runs that are over into outputs/archive", nargs="*", metavar="RUN|EXPERIMENT",
+                 help="runs, or experiments whose runs the options choose")
+    _add_choice(parser)
+    parser.add_argument("--delete", action="store_true", help="throw them away instead")
+    parser.add_argument("--yes", action="store_true", help="do it; without it, what would be done is shown")
+    add("archives", archives, "list the archives")
+    add("restore", restore, "put archived runs back to their places", nargs="+", metavar="ARCHIVE")
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--status", default="", help="only these: finished, failed, interrupted, abandoned, running, unreadable")
+    parser.add_argument("--data", default="", help="only those on these data, as the list names them")
+    parser.add_argument("--older-than", type=float, metavar="DAYS", dest="older_than_days")
+    parser.add_argument("--keep-newest", type=int, metavar="N", help="leave out the newest N of each experiment and data")
+    parser.add_argument("--sweeps", action="store_true", help="those of sweeps too")
 
 
 def _add_data(commands: Any) -> None:
@@ -99,7 +134,7 @@ def _add_data(commands: Any) -> None:
         if verb != "list": added.add_argument("names", nargs="+", metavar="NAME")
         added.set_defaults(action=action)
 
-# %% ../../nbs/lab/cli.ipynb #1b702e23
+# %% ../../nbs/lab/cli.ipynb #b07fae3c
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `action`, a function from the options to the exit code."""
     parser = _Parser(prog="kilonb", description=kilonb.__doc__ or "Experiments in notebooks that run, are measured and are compared.",
@@ -110,6 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(commands, "bench", "benchmarks", "NAME", "run a benchmark")
     _add_sweeps(commands)
     _add_records(commands)
+    _add_runs(commands)
     _add_data(commands)
     return parser
 
@@ -173,17 +209,27 @@ def _request(options: argparse.Namespace) -> dict[str, Any]:
     return {"notebook": notebook, "values": values, "run_dir": run_dir, "resume": options.resume, "outputs": outputs_folder(),
             "command": shlex.join(["kilonb", *options.arguments])}
 
-# %% ../../nbs/lab/cli.ipynb #f87117c4
+# %% ../../nbs/lab/cli.ipynb #8a1e905e
 def run(options: argparse.Namespace) -> int:
     """`kilonb run` and `kilonb bench`."""
     request = _request(options)
-    from kilonb.lab.execution import run_notebook
-
-    record = run_notebook(**request)
+    record = _run_here(**request) if options.processes == 1 else _run_shared(options.processes, **request)
     written = _write_page(record.folder)
     if options.json: print(_json_line(str(record.folder), record.ok, record.results, record.report.to_dict()), flush=True)
     else: print("\n" + summary(record) + f"\n\nnotebook  {record.folder / 'notebook.ipynb'}" + (f"\npage      {written}" if written else ""), flush=True)
     return 0
+
+
+def _run_here(**request: Any) -> Any:
+    from kilonb.lab.execution import run_notebook
+
+    return run_notebook(**request)
+
+
+def _run_shared(processes: int, notebook: Any, values: Mapping[str, Any], **request: Any) -> Any:
+    from kilonb.lab.launch import launch
+
+    return launch(notebook, values, processes, **request)
 
 
 def _write_page(folder: Path) -> Path | None:
@@ -272,36 +318,88 @@ def tensorboard(options: argparse.Namespace) -> int:
 
     return dashboards.tensorboard(find_watched(options.name, outputs_folder()) if options.name else outputs_folder() or outputs_root(), options.port)
 
-# %% ../../nbs/lab/cli.ipynb #dad59925
+# %% ../../nbs/lab/cli.ipynb #08d17984
 def _took(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
-def _known(experiments: Sequence[str]) -> list[str]:
-    from kilonb.lab.errors import unknown_name
-    from kilonb.lab.notebooks import list_notebooks
-    from kilonb.lab.runs import list_runs
+def _chosen(options: argparse.Namespace) -> list[Any]:
+    from kilonb.lab.archive import choose_runs
 
-    known = {*list_notebooks("experiments"), *list_notebooks("benchmarks"), *(record.experiment for record in list_runs(outputs_folder()))}
-    for name in experiments:
-        if name not in known: raise unknown_name("experiment", name, known)
-    return list(experiments)
+    return choose_runs(outputs_folder(), options.names, options.status, options.data, options.older_than_days, options.keep_newest, options.sweeps)
+
+
+def _print_table(headings: Sequence[str], lines: Sequence[Sequence[str]], as_json: bool, none: str = "") -> int:
+    from kilonb.lab.files import dumps
+    from kilonb.lab.gates import text_table
+
+    print(dumps([dict(zip(headings, line)) for line in lines]) if as_json else text_table(headings, lines) or none)
+    return 0
 
 
 def runs(options: argparse.Namespace) -> int:
-    """`kilonb runs`."""
-    from kilonb.lab.files import dumps
-    from kilonb.lab.gates import text_table
-    from kilonb.lab.runs import data_label, list_runs
+    """`kilonb runs list`."""
+    from kilonb.lab.archive import run_rows
 
-    wanted = _known(options.names)
-    records = [record for record in list_runs(outputs_folder()) if not wanted or record.experiment in wanted]
-    lines = [[record.name, record.status, record.started[:16].replace("T", " "), _took(record.elapsed_s), data_label(record),
-              f"{record.report.count('green')}/{len(record.report.lines)}" if record.report.lines else "", record.error[:60]] for record in records]
-    headings = ("run", "status", "started", "took", "data", "gates", "error")
-    if options.json: print(dumps([dict(zip(headings, line)) for line in lines]))
-    else: print(text_table(headings, lines) or "No runs yet: `kilonb run EXPERIMENT` makes one.")
+    return _print_table(*run_rows(_chosen(options)), options.json, "No runs yet: `kilonb run EXPERIMENT` makes one.")
+
+
+def compare(options: argparse.Namespace) -> int:
+    """`kilonb runs compare`: parameters, results and environments; for two runs also why they differ, in sentences."""
+    from kilonb.lab.archive import compare_rows, explain_difference
+    from kilonb.lab.runs import find_run, read_run
+
+    records = [read_run(find_run(name, outputs_folder())) for name in options.names]
+    if len(records) < 2: raise KiloError("Comparing takes at least two runs.")
+    _print_table(*compare_rows(records), options.json, "They do not differ.")
+    if len(records) == 2 and not options.json: print("", *(explain_difference(*records) or ["Nothing that was recorded tells them apart."]), sep="\n")
+    return 0
+
+# %% ../../nbs/lab/cli.ipynb #ec155277
+def archive(options: argparse.Namespace) -> int:
+    """`kilonb runs archive`: nothing is touched without --yes."""
+    from kilonb.lab.archive import archive_rows, archive_runs, run_rows
+
+    records = _to_archive(options)
+    if not records: raise KiloError("No run fits: nothing to archive.")
+    if not options.yes:
+        _print_table(*run_rows(records), options.json)
+        if not options.json: print(f"\n{len(records)} runs would be {'deleted for good' if options.delete else 'archived'}: add --yes.")
+        return 0
+    packed = archive_runs(records, outputs_folder() and outputs_folder() / "archive", options.delete)
+    return _print_table(*archive_rows(packed), options.json, f"{len(records)} runs deleted.")
+
+
+def _to_archive(options: argparse.Namespace) -> list[Any]:
+    from kilonb.lab.archive import choose_runs
+    from kilonb.lab.runs import find_run, list_runs, read_run
+
+    experiments = {record.experiment for record in list_runs(outputs_folder(), sweeps=True)}
+    if not options.names and not (options.status or options.data or options.older_than_days is not None or options.keep_newest is not None):
+        raise KiloError("Archiving everything is not meant: name runs or experiments, or give --status, --data, --older-than or --keep-newest.")
+    named = [read_run(find_run(name, outputs_folder())) for name in options.names if name not in experiments]
+    wanted = [name for name in options.names if name in experiments]
+    if options.names and not wanted: return named
+    return named + choose_runs(outputs_folder(), wanted, options.status, options.data, options.older_than_days, options.keep_newest, options.sweeps)
+
+
+def archives(options: argparse.Namespace) -> int:
+    """`kilonb runs archives`."""
+    from kilonb.lab.archive import archive_rows, list_archives
+    from kilonb.lab.runs import outputs_root
+
+    return _print_table(*archive_rows(list_archives(outputs_folder() or outputs_root())), options.json, "There are no archives.")
+
+
+def restore(options: argparse.Namespace) -> int:
+    """`kilonb runs restore`."""
+    from kilonb.lab.archive import restore_run
+    from kilonb.lab.runs import outputs_root
+
+    for name in options.names:
+        beside = (outputs_folder() or outputs_root()) / "archive" / name
+        print(restore_run(beside if beside.is_file() else name, outputs_folder()))
     return 0
 
 # %% ../../nbs/lab/cli.ipynb #dd1d0946
@@ -331,23 +429,25 @@ def describe_run(record: Any) -> str:
     head = f"{record.name}: {record.status}" + (f". {record.error}" if record.error else "")
     return "\n\n".join(filter(None, (head, summary(record), text_table(("parameter", "value"), parameters), text_table(("record", ""), where))))
 
-# %% ../../nbs/lab/cli.ipynb #7fc9bc41
+# %% ../../nbs/lab/cli.ipynb #7cc8a43b
 def gates(options: argparse.Namespace) -> int:
-    """`kilonb gates`."""
+    """`kilonb gates`: the verdicts, and what the promotion rules make of them."""
     from kilonb.lab.files import dumps
-    from kilonb.lab.gates import check_gates
-    from kilonb.lab.notebooks import list_notebooks, read_notebook
-    from kilonb.lab.runs import data_label, newest_finished
+    from kilonb.lab.verdicts import promotions, verdict_board
 
-    wanted = _known(options.names)
-    found = [(record.experiment, " · ".join(filter(None, (record.experiment, data_label(record), record.folder.name))), record.report)
-             for record in newest_finished(outputs_folder())]
-    ran = {experiment for experiment, _, _ in found}
-    paths = {**list_notebooks("experiments"), **list_notebooks("benchmarks")}
-    found += [(name, f"{name} · no finished run", check_gates({}, read_notebook(path).gates)) for name, path in paths.items() if name not in ran]
-    found = sorted((item for item in found if not wanted or item[0] in wanted), key=lambda item: item[0])
-    if options.json: print(dumps([{"experiment": name, "title": title, "ok": report.ok, "gates": report.to_dict()} for name, title, report in found]))
-    else: print("\n\n".join(f"{title}\n{paint(report.table()) or report.sentence()}" for _, title, report in found) or "There are no experiments here.")
+    board, allowed = verdict_board(outputs_folder(), options.names), promotions(outputs_folder())
+    if options.json: print(dumps({**board.to_dict(), "promotions": allowed.to_dict()}))
+    else: print("\n\n".join([paint(board.text()), *([] if options.names else [paint(allowed.text())])]))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """`kilonb report`."""
+    from kilonb.lab.reports import find_target, write_report
+
+    targets = [find_target(name, outputs_folder()) for name in options.names]
+    target = None if not targets else targets[0] if len(targets) == 1 else targets
+    print(write_report(target, options.out, outputs_folder(), options.worst, quality=options.quality, time=options.time, speed=options.speed))
     return 0
 
 
@@ -403,11 +503,13 @@ def data_get(options: argparse.Namespace) -> int:
     for name in options.names: get(name)
     return 0
 
-# %% ../../nbs/lab/cli.ipynb #b573936a
+# %% ../../nbs/lab/cli.ipynb #8ac5ad4d
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. arguments: as on the command line (default: those of this process). Returns the exit code: 0 done, 1 a run or a check failed,
     2 bad input, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["runs"] and (arguments[1:2] or ["--json"])[0] not in ("list", "compare", "archive", "archives", "restore", "-h", "--help"):
+        arguments.insert(1, "list")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     try:
