@@ -32,7 +32,7 @@ from .hashing import BLOCK, hash_file
 from .runs import (ABANDONED, FAILED, FINISHED, INTERRUPTED, PREPARED, RUNNING, SWEEPS, RunRecord, compare_runs, data_label, list_runs, mark_run,
                              outputs_root, read_status)
 
-# %% ../../nbs/lab/archive.ipynb #4ee1c47f
+# %% ../../nbs/lab/archive.ipynb #03a0c14a
 UNREADABLE = "unreadable"
 STATUSES = (PREPARED, RUNNING, FINISHED, FAILED, INTERRUPTED, ABANDONED, UNREADABLE)
 
@@ -57,7 +57,7 @@ def choose_runs(outputs: str | os.PathLike | None = None, experiments: Sequence[
     records = [record for record in records if fits(record)]
     return records if keep_newest is None else _without_newest(records, int(keep_newest))
 
-
+# %% ../../nbs/lab/archive.ipynb #48c9d491
 def _without_newest(records: Sequence[RunRecord], count: int) -> list[RunRecord]:
     groups: dict[tuple[str, str], list[Path]] = {}
     for record in records: groups.setdefault((record.experiment, data_label(record)), []).append(record.folder)
@@ -70,7 +70,7 @@ def _age_days(record: RunRecord) -> float:
     except ValueError: started = record.folder.stat().st_mtime
     return (time.time() - started) / 86_400
 
-# %% ../../nbs/lab/archive.ipynb #da2198af
+# %% ../../nbs/lab/archive.ipynb #a524e998
 def folder_bytes(folder: str | os.PathLike) -> int:
     """Bytes of all files in a folder."""
     return sum(os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names)
@@ -96,7 +96,7 @@ def run_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
         return [record.name, record.status, _minute(record.started), _took(record.elapsed_s), data_label(record), _gates(record), size, record.error[:60]]
     return ["run", "status", "started", "took", "data", "gates", "size", "error"], [row(record) for record in records]
 
-
+# %% ../../nbs/lab/archive.ipynb #98738898
 def _minute(moment: str) -> str: return moment[:16].replace("T", " ")
 
 
@@ -215,7 +215,7 @@ def explain_difference(a: RunRecord, b: RunRecord) -> list[str]:
     same = "Nothing that was recorded differs: data, code, parameters, seed, packages, hardware and threads are the same."
     return found or [same + " On a CPU the results should be too, to the bit."]
 
-# %% ../../nbs/lab/archive.ipynb #d1816bf0
+# %% ../../nbs/lab/archive.ipynb #22f20c76
 MANIFEST = "manifest.json"
 
 
@@ -240,7 +240,7 @@ class Archive:
         here = spell_bytes(self.path.stat().st_size) if self.path.exists() else ""
         return [self.path.name, self.place, self.status, _minute(self.started), self.packed[:10], self.data, self.gates, here, self.error[:60]]
 
-
+# %% ../../nbs/lab/archive.ipynb #d85dd7b0
 def archive_rows(archives: Sequence[Archive]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of a list of archives."""
     return ["archive", "run", "status", "started", "packed", "data", "gates", "size", "error"], [archive.row() for archive in archives]
@@ -289,7 +289,7 @@ def _write_archive(folder: Path, manifest: Mapping[str, Any], path: Path) -> Non
         try: _check_archive(partial)
         except KiloError: raise KiloError(f"{manifest['place']} changed while it was packed, and is where it was: wait until nobody writes there.") from None
 
-# %% ../../nbs/lab/archive.ipynb #ab58fa6c
+# %% ../../nbs/lab/archive.ipynb #636535c4
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name and str(path) == name and name != "."
@@ -313,14 +313,14 @@ def _read_manifest(tar: tarfile.TarFile, path: Path) -> dict[str, Any]:
         if not _is_inside(name): raise KiloError(f"{path} names '{name}', which leads out of the run's folder: it is refused.")
     return manifest
 
-
+# %% ../../nbs/lab/archive.ipynb #5a35d844
 def _is_manifest(value: Any) -> bool:
     if not isinstance(value, dict) or value.get("format") != 1 or not isinstance(value.get("place"), str): return False
     files, folders = value.get("files"), value.get("folders")
     if not isinstance(files, dict) or not isinstance(folders, list) or not all(isinstance(name, str) for name in folders): return False
     return all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("bytes"), int) for entry in files.values())
 
-# %% ../../nbs/lab/archive.ipynb #ca91d194
+# %% ../../nbs/lab/archive.ipynb #f5d4fd74
 def _members(tar: tarfile.TarFile, manifest: Mapping[str, Any], path: Path) -> Iterator[tuple[str, tarfile.TarInfo, BinaryIO]]:
     missing = set(manifest["files"])
     while (member := tar.next()) is not None:
@@ -341,7 +341,7 @@ def _copy_hashed(source: BinaryIO, target: BinaryIO | None = None) -> str:
         if target is not None: target.write(block)
     return digest.hexdigest()
 
-
+# %% ../../nbs/lab/archive.ipynb #be630c00
 def _check_archive(path: Path) -> dict[str, Any]:
     with _opened(path) as tar:
         manifest = _read_manifest(tar, path)
@@ -393,7 +393,7 @@ def _pack(record: RunRecord, path: Path) -> None:
         raise KiloError(f"{path} exists and holds another run: archive to another folder.")
     _write_archive(record.folder, manifest, path)
 
-# %% ../../nbs/lab/archive.ipynb #9b59acd9
+# %% ../../nbs/lab/archive.ipynb #a4ba4963
 def archive_runs(records: Sequence[RunRecord], target: str | os.PathLike | None = None, delete: bool = False) -> list[Archive]:
     """Move runs that are over out of the way, each into one file (`archive_path`); returns the archives.
 
@@ -417,7 +417,7 @@ def archive_runs(records: Sequence[RunRecord], target: str | os.PathLike | None 
             raise KiloError(f"{record.name} was not {undone}, and is where it was: {getattr(error, 'strerror', None) or error}.") from None
     return [] if delete else [read_archive(path) for path in paths]
 
-
+# %% ../../nbs/lab/archive.ipynb #0a3c8d60
 def read_archive(path: str | os.PathLike) -> Archive:
     """What an archive's manifest says. Raises KiloError where it is none, or its beginning is damaged."""
     path = Path(path).expanduser().resolve()
@@ -437,7 +437,7 @@ def list_archives(outputs: str | os.PathLike | None = None) -> list[Archive]:
         except KiloError as error: found.append(Archive(path, error=str(error).removeprefix(f"{path} ")))
     return found
 
-# %% ../../nbs/lab/archive.ipynb #365d4c1d
+# %% ../../nbs/lab/archive.ipynb #d0c77fe8
 def restore_run(archive: str | os.PathLike, outputs: str | os.PathLike | None = None) -> Path:
     """Put an archived run back to its place under `outputs` and return its folder; the archive stays.
 
@@ -463,7 +463,7 @@ def restore_run(archive: str | os.PathLike, outputs: str | os.PathLike | None = 
     except OSError as error: raise KiloError(f"{found.place} was not restored to {root}: {error.strerror or error}.") from None
     return folder
 
-
+# %% ../../nbs/lab/archive.ipynb #b51d1276
 def _extract(path: Path, folder: Path) -> None:
     folder.mkdir(parents=True)
     with _opened(path) as tar:

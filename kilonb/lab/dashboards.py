@@ -42,7 +42,7 @@ def choose_port(port: int | None = None) -> int:
         except OSError as error: raise KiloError(f"Port {port} cannot be used ({error.strerror}): give another, or none and one is chosen.") from None
         return probe.getsockname()[1]
 
-# %% ../../nbs/lab/dashboards.ipynb #9dd41f29
+# %% ../../nbs/lab/dashboards.ipynb #e5fa75cb
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
@@ -62,7 +62,7 @@ def running_tensorboard(folder: str | os.PathLike, port: int | None = None, time
             yield f"http://127.0.0.1:{port}/", process
         finally: _end(process)
 
-
+# %% ../../nbs/lab/dashboards.ipynb #6034e5b5
 def _await(process: subprocess.Popen, address: str, printed: TextIO, timeout_s: float) -> None:
     until = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < until:

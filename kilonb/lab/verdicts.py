@@ -19,10 +19,10 @@ from .notebooks import list_notebooks, read_notebook
 from .policy import POLICY, PolicyReport, Stage, Standing, adopt_direction_frequencies, read_policy
 from .runs import FINISHED, RunRecord, data_label, list_runs, outputs_root
 
-# %% ../../nbs/lab/verdicts.ipynb #b7fa5145
+# %% ../../nbs/lab/verdicts.ipynb #e536a8b7
 NO_GATES, UNREADABLE = "no gates", "unreadable"
 
-
+# %% ../../nbs/lab/verdicts.ipynb #e5a9305e
 @dataclass(frozen=True)
 class Verdict:
     """How an experiment stands on some data. run: the newest finished one, None: there is none. report: its gates. since: runs that did not finish after it."""
@@ -104,7 +104,7 @@ class Board:
         names = [f"verdict-{row[-1].replace(' ', '-')}" for row in self.rows()]
         return html_table(("experiment", "data", "run", *HEADINGS), self.rows(), names)
 
-# %% ../../nbs/lab/verdicts.ipynb #e521d9f9
+# %% ../../nbs/lab/verdicts.ipynb #bcc60c91
 def verdict_board(outputs: str | os.PathLike | None = None, experiments: Sequence[str] = (), root: str | os.PathLike | None = None) -> Board:
     """How all experiments stand by the newest finished run of each and data under `outputs` (default `outputs_root()`).
 
@@ -131,7 +131,7 @@ def _spoken(records: Sequence[RunRecord]) -> dict[tuple[str, str], Verdict]:
     for record in records: groups.setdefault((record.experiment, data_label(record)), []).append(record)
     return {key: _verdict(*key, group) for key, group in groups.items()}
 
-
+# %% ../../nbs/lab/verdicts.ipynb #a9f868b7
 def _verdict(experiment: str, data: str, records: Sequence[RunRecord]) -> Verdict:
     newest = max((i for i, record in enumerate(records) if record.status == FINISHED), default=None)
     run = None if newest is None else records[newest]
@@ -154,7 +154,7 @@ def explain_standing(standing: Standing, report: PolicyReport) -> str:
 
 def _lacking(standing: Standing, report: PolicyReport) -> str: return "; ".join(other.missing() for other in report.blocking(standing.stage.experiment))
 
-# %% ../../nbs/lab/verdicts.ipynb #46b533e7
+# %% ../../nbs/lab/verdicts.ipynb #fa8a8b17
 @dataclass(frozen=True)
 class Adoption:
     """What the adoption rule says. adopted: L, None where it cannot be told; sentence: why. run: the sweep. in_use: L of the newest many-views run."""
@@ -179,7 +179,7 @@ def _sweep_results(record: RunRecord) -> dict[int, dict[str, Any]]:
     if not rows: raise KiloError(f"{record.name} holds no table 'sweep' with a row for each L: run dir_l_sweep again.")
     return {row["L"]: {name: row.get(name) for name in _MEASURED} for row in rows}
 
-
+# %% ../../nbs/lab/verdicts.ipynb #62becec2
 def adopt_from_run(record: RunRecord) -> Adoption:
     """The adoption rule on what a `dir_l_sweep` measured, with the settings of that run."""
     settings = {"gain": record.parameters.get("improvement", 0.05), "spikes_allowed": record.parameters.get("spikes_allowed", 0.01)}
@@ -189,10 +189,10 @@ def adopt_from_run(record: RunRecord) -> Adoption:
     differs = f" The run itself recorded L = {recorded}, by another rule or other numbers." if recorded != decision.adopted else ""
     return Adoption(decision.adopted, decision.sentence + differs, record)
 
-# %% ../../nbs/lab/verdicts.ipynb #127f15ea
+# %% ../../nbs/lab/verdicts.ipynb #cbb7689c
 STAGE_HEADINGS = ("stage", "experiment", "state", "why")
 
-
+# %% ../../nbs/lab/verdicts.ipynb #7e5087f2
 @dataclass(frozen=True, repr=False)
 class Promotion:
     """What the rules allow on one dataset. policy: how the stages stand; adoption: of direction frequencies."""

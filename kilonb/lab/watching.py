@@ -254,7 +254,7 @@ def _failed_row(run: Mapping[str, Any]) -> list[Text]:
     attempts = f" (attempt {run['attempt']})" if run["attempt"] > 1 else ""
     return [Text("✘", "red"), Text(run["name"], "bold"), Text(_varied(run)), Text((run["error"] or run["status"]) + attempts, "red")]
 
-# %% ../../nbs/lab/watching.ipynb #964c70c5
+# %% ../../nbs/lab/watching.ipynb #29c10cf6
 def _part(title: str, rows: Sequence[Sequence[Text]], most: int, first: bool, fold: bool = False) -> list[RenderableType]:
     if not rows: return []
     shown = rows[:most] if first else rows[-most:]
@@ -274,7 +274,7 @@ def _whole_part(seen: Mapping[str, Any]) -> list[RenderableType]:
     said = [Text(sentence, "red") for sentence in (standing(seen) if status == ABANDONED else "", seen["trouble"], _silence(seen)) if sentence]
     return [head, over, Text("  ").join(Text(f"{counts[state]} {state}", _STYLES[state]) for state in TOLD if counts[state]), *said]
 
-
+# %% ../../nbs/lab/watching.ipynb #c092ac48
 def sweep_view(status: Mapping[str, Any], most: int = 10) -> RenderableType:
     """The view of a sweep for a rich console: the whole, failures, running runs, what finished last.
 
@@ -287,7 +287,7 @@ def sweep_view(status: Mapping[str, Any], most: int = 10) -> RenderableType:
                  *_part("running", [_running_row(run) for run in by("running")], most, True),
                  *_part("finished last", [_done_row(run) for run in done], max(1, most // 2), False))
 
-# %% ../../nbs/lab/watching.ipynb #346c35ba
+# %% ../../nbs/lab/watching.ipynb #705e0298
 def _verdict_grid(folder: str) -> list[RenderableType]:
     try: report = read_run(folder).report
     except KiloError: return []
@@ -308,7 +308,7 @@ def _going(progress: Mapping[str, Any]) -> list[RenderableType]:
     rows += [_stage_row(progress["stage"])] if progress.get("stage") else []
     return [_grid(rows), Text(progress.get("line", ""), "bright_black", no_wrap=True, overflow="ellipsis")]
 
-
+# %% ../../nbs/lab/watching.ipynb #5dff8ee1
 def _run_view(seen: Mapping[str, Any]) -> RenderableType:
     status, wrong = seen["status"], standing(seen) if seen["status"] == ABANDONED else seen["error"]
     head = Text.assemble((seen["name"], "bold"), "  ", (status, _STYLES.get(status, "cyan")), (f"  {duration(seen['elapsed_s'])}", "bright_black"))
@@ -320,7 +320,7 @@ def run_view(folder: str | os.PathLike) -> RenderableType:
     """The view of the run in a folder for a rich console: cell, heading, stage, last metrics and line; at its end the gates or the error."""
     return _run_view(read_watched(folder))
 
-# %% ../../nbs/lab/watching.ipynb #31761032
+# %% ../../nbs/lab/watching.ipynb #de60f4c7
 def _run_line(run: Mapping[str, Any], counts: Mapping[str, int]) -> str:
     ready, status = counts["finished"] + counts["skipped"] + counts["failed"], run["status"]
     head = f"[{ready}/{sum(counts.values())}] {run['name']}" + (f" ({_varied(run)})" if run["varied"] else "") + f" {status}"
@@ -340,7 +340,7 @@ def _sweep_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> 
     moved = [run for run in now["runs"] if state(run) != known.get(run["name"], ("waiting", run["attempt"]))]
     return told(moved) + warned + ([standing(now)] if before["status"] != now["status"] else [])
 
-
+# %% ../../nbs/lab/watching.ipynb #46157bfa
 def _run_changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
     def mark(seen: Mapping[str, Any]) -> tuple:
         progress = seen["progress"] or {}
@@ -354,7 +354,7 @@ def changes(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[st
     """What happened between two looks (`read_watched`), as plain lines; before: None at the first look."""
     return _run_changes(before, now) if now["kind"] == "run" else _sweep_changes(before, now)
 
-# %% ../../nbs/lab/watching.ipynb #ea130c08
+# %% ../../nbs/lab/watching.ipynb #494d5546
 _MOVING = ("changed", "elapsed_s", "eta_s")
 
 
@@ -362,7 +362,7 @@ def _lasting(value: Any) -> Any:
     if isinstance(value, Mapping): return {name: _lasting(item) for name, item in value.items() if name not in _MOVING}
     return [_lasting(item) for item in value] if isinstance(value, list) else value
 
-
+# %% ../../nbs/lab/watching.ipynb #c6dea38c
 class SweepDisplay:
     """Shows how a sweep (or a run) stands, again and again: a context manager with `update`.
 
@@ -394,7 +394,7 @@ class SweepDisplay:
     def __exit__(self, *_: Any) -> None:
         if self.live is not None: self.live.stop()
 
-# %% ../../nbs/lab/watching.ipynb #475cadf2
+# %% ../../nbs/lab/watching.ipynb #3baa3381
 def exit_code(seen: Mapping[str, Any]) -> int:
     """0: all went well so far; 1: something failed, was interrupted or is abandoned."""
     failed = seen["counts"]["failed"] + seen["counts"]["interrupted"] > 0 if seen["kind"] == "sweep" else bool(seen["error"])
@@ -409,7 +409,7 @@ def _look(path: str | os.PathLike, tries: int = 5, pause_s: float = 0.1) -> dict
             time.sleep(pause_s)
     raise AssertionError
 
-
+# %% ../../nbs/lab/watching.ipynb #0c5f97d8
 def watch(path: str | os.PathLike, once: bool = False, as_json: bool = False, stream: TextIO | None = None, every_s: float = 0.5) -> int:
     """Follow the run or the sweep in a folder until it ends; it may be written by any other process. Returns `exit_code`.
 
