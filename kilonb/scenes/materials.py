@@ -100,7 +100,7 @@ def sky(dx: float, dy: float, dz: float, sun: np.ndarray, seed: int) -> tuple[fl
     if dz < ridge: r, g, b = _blend(.30, .40, .42, .80, .85, .90, .72 - 6 * max(0.0, dz))
     return r, g, b
 
-# %% ../../nbs/scenes/materials.ipynb #edd01cf7
+# %% ../../nbs/scenes/materials.ipynb #5b2fa2a0
 PLAN = ("x0", "y0", "pitch_x", "pitch_y", "streets_x", "streets_y", "half_width", "parking")
 
 
@@ -120,7 +120,7 @@ def _asphalt(x: float, y: float, footprint: float, seed: int) -> float:
     px, py = _fraction(x / 5) * 5, _fraction(y / 7) * 7
     if patch < .07 and .6 < px < 2.4 + 8 * patch and .8 < py < 3 + 30 * patch: tone *= .72
     crack = abs(_noise(.35 * x, .35 * y, seed + 5) - .5)
-    if crack < .006 and footprint < .03: tone *= .55
+    if crack < .004 and footprint < .02 and _noise(.06 * x, .06 * y, seed + 6) > .55: tone *= .7
     return tone
 
 # %% ../../nbs/scenes/materials.ipynb #0d27f0eb

@@ -490,7 +490,7 @@ def cast(world: World, origins: Any, directions: Any, time: Any, reach: float = 
     _cast_kernel(world.scene(float(start), float(end)), origins, directions, shares, float(reach), numbers, whats)
     return Hits(numbers[:, 0], whats[:, 0], whats[:, 1].astype(np.int8), numbers[:, 1:4], numbers[:, 4:6], whats[:, 2].astype(np.int16), whats[:, 3], numbers[:, 6], numbers[:, 7])
 
-# %% ../../nbs/scenes/raycast.ipynb #195534ea
+# %% ../../nbs/scenes/raycast.ipynb #f7db510b
 @njit(cache=True, error_model="numpy")
 def _colour(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, t: float, found: int, face: int, actor: int,
             spread: float, waiting: np.ndarray) -> tuple[float, float, float, int]:
@@ -507,7 +507,7 @@ def _colour(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy:
     elif z < 1.5: openness = .72 + .28 * max(0.0, z) / 1.5 if nz < .5 else 1.0
     if label == 6: seen, nz = .85 * seen, .5 * nz + .5
     r, g, b = lit(r, g, b, gloss, (nx, ny, nz), (dx, dy, dz), s.sun, seen, openness, s.seed)
-    haze = 1 - math.exp(-t / 700)
+    haze = 1 - math.exp(-t / 900)
     r, g, b = r + haze * (.80 - r), g + haze * (.87 - g), b + haze * (.95 - b)
     return exposed(r), exposed(g), exposed(b), label
 
