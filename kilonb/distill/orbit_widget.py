@@ -177,7 +177,7 @@ function picture(name) {
 }
 """
 
-# %% ../../nbs/distill/orbit_widget.ipynb #1bb7e823
+# %% ../../nbs/distill/orbit_widget.ipynb #1279080b
 _RENDER = r"""
 function render({ model, el }) {
   const stopper = new AbortController(), pictures = Object.fromEntries(["teacher", "student", "difference"].map(name => [name, picture(name)]));
@@ -194,19 +194,20 @@ function render({ model, el }) {
 
   const channel = make("select", { "aria-label": "channel" }, ...model.get("channels").map(name => make("option", { value: name, textContent: name })));
   channel.addEventListener("change", () => set("channel", channel.value));
-  const difference = make("input", { type: "checkbox", "aria-label": "difference" });
+  const difference = make("input", { type: "checkbox", "aria-label": "show the difference" });
   difference.addEventListener("change", () => set("difference", difference.checked));
   const widest = Math.min(400, model.get("size")[0]), spelled = w => `${thousands(w * Math.round(w * ratio()))}  (${w} wide)`;
   const rays = slider("rays while dragging", Math.min(48, widest), widest, 1, spelled, w => set("drag_width", w));
-  const stop = slider("early termination", -4, -0.3, 0.1, e => `at ${brief(100 * 10 ** e)} % light`, e => set("stop", +(10 ** e).toPrecision(3)));
+  const stop = slider("early termination", -4, -0.3, 0.1, e => `below ${brief(100 * 10 ** e)} % light`, e => set("stop", +(10 ** e).toPrecision(3)));
   const angle = slider("field of view", 10, 100, 1, d => `${d} degrees`, d => { view.pose.field_of_view_deg = d; requests.small(); });
   const home = make("button", { type: "button", textContent: "reset view" });
   home.addEventListener("click", () => view.reset());
   const controls = make("div", { className: "controls" }, make("label", {}, make("span", { textContent: "channel" }), channel),
-    make("label", { className: "check" }, difference, "difference"), rays.node, stop.node, angle.node, home);
+    make("label", { className: "check" }, difference, "show the difference"), rays.node, stop.node, angle.node, home);
   const hint = make("p", { className: "hint", textContent: "drag: orbit · wheel: zoom · shift-drag: pan · double-click: reset" });
   const root = make("section", { className: "kilonb-orbit", "aria-label": model.get("title") || "orbit a teacher and a student" });
   root.append(...(model.get("title") ? [make("h3", { textContent: model.get("title") })] : []), row, status, controls, hint);
+  root.addEventListener("keydown", event => { if (!event.ctrlKey && !event.metaKey) event.stopPropagation(); });   // JupyterLab would take the arrow keys
   root.dataset.frames = root.dataset.full = root.dataset.dropped = "0";
   el.append(root);
 

@@ -114,12 +114,12 @@ class OrbitPose:
         front, side = (replace(origin, azimuth_deg=azimuth).camera(8, 8).position for azimuth in (0.0, 90.0))
         return front.tolist(), side.tolist(), torch.nn.functional.normalize(torch.tensor(self.up), dim=0).tolist()
 
-# %% ../../nbs/distill/viewing.ipynb #370b32aa
+# %% ../../nbs/distill/viewing.ipynb #ed444dc9
 def pose_around(gaussians: Gaussians, up: tuple[float, float, float] = (0.0, 0.0, 1.0), azimuth_deg: float = 35.0, elevation_deg: float = 25.0,
                 field_of_view_deg: float = 39.6) -> OrbitPose:
     """The pose from which a teacher's gaussians fill the picture."""
     centre, reach = centre_and_reach(gaussians)
-    return OrbitPose(azimuth_deg, elevation_deg, 1.05 * reach / math.sin(math.radians(field_of_view_deg / 2)), tuple(centre.tolist()), up, field_of_view_deg)
+    return OrbitPose(azimuth_deg, elevation_deg, 1.12 * reach / math.sin(math.radians(field_of_view_deg / 2)), tuple(centre.tolist()), up, field_of_view_deg)
 
 # %% ../../nbs/distill/viewing.ipynb #ef018fce
 class Sight(NamedTuple):
