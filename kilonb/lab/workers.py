@@ -53,7 +53,7 @@ def end_remainder(folder: str | os.PathLike, patience_s: float = 5.0) -> bool:
     except (psutil.Error, KeyError): return False
     return True
 
-# %% ../../nbs/lab/workers.ipynb #0c9a52c4
+# %% ../../nbs/lab/workers.ipynb #24de448d
 def _devices(request: Mapping[str, Any]) -> dict[str, str]:
     if not request.get("gpus") or not request.get("devices"): return {}
     from distributed import get_worker
@@ -70,7 +70,7 @@ def _address() -> str:
 
 
 def run_planned(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one planned run of a sweep and return its row; raises nothing that a run can cause.
+    """Run one planned run of a sweep and return its row; raises nothing that a run can cause. "worker_s" of the row: from the request to the answer.
 
     request: "notebook" (path), "values", "folder" (of the run), "resume", "command", "environment" (variables for the kernel), "code" (the hash that the
     notebook and its modules had when the sweep was planned), "token" (a path that only the first worker can create), "gpus" and "devices".
@@ -80,8 +80,10 @@ def run_planned(request: Mapping[str, Any]) -> dict[str, Any]:
             file.write(dumps({"worker": _address(), "host": platform.node(), "pid": os.getpid(), "began": time.time()}))
     except FileExistsError: return _red("Its worker died.", DIED)
     except OSError as error: return _red(f"Cannot write the sweep's folder on {platform.node()}: {error.strerror or error}.")
-    try: return _run(request)
-    except (KiloError, OSError) as error: return _red(error)
+    began = time.monotonic()
+    try: row = _run(request)
+    except (KiloError, OSError) as error: row = _red(error)
+    return {**row, "worker_s": round(time.monotonic() - began, 3)}
 
 
 def _run(request: Mapping[str, Any]) -> dict[str, Any]:
