@@ -252,6 +252,16 @@ def test_an_abandoned_run_stays_abandoned_on_another_machine(tmp_path):
     assert kept.status == ABANDONED and read_run(restore_run(kept.path)).status == ABANDONED
 
 
+def test_a_run_that_is_named_twice_is_archived_once(tmp_path):
+    record = make_run(tmp_path)
+    assert len(archive_runs([record, read_run(record.folder)])) == 1 and not record.folder.exists()
+
+
+def test_runs_of_one_name_have_columns_of_their_own(tmp_path):
+    records = [make_run(tmp_path, "a", "toy"), make_run(tmp_path, "a", "second_toy", steps=1)]
+    assert compare_rows(records)[0] == ["", "toy/a", "second_toy/a"]
+
+
 def test_deleting_packs_nothing(tmp_path):
     record = make_run(tmp_path, status="failed")
     assert archive_runs([record], delete=True) == [] and not record.folder.exists() and not (tmp_path / "archive").exists()
@@ -361,7 +371,7 @@ def clean(tmp_path): return changed(make_run(tmp_path), commit="a" * 40, dirty=F
 def test_only_what_differs_is_shown_a_package_a_line(clean):
     other = changed(clean, packages={**clean.environment["packages"], "numpy": "1.0"}, hardware={**clean.environment["hardware"], "torch_threads": 64}, seed=7)
     headings, rows = environment_differences([clean, other, clean])
-    assert headings == ["", "a", "a", "a"] and [row[0] for row in rows] == ["seed", "packages: numpy", "hardware: torch_threads"]
+    assert headings == ["", "toy/a (1)", "toy/a (2)", "toy/a (3)"] and [row[0] for row in rows] == ["seed", "packages: numpy", "hardware: torch_threads"]
     assert environment_differences([clean]) == (["", "a"], []) and rows[1][2] == "1.0"
 
 

@@ -129,7 +129,7 @@ def _leaves(environment: Mapping[str, Any]) -> dict[str, Any]:
         else: leaves[name] = value
     return {**leaves, "command": environment.get("command")}
 
-# %% ../../nbs/lab/archive.ipynb #f4908c54
+# %% ../../nbs/lab/archive.ipynb #ed908608
 _ORDER = ("data", "commit", "changes", "seed", "python", "packages", "hardware", "threads", "platform", "host", "command")
 
 
@@ -139,13 +139,18 @@ def environment_differences(records: Sequence[RunRecord]) -> tuple[list[str], li
     names = dict.fromkeys(name for leaf in leaves for name in leaf)
     differ = [name for name in names if len({dumps(leaf.get(name)) for leaf in leaves}) > 1]
     place = lambda name: _ORDER.index(group) if (group := name.split(":")[0]) in _ORDER else len(_ORDER) - 1
-    return ["", *(record.folder.name for record in records)], [[name, *(_short(leaf.get(name)) for leaf in leaves)] for name in sorted(differ, key=place)]
+    return ["", *_columns(records)], [[name, *(_short(leaf.get(name)) for leaf in leaves)] for name in sorted(differ, key=place)]
 
 
 def compare_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: parameters that differ, results, and what differs between the environments."""
-    headings, rows = compare_runs(records)
-    return headings, rows + environment_differences(records)[1]
+    return ["", *_columns(records)], compare_runs(records)[1] + environment_differences(records)[1]
+
+
+def _columns(records: Sequence[RunRecord]) -> list[str]:
+    names = [record.folder.name for record in records]
+    if len(set(names)) < len(names): names = [record.name for record in records]
+    return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, 1)]
 
 # %% ../../nbs/lab/archive.ipynb #c8e4f528
 def _data_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
@@ -393,7 +398,7 @@ def _pack(record: RunRecord, path: Path) -> None:
         raise KiloError(f"{path} exists and holds another run: archive to another folder.")
     _write_archive(record.folder, manifest, path)
 
-# %% ../../nbs/lab/archive.ipynb #a4ba4963
+# %% ../../nbs/lab/archive.ipynb #0dd64bf9
 def archive_runs(records: Sequence[RunRecord], target: str | os.PathLike | None = None, delete: bool = False) -> list[Archive]:
     """Move runs that are over out of the way, each into one file (`archive_path`); returns the archives.
 
@@ -401,6 +406,7 @@ def archive_runs(records: Sequence[RunRecord], target: str | os.PathLike | None 
     Raises KiloError, before anything is touched, where one of them is not over, cannot be read, or would share its archive with another; and where an archive
     cannot be written: that run is left as it was, those before it are archived.
     """
+    records = list({record.folder: record for record in records}.values())
     paths = [archive_path(record, target) for record in records]
     for record, path in zip(records, paths):
         if record.status == UNREADABLE: raise KiloError(f"{record.folder} cannot be archived: {record.error}")

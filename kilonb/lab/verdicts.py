@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['NO_GATES', 'UNREADABLE', 'STAGE_HEADINGS', 'Verdict', 'Board', 'verdict_board', 'explain_standing', 'Adoption',
-           'adopt_from_run', 'Promotion', 'promotions']
+           'adopt_from_run', 'Promotion', 'Promotions', 'promotions']
 
-# %% ../../nbs/lab/verdicts.ipynb #204fd0e0
+# %% ../../nbs/lab/verdicts.ipynb #1ce45122
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -229,8 +229,30 @@ class Promotion:
     def _repr_html_(self) -> str:
         return html_table((self.data, *STAGE_HEADINGS[1:]), self.rows()) + html_table(("direction frequencies",), [[self.adoption.sentence + self._in_use()]])
 
-# %% ../../nbs/lab/verdicts.ipynb #8fbd3c94
-def promotions(outputs: str | os.PathLike | None = None, data: str = "", policy: Sequence[Stage] = POLICY) -> list[Promotion]:
+# %% ../../nbs/lab/verdicts.ipynb #efb71cf1
+@dataclass(frozen=True, repr=False)
+class Promotions:
+    """What the rules allow, by dataset; a sequence of Promotion."""
+
+    by_data: tuple[Promotion, ...]
+
+    def __iter__(self) -> Iterator[Promotion]: return iter(self.by_data)
+    def __len__(self) -> int: return len(self.by_data)
+    def __getitem__(self, place: int) -> Promotion: return self.by_data[place]
+    def __repr__(self) -> str: return self.text()
+
+    def text(self) -> str:
+        """All promotions for a terminal."""
+        return "\n\n".join(one.text() for one in self.by_data)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Dataset -> its promotion as plain values."""
+        return {one.data: one.to_dict() for one in self.by_data}
+
+    def _repr_html_(self) -> str: return "".join(one._repr_html_() for one in self.by_data)
+
+# %% ../../nbs/lab/verdicts.ipynb #f13559e0
+def promotions(outputs: str | os.PathLike | None = None, data: str = "", policy: Sequence[Stage] = POLICY) -> Promotions:
     """What the promotion rules say of the runs under `outputs` (default `outputs_root()`), for each dataset that a rule's experiment was run on.
 
     data: only this, as `data_label` names it. Runs of sweeps are trials and do not speak.
@@ -238,7 +260,8 @@ def promotions(outputs: str | os.PathLike | None = None, data: str = "", policy:
     asked = {*(stage.experiment for stage in policy), "dir_l_sweep"}
     finished = [record for record in list_runs(Path(outputs or outputs_root())) if record.status == FINISHED and record.experiment in asked]
     labels = [data] if data else sorted({data_label(record) for record in finished}) or [""]
-    return [_promotion(label, [record for record in finished if data_label(record) == label], read_policy(outputs, policy, label)) for label in labels]
+    of = lambda label: [record for record in finished if data_label(record) == label]
+    return Promotions(tuple(_promotion(label, of(label), read_policy(outputs, policy, label)) for label in labels))
 
 
 def _promotion(data: str, finished: Sequence[RunRecord], report: PolicyReport) -> Promotion:
