@@ -156,7 +156,7 @@ def _svg(body: str, width: float, height: float, label: str, kind: str) -> Chart
     return Chart(_element("svg", body, xmlns="http://www.w3.org/2000/svg", class_=f"chart {kind}", role="img", aria_label=label,
                           viewBox=f"0 0 {_at(width)} {_at(height)}", font_family="system-ui, sans-serif", font_size=10.5, fill=SOFT, stroke_linejoin="round"))
 
-# %% ../../nbs/lab/charts.ipynb #3ab97e77
+# %% ../../nbs/lab/charts.ipynb #d4f112cc
 @dataclass(frozen=True)
 class _Frame:
     """Where things stand in a chart: outer width and height, and the place of the plot within."""
@@ -184,7 +184,9 @@ def _axes(frame: _Frame, x: Scale, y: Scale, x_label: str, x_names: Sequence[str
     every = max(1, math.ceil(max(map(_width, labels), default=0) / max(room - 4, 1)))
     marks = f"M{_at(frame.left)} {_at(frame.bottom)}H{_at(frame.right)}" + "".join(f"M{_at(x(tick))} {_at(frame.bottom)}v4" for tick in ticks)
     body += _element("path", stroke=SOFT, d=marks)
-    body += "".join(_text(x(tick), frame.bottom + 15, label, "middle") for tick, label in list(zip(ticks, labels))[::every])
+    for tick, label in list(zip(ticks, labels))[::every]:
+        over = x(tick) + _width(label) / 2 > frame.width
+        body += _text(frame.width if over else x(tick), frame.bottom + 15, label, "end" if over else "middle")
     return body + _text(frame.right, frame.height - 3, x_label, "end", fill=INK)
 
 
@@ -237,7 +239,7 @@ def _path(x: Sequence[float], y: Sequence[float], x_scale: Scale, y_scale: Scale
         pieces.append(f"M{places[0]}" + ("L" + " ".join(places[1:]) if len(places) > 1 else "h.01"))
     return "".join(pieces)
 
-# %% ../../nbs/lab/charts.ipynb #c8cc7e23
+# %% ../../nbs/lab/charts.ipynb #e0d61ef0
 def line_chart(series: Sequence[Series], *, title: str = "", x_label: str = "step", y_label: str = "", log_y: bool = False, log_x: bool = False,
                width: float = 340, height: float = 215, legend: bool = True, buckets: int = 150) -> Chart:
     """Several lines over one axis, as SVG.
@@ -252,7 +254,7 @@ def line_chart(series: Sequence[Series], *, title: str = "", x_label: str = "ste
     y = scale_over(everything(3), height - 30, top, log_y)
     frame = _frame(width, height, tick_labels(y.ticks(4), log_y), top)
     x = scale_over(everything(2), frame.left + 2, frame.right, log_x, 0.0 if any(len(part[2]) > 1 for part in thinned) else 0.05)
-    lines = "".join(_mark("path", one.key or one.name, colour, one.name, fill="none", stroke="currentColor", stroke_width=1.4, stroke_linecap="round", d=path)
+    lines = "".join(_mark("path", one.key or one.name, colour, one.name, fill="none", stroke="currentColor", stroke_width=1.4 if len(series) < 9 else 1, d=path)
                     for one, colour, u, v in thinned if (path := _path(u, v, x, y)))
     return _svg(head + _axes(frame, x, y, x_label) + lines, width, height, f"{title or y_label}: {len(thinned)} lines over {x_label}", "lines")
 
@@ -366,7 +368,7 @@ def _column(values: Sequence[Any], start: float, end: float) -> tuple[dict[int, 
     ticks = scale.ticks(4)
     return {i: scale(v) for i, v in there.items()}, [(scale(t), label) for t, label in zip(ticks, tick_labels(ticks, scale.log))]
 
-# %% ../../nbs/lab/charts.ipynb #527a2533
+# %% ../../nbs/lab/charts.ipynb #8a490086
 def _swung(places: Sequence[tuple[float, float]]) -> str:
     """The `d` of a curve through places from left to right that is level at each."""
     path = f"M{_at(places[0][0])} {_at(places[0][1])}"
@@ -379,7 +381,7 @@ def _swung(places: Sequence[tuple[float, float]]) -> str:
 def parallel_coordinates(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, keys: Sequence[str] = (), colours: Sequence[str] = (), title: str = "",
                          width: float = 860, height: float = 260) -> Chart:
     """A line for each row over one vertical axis for each of `names`, as SVG. rows: name -> number or word. keys, colours: one for each row."""
-    body, top, bottom = _text(2, 12, title, font_size=12, font_weight=600, fill=INK), 44.0, height - 10
+    body, top, bottom = _text(2, 12, title, font_size=12, font_weight=600, fill=INK) if title else "", 44.0 if title else 28.0, height - 10
     gap = (width - 120) / max(1, len(names) - 1)
     axes = [60 + i * gap if len(names) > 1 else width / 2 for i in range(len(names))]
     columns = [_column([row.get(name) for row in rows], bottom, top) for name in names]

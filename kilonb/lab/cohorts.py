@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['NOT_COMPARED', 'Curve', 'Member', 'Cohort', 'is_seed', 'varied_parameters', 'read_sweep', 'is_sweep', 'read_cohort',
-           'Choice', 'numeric_results', 'gates_of', 'choose_results', 'Spread', 'spell_deviation', 'spread',
-           'Condition', 'conditions', 'main_effect', 'read_curves', 'flat_environment', 'compare_environments']
+           'Choice', 'numeric_results', 'gates_of', 'choose_results', 'Spread', 'spread', 'Condition', 'conditions',
+           'main_effect', 'read_curves', 'flat_environment', 'compare_environments']
 
 # %% ../../nbs/lab/cohorts.ipynb #0fa02ede
 import csv
@@ -201,7 +201,7 @@ def choose_results(records: Sequence[RunRecord], quality: str = "", time: str = 
     return Choice(best, _pick(names if time else by_unit("_s"), list(gates), time, best),
                   _pick(names if speed else by_unit("_per_s"), list(gates), speed, best), tuple(name for name in gates if name in names))
 
-# %% ../../nbs/lab/cohorts.ipynb #34de1d59
+# %% ../../nbs/lab/cohorts.ipynb #a75b543d
 @dataclass(frozen=True)
 class Spread:
     """Mean, sample standard deviation (NaN for fewer than two) and number of some values."""
@@ -212,12 +212,9 @@ class Spread:
 
     def __str__(self) -> str:
         if not self.count: return ""
-        return spell(self.mean) + (f" ± {spell_deviation(self.deviation)}" if self.count > 1 else "")
-
-
-def spell_deviation(value: float) -> str:
-    """A standard deviation with two significant digits: more is not known of one."""
-    return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
+        if self.count == 1 or not math.isfinite(self.deviation) or self.deviation == 0: return spell(self.mean) + (" ± 0" if self.deviation == 0 else "")
+        decimals = min(9, max(0, 1 - math.floor(math.log10(float(f"{self.deviation:.1e}")))))
+        return f"{self.mean:.{decimals}f} ± {self.deviation:.{decimals}f}"
 
 
 def spread(values: Sequence[Any]) -> Spread:
