@@ -1,0 +1,234 @@
+"""The notebooks of nbs/explore as people use them: opened in JupyterLab, run, played with; and as a page, where a picture stands in for the widget."""
+import base64
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from jupyter_driver import Notebook, needs_chromium, open_browser, open_lab
+
+from kilonb.lab.browsing import list_sweeps, sweep_table
+from kilonb.lab.errors import KiloError
+from kilonb.lab.execution import run_notebook
+from kilonb.lab.explorers import RunBrowser, SweepExplorer
+from kilonb.lab.files import write_json
+from kilonb.lab.gates import Gate
+from kilonb.lab.notebooks import list_notebooks, read_notebook
+from kilonb.lab.pages import write_page
+from kilonb.lab.runs import open_run, read_run
+
+ROOT = Path(__file__).resolve().parent.parent
+SHELF = list_notebooks("explore", ROOT)
+ODD = "<b onclick=alert(1)>odd $x$"
+
+
+def write_toy_run(outputs: Path, name: str, rate: float) -> Path:
+    """A run with a noisy curve, a picture and a gate."""
+    import matplotlib.pyplot as plt
+
+    run = open_run("toy", outputs / "toy" / name, {"learning_rate": rate, "width": 32})
+    losses = np.exp(-rate * np.arange(500)) + 0.2 * np.random.default_rng(3).random(500)
+    (run.folder / "rays").mkdir()
+    (run.folder / "rays" / "metrics.csv").write_text("step,elapsed_s,loss\n" + "".join(f"{k},{k * 0.01},{value}\n" for k, value in enumerate(losses)))
+    figure, ax = plt.subplots(figsize=(3, 2))
+    ax.plot(losses)
+    run.save_figure(figure, "loss")
+    plt.close(figure)
+    run.finish({"psnr_db": 30 + 100 * rate}, [Gate("psnr_db", at_least=31.0)])
+    return run.folder
+
+
+def write_toy_sweep(folder: Path) -> Path:
+    """24 runs: the largest learning rate fails, one run waits, the results of one are damaged."""
+    plan, status = [], []
+    grid = [(rate, network, seed) for seed in (0, 1, 2) for network in ("mlp", "hash") for rate in (1e-3, 3e-3, 1e-2, 3e-1)]
+    for k, (rate, network, seed) in enumerate(grid):
+        name, varied = f"{k:03d}-{k * 7919:08x}", {"learning_rate": rate, "network": network, "seed": seed}
+        plan.append({"name": name, "parameters": varied, "varied": varied})
+        ended = "waiting" if k == 20 else "failed" if rate > 0.1 else "finished"
+        status.append({"name": name, "varied": varied, "status": ended, "elapsed_s": 5.0 + k, "error": ""})
+        if k == 20: continue
+        run = open_run("toy", folder / name, varied, seed=seed)
+        if rate > 0.1: run.__exit__(KiloError, KiloError("The loss is <nan>: lower the learning rate."), None)
+        else: run.finish({"psnr_db": 24 - 6 * (math.log10(rate) + 2.4) ** 2 + 2 * (network == "hash") + 0.3 * seed}, [Gate("psnr_db", at_least=20.0)])
+    (folder / plan[1]["name"] / "results.json").write_text("{")
+    write_json(folder / "sweep.json", {"sweep": folder.name, "experiment": "toy", "varied": ["learning_rate", "network", "seed"], "runs": plan})
+    write_json(folder / "status.json", {"kind": "sweep", "sweep": folder.name, "experiment": "toy", "status": "interrupted", "runs": status})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("explored") / "outputs"
+    for name, rate in (("slow", 0.004), (ODD, 0.012), ("quick", 0.05)): write_toy_run(folder, name, rate)
+    (write_toy_run(folder, "damaged", 0.1) / "results.json").write_text("{")
+    write_toy_sweep(folder / "sweeps" / "toy_sweep")
+    return folder
+
+
+def small(name: str, outputs: Path) -> dict:
+    """Parameters that make a notebook small; one that is not named here runs as it is."""
+    if name in ("runs", "sweeps"): return {"outputs": str(outputs)}
+    if name != "orbit": return {}
+    from kilonb.scenes.brickyard import build_brickyard
+    from kilonb.splats.ply import write_ply
+
+    teacher = outputs.parent / "teacher.ply"
+    if not teacher.exists(): write_ply(teacher, build_brickyard(seed=0, count=4000))
+    return {"data": f"ply:{teacher}", "width": 96, "drag_width": 48, "quick_steps": 20, "pictures": 2}
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory, outputs):
+    """A function that opens a notebook with its parameters in the module's one JupyterLab."""
+    with open_lab(tmp_path_factory.mktemp("jupyter"), {"KILONB_OUTPUTS": str(outputs)}) as lab, open_browser() as browser:
+        def open_notebook(name: str) -> Notebook:
+            notebook = json.loads(SHELF[name].read_text(encoding="utf-8"))
+            tagged = next(i for i, cell in enumerate(notebook["cells"]) if "parameters" in cell["metadata"].get("tags", []))
+            own = {"run_dir": str(lab.root / "run")} if name == "orbit" else {}
+            given = "\n".join(f"{key} = {value!r}" for key, value in {**small(name, outputs), **own}.items())
+            cell = {"cell_type": "code", "id": "injected", "metadata": {}, "source": given, "outputs": [], "execution_count": None}
+            notebook["cells"].insert(tagged + 1, cell)
+            (lab.root / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
+            return Notebook(browser, lab, f"{name}.ipynb")
+        yield open_notebook
+
+
+ROUGHNESS = """() => { const plot = document.querySelector('.kilonb-explorer .js-plotly-plot');
+    return plot && plot._fullData && plot._fullData.length ? plot._fullData.filter(trace => trace.visible === true).map(trace => Array.from(trace.y)
+      .reduce((sum, y, i, all) => sum + (i ? Math.abs(y - all[i - 1]) : 0), 0)).at(-1) : null; }"""
+DRAWN = "() => [...document.querySelectorAll('.kilonb-explorer .scatterlayer path.js-line')].map(path => path.getAttribute('d')).join()"
+
+
+def react_runs(notebook: Notebook, outputs: Path) -> None:
+    page = notebook.page
+    notebook.wait_until("() => document.querySelectorAll('.kilonb-explorer .scatterlayer path.js-line').length >= 3")
+    rough, drawn = page.evaluate(ROUGHNESS), page.evaluate(DRAWN)
+    notebook.move_slider(".kilonb-smoothing", 60)
+    notebook.wait_until(f"rough => ({ROUGHNESS})() < 0.5 * rough", rough)
+    assert page.evaluate(DRAWN) != drawn, "the smoothed curve is drawn, not only held"
+    table = page.locator(".kilonb-table")
+    assert ODD in table.inner_text() and table.locator("b[onclick]").count() == 0, "a run's name is text"
+    assert "toy/damaged" in page.locator(".kilonb-explorer").inner_text(), "the damaged run is named"
+    assert page.locator(".kilonb-runs option").count() >= 3 and page.locator(".kilonb-runs option", has_text="toy/late").count() == 0
+    notebook.wait_until("() => [...document.querySelectorAll('.kilonb-shown img')].filter(image => image.naturalWidth > 50).length === 3")
+    write_toy_run(outputs, "late", 0.02)
+    page.locator(".kilonb-refresh").click()
+    notebook.wait_until("() => [...document.querySelectorAll('.kilonb-runs option')].some(option => option.textContent.includes('toy/late'))")
+    page.locator(".kilonb-filter input").fill("quick")
+    page.locator(".kilonb-runs select").select_option(label="✔ toy/quick")
+    notebook.wait_until("() => document.querySelectorAll('.kilonb-table th').length === 2")
+
+
+def react_sweeps(notebook: Notebook, outputs: Path) -> None:
+    page = notebook.page
+    rows = "() => document.querySelectorAll('.kilonb-table tbody tr').length"
+    page.wait_for_selector(".kilonb-explorer .parcoords .axis-brush")
+    everything, columns = page.evaluate(rows), page.locator(".kilonb-explorer .parcoords .y-axis").count()
+    assert everything == 23 and columns >= 4, "24 runs but for the damaged one"
+    notebook.move_slider(".kilonb-share", 15, "ArrowLeft")
+    notebook.wait_until(f"() => ({rows})() > 0 && ({rows})() <= 6")
+    dimensions = "document.querySelector('.kilonb-explorer .js-plotly-plot')._fullData[0].dimensions"
+    assert page.evaluate(f"() => {dimensions}.filter(d => d.constraintrange).map(d => d.label)") == ["psnr_db"], "the figure shows the slider's brush"
+    page.locator(".kilonb-clear").click()
+    notebook.wait_until(f"all => ({rows})() === all", everything)
+    place = page.locator(".kilonb-explorer .parcoords .axis-brush").first.bounding_box()
+    middle = place["x"] + place["width"] / 2
+    page.mouse.move(middle, place["y"] + 0.95 * place["height"])
+    page.mouse.down()
+    page.mouse.move(middle, place["y"] + 0.5 * place["height"], steps=5)
+    page.mouse.up()
+    notebook.wait_until(f"all => ({rows})() > 0 && ({rows})() < all", everything)
+    told = page.locator(".kilonb-failures")
+    assert "lower the learning rate" in told.inner_text() and "is left out" in told.inner_text() and told.locator("nan").count() == 0
+
+
+def react_orbit(notebook: Notebook, outputs: Path) -> None:
+    page = notebook.page
+    frames = "() => +(document.querySelector('.kilonb-orbit')?.dataset.frames ?? 0)"
+    pixels = "() => document.querySelector('.kilonb-orbit .student canvas').toDataURL()"
+    notebook.wait_until(f"() => ({frames})() > 0")
+    before, seen = page.evaluate(frames), page.evaluate(pixels)
+    notebook.move_slider('[aria-label="field of view"]', 5)
+    notebook.wait_until(f"before => ({frames})() > before", before)
+    notebook.wait_until(f"seen => ({pixels})() !== seen", seen)
+
+
+REACTIONS = {"runs": react_runs, "sweeps": react_sweeps, "orbit": react_orbit}
+
+
+@needs_chromium
+@pytest.mark.parametrize("name", SHELF)
+def test_an_explorer_opens_in_jupyterlab_runs_and_reacts_to_a_slider(name, opened, outputs):
+    assert name in REACTIONS, f"nbs/explore/{name}.ipynb has no reaction here: say what must change when its slider moves"
+    notebook = opened(name)
+    try:
+        notebook.run_all()
+        assert not notebook.error_outputs()
+        REACTIONS[name](notebook, outputs)
+        assert not notebook.error_outputs()
+        assert not notebook.console_errors()
+    finally: notebook.close()
+
+
+def pictures(page: Path) -> list:
+    """The pictures of the notebook's part of a page."""
+    from PIL import Image
+
+    inside = page.read_text(encoding="utf-8").split('<div class="notebook">', 1)[1]
+    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', inside)]
+
+
+@pytest.mark.parametrize("name", SHELF)
+def test_the_page_of_an_explorer_has_a_picture_where_the_widget_would_be(name, outputs, tmp_path):
+    record = run_notebook(read_notebook(SHELF[name]), small(name, outputs), run_dir=tmp_path / "run")
+    page = write_page(record.folder)
+    shown = pictures(page)
+    assert shown and shown[0].width >= 400 and len(shown[0].convert("RGB").getcolors(1 << 24)) > 20, "a picture with something on it"
+    assert "widget-view" not in page.read_text(encoding="utf-8") and record.status == "finished"
+
+
+@pytest.mark.parametrize("name, way", [("runs", "kilonb run single_view_overfit"), ("sweeps", "kilonb sweep FILE")])
+def test_with_nothing_to_explore_a_notebook_says_how_to_get_it(name, way, tmp_path, capsys):
+    record = run_notebook(read_notebook(SHELF[name]), {"outputs": str(tmp_path / "none")}, run_dir=tmp_path / "run")
+    assert record.status == "finished" and record.results["runs"] == 0 and way in capsys.readouterr().out
+
+
+def test_looking_at_runs_makes_none(outputs, tmp_path):
+    """Opened by hand, the notebook of the run browser leaves no run among those that it shows."""
+    cells = [cell for cell in json.loads(SHELF["runs"].read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+    before, scope = sorted(outputs.rglob("status.json")), {"__annotations__": {}, "__builtins__": __builtins__}
+    for cell in cells: exec("".join(cell["source"]) + (f"\noutputs = {str(outputs)!r}" if "parameters" in cell["metadata"].get("tags", []) else ""), scope)
+    assert scope["browser"].records and sorted(outputs.rglob("status.json")) == before
+
+
+def test_a_spike_of_one_step_in_a_long_run_is_still_drawn(tmp_path):
+    run = open_run("toy", tmp_path / "toy" / "long")
+    run.metrics.write_text("step,elapsed_s,loss\n" + "".join(f"{k},{k},{1000.0 if k == 33_333 else 1.0}\n" for k in range(50_000)))
+    run.finish({})
+    drawn = RunBrowser(tmp_path).drawn()
+    assert len(drawn[0].y) < 5000 and drawn[0].y.max() == 1000 and drawn[0].x[drawn[0].y.argmax()] == 33_333
+
+
+def test_one_damaged_run_does_not_hide_the_others(outputs):
+    browser, table = RunBrowser(outputs, "toy"), sweep_table(outputs / "sweeps" / "toy_sweep")
+    assert len(browser.records) >= 3 and [sentence for sentence in browser.unreadable if "toy/damaged" in sentence]
+    assert len(table.rows) == 23 and len(table.unreadable) == 1 and len(table.failed()) == 6
+    assert list_sweeps(outputs) == [outputs / "sweeps" / "toy_sweep"]
+
+
+def test_a_sweep_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(KiloError, match=r"No sweep in .*nowhere"): SweepExplorer(tmp_path / "nowhere")
+
+
+def test_a_log_that_is_being_written_is_shown_as_far_as_it_goes(tmp_path):
+    run = open_run("toy", tmp_path / "toy" / "going")
+    run.metrics.write_text("step,elapsed_s,loss\n1,0.1,0.5\n2,0.2,0.4\n3,0.3")
+    browser = RunBrowser(tmp_path)
+    assert browser.chosen[0].status == "running" and browser.drawn()[0].y.tolist() == [0.5, 0.4]
+    run.metrics.write_text("step,elapsed_s,loss\n1,0.1,0.5\n2,0.2,0.4\n3,0.3,0.25\n")
+    assert browser.drawn()[0].y.tolist() == [0.5, 0.4, 0.25] and read_run(run.folder).status == "running"
+    run.finish({})
