@@ -82,40 +82,53 @@ def world_from_environment(environment: Mapping[str, str] | None = None, device:
     hosted = told.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return World(rank, size, local_rank, f"cuda:{local_rank}" if device == "cuda" else device, told["MASTER_ADDR"], port, hosted, timeout_s)
 
-# %% ../../nbs/training/parallel.ipynb #f8825e73
-_stores: dict[tuple[str, int], dist.Store] = {}
-_meetings, _waits = itertools.count(), itertools.count()
+# %% ../../nbs/training/parallel.ipynb #86d68dbf
+_stores: dict[tuple[str, int], tuple[dist.Store, Iterator[int]]] = {}
+_meeting: "Meeting | None" = None
 
 
 class Meeting:
     """The ranks of a world in touch with one another, from `join` to `leave`; as a context manager it leaves at the end."""
 
-    def __init__(self, world: World):
-        self.world = world
+    def __init__(self, world: World, store: dist.Store | None = None):
+        self.world, self.store, self.waits = world, store, itertools.count()
 
     def leave(self) -> None:
         """Close the connections; what needs the others is refused from now on."""
-        if self.world.size > 1 and dist.is_initialized(): dist.destroy_process_group()
+        global _meeting
+        if _meeting is not self: return
+        _meeting = None
+        dist.destroy_process_group()
 
     def __enter__(self) -> World: return self.world
 
     def __exit__(self, *_: Any) -> None: self.leave()
 
+# %% ../../nbs/training/parallel.ipynb #af42ae96
+def _place(world: World) -> dist.Store:
+    """Where the ranks find one another: a part of the store for each time that this process joins there."""
+    place = world.address, world.port
+    if place not in _stores:
+        patience = datetime.timedelta(seconds=world.timeout_s)
+        _stores[place] = dist.TCPStore(*place, is_master=world.first and not world.hosted, timeout=patience, wait_for_workers=False), itertools.count()
+    store, times = _stores[place]
+    return dist.PrefixStore(f"kilonb/{next(times)}", store)
+
 
 def join(world: World) -> Meeting:
     """Meet the other ranks; returns when all are there. Raises KiloError where one does not come in `world.timeout_s`, or we are in a world already."""
+    global _meeting
     if world.size == 1: return Meeting(world)
     if dist.is_initialized(): raise KiloError("This process is in a world already: leave that one first.")
-    patience, place = datetime.timedelta(seconds=world.timeout_s), (world.address, world.port)
     try:
-        if place not in _stores: _stores[place] = dist.TCPStore(*place, is_master=world.first and not world.hosted, timeout=patience, wait_for_workers=False)
-        store = dist.PrefixStore(f"kilonb/{next(_meetings)}", _stores[place])
+        store = _place(world)
         if world.device.startswith("cuda"): torch.cuda.set_device(world.device)
-        dist.init_process_group(world.backend, store=store, rank=world.rank, world_size=world.size, timeout=patience)
+        dist.init_process_group(world.backend, store=store, rank=world.rank, world_size=world.size, timeout=datetime.timedelta(seconds=world.timeout_s))
     except (RuntimeError, ValueError) as error:
         raise known_to_all(KiloError(f"Rank {world.rank} waited {world.timeout_s:g} s at {world.address}:{world.port}, and not all {world.size} ranks came: "
-                                "start all of them with the same address, as torchrun does.")) from error
-    return Meeting(world)
+                                     "start all of them with the same address, as torchrun does.")) from error
+    _meeting = Meeting(world, store)
+    return _meeting
 
 # %% ../../nbs/training/parallel.ipynb #8ce041ac
 def known_to_all(error: BaseException) -> BaseException:
@@ -153,7 +166,7 @@ def in_worlds(function: Callable[[World], Any], size: int, timeout_s: float = 20
     for process in ranks: process.join()
     return answers
 
-# %% ../../nbs/training/parallel.ipynb #ea8f41c7
+# %% ../../nbs/training/parallel.ipynb #6b1ebdc1
 _QUESTIONS = 4
 
 
@@ -177,7 +190,7 @@ def agree(world: World, place: str, *wishes: bool, error: BaseException | None =
 
 @contextmanager
 def _in_touch(world: World, place: str) -> Iterator[None]:
-    if not dist.is_initialized(): raise known_to_all(KiloError(f"Rank {world.rank} of {world.size} is not in touch with the others: call join(world) first."))
+    if _meeting is None: raise known_to_all(KiloError(f"Rank {world.rank} of {world.size} is not in touch with the others: call join(world) first."))
     try: yield
     except RuntimeError as error:
         raise known_to_all(KiloError(f"Rank {world.rank} lost touch with the other ranks at '{place}': one of them ended, or did not answer within "
@@ -217,7 +230,7 @@ def together(world: World) -> Iterator[None]:
             with suppress(KiloError): agree(world, "an error", error=error)
         raise
 
-# %% ../../nbs/training/parallel.ipynb #7a7ef914
+# %% ../../nbs/training/parallel.ipynb #dd73baba
 @contextmanager
 def first_goes_ahead(world: World, patience_s: float = 86_400.0) -> Iterator[None]:
     """The block of the `with`, for the first rank at once, for the others when it has done with it. Raises KiloError on those where it failed."""
@@ -225,17 +238,20 @@ def first_goes_ahead(world: World, patience_s: float = 86_400.0) -> Iterator[Non
         yield
         return
     with _in_touch(world, "waiting for rank 0"):
-        store, key, began = dist.PrefixStore("kilonb/ahead", _stores[world.address, world.port]), str(next(_waits)), time.monotonic()
+        store, key, began = _meeting.store, f"ahead/{next(_meeting.waits)}", time.monotonic()
         while not world.first and not store.check([key]):
             if time.monotonic() - began > patience_s: raise KiloError(f"Rank {world.rank} has waited {patience_s:g} s for rank 0: see what it does.")
             time.sleep(0.05)
         failed = "" if world.first else store.get(key).decode()
     if failed: raise known_to_all(KiloError(f"Rank 0 failed, and all stopped with it: {failed}"))
+    if not world.first: agree(world, "after rank 0")
     try: yield
     except BaseException as error:
-        if world.first: store.set(key, f"{error}" or type(error).__name__)
+        if world.first: store.set(key, f"{known_to_all(error)}" or type(error).__name__)
         raise
-    if world.first: store.set(key, "")
+    if world.first:
+        store.set(key, "")
+        agree(world, "after rank 0")
 
 # %% ../../nbs/training/parallel.ipynb #8aa049f8
 def share(batch_size: int, world: World) -> slice:
