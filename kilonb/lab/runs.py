@@ -8,8 +8,9 @@ __all__ = ['PREPARED', 'RUNNING', 'FINISHED', 'FAILED', 'INTERRUPTED', 'ABANDONE
            'describe_environment', 'write_figure', 'Run', 'open_run', 'RunResult', 'peak_memory_mb', 'finish_run',
            'RunRecord', 'read_run', 'list_runs', 'find_run', 'data_label', 'newest_finished', 'compare_runs']
 
-# %% ../../nbs/lab/runs.ipynb #429d65ad
+# %% ../../nbs/lab/runs.ipynb #b796da26
 import datetime
+import hashlib
 import importlib.metadata
 import io
 import itertools
@@ -157,9 +158,11 @@ def prepare_run(experiment: str, run_dir: str | os.PathLike = "", command: str =
                                         "started": _now(), "elapsed_s": elapsed, "process": this_process(), "error": ""})
     return folder
 
-# %% ../../nbs/lab/runs.ipynb #f5b38eee
+# %% ../../nbs/lab/runs.ipynb #30af19c7
 _PACKAGES = ("kilonb", "torch", "numpy", "numba", "scipy", "pillow", "matplotlib", "gsplat", "spconv-cu118", "torchmetrics", "pytorch-msssim", "tensorboard",
-             "papermill", "nbclient", "ipykernel")
+             "papermill", "nbclient", "ipykernel", "llvmlite", "dask", "distributed")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "OMP_WAIT_POLICY",
+            "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG")
 
 
 def _versions() -> dict[str, str]:
@@ -171,17 +174,30 @@ def _versions() -> dict[str, str]:
 
 
 def _printed_by(*command: str, timeout: float = 10.0) -> str | None:
-    try: return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=True).stdout.strip()
+    try: return subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", timeout=timeout, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
+
+
+def _changes(root: Path) -> str | None:
+    diff = _printed_by("git", "-C", str(root), "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color", "--", "kilonb", "nbs")
+    unknown = _printed_by("git", "-C", str(root), "ls-files", "--others", "--exclude-standard", "-z", "--", "kilonb", "nbs")
+    if diff is None or unknown is None: return None
+    digest = hashlib.sha256(diff.encode(errors="surrogateescape"))
+    for name in sorted(filter(None, unknown.split("\0"))):
+        digest.update(f"\0{name}\0".encode(errors="surrogateescape"))
+        try: digest.update((root / name).read_bytes())
+        except OSError: continue
+    return digest.hexdigest()
 
 
 def _commit() -> dict[str, Any]:
     root = checkout_root()
-    if root is None or not (root / ".git").exists(): return {"commit": None, "dirty": None}
+    if root is None or not (root / ".git").exists(): return {"commit": None, "dirty": None, "changes": None}
     changed = _printed_by("git", "-C", str(root), "status", "--porcelain", "--", "kilonb", "nbs")
-    return {"commit": _printed_by("git", "-C", str(root), "rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed)}
+    return {"commit": _printed_by("git", "-C", str(root), "rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed),
+            "changes": _changes(root) if changed else None}
 
-# %% ../../nbs/lab/runs.ipynb #bfc244e2
+# %% ../../nbs/lab/runs.ipynb #4854bb2d
 def graphics_cards() -> list[str]:
     """The names of the CUDA devices that torch sees, or, where torch is not imported, that nvidia-smi lists."""
     torch = sys.modules.get("torch")
@@ -197,15 +213,24 @@ def _processor() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def _backends() -> dict[str, Any]:
+    torch, numba = sys.modules.get("torch"), sys.modules.get("numba")
+    found: dict[str, Any] = {"numba_threads": numba.get_num_threads() if numba is not None else None}
+    if torch is None: return found
+    found |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "float32_matmul": torch.get_float32_matmul_precision(),
+              "deterministic": torch.are_deterministic_algorithms_enabled()}
+    return found | ({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if torch.cuda.is_available() else {})
+
+
 def _hardware() -> dict[str, Any]:
     import psutil
 
     torch = sys.modules.get("torch")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {"processor": _processor(), "cores": cores, "memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "graphics_cards": graphics_cards(),
-            "torch_threads": torch.get_num_threads() if torch is not None else None}
+            "torch_threads": torch.get_num_threads() if torch is not None else None, **_backends()}
 
-# %% ../../nbs/lab/runs.ipynb #72d565bf
+# %% ../../nbs/lab/runs.ipynb #543de15f
 def _plain(data: Any) -> list[dict[str, Any]]:
     items = [] if data is None else data if isinstance(data, (list, tuple)) else [data]
     return [item.to_dict() if hasattr(item, "to_dict") else asdict(item) if is_dataclass(item) else dict(item) if isinstance(item, Mapping)
@@ -215,7 +240,8 @@ def _plain(data: Any) -> list[dict[str, Any]]:
 def describe_environment(seed: int | None = None, data: Any = None, command: str = "") -> dict[str, Any]:
     """Where a run takes place: commit, command, versions, hardware, seed and the data's hashes, as plain values."""
     return {**_commit(), "command": command or " ".join(map(shlex.quote, sys.argv)), "python": platform.python_version(), "platform": platform.platform(),
-            "host": platform.node(), "packages": _versions(), "hardware": _hardware(), "seed": seed, "data": _plain(data)}
+            "host": platform.node(), "packages": _versions(), "hardware": _hardware(),
+            "threads": {name: os.environ[name] for name in _THREADS if name in os.environ}, "seed": seed, "data": _plain(data)}
 
 # %% ../../nbs/lab/runs.ipynb #7b0b74c3
 def _encode(figure: Any, dots_per_inch: float, colours: int | None) -> bytes:

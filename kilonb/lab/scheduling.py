@@ -138,7 +138,7 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError): return {}
     return value if isinstance(value, dict) else {}
 
-# %% ../../nbs/lab/scheduling.ipynb #5e5b97e0
+# %% ../../nbs/lab/scheduling.ipynb #8f7135a5
 def time_left(rows: list[Row], workers: int) -> float | None:
     """Seconds until the sweep is done, as far as the runs that took place tell; None before the first."""
     took = [row.elapsed_s for row in rows if row.status in (FINISHED, FAILED, SKIPPED) and row.elapsed_s > 0]
@@ -151,6 +151,7 @@ def _row_status(sweep: Sweep, row: Row) -> dict[str, Any]:
     answer, progress = row.answer, _read(sweep.folder / row.run.name / "progress.json") if row.status == RUNNING else {}
     return {"name": row.run.name, "varied": row.run.varied, "status": row.status, "ok": answer.get("ok"), "gates": answer.get("gates", ""),
             "attempt": row.attempt, "worker": row.began.get("worker", ""), "elapsed_s": round(row.elapsed_s, 2), "worker_s": answer.get("worker_s"),
+            "ended": answer.get("ended", ""),
             "progress": progress or None, "results": answer.get("results", {}), "error": answer.get("error", "") or row.note}
 
 # %% ../../nbs/lab/scheduling.ipynb #73250e13

@@ -6,8 +6,9 @@
 __all__ = ['FINISHED', 'FAILED', 'INTERRUPTED', 'DIED', 'row_of', 'end_remainder', 'run_planned', 'dask_setup',
            'interrupt_worker']
 
-# %% ../../nbs/lab/workers.ipynb #be571895
+# %% ../../nbs/lab/workers.ipynb #ff3914be
 import contextlib
+import datetime
 import os
 import platform
 import signal
@@ -53,7 +54,7 @@ def end_remainder(folder: str | os.PathLike, patience_s: float = 5.0) -> bool:
     except (psutil.Error, KeyError): return False
     return True
 
-# %% ../../nbs/lab/workers.ipynb #24de448d
+# %% ../../nbs/lab/workers.ipynb #c99dd8ad
 def _devices(request: Mapping[str, Any]) -> dict[str, str]:
     if not request.get("gpus") or not request.get("devices"): return {}
     from distributed import get_worker
@@ -83,7 +84,7 @@ def run_planned(request: Mapping[str, Any]) -> dict[str, Any]:
     began = time.monotonic()
     try: row = _run(request)
     except (KiloError, OSError) as error: row = _red(error)
-    return {**row, "worker_s": round(time.monotonic() - began, 3)}
+    return {**row, "worker_s": round(time.monotonic() - began, 3), "ended": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
 
 
 def _run(request: Mapping[str, Any]) -> dict[str, Any]:
