@@ -6,7 +6,7 @@
 __all__ = ['REPORT_STYLE', 'TABLE_SCRIPT', 'VIEW_SCRIPT', 'plain', 'with_unit', 'took', 'counted', 'some', 'decimals_of',
            'aligned', 'policy_for', 'report_html', 'find_target', 'write_report']
 
-# %% ../../nbs/lab/reports.ipynb #6d2f0cf6
+# %% ../../nbs/lab/reports.ipynb #d557ca63
 import base64
 import datetime
 import hashlib
@@ -16,6 +16,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -140,41 +141,41 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[_Cell]], keys: Seque
     table = _tag("table", f"<thead><tr>{head}</tr></thead><tbody>{''.join(map(line, range(len(rows)), rows))}</tbody>", class_=kind or None)
     return _tag("div", table, class_="wide", tabindex=0, role="region", aria_label=kind or "table")
 
-# %% ../../nbs/lab/reports.ipynb #9c73eb50
+# %% ../../nbs/lab/reports.ipynb #4cffd7bd
 _SIGNS = {GREEN: "✔ green", RED: "✘ red", NOT_RUN: "– not run"}
-_LOOKS = {GREEN: "verdict-green", RED: "verdict-red", NOT_RUN: "verdict-not-run"}
+_LOOKS = {GREEN: "green strong", RED: "red strong", NOT_RUN: "amber"}
 
 
 def _published(line: GateLine) -> str: return spell(line.gate.published) + (f" ({line.gate.source})" if line.gate.source else "")
 
 
 def _gates_of_runs(rows: Sequence[tuple[list[str], GateLine]], headings: Sequence[str]) -> str:
-    """Gate lines of finished runs, each with leading cells of its own."""
-    cells = [[*map(_words, before), _words(line.gate.result, "name"), _words(line.value, "n"), _words(line.gate.bound, "n"), _words(line.gate.notes, "n"),
-              _words(_published(line)), _words(line.baseline, "n"), _Cell(_SIGNS[line.verdict])] for before, line in rows]
-    return _table([*headings, "result", "ours", "bound", "notes", "published", "trivial baseline", "verdict"], cells,
-                  looks=[_LOOKS[line.verdict] for _, line in rows], kind="gates")
+    """Gate lines of finished runs, each with leading cells of its own, which are written once for lines that share them."""
+    cells, last = [], None
+    for before, line in rows:
+        leading = [_words(text if before != last else "", "long") for text in before]
+        cells.append([*leading, _words(line.gate.result, "name"), _Cell(_SIGNS[line.verdict], None, _LOOKS[line.verdict]), _words(line.value, "n"),
+                      _words(line.gate.bound, "n"), _words(line.baseline, "n"), _words(line.gate.notes, "n"), _words(_published(line), "long")])
+        last = before
+    return _table([*headings, "result", "verdict", "ours", "bound", "trivial baseline", "notes", "published"], cells, kind="gates")
 
-# %% ../../nbs/lab/reports.ipynb #a1bd1869
+# %% ../../nbs/lab/reports.ipynb #06fbfe89
 def _gates_of_cohort(cohort: Cohort) -> str:
-    """One line for each gate over all finished runs: the best, mean ± standard deviation, and how many are green."""
-    rows, looks = [], []
+    """One line for each gate over all finished runs: how many are green, the best, and mean ± standard deviation."""
+    rows = []
     for result, gate in gates_of(cohort.records).items():
         lines = [(member, line) for member in cohort.finished for line in member.record.report.lines if line.gate.result == result]
-        measured = [(float(line.value), member) for member, line in lines if spread([line.value]).count]
-        best = (max if gate.at_least is not None else min)(measured, key=lambda pair: pair[0], default=(None, None))
-        green = sum(line.verdict == GREEN for _, line in lines)
-        looks.append(_LOOKS[GREEN if green == len(lines) else RED])
-        group, newest = spread([value for value, _ in measured]), lines[-1][1]
-        baseline = spread([line.baseline for _, line in lines])
-        rows.append([_words(result, "name"), _words(gate.bound, "n"), _words(gate.notes, "n"), _words(_published(newest)),
-                     _words(baseline.mean if baseline.count else None, "n"), _words(best[0], "n"),
-                     _words(best[1].key if best[1] else ""), _words(str(group), "n"), _Cell(f"{green} of {len(lines)} green")])
+        measured = [(float(line.value), member.key) for member, line in lines if spread([line.value]).count]
+        best, by = (max if gate.at_least is not None else min)(measured, key=lambda pair: pair[0], default=(None, ""))
+        green, baseline = sum(line.verdict == GREEN for _, line in lines), spread([line.baseline for _, line in lines])
+        rows.append([_words(result, "name"), _Cell(f"{green} of {len(lines)} green", None, _LOOKS[GREEN if green == len(lines) else RED]),
+                     _words(str(spread([value for value, _ in measured])), "n"), _words(best, "n"), _words(by), _words(gate.bound, "n"),
+                     _words(baseline.mean if baseline.count else None, "n"), _words(gate.notes, "n"), _words(_published(lines[-1][1]), "long")])
     if not rows: return ""
-    note = "<p class=note>Mean ± one standard deviation over all finished runs.</p>"
-    return _table(["result", "bound", "notes", "published", "trivial baseline", "best", "by", "all runs", "verdict"], rows, looks=looks, kind="gates") + note
+    note = "<p class=note>All runs: mean ± one standard deviation over the finished ones.</p>"
+    return _table(["result", "verdict", "all runs", "best", "by", "bound", "trivial baseline", "notes", "published"], rows, kind="gates") + note
 
-# %% ../../nbs/lab/reports.ipynb #fde5b7fb
+# %% ../../nbs/lab/reports.ipynb #02736289
 @dataclass
 class _Writing:
     """A report in the making: the runs, where the file will lie, the chosen results, how much detail, and what is to be said at the top."""
@@ -201,6 +202,7 @@ class _Writing:
         """Parameters that a reader may colour by: those that vary, seeds last."""
         return [name for name in self.cohort.varied if len({spell(plain(member.varied.get(name))) for member in self.cohort.members}) > 1]
 
+    @cached_property
     def colours(self) -> dict[str, str]:
         """Run -> colour, by the first varied parameter."""
         names, members = self.colour_names, self.cohort.members
@@ -272,13 +274,14 @@ def _cohort_head(writing: _Writing) -> str:
     return _head({"sweep": "Sweep", "experiment": "Runs", "runs": "Runs"}[cohort.kind] + of, cohort.name,
                  [counted(len(cohort.members), "run"), ", ".join(data[:4]), _when(started)], *_standing(cohort), _verdict(writing)) + _facts(facts)
 
-# %% ../../nbs/lab/reports.ipynb #7b84ea22
+# %% ../../nbs/lab/reports.ipynb #a9c3d519
 _BAD = ("failed", "unreadable", "abandoned", "interrupted")
 
 
 def _run_cell(writing: _Writing, member: Member) -> _Cell:
     name = writing.link(member.record.folder / "index.html", member.key)
-    return _Cell(_tag("i", "", class_="dot mark", data_run=member.key) + _tag("b", name))
+    colour = writing.colours.get(member.key) if writing.cohort.kind != "lab" else None
+    return _Cell((_tag("i", "", class_="dot mark", data_run=member.key, style=f"color:{colour}") if colour else "") + _tag("b", name))
 
 
 def _took_cell(record: RunRecord) -> _Cell: return _Cell(took(record.elapsed_s) if record.elapsed_s else "", record.elapsed_s or math.nan, "n")
@@ -327,10 +330,10 @@ def _runs_section(writing: _Writing) -> str:
              f'<output class="shown">{counted(len(members), "run")}</output><span class="hint">a heading sorts, a row is chosen by a click</span></div>')
     return tools + table
 
-# %% ../../nbs/lab/reports.ipynb #73384449
+# %% ../../nbs/lab/reports.ipynb #71e505b0
 def _pareto_section(writing: _Writing) -> str:
     """Quality against time and against speed, each with its Pareto front."""
-    choice, colours, charts, fronts = writing.choice, writing.colours(), [], []
+    choice, colours, charts, fronts = writing.choice, writing.colours, [], []
     for cost, direction, title in ((choice.time, -1, "Quality against time"), (choice.speed, 1, "Quality against speed")):
         there = [m for m in writing.cohort.finished if all(spread([m.record.results.get(name)]).count for name in (choice.quality, cost))]
         if not cost or not choice.quality or len(there) < 2: continue
@@ -390,7 +393,7 @@ def _effects_section(writing: _Writing, most: int = 12) -> str:
     table = _table(["result", "parameter", "value", "mean ± standard deviation", "n"], rows, sortable=True, kind="effects")
     return small_multiples(charts[:most]) + note + f"<details><summary>the numbers</summary>{table}</details>"
 
-# %% ../../nbs/lab/reports.ipynb #7cab7305
+# %% ../../nbs/lab/reports.ipynb #bdb527de
 def _parallel_section(writing: _Writing) -> str:
     """Every finished run as one line over what varies and what came out."""
     members = writing.cohort.finished
@@ -398,12 +401,12 @@ def _parallel_section(writing: _Writing) -> str:
     names = list(dict.fromkeys(name for name in names if name))
     if len(members) < 3 or len(names) < 3: return ""
     rows = [{name: plain(member.varied[name] if name in member.varied else member.record.results.get(name)) for name in names} for member in members]
-    colours = writing.colours()
+    colours = writing.colours
     keys, width = [member.key for member in members], max(860, 120 * len(names))
     chart = parallel_coordinates(rows, names, keys=keys, colours=[colours[key] for key in keys], width=width, height=300)
     return _tag("div", _tag("div", chart, style="min-width:44rem"), class_="wide")
 
-# %% ../../nbs/lab/reports.ipynb #cc80dc36
+# %% ../../nbs/lab/reports.ipynb #192f7188
 def _interest(name: str) -> tuple:
     """Losses and scores first, then what is not a bookkeeping number."""
     last = name.rsplit("/", 1)[-1]
@@ -411,13 +414,14 @@ def _interest(name: str) -> tuple:
 
 
 def _all_curves(writing: _Writing) -> dict[str, list[Series]]:
-    """Chart -> its lines."""
+    """Chart -> its lines: the runs; in the report of one run its stages, which keep their colours from chart to chart."""
     charts: dict[str, list[Series]] = {}
-    colours, single = writing.colours(), writing.cohort.kind == "run"
+    colours, single, places = writing.colours, writing.cohort.kind == "run", {}
     for member in writing.cohort.members:
         for place, curves in read_curves(member.record.folder, writing.notes).items():
+            stage = places.setdefault(place, KINDS[len(places) % len(KINDS)])
             for name, (x, y) in curves.items():
-                if single: charts.setdefault(name, []).append(Series(place or name, x, y, key=place or "run"))
+                if single: charts.setdefault(name, []).append(Series(place or "run", x, y, stage, place or "run"))
                 else: charts.setdefault("/".join(filter(None, (place, name))), []).append(Series(member.key, x, y, colours[member.key], member.key))
     return charts
 
@@ -433,7 +437,8 @@ def _curves_section(writing: _Writing) -> str:
     drawn = []
     for name in shown:
         values = [float(v) for one in charts[name] for v in one.y]
-        drawn.append(line_chart(charts[name], title=name, log_y=wants_log(values), legend=writing.cohort.kind == "run", buckets=buckets))
+        alone = f" ({charts[name][0].name})" if writing.cohort.kind == "run" and len(charts[name]) == 1 and charts[name][0].name != "run" else ""
+        drawn.append(line_chart(charts[name], title=name + alone, log_y=wants_log(values), legend=writing.cohort.kind == "run", buckets=buckets))
     return small_multiples(drawn)
 
 # %% ../../nbs/lab/reports.ipynb #13ca0f69
@@ -543,9 +548,9 @@ def _figures(folder: Path, room: int, notes: list[str]) -> str:
     if len(kept) < len(figures): notes.append(f"{len(figures) - len(kept)} of {counted(len(figures), 'figure')} were left out to keep the file small.")
     return _tag("div", "".join(kept), class_="figures") if kept else ""
 
-# %% ../../nbs/lab/reports.ipynb #5a51312a
+# %% ../../nbs/lab/reports.ipynb #a00994ec
 def _pairs(values: Mapping[str, Any]) -> str:
-    return _table(["name", "value"], [[_words(name, "name"), _words(value, "long")] for name, value in values.items()])
+    return _table(["name", "value"], [[_words(name, "name"), _words(value, "long")] for name, value in values.items()], kind="pairs")
 
 
 def _parameters_section(writing: _Writing) -> str:
@@ -576,12 +581,13 @@ def _environment_section(writing: _Writing) -> str:
     words = "the rest, the same in all runs" if len(writing.cohort.members) > 1 else "commit, packages, hardware, data"
     return text + (f"<details><summary>{words}</summary>{_pairs(same)}</details>" if same else "")
 
-# %% ../../nbs/lab/reports.ipynb #d6511519
+# %% ../../nbs/lab/reports.ipynb #3a8ffeef
 REPORT_STYLE = """
 :root { color-scheme: light; } body { max-width: 78rem; padding: 1.6rem 1.4rem 5rem; } h1 { font-size: 2rem; letter-spacing: -.01em; }
 .kind { margin: 0 0 .2rem; color: var(--soft); text-transform: uppercase; letter-spacing: .06em; font-size: .75rem; font-weight: 600; }
 .verdict { max-width: 52rem; } .note, .hint { color: var(--soft); font-size: .85rem; } .soft { color: var(--soft); } .red { color: var(--red); }
-.green { color: var(--green); }
+.green { color: var(--green); } .amber { color: var(--amber); }
+td.strong { font-weight: 600; } .wide table.pairs { min-width: 0; }
 .facts { display: flex; flex-wrap: wrap; gap: .8rem 2.4rem; margin: 1.1rem 0 .4rem; padding: .9rem 0; border: solid var(--line); border-width: 1px 0; }
 .facts b { display: block; font-size: 1.45rem; font-weight: 600; line-height: 1.25; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .facts span { color: var(--soft); font-size: .8rem; overflow-wrap: anywhere; } .facts .good b { color: var(--green); } .facts .bad b { color: var(--red); }
@@ -823,7 +829,7 @@ def _cohort_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
         ("All at once", _parallel_section(writing)), ("Pictures", ""), ("Parameters", _parameters_section(writing)),
         ("Environment", _environment_section(writing))]
 
-# %% ../../nbs/lab/reports.ipynb #111b75d4
+# %% ../../nbs/lab/reports.ipynb #6d2e9afc
 def _board(writing: _Writing, newest: Sequence[RunRecord]) -> str:
     """A line for each experiment and data: the newest finished run and what it missed."""
     rows = []
@@ -831,9 +837,9 @@ def _board(writing: _Writing, newest: Sequence[RunRecord]) -> str:
         missed = [f"{line.gate.result} {'not run' if line.verdict == NOT_RUN else spell(line.value)} ({line.gate.bound})"
                   for line in record.report.lines if line.verdict != GREEN]
         page = next((record.folder / file for file in ("report.html", "index.html") if (record.folder / file).is_file()), record.folder / "none")
-        rows.append([_words(record.experiment, "name"), _words(data_label(record)), _gates_cell(record), _words("; ".join(missed), "long"),
+        rows.append([_words(record.experiment, "name"), _gates_cell(record), _words(data_label(record)), _words("; ".join(missed), "long"),
                      _Cell(writing.link(page, record.folder.name)), _words(_when(record.started)), _took_cell(record)])
-    return _table(["experiment", "data", "gates", "missed", "run", "when", "took"], rows, sortable=True, kind="board") if rows else ""
+    return _table(["experiment", "gates", "data", "missed", "run", "when", "took"], rows, sortable=True, kind="board") if rows else ""
 
 
 def _sweeps_section(writing: _Writing) -> tuple[str, list[Cohort]]:
@@ -855,7 +861,7 @@ def _sweeps_section(writing: _Writing) -> tuple[str, list[Cohort]]:
                      _Cell(f"{sum(gated)}/{len(gated)}" if gated else "", sum(gated) / len(gated) if gated else math.nan, "n"), _Cell(page)])
     return _table(["sweep", "experiment", "varied", "finished", "failed", "all gates green", ""], rows, sortable=True, kind="sweeps") if rows else "", found
 
-# %% ../../nbs/lab/reports.ipynb #411d3f6e
+# %% ../../nbs/lab/reports.ipynb #c590c050
 def _lab_runs(writing: _Writing, records: Sequence[RunRecord], most: int = 150) -> str:
     """The newest runs, the newest first."""
     shown = list(reversed(records))[:most]
@@ -864,12 +870,13 @@ def _lab_runs(writing: _Writing, records: Sequence[RunRecord], most: int = 150) 
     first = lambda record: choose_results([record]).quality if record.status == FINISHED else ""
     best = [first(record) for record in shown]
     quality = _numbers([record.results.get(name) if name else None for record, name in zip(shown, best)])
-    rows = [[_run_cell(writing, member), _words(record.experiment), _words(data_label(record)), _gates_cell(record), score, _words(name),
-             _words(_when(record.started)), _took_cell(record), _files_cell(writing, record)] for member, record, score, name in zip(members, shown, quality, best)]
+    rows = [[_run_cell(writing, member), _gates_cell(record), _words(record.experiment), _words(data_label(record)), score, _words(name),
+             _words(_when(record.started)), _took_cell(record), _files_cell(writing, record)]
+            for member, record, score, name in zip(members, shown, quality, best)]
     tools = ('<div class="tools"><label>filter <input type="search" class="filter" placeholder="teacher failed" autocomplete="off"></label>'
              f'<output class="shown">{counted(len(shown), "run")}</output></div>')
     looks = ["failed" if record.status in _BAD else "" for record in shown]
-    return tools + _table(["run", "experiment", "data", "gates", "quality", "", "when", "took", "files"], rows, [record.name for record in shown], looks, True,
+    return tools + _table(["run", "gates", "experiment", "data", "quality", "", "when", "took", "files"], rows, [record.name for record in shown], looks, True,
                           "runs", list(map(_sentence, shown)))
 
 
@@ -884,7 +891,7 @@ def _lab_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
     text = f"{green} of {len(gated)} experiments and data are green" + (f"; not green: {some(red, 8)}." if red else ".")
     facts = [(f"{green}/{len(gated)}", "experiments and data green", "good" if green == len(gated) else "bad"), (str(len(records)), "runs", ""),
              (str(len(found)), "sweeps", ""), (str(len(bad)), "failed, cut short or unreadable", "bad" if bad else "good")]
-    lines = [([record.experiment, data_label(record)], line) for record in gated for line in record.report.lines]
+    lines = [([" · ".join(filter(None, (record.experiment, data_label(record))))], line) for record in gated for line in record.report.lines]
     wrong = [[_words(record.name, "name"), _words(record.status, "red"), _words(record.error[:400], "long"), _words(_when(record.started))]
              for record in reversed(bad)][:60]
     archived = sorted(path.parent for path in (outputs / "archive").glob("*/*/status.json"))
@@ -892,7 +899,7 @@ def _lab_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
     under = f"newest run {_when(newest_start)}" if newest_start else ""
     head = _head("KiloNB", "The lab", [under], "not all green" if red else "green", "bad" if red else "good", text)
     return head + _facts(facts), [
-        ("Verdicts", _board(writing, newest)), ("Gates", _gates_of_runs(lines, ["experiment", "data"]) if lines else ""), ("Sweeps", sweeps),
+        ("Verdicts", _board(writing, newest)), ("Gates", _gates_of_runs(lines, ["experiment"]) if lines else ""), ("Sweeps", sweeps),
         ("What went wrong", _table(["run", "status", "what happened", "when"], wrong) if wrong else ""), ("Runs", _lab_runs(writing, records)),
         ("Pictures", ""), ("Archived", _table(["run"], [[_words(path.relative_to(outputs).as_posix())] for path in archived]) if archived else "")]
 
