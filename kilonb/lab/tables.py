@@ -72,7 +72,7 @@ def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> dict[s
     if missing: raise KiloError(f"'{path}' has no column '{missing[0]}': it has {', '.join(map(str, table)) or 'none'}.")
     return {name: table[name] for name in names}
 
-# %% ../../nbs/lab/tables.ipynb #8ab53b74
+# %% ../../nbs/lab/tables.ipynb #811d5f4b
 class _Global:
     """A name of a module that need not be installed; pickled as that name."""
     def __init__(self, module: str, name: str) -> None: self.module, self.name = module, name
@@ -92,6 +92,12 @@ class _FramePickler(pickle._Pickler):
             self.write(pickle.NEWOBJ if item.new else pickle.REDUCE)
             if item.state is not None: self.save(item.state), self.write(pickle.BUILD)
         else: super().save(item, save_persistent_id)
+
+    def save_global(self, item: Any, name: str | None = None) -> None:
+        """A function or class by its name; numpy's own by the name that every numpy knows."""
+        module = item.__module__ if isinstance(getattr(item, "__module__", None), str) else ""
+        if module.startswith("numpy._core"): self.write(pickle.GLOBAL + f"numpy.core{module.removeprefix('numpy._core')}\n{item.__name__}\n".encode())
+        else: super().save_global(item, name)
 
 # %% ../../nbs/lab/tables.ipynb #1553e55e
 _FRAME, _MANAGER = _Global("pandas.core.frame", "DataFrame"), _Global("pandas.core.internals.managers", "BlockManager")
@@ -117,7 +123,7 @@ def _blocks(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
         blocks.append({"values": np.stack([arrays[i] for i in numbers]), "mgr_locs": slice(numbers[0], numbers[-1] + 1, step) if even else np.array(numbers)})
     return blocks
 
-# %% ../../nbs/lab/tables.ipynb #eb048466
+# %% ../../nbs/lab/tables.ipynb #5a99c4d4
 def write_table(path: str | os.PathLike, columns: Mapping[str, Any]) -> None:
     """Write columns name -> [rows] as a gzipped pickle of a pandas DataFrame (as PandaSet's files are), atomically; equal tables give equal bytes.
 
@@ -134,4 +140,4 @@ def write_table(path: str | os.PathLike, columns: Mapping[str, Any]) -> None:
     frame = _Built(_FRAME, (), {"_data": manager, "_typ": "dataframe", "_metadata": [], "attrs": {}}, new=True)
     buffer = io.BytesIO()
     _FramePickler(buffer, protocol=3).dump(frame)
-    with atomic_write(path) as partial: partial.write_bytes(gzip.compress(buffer.getvalue(), compresslevel=4, mtime=0))
+    with atomic_write(path) as partial: partial.write_bytes(gzip.compress(buffer.getvalue(), compresslevel=1, mtime=0))
