@@ -270,7 +270,7 @@ _STYLE = """
 .kilonb-orbit .hint { color: var(--soft); font-size: .85em; margin: .5rem 0 0; }
 """
 
-# %% ../../nbs/distill/orbit_widget.ipynb #72e94f6a
+# %% ../../nbs/distill/orbit_widget.ipynb #80982486
 _BAND_ROWS = 64
 
 
@@ -281,9 +281,10 @@ def _pose_of(request: Mapping[str, Any], home: OrbitPose) -> OrbitPose:
 
 
 def _settings_of(request: Mapping[str, Any], settings: ViewSettings) -> ViewSettings:
-    given = {name: value for name, value in (request.get("settings") or {}).items() if name in ("channel", "stop", "drag_width")}
-    try: chosen = replace(settings, **given)
-    except TypeError: raise KiloError("The request's settings are of the wrong types.") from None
+    given, kinds = request.get("settings") or {}, {"channel": str, "stop": (int, float), "drag_width": int}
+    if not isinstance(given, Mapping) or not all(isinstance(given[name], kind) for name, kind in kinds.items() if name in given):
+        raise KiloError("The request's settings are of the wrong types.")
+    chosen = replace(settings, **{name: given[name] for name in kinds if name in given})
     return chosen if request.get("full") else replace(chosen.dragging(), drag_width=chosen.drag_width)
 
 # %% ../../nbs/distill/orbit_widget.ipynb #610d3459
@@ -420,7 +421,7 @@ def encode_sheet(sheet: Image.Image) -> bytes:
     sheet.quantize(256).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
-# %% ../../nbs/distill/orbit_widget.ipynb #60c46cb7
+# %% ../../nbs/distill/orbit_widget.ipynb #eed81e6b
 class Orbit(_Page):
     """Teacher and student side by side, turned by dragging.
 
@@ -429,6 +430,8 @@ class Orbit(_Page):
     `channel`, `stop`, `drag_width` and `difference` can be set from Python and follow the page; `pose` tells where the page is and moves it.
     In a page without a kernel the output shows `sheet()`. Raises KiloError where teacher or student are something else, and for bad settings.
     """
+
+    _looker, requests = None, None
 
     def __init__(self, teacher: Gaussians, student: Student, *, pose: OrbitPose | None = None, up: tuple[float, float, float] = (0.0, 0.0, 1.0),
                  settings: ViewSettings | None = None, difference: bool = False, title: str = ""):
@@ -480,7 +483,7 @@ class Orbit(_Page):
 
     def close(self) -> None:
         """Take the widget from all pages and let go of teacher and student."""
-        self.requests.stop()
+        if self.requests is not None: self.requests.stop()
         self._looker = self._sheet = None
         super().close()
 

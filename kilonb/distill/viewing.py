@@ -168,7 +168,7 @@ def see_student(student: Student, camera: PinholeCamera, stop: float = 0.01) -> 
     """What a camera sees of a student. stop: share of the light below which a ray ends."""
     return [*see_student_in_bands(student, camera, stop)][-1]
 
-# %% ../../nbs/distill/viewing.ipynb #fe7db2c3
+# %% ../../nbs/distill/viewing.ipynb #02608542
 @numba.njit(cache=True, inline="always")
 def _point(depth, v, u, fx, fy, cx, cy):
     z = depth[v, u]
@@ -194,17 +194,22 @@ def _tangent(depth, solid, v, u, dv, du, fx, fy, cx, cy):
 
 @numba.njit(cache=True)
 def _smoothed(depth, solid, reach, jump, smooth):
-    """Means over neighbours up to `reach` pixels away whose depth differs by less than `jump` of one's own."""
+    """Depths whose inverse is averaged over opposite pairs of neighbours, up to `reach` pixels away, that both differ by less than `jump` of one's own."""
     height, width = depth.shape
     for v in range(height):
         for u in range(width):
-            total, count, own = 0.0, 0, depth[v, u]
-            for i in range(max(v - reach, 0), min(v + reach + 1, height)):
-                for j in range(max(u - reach, 0), min(u + reach + 1, width)):
-                    if solid[i, j] and abs(depth[i, j] - own) < jump * own:
-                        total += depth[i, j]
-                        count += 1
-            smooth[v, u] = total / count if count and solid[v, u] else own
+            own = depth[v, u]
+            smooth[v, u] = own
+            if not solid[v, u]: continue
+            total, count = 1 / own, 1
+            for dv in range(min(reach, v, height - 1 - v) + 1):
+                across = min(reach, u, width - 1 - u)
+                for du in range(-across if dv else 1, across + 1):
+                    there, opposite = depth[v + dv, u + du], depth[v - dv, u - du]
+                    if not (solid[v + dv, u + du] and solid[v - dv, u - du] and max(abs(there - own), abs(opposite - own)) < jump * own): continue
+                    total += 1 / there + 1 / opposite
+                    count += 2
+            smooth[v, u] = count / total
 
 
 @numba.njit(cache=True)
@@ -222,13 +227,13 @@ def _normals(depth, solid, fx, fy, cx, cy, normals):
             if x * px + y * py + z * pz > 0: length = -length
             normals[v, u, 0], normals[v, u, 1], normals[v, u, 2] = x / length, y / length, z / length
 
-# %% ../../nbs/distill/viewing.ipynb #66578f31
+# %% ../../nbs/distill/viewing.ipynb #2ecbde53
 def normals_of(sight: Sight, least_alpha: float = 0.5) -> Tensor:
     """Unit normals [H, W, 3] of the expected depth in the camera's frame (x right, y down, z forward), facing the camera; 0 where alpha is below."""
     camera, normals = sight.camera, np.empty((*sight.alpha.shape, 3), np.float32)
     solid = (sight.alpha >= least_alpha) & (sight.expected_depth > 0)
     smooth = np.empty(solid.shape, np.float32)
-    _smoothed(sight.expected_depth.contiguous().numpy(), solid.numpy(), max(1, round(camera.width / 160)), 0.01, smooth)
+    _smoothed(sight.expected_depth.contiguous().numpy(), solid.numpy(), max(1, round(camera.width / 160)), 0.015, smooth)
     _normals(smooth, solid.numpy(), camera.fx, camera.fy, camera.cx, camera.cy, normals)
     return torch.from_numpy(normals)
 
