@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'SCRIPT', 'Entry', 'lower_is_better', 'ranked', 'to_image', 'error_picture', 'told', 'triptych',
-           'contact_sheet', 'picture_address', 'gallery_html', 'write_gallery', 'entries_of']
+           'contact_sheet', 'picture_address', 'gallery_html', 'write_gallery', 'entries_of', 'save_views']
 
-# %% ../../nbs/distill/gallery.ipynb #337071a5
+# %% ../../nbs/distill/gallery.ipynb #c1b0842a
 import base64
 import html
 import io
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from ..lab.errors import KiloError
 from ..lab.files import atomic_write, dumps
 from ..lab.gates import spell
 from ..lab.pages import POLICY
+from ..lab.pictures import save_comparison
 from ..metrics.images import check_images
 
 # %% ../../nbs/distill/gallery.ipynb #808f52dc
@@ -254,3 +256,26 @@ def entries_of(evaluation: object, pictures: Mapping[str, tuple[Tensor, Tensor]]
     if lost: raise KiloError(f"View '{lost[0]}' has a picture but no scores: evaluate it first.")
     first = lambda values: {**({metric: values[metric]} if metric in values else {}), **values}
     return [Entry(name, *pictures[name], first(values)) for name, values in scores.items()]
+
+# %% ../../nbs/distill/gallery.ipynb #c95950dc
+def save_views(folder: str | os.PathLike, scores: Mapping[str, Mapping[str, float]], pictures_of: Callable[[str], Mapping[str, Tensor]],
+               metric: str = "psnr_srgb_white_db", worst: int = 4, middle: int = 2, gain: float = 5.0) -> list[str]:
+    """Leave the worst views and some from the middle in a run's folder, for its report; returns their names, the worst first.
+
+    scores: view -> metric -> value. pictures_of: from a view's name to its pictures, [H, W, 3] sRGB in 0..1: target first, then what is judged, then others.
+    The second's error times `gain` is added. metric: what views are ranked by; those without it come last. KiloError where no view has it.
+    """
+    if not scores: raise KiloError("There are no views to leave for the report: the list is empty.")
+    known = dict.fromkeys(key for values in scores.values() for key in values)
+    if metric not in known: raise KiloError(f"No view has the metric '{metric}'; there are {', '.join(known)}.")
+    sign = 1 if lower_is_better(metric) else -1
+    value = lambda name: scores[name].get(metric, math.nan)
+    order = sorted(scores, key=lambda name: -math.inf if math.isnan(value(name)) else sign * value(name), reverse=True)
+    half = max(worst, (len(order) - middle) // 2)
+    chosen = [*order[:worst], *order[half:half + middle]]
+    for name in chosen:
+        pictures = dict(pictures_of(name))
+        target, judged = list(pictures)[:2]
+        pictures[f"{judged}'s error x {gain:g}"] = error_picture(pictures[judged], pictures[target], gain)
+        save_comparison(folder, name, pictures, value(name), metric, not lower_is_better(metric))
+    return chosen
