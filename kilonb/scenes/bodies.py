@@ -7,16 +7,14 @@ __all__ = ['VEHICLES', 'PAINTS', 'CLOTHES', 'SKINS', 'HAIRS', 'PERSON_HALF', 'WA
            'vehicle', 'person', 'broadleaf', 'conifer', 'hedge', 'Lot', 'house', 'lamp', 'signal', 'sign', 'bench',
            'bin_', 'block']
 
-# %% ../../nbs/scenes/bodies.ipynb #8ebf8f9b
+# %% ../../nbs/scenes/bodies.ipynb #cb3855c2
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from kilonb.scenes.materials import (
-    BARK, BLOCK, BODY, BUILDING, CABIN, FACADE, GRAVEL, HEAD, LEAVES, OTHER, PERSON, PLAIN, POLE, SIDEWALK, SIGN, SIGNAL, STRIPES, TILES, VEGETATION, VEHICLE, WHEEL, linear,
-)
+from .materials import BARK, BLOCK, BODY, BUILDING, CABIN, FACADE, HEAD, LEAVES, OTHER, PERSON, PLAIN, POLE, SIDEWALK
+from .materials import SIGN, SIGNAL, STRIPES, TILES, VEGETATION, VEHICLE, WHEEL, linear
 from .raycast import BOX, CYLINDER, ELLIPSOID, Solids, solid, stack, turn_z
 
 # %% ../../nbs/scenes/bodies.ipynb #158d110d
@@ -36,7 +34,7 @@ def moved(solids: Solids, x: float, y: float, yaw: float = 0.0, z: float = 0.0) 
     shapes[:, 3:12] = (shapes[:, 3:12].reshape(-1, 3, 3) @ rotation.T).reshape(-1, 9)
     return Solids(shapes, solids.tags, solids.skins)
 
-# %% ../../nbs/scenes/bodies.ipynb #40f2e2ca
+# %% ../../nbs/scenes/bodies.ipynb #0396275e
 @dataclass(frozen=True)
 class VehicleKind:
     """A vehicle's outline, metres. size: length, width, height. waist: height where the cabin begins. cabin: its length and how far behind the middle it sits.
@@ -63,13 +61,15 @@ VEHICLES = {
     "bus": VehicleKind("Bus", (11.60, 2.56, 3.10), .48, (3.60, -3.30), slopes=(), style=2, share=.5),
     "connected": VehicleKind("Car", (4.90, 1.86, 1.47), .34, (1.45, -1.42), .88, (2.85, .25), (1.15, 1.0, .34), share=0),
 }
-PAINTS = ((.82, .82, .80), (.78, .79, .80), (.10, .10, .11), (.32, .33, .35), (.60, .08, .07), (.07, .16, .42), (.10, .28, .16), (.70, .64, .52), (.25, .40, .55), (.55, .18, .05), (.90, .88, .84))
+PAINTS = ((.82, .82, .80), (.78, .79, .80), (.10, .10, .11), (.32, .33, .35), (.60, .08, .07), (.07, .16, .42), (.10, .28, .16), (.70, .64, .52),
+          (.25, .40, .55), (.55, .18, .05), (.90, .88, .84))
 
-# %% ../../nbs/scenes/bodies.ipynb #e4a56976
+# %% ../../nbs/scenes/bodies.ipynb #c05b30a8
 def _wheels(kind: VehicleKind) -> list[Solids]:
-    length, width, _ = kind.size
+    _, width, _ = kind.size
     upright = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
-    return [solid(CYLINDER, (x, side * (.5 * width - .13), kind.wheel), (kind.wheel, kind.wheel, .12), WHEEL, VEHICLE, (), upright) for x in kind.axles for side in (-1, 1)]
+    return [solid(CYLINDER, (x, side * (.5 * width - .13), kind.wheel), (kind.wheel, kind.wheel, .12), WHEEL, VEHICLE, (), upright) for x in kind.axles
+            for side in (-1, 1)]
 
 
 def vehicle(kind: VehicleKind, paint: tuple[float, float, float], seed: int) -> tuple[tuple[float, float, float], Solids]:
@@ -86,12 +86,14 @@ def vehicle(kind: VehicleKind, paint: tuple[float, float, float], seed: int) -> 
         up = .5 * (height - kind.waist)
         pillars = (*linear(*paint), 0, 0, 0, seed, .06 * long, -.22 * long)
         parts += [solid(BOX, (-back, 0, kind.waist + up - .01), (.5 * long, half[1] - .11 * (top - floor), up), CABIN, VEHICLE, pillars, taper=kind.slopes)]
-        parts += [solid(BOX, (.5 * long - back - .42, side * (.5 * width - .09), kind.waist + .09), (.06, .09, .06), PLAIN, VEHICLE, linear(*paint)) for side in (-1, 1)]
+        parts += [solid(BOX, (.5 * long - back - .42, side * (.5 * width - .09), kind.waist + .09), (.06, .09, .06), PLAIN, VEHICLE, linear(*paint))
+                  for side in (-1, 1)]
     if kind.cabin[1] < 0: parts += [solid(BOX, (-1.75, side * .84, kind.waist + .07), (.9, .05, .1), PLAIN, VEHICLE, linear(*paint)) for side in (-1, 1)]
     return (.5 * length, .5 * width, .5 * height), stack(parts)
 
-# %% ../../nbs/scenes/bodies.ipynb #3076d5c9
-CLOTHES = ((.13, .16, .25), (.55, .12, .12), (.85, .82, .76), (.20, .30, .22), (.10, .10, .11), (.80, .60, .15), (.35, .45, .60), (.60, .35, .45), (.42, .34, .26))
+# %% ../../nbs/scenes/bodies.ipynb #59f5ab07
+CLOTHES = ((.13, .16, .25), (.55, .12, .12), (.85, .82, .76), (.20, .30, .22), (.10, .10, .11), (.80, .60, .15), (.35, .45, .60), (.60, .35, .45),
+           (.42, .34, .26))
 SKINS = ((.92, .74, .62), (.78, .58, .44), (.55, .38, .27), (.36, .24, .17))
 HAIRS = ((.10, .07, .05), (.30, .18, .09), (.62, .48, .28), (.45, .45, .45), (.05, .05, .05))
 PERSON_HALF = (.45, .31, .90)
@@ -102,16 +104,18 @@ def person(draw: np.random.Generator) -> tuple[tuple[float, float, float], Solid
     scale = draw.uniform(.86, .985)
     coat, trousers = (linear(*CLOTHES[int(k)]) for k in draw.integers(len(CLOTHES), size=2))
     skin, hair, stride = linear(*SKINS[int(draw.integers(len(SKINS)))]), linear(*HAIRS[int(draw.integers(len(HAIRS)))]), draw.uniform(.2, .31)
-    def limb(x, y, z, half, lean, colour): return solid(ELLIPSOID, (scale * x, scale * y, scale * z), [scale * h for h in half], PLAIN, PERSON, colour, turned("y", lean))
+    def limb(x, y, z, half, lean, colour): return solid(ELLIPSOID, (scale * x, scale * y, scale * z), [scale * h for h in half], PLAIN, PERSON, colour,
+                                                        turned("y", lean))
     parts = [limb(.43 * math.sin(s * stride), s * .09, .46, (.085, .08, .45), -s * stride, trousers) for s in (-1, 1)]
     parts += [limb(.80 * math.sin(s * stride) + .05, s * .09, .055, (.13, .05, .05), 0, linear(.08, .07, .07)) for s in (-1, 1)]
     parts += [limb(-.24 * math.sin(s * stride), s * .225, 1.10, (.05, .055, .31), s * .8 * stride, coat) for s in (-1, 1)]
     parts += [limb(0, 0, 1.14, (.135, .195, .36), 0, coat), limb(0, 0, .90, (.125, .16, .17), 0, trousers), limb(.01, 0, 1.49, (.055, .055, .09), 0, skin)]
     parts.append(solid(ELLIPSOID, (scale * .02, 0, scale * 1.65), [scale * h for h in (.105, .085, .125)], HEAD, PERSON, (*skin, *hair)))
-    if draw.random() < .3: parts.append(solid(BOX, (-scale * .16, 0, scale * 1.2), [scale * h for h in (.08, .13, .19)], PLAIN, PERSON, linear(*CLOTHES[int(draw.integers(len(CLOTHES)))])))
+    if draw.random() < .3: parts.append(solid(BOX, (-scale * .16, 0, scale * 1.2), [scale * h for h in (.08, .13, .19)], PLAIN, PERSON,
+                                              linear(*CLOTHES[int(draw.integers(len(CLOTHES)))])))
     return PERSON_HALF, stack(parts)
 
-# %% ../../nbs/scenes/bodies.ipynb #dbf1e73d
+# %% ../../nbs/scenes/bodies.ipynb #bb72d3d4
 def broadleaf(draw: np.random.Generator) -> Solids:
     """A tree of 5 to 8 m with a crown of lumps."""
     trunk, wide = draw.uniform(1.9, 2.7), draw.uniform(1.5, 2.2)
@@ -121,7 +125,8 @@ def broadleaf(draw: np.random.Generator) -> Solids:
         angle, out = 2.4 * k + draw.uniform(-.4, .4), wide * (.25 + .38 * draw.random()) * (k > 0)
         size = wide * draw.uniform(.42, .62)
         centre = (out * math.cos(angle), out * math.sin(angle), trunk + wide * (.35 + .95 * (k / 9) ** .8) + .2 * draw.random())
-        parts.append(solid(ELLIPSOID, centre, (size, size * draw.uniform(.85, 1.1), .78 * size), LEAVES, VEGETATION, (*green * draw.uniform(.85, 1.12), 0, 0, 0, int(draw.integers(1000))), turn_z(angle)))
+        parts.append(solid(ELLIPSOID, centre, (size, size * draw.uniform(.85, 1.1), .78 * size), LEAVES, VEGETATION,
+                           (*green * draw.uniform(.85, 1.12), 0, 0, 0, int(draw.integers(1000))), turn_z(angle)))
     return stack(parts)
 
 
@@ -134,7 +139,8 @@ def conifer(draw: np.random.Generator) -> Solids:
         low, size = .8 + (height - 2.2) * k / 6, wide * (1 - .8 * k / 6)
         up = .55 * (height - 1.2) / 4
         for turn in (0.0, .785):
-            parts.append(solid(BOX, (0, 0, low + up), (.82 * size, .82 * size, up), LEAVES, VEGETATION, (*green, 0, 0, 0, int(draw.integers(1000))), turn_z(turn + .5 * k), (.4 * size / up,) * 3))
+            parts.append(solid(BOX, (0, 0, low + up), (.82 * size, .82 * size, up), LEAVES, VEGETATION, (*green, 0, 0, 0, int(draw.integers(1000))),
+                               turn_z(turn + .5 * k), (.4 * size / up,) * 3))
     return stack(parts)
 
 
@@ -142,8 +148,9 @@ def hedge(x: float, y: float, half_x: float, half_y: float, z: float, seed: int)
     """A clipped hedge of .9 m."""
     return solid(BOX, (x, y, z + .45), (half_x, half_y, .45), LEAVES, VEGETATION, (*linear(.27, .40, .16), 0, 0, 0, seed))
 
-# %% ../../nbs/scenes/bodies.ipynb #a1ef4bde
-WALLS = ((.66, .34, .27), (.74, .48, .36), (.55, .30, .26), (.88, .82, .70), (.93, .90, .84), (.80, .72, .56), (.72, .76, .74), (.62, .68, .72), (.86, .70, .58), (.70, .62, .52))
+# %% ../../nbs/scenes/bodies.ipynb #266bd2f3
+WALLS = ((.66, .34, .27), (.74, .48, .36), (.55, .30, .26), (.88, .82, .70), (.93, .90, .84), (.80, .72, .56), (.72, .76, .74), (.62, .68, .72),
+         (.86, .70, .58), (.70, .62, .52))
 ROOFS = ((.50, .25, .19), (.36, .24, .22), (.30, .32, .35), (.42, .30, .24))
 
 
@@ -170,10 +177,11 @@ def _flat(lot: Lot, top: float, draw: np.random.Generator, trim: tuple) -> list[
     parts = [solid(BOX, (cx, cy, top + .1), (hx + .12, hy + .12, .12), PLAIN, BUILDING, trim)]
     for _ in range(int(draw.integers(1, 4))):
         half = draw.uniform(.5, 1.5, 2)
-        parts.append(solid(BOX, (cx + .6 * (hx - 1.5) * draw.uniform(-1, 1), cy + .6 * (hy - 1.5) * draw.uniform(-1, 1), top + .7), (*half, .7), PLAIN, BUILDING, linear(.6, .6, .6)))
+        parts.append(solid(BOX, (cx + .6 * (hx - 1.5) * draw.uniform(-1, 1), cy + .6 * (hy - 1.5) * draw.uniform(-1, 1), top + .7), (*half, .7), PLAIN,
+                           BUILDING, linear(.6, .6, .6)))
     return parts
 
-# %% ../../nbs/scenes/bodies.ipynb #1be770f1
+# %% ../../nbs/scenes/bodies.ipynb #259c6169
 def _before(lot: Lot, along: float, out: float) -> tuple[float, float]:
     """The place `along` metres from the middle of the front and `out` metres before it."""
     cx, cy = .5 * (lot.low[0] + lot.high[0]), .5 * (lot.low[1] + lot.high[1])
@@ -188,7 +196,8 @@ def _front_parts(lot: Lot, ground: float, storey: float, storeys: int, bay: floa
     if shop and draw.random() < .7:
         colour = linear(*CLOTHES[int(draw.integers(1, len(CLOTHES)))])
         slope = [(1.6, 0, 0), (0, 1.6, 0), (0, 0, .8), (0, 0, .8)][lot.front]
-        parts.append(solid(BOX, (*_before(lot, 0, .45), lot.z + ground - .95), (*across(.8 * wide, .55), .18), STRIPES, BUILDING, (*colour, *linear(.93, .91, .86)), taper=slope))
+        parts.append(solid(BOX, (*_before(lot, 0, .45), lot.z + ground - .95), (*across(.8 * wide, .55), .18), STRIPES, BUILDING,
+                           (*colour, *linear(.93, .91, .86)), taper=slope))
     if storeys > 2 and draw.random() < .45:
         bays = max(1, round(2 * wide / bay))
         for j in range(1, storeys):
@@ -214,23 +223,26 @@ def house(lot: Lot, storeys: int, draw: np.random.Generator) -> Solids:
     parts += _gable(lot, lot.z + top, draw, wall) if storeys <= 4 and draw.random() < .55 else _flat(lot, lot.z + top, draw, trim)
     return stack(parts + _front_parts(lot, ground, storey, storeys, bay, shop, draw, trim))
 
-# %% ../../nbs/scenes/bodies.ipynb #be54aa85
+# %% ../../nbs/scenes/bodies.ipynb #699246e9
 def lamp(reach: float = 1.6) -> Solids:
     """A street lamp whose arm points along +x."""
     grey = linear(.42, .45, .46)
-    return stack([solid(CYLINDER, (0, 0, 3.2), (.07, .07, 3.2), PLAIN, POLE, grey), solid(BOX, (.5 * reach, 0, 6.36), (.5 * reach, .04, .04), PLAIN, POLE, grey),
+    return stack([solid(CYLINDER, (0, 0, 3.2), (.07, .07, 3.2), PLAIN, POLE, grey),
+                  solid(BOX, (.5 * reach, 0, 6.36), (.5 * reach, .04, .04), PLAIN, POLE, grey),
                   solid(BOX, (reach, 0, 6.33), (.34, .13, .07), PLAIN, POLE, linear(.75, .75, .72))])
 
 
 def signal(state: int) -> Solids:
     """A traffic light that faces +x. state: 0 green, 1 amber, 2 red."""
-    return stack([solid(CYLINDER, (0, 0, 1.6), (.06, .06, 1.6), PLAIN, POLE, linear(.25, .26, .27)), solid(BOX, (.16, 0, 2.75), (.12, .15, .45), SIGNAL, SIGN, (0, 0, 0, 0, 0, 0, 0, state))])
+    return stack([solid(CYLINDER, (0, 0, 1.6), (.06, .06, 1.6), PLAIN, POLE, linear(.25, .26, .27)),
+                  solid(BOX, (.16, 0, 2.75), (.12, .15, .45), SIGNAL, SIGN, (0, 0, 0, 0, 0, 0, 0, state))])
 
 
 def sign(colour: tuple[float, float, float]) -> Solids:
     """A round road sign that faces +x."""
     upright = np.array([[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]])
-    return stack([solid(CYLINDER, (0, 0, 1.15), (.035, .035, 1.15), PLAIN, POLE, linear(.5, .5, .5)), solid(CYLINDER, (.05, 0, 2.3), (.32, .32, .015), PLAIN, SIGN, linear(*colour), upright)])
+    return stack([solid(CYLINDER, (0, 0, 1.15), (.035, .035, 1.15), PLAIN, POLE, linear(.5, .5, .5)),
+                  solid(CYLINDER, (.05, 0, 2.3), (.32, .32, .015), PLAIN, SIGN, linear(*colour), upright)])
 
 
 def bench() -> Solids:

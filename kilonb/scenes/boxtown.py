@@ -32,7 +32,7 @@ from .materials import BUILDING, MARKING, OTHER, PERSON, POLE, ROAD, SIDEWALK, S
 from .raycast import Actor, Pose, Solids, SpinningLidar, Sweep, World, render, spin_lidar, stack
 from .streets import EAST, KERB, NORTH, SOUTH, WEST, Drive, Standing, StreetGrid, Traffic, follow, route
 
-# %% ../../nbs/scenes/boxtown.ipynb #3529f51d
+# %% ../../nbs/scenes/boxtown.ipynb #a24d6bac
 @dataclass(frozen=True)
 class TownConfig:
     """A town. streets_x, streets_y: 2 to 6 streets each way. pitch_x, pitch_y: metres between them, 45 to 150. storeys: fewest and most, 2 to 12.
@@ -57,7 +57,8 @@ class TownConfig:
     sun_azimuth_deg: float | None = None
 
     def __post_init__(self) -> None:
-        bounds = {"streets_x": (2, 6), "streets_y": (2, 6), "pitch_x": (45, 150), "pitch_y": (45, 150), "connected": (1, 8), "cars": (0, 200), "people": (0, 300), "parked": (0, 1),
+        bounds = {"streets_x": (2, 6), "streets_y": (2, 6), "pitch_x": (45, 150), "pitch_y": (45, 150), "connected": (1, 8), "cars": (0, 200),
+                  "people": (0, 300), "parked": (0, 1),
                   "trees": (0, 1), "parks": (0, 1), "duration_s": (1, 60), "sun_elevation_deg": (5, 90), "sun_azimuth_deg": (-360, 360)}
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
@@ -108,23 +109,37 @@ def _block_parts(span: tuple[float, float, float, float], config: TownConfig, pa
     cx, cy = .5 * (x0 + x1), .5 * (y0 + y1)
     return parts + [moved(broadleaf(draw), cx + draw.uniform(-9, 9), cy + draw.uniform(-6, 6), 0, KERB) for _ in range(4)]
 
-# %% ../../nbs/scenes/boxtown.ipynb #bfdb8283
+# %% ../../nbs/scenes/boxtown.ipynb #d54387d0
+class _Side(NamedTuple):
+    """A side of a block: where it begins, how long it is, its direction; the block lies to its left."""
+    x: float
+    y: float
+    length: float
+    yaw: float
+
+    @property
+    def inward(self) -> float: return self.yaw + .5 * math.pi
+
+    def at(self, along: float, deep: float) -> tuple[float, float]:
+        """The place `along` metres on and `deep` metres from the kerb."""
+        c, s = math.cos(self.yaw), math.sin(self.yaw)
+        return self.x + along * c - deep * s, self.y + along * s + deep * c
+
+
 def _kerb_parts(span: tuple[float, float, float, float], config: TownConfig, draw: np.random.Generator) -> list[Solids]:
     x0, x1, y0, y1 = span
-    parts = []
-    for (ax, ay), (bx, by), inward in (((x0, y0), (x1, y0), .5 * math.pi), ((x1, y0), (x1, y1), math.pi), ((x1, y1), (x0, y1), -.5 * math.pi), ((x0, y1), (x0, y0), 0.0)):
-        length = math.hypot(bx - ax, by - ay)
-        ux, uy, nx, ny = (bx - ax) / length, (by - ay) / length, math.cos(inward), math.sin(inward)
-        def at(along: float, deep: float) -> tuple[float, float]: return ax + along * ux + deep * nx, ay + along * uy + deep * ny
-        places = np.arange(7.0, length - 6, 5.6)
-        for k, along in enumerate(places):
+    parts, quarter = [], .5 * math.pi
+    for side in (_Side(x0, y0, x1 - x0, 0), _Side(x1, y0, y1 - y0, quarter), _Side(x1, y1, x1 - x0, 2 * quarter), _Side(x0, y1, y1 - y0, 3 * quarter)):
+        at, inward, length = side.at, side.inward, side.length
+        for k, along in enumerate(np.arange(7.0, length - 6, 5.6)):
             x, y = at(float(along) + draw.uniform(-.4, .4), .75)
             if k % 4 == 1: parts.append(moved(lamp(), x, y, inward + math.pi, KERB))
             elif k % 2 == 0 and draw.random() < config.trees: parts.append(moved(broadleaf(draw), x, y, draw.uniform(0, 6), KERB))
             elif draw.random() < .2: parts.append(moved(bench(), *at(float(along), 1.0), inward, KERB))
             elif draw.random() < .2: parts.append(moved(bin_(), x, y, 0, KERB))
-        parts.append(moved(signal(2 if inward % math.pi else 0), *at(1.0, .7), inward + .5 * math.pi, KERB))
-        if draw.random() < .5: parts.append(moved(sign(((.75, .1, .1), (.1, .25, .6))[int(draw.integers(2))]), *at(length - 4.5, .6), inward + .5 * math.pi, KERB))
+        parts.append(moved(signal(0 if abs(math.sin(inward)) < .5 else 2), *at(1.0, .7), inward + .5 * math.pi, KERB))
+        if draw.random() < .5: parts.append(moved(sign(((.75, .1, .1), (.1, .25, .6))[int(draw.integers(2))]), *at(length - 4.5, .6), inward + .5 * math.pi,
+                                                  KERB))
     return parts
 
 
@@ -171,7 +186,7 @@ class Town:
         """All actors at `time` (seconds), by instance."""
         return [self.state(instance, time) for instance in sorted(self.world.by_instance)]
 
-# %% ../../nbs/scenes/boxtown.ipynb #ee2903c9
+# %% ../../nbs/scenes/boxtown.ipynb #e37cdb99
 def _vehicle_actor(instance: int, kind_name: str, drive: Drive | Standing, draw: np.random.Generator) -> Actor:
     kind = VEHICLES[kind_name]
     half, solids = vehicle(kind, PAINTS[int(draw.integers(len(PAINTS)))], int(draw.integers(1, 10_000)))
@@ -179,14 +194,15 @@ def _vehicle_actor(instance: int, kind_name: str, drive: Drive | Standing, draw:
 
 
 def _speed(turns: Sequence[int], draw: np.random.Generator) -> dict[str, float]:
-    return {"speed": draw.uniform(3.5, 5.5) if any(turns[:2]) else draw.uniform(5.5, 10), "swing": draw.uniform(.03, .15), "rate": draw.uniform(.4, 1.0), "phase": draw.uniform(0, 6.28)}
+    return {"speed": draw.uniform(3.5, 5.5) if any(turns[:2]) else draw.uniform(5.5, 10), "swing": draw.uniform(.03, .15), "rate": draw.uniform(.4, 1.0),
+            "phase": draw.uniform(0, 6.28)}
 
 
 def _connected(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> Iterator[Actor]:
     """The vehicles with sensors: within 45 m of the middle crossing at the start."""
     grid, middle, found = config.grid, (config.streets_x // 2, config.streets_y // 2), 0
     kind = VEHICLES["connected"]
-    for trial in range(2000):
+    for _ in range(2000):
         heading = int(draw.integers(4))
         centre = middle[heading % 2] * (grid.pitch_x, grid.pitch_y)[heading % 2]
         along = centre + draw.uniform(-38, 18) * (1 if heading < 2 else -1)
@@ -202,7 +218,7 @@ def _connected(config: TownConfig, traffic: Traffic, draw: np.random.Generator) 
 def _cars(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> Iterator[Actor]:
     grid, found = config.grid, 0
     names, shares = zip(*((name, kind.share) for name, kind in VEHICLES.items() if kind.share))
-    for trial in range(12 * config.cars):
+    for _ in range(12 * config.cars):
         if found == config.cars: return
         heading, name = int(draw.integers(4)), str(draw.choice(names, p=np.array(shares) / sum(shares)))
         count, reach = (grid.streets_y, grid.streets_x * grid.pitch_x) if heading % 2 == 0 else (grid.streets_x, grid.streets_y * grid.pitch_y)
@@ -213,11 +229,12 @@ def _cars(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> It
             yield _vehicle_actor(301 + found, name, drive, draw)
             found += 1
 
-# %% ../../nbs/scenes/boxtown.ipynb #9480c6fc
+# %% ../../nbs/scenes/boxtown.ipynb #5db46b47
 def _parked(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> Iterator[Actor]:
     grid, found = config.grid, 0
     names, shares = zip(*((name, kind.share) for name, kind in VEHICLES.items() if kind.share and kind.style < 2))
-    for axis, count, pitch, other_pitch, other in ((0, grid.streets_y, grid.pitch_y, grid.pitch_x, grid.streets_x), (1, grid.streets_x, grid.pitch_x, grid.pitch_y, grid.streets_y)):
+    for axis, count, pitch, other_pitch, other in ((0, grid.streets_y, grid.pitch_y, grid.pitch_x, grid.streets_x),
+                                                   (1, grid.streets_x, grid.pitch_x, grid.pitch_y, grid.streets_y)):
         for line, side, span in ((a, b, c) for a in range(count) for b in (-1, 1) for c in range(-1, other)):
             for along in np.arange(span * other_pitch + grid.half_width + 10, (span + 1) * other_pitch - grid.half_width - 10, 6.1):
                 name, slack = str(draw.choice(names, p=np.array(shares) / sum(shares))), draw.uniform(-.25, .25, 2)
@@ -252,7 +269,7 @@ def _walk(config: TownConfig, draw: np.random.Generator) -> Drive:
 
 def _people(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> Iterator[Actor]:
     found = 0
-    for trial in range(8 * config.people):
+    for _ in range(8 * config.people):
         if found == config.people: return
         drive = _walk(config, draw)
         half, solids = person(draw)
@@ -260,7 +277,7 @@ def _people(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> 
             yield Actor(801 + found, "Pedestrian", half, solids, drive)
             found += 1
 
-# %% ../../nbs/scenes/boxtown.ipynb #f3ba244e
+# %% ../../nbs/scenes/boxtown.ipynb #dd79e789
 def build_town(config: TownConfig | None = None, seed: int = 0) -> Town:
     """The town of a configuration and a seed; the same two give the same town."""
     config = config or TownConfig()
@@ -272,11 +289,13 @@ def build_town(config: TownConfig | None = None, seed: int = 0) -> Town:
     e, a = math.radians(elevation), math.radians(azimuth)
     sun = np.array([math.cos(e) * math.cos(a), math.cos(e) * math.sin(a), math.sin(e)])
     world = World(_statics(config, draws[5]), tuple(actors), config.grid.plan(), sun, seed)
-    return Town(config, seed, world, tuple(a.instance for a in actors if 200 < a.instance < 300), frozenset(a.instance for a in actors if isinstance(a.pose, Standing)))
+    return Town(config, seed, world, tuple(a.instance for a in actors if 200 < a.instance < 300),
+                frozenset(a.instance for a in actors if isinstance(a.pose, Standing)))
 
-# %% ../../nbs/scenes/boxtown.ipynb #b66386d6
+# %% ../../nbs/scenes/boxtown.ipynb #db165d30
 def flow(town: Town, points: np.ndarray, instance: np.ndarray, start: Any, end: Any) -> np.ndarray:
-    """Displacement [N, 3] (metres, world) of `points` [N, 3] struck at times `start` on actors `instance` [N] (0: none), until times `end`; seconds, one or [N]."""
+    """Displacement [N, 3] (metres, world) of `points` [N, 3] struck at times `start` on actors `instance` [N] (0: none), until times `end`; seconds, one or
+    [N]."""
     points, result = np.asarray(points, dtype=np.float64), np.zeros((len(points), 3))
     start, end = (np.broadcast_to(np.asarray(t, dtype=np.float64), len(points)) for t in (start, end))
     moving = np.array([i for i in np.unique(instance) if i and int(i) not in town.parked], dtype=np.int64)
@@ -340,7 +359,7 @@ def opv2v_record(town: Town, instance: int, time: float, width: int, height: int
         record[name] = {"cords": cords, "intrinsic": [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]], "extrinsic": extrinsic.tolist()}
     return record
 
-# %% ../../nbs/scenes/boxtown.ipynb #ad090396
+# %% ../../nbs/scenes/boxtown.ipynb #1d66a040
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
 _PCD_HEAD = ("# .PCD v0.7 - Point Cloud Data file format\nVERSION 0.7\nFIELDS x y z rgb\nSIZE 4 4 4 4\nTYPE F F F F\nCOUNT 1 1 1 1\nWIDTH {count}\nHEIGHT 1\n"
              "VIEWPOINT 0 0 0 1 0 0 0\nPOINTS {count}\nDATA ascii\n")
@@ -359,7 +378,8 @@ def _write_png(path: Path, pixels: np.ndarray) -> None: Image.fromarray(pixels).
 def _bytes(rgb_srgb: np.ndarray) -> np.ndarray: return (rgb_srgb * 255 + .5).astype(np.uint8)
 
 
-def _write_vehicle_frame(folder: Path, name: str, town: Town, instance: int, time: float, width: int, height: int, lidar: SpinningLidar, samples: int, depth: bool, labels: bool) -> None:
+def _write_vehicle_frame(folder: Path, name: str, town: Town, instance: int, time: float, width: int, height: int, lidar: SpinningLidar, samples: int,
+                         depth: bool, labels: bool) -> None:
     actor = town.actor(instance)
     sensor = actor.pose(time).matrix() @ _mount(*OPV2V_LIDAR)
     sweep = spin_lidar(town.world, lambda t: sensor, time, lidar, seed=1000 * town.seed + instance)
@@ -371,23 +391,29 @@ def _write_vehicle_frame(folder: Path, name: str, town: Town, instance: int, tim
     for camera_name, camera in opv2v_cameras(actor.pose(time).matrix(), width, height).items():
         picture = render(town.world, camera, time, samples)
         _write_png(folder / f"{name}_{camera_name}.png", _bytes(picture.rgb_srgb))
-        if depth: _write_png(folder / f"{name}_depth{camera_name[-1]}.png", np.where(np.isfinite(picture.z_depth_m), np.clip(np.rint(100 * picture.z_depth_m.clip(0, 1e4)), 1, NO_DEPTH - 1), NO_DEPTH).astype(np.uint16))
+        if depth: _write_png(folder / f"{name}_depth{camera_name[-1]}.png",
+                             np.where(np.isfinite(picture.z_depth_m), np.clip(np.rint(100 * picture.z_depth_m.clip(0, 1e4)), 1, NO_DEPTH - 1),
+                                      NO_DEPTH).astype(np.uint16))
         if labels: _write_png(folder / f"{name}_label{camera_name[-1]}.png", picture.label.astype(np.uint8))
 
-# %% ../../nbs/scenes/boxtown.ipynb #d2be4203
+# %% ../../nbs/scenes/boxtown.ipynb #15b48c2a
 def _new_folder(folder: Path) -> Path:
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())): raise KiloError(f"{folder} exists and is not empty: choose another folder or remove it.")
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        raise KiloError(f"{folder} exists and is not empty: choose another folder or remove it.")
     return folder
 
 
 def _checked_recording(town: Town, frames: int, interval_s: float, width: int, height: int) -> None:
-    if min(frames, width, height) < 1: raise KiloError(f"A recording of {frames} frames of {width}x{height} pixels was asked for: each number must be at least 1.")
+    if min(frames, width, height) < 1:
+        raise KiloError(f"A recording of {frames} frames of {width}x{height} pixels was asked for: each number must be at least 1.")
     if interval_s <= 0: raise KiloError(f"Frames {interval_s:g} s apart were asked for: the interval must be positive.")
     if (frames - 1) * interval_s > town.config.duration_s:
-        raise KiloError(f"{frames} frames every {interval_s:g} s last longer than the {town.config.duration_s:g} s of the town: raise duration_s or record less.")
+        raise KiloError(f"{frames} frames every {interval_s:g} s last longer than the {town.config.duration_s:g} s of the town: "
+                        "raise duration_s or record less.")
 
 
-def write_opv2v(folder: str | Path, town: Town, vehicles: int = 4, frames: int = 20, width: int = 400, height: int = 300, split: str = "train", scenario: str = "",
+def write_opv2v(folder: str | Path, town: Town, vehicles: int = 4, frames: int = 20, width: int = 400, height: int = 300, split: str = "train",
+                scenario: str = "",
                 interval_s: float = .1, lidar: SpinningLidar = OPV2V_SWEEP, samples: int = 4, depth: bool = True, labels: bool = False) -> Path:
     """Write one scenario in OPV2V's layout to `folder`/`split`/`scenario` (default boxtown_<seed>), whole or not at all; returns its folder.
 
@@ -395,11 +421,13 @@ def write_opv2v(folder: str | Path, town: Town, vehicles: int = 4, frames: int =
     depth, labels: write them beside. Raises KiloError: the folder exists, or numbers that the town cannot give.
     """
     _checked_recording(town, frames, interval_s, width, height)
-    if not 1 <= vehicles <= len(town.connected): raise KiloError(f"{vehicles} vehicles were asked for, the town has {len(town.connected)} connected ones: set `connected`.")
+    if not 1 <= vehicles <= len(town.connected):
+        raise KiloError(f"{vehicles} vehicles were asked for, the town has {len(town.connected)} connected ones: set `connected`.")
     target = _new_folder(Path(folder).absolute() / split / (scenario or f"boxtown_{town.seed:05d}"))
     step = max(1, round(interval_s * 20))
     protocol = {"description": "boxtown, a procedural town", "seed": town.seed, "town": asdict(town.config) | {"storeys": list(town.config.storeys)},
-                "world": {"fixed_delta_seconds": .05, "frame_interval_seconds": interval_s}, "vehicle_base": {"camera": {"width": width, "height": height, "fov": 100}, "lidar": {
+                "world": {"fixed_delta_seconds": .05, "frame_interval_seconds": interval_s}, "vehicle_base": {"camera": {"width": width, "height": height,
+                        "fov": 100}, "lidar": {
                     "channels": len(lidar.elevations_deg), "steps": lidar.steps, "range": lidar.far_m, "noise_stddev": lidar.noise_m}}}
     with atomic_folder(target) as whole:
         whole.mkdir()
@@ -407,22 +435,34 @@ def write_opv2v(folder: str | Path, town: Town, vehicles: int = 4, frames: int =
         for instance in town.connected[:vehicles]:
             (whole / str(instance)).mkdir()
             for k in range(frames):
-                _write_vehicle_frame(whole / str(instance), f"{FIRST_FRAME + step * k:06d}", town, instance, k * interval_s, width, height, lidar, samples, depth, labels)
+                _write_vehicle_frame(whole / str(instance), f"{FIRST_FRAME + step * k:06d}", town, instance, k * interval_s, width, height, lidar, samples,
+                                     depth, labels)
     return target
 
-# %% ../../nbs/scenes/boxtown.ipynb #542c5cb0
+# %% ../../nbs/scenes/boxtown.ipynb #81fb79c5
 START_S, CLOCK = 1557539956.5, .15                            # seconds since 1970 of frame 0; the town's time then
 PANDASET_HEIGHT = .34                                         # of the vehicle's frame above the street, metres
-PANDASET_CAMERAS = {  # forward, left, above the vehicle's frame (metres), yaw to the left (degrees), fx, fy, cx, cy at 1920x1080, seconds after the LiDAR's stamp
-    "front_camera": (.70, .0, 1.81, .2, 1970.0, 1970.0, 970.0, 483.3, -.0498), "front_left_camera": (1.33, .64, 1.54, 57.7, 929.8, 930.1, 972.2, 508.0, -.0606),
-    "front_right_camera": (1.37, -.61, 1.60, -57.8, 930.0, 930.0, 965.1, 463.4, -.0391), "left_camera": (.31, .53, 1.58, 91.5, 930.5, 930.1, 991.7, 541.6, -.0812),
-    "right_camera": (.54, -.70, 1.55, -88.6, 922.5, 922.4, 945.1, 517.6, -.0186), "back_camera": (-.55, -.04, 1.65, -178.3, 933.5, 934.7, 896.5, 507.4, -.0999)}
-PANDAR64 = (14.9, 11.0, 8.0, 5.0, 3.0, 2.0, *(round(1.83 - k / 6, 2) for k in range(47)), -6.0, -7.0, -8.0, -9.0, -10.0, -11.0, -12.0, -13.0, -14.0, -19.0, -25.0)
-CLASSES = ("Smoke", "Exhaust", "Spray or rain", "Reflection", "Vegetation", "Ground", "Road", "Lane Line Marking", "Stop Line Marking", "Other Road Marking", "Sidewalk", "Driveway", "Car",
-           "Pickup Truck", "Medium-sized Truck", "Semi-truck", "Towed Object", "Motorcycle", "Other Vehicle - Construction Vehicle", "Other Vehicle - Uncommon", "Other Vehicle - Pedicab",
-           "Emergency Vehicle", "Bus", "Personal Mobility Device", "Motorized Scooter", "Bicycle", "Train", "Trolley", "Tram / Subway", "Pedestrian", "Pedestrian with Object", "Animals - Bird",
-           "Animals - Other", "Pylons", "Road Barriers", "Signs", "Cones", "Construction Signs", "Temporary Construction Barriers", "Rolling Containers", "Building", "Other Static Object")
-_CLASS_OF = {ROAD: "Road", MARKING: "Lane Line Marking", SIDEWALK: "Sidewalk", TERRAIN: "Ground", BUILDING: "Building", VEGETATION: "Vegetation", VEHICLE: "Car", PERSON: "Pedestrian",
+# forward, left, above the vehicle's frame (metres), yaw to the left (degrees), fx, fy, cx, cy at 1920x1080, seconds after the LiDAR's stamp
+PANDASET_CAMERAS = {
+    "front_camera": (.70, .0, 1.81, .2, 1970.0, 1970.0, 970.0, 483.3, -.0498),
+    "front_left_camera": (1.33, .64, 1.54, 57.7, 929.8, 930.1, 972.2, 508.0, -.0606),
+    "front_right_camera": (1.37, -.61, 1.60, -57.8, 930.0, 930.0, 965.1, 463.4, -.0391),
+    "left_camera": (.31, .53, 1.58, 91.5, 930.5, 930.1, 991.7, 541.6, -.0812),
+    "right_camera": (.54, -.70, 1.55, -88.6, 922.5, 922.4, 945.1, 517.6, -.0186),
+    "back_camera": (-.55, -.04, 1.65, -178.3, 933.5, 934.7, 896.5, 507.4, -.0999),
+}
+PANDAR64 = (14.9, 11.0, 8.0, 5.0, 3.0, 2.0, *(round(1.83 - k / 6, 2) for k in range(47)), -6.0, -7.0, -8.0, -9.0, -10.0, -11.0, -12.0, -13.0, -14.0, -19.0,
+            -25.0)
+CLASSES = (
+    "Smoke", "Exhaust", "Spray or rain", "Reflection", "Vegetation", "Ground", "Road", "Lane Line Marking", "Stop Line Marking", "Other Road Marking",
+    "Sidewalk", "Driveway", "Car", "Pickup Truck", "Medium-sized Truck", "Semi-truck", "Towed Object", "Motorcycle",
+    "Other Vehicle - Construction Vehicle", "Other Vehicle - Uncommon", "Other Vehicle - Pedicab", "Emergency Vehicle", "Bus",
+    "Personal Mobility Device", "Motorized Scooter", "Bicycle", "Train", "Trolley", "Tram / Subway", "Pedestrian", "Pedestrian with Object",
+    "Animals - Bird", "Animals - Other", "Pylons", "Road Barriers", "Signs", "Cones", "Construction Signs", "Temporary Construction Barriers",
+    "Rolling Containers", "Building", "Other Static Object",
+)
+_CLASS_OF = {ROAD: "Road", MARKING: "Lane Line Marking", SIDEWALK: "Sidewalk", TERRAIN: "Ground", BUILDING: "Building", VEGETATION: "Vegetation",
+             VEHICLE: "Car", PERSON: "Pedestrian",
              POLE: "Other Static Object", SIGN: "Signs", OTHER: "Other Static Object", SKY: "Other Static Object"}
 
 
@@ -431,7 +471,8 @@ def pandaset_lidars(channels: int = 32, steps: int = 900) -> tuple[tuple[np.ndar
     if not 2 <= channels <= 64: raise KiloError(f"A LiDAR of {channels} channels was asked for: PandaSet's has 64, 2 to 64 can be had.")
     rows = tuple(PANDAR64[round(k)] for k in np.linspace(0, 63, channels))
     ahead = SpinningLidar(tuple(np.linspace(11, -9, channels).tolist()), steps=max(1, steps // 4), first_deg=30.0, sweep_deg=-60.0, period_s=.099, far_m=300.0)
-    return (_mount(.66, 0, PANDASET_HEIGHT + 1.85, 0), SpinningLidar(rows, steps=steps, far_m=200.0), 0.0), (_mount(1.27, 0, PANDASET_HEIGHT + 1.55, 0), ahead, -.032)
+    return (_mount(.66, 0, PANDASET_HEIGHT + 1.85, 0), SpinningLidar(rows, steps=steps, far_m=200.0), 0.0), (_mount(1.27, 0, PANDASET_HEIGHT + 1.55, 0),
+            ahead, -.032)
 
 
 def _stamp(k: int) -> float: return START_S + .1 * k + 4.7e-5 * k
@@ -459,7 +500,7 @@ def pandaset_cameras(pose_at: Any, time: float, width: int = 1920, height: int =
         found[name] = _pinhole(body, fx * sx, fy * sy, cx * sx, cy * sy, width, height), time + delay
     return found
 
-# %% ../../nbs/scenes/boxtown.ipynb #1ac03a74
+# %% ../../nbs/scenes/boxtown.ipynb #ddb63963
 def _struck_at(town: Town, own: int, instance: int, time: float, mount: np.ndarray, lidar: SpinningLidar) -> float:
     """When a sweep that ends at `time` looks at the middle of an actor."""
     moment = time - .5 * lidar.period_s
@@ -482,15 +523,18 @@ def _cuboid_rows(town: Town, own: int, sweeps: Sequence[Sweep], ends: Sequence[f
         motion = math.nan if person_ else ("Parked" if 500 < instance < 800 else "Stopped" if stationary else "Moving")
         for sensor in sensors:
             pose, half = town.actor(instance).pose(_struck_at(town, own, instance, ends[sensor], *lidars[sensor][:2])), town.actor(instance).half
-            rows.append({"uuid": names[sensor if twins else 0], "label": town.actor(instance).category, "yaw": math.remainder(pose.yaw - .5 * math.pi, 2 * math.pi), "stationary": stationary,
+            rows.append({"uuid": names[sensor if twins else 0], "label": town.actor(instance).category,
+                         "yaw": math.remainder(pose.yaw - .5 * math.pi, 2 * math.pi), "stationary": stationary,
                          "camera_used": -1, "position.x": pose.x - origin[0], "position.y": pose.y - origin[1], "position.z": pose.z + half[2] - origin[2],
                          "dimensions.x": 2 * half[1], "dimensions.y": 2 * half[0], "dimensions.z": 2 * half[2], "attributes.object_motion": motion,
-                         "cuboids.sibling_id": names[1 - sensor] if twins else "-", "cuboids.sensor_id": sensor if twins else -1, "attributes.rider_status": math.nan,
+                         "cuboids.sibling_id": names[1 - sensor] if twins else "-",
+                         "cuboids.sensor_id": sensor if twins else -1, "attributes.rider_status": math.nan,
                          "attributes.pedestrian_behavior": "Walking" if person_ else math.nan, "attributes.pedestrian_age": "Adult" if person_ else math.nan})
     return rows
 
-# %% ../../nbs/scenes/boxtown.ipynb #35a1013f
-_CUBOID_TYPES = {"yaw": float, "stationary": bool, "camera_used": np.int64, "cuboids.sensor_id": np.int64} | {f"{a}.{b}": float for a in ("position", "dimensions") for b in "xyz"}
+# %% ../../nbs/scenes/boxtown.ipynb #5d35354e
+_CUBOID_TYPES = {"yaw": float, "stationary": bool, "camera_used": np.int64,
+                 "cuboids.sensor_id": np.int64} | {f"{a}.{b}": float for a in ("position", "dimensions") for b in "xyz"}
 
 
 def _classes_of(town: Town, sweep: Sweep) -> np.ndarray:
@@ -508,14 +552,16 @@ def _write_lidar_frame(folder: Path, k: int, town: Town, own: int, lidars: Seque
               for d, ((mount, lidar, _), end) in enumerate(zip(lidars, ends))]
     points, classes = np.concatenate([s.points for s in sweeps]) - origin, np.concatenate([_classes_of(town, s) for s in sweeps])
     columns = {"x": points[:, 0], "y": points[:, 1], "z": points[:, 2], "i": np.rint(np.concatenate([s.intensity for s in sweeps])),
-               "t": np.concatenate([s.time for s in sweeps]) - CLOCK + START_S, "d": np.repeat(np.arange(len(sweeps)), [len(s.time) for s in sweeps]).astype(np.int64)}
+               "t": np.concatenate([s.time for s in sweeps]) - CLOCK + START_S, "d": np.repeat(np.arange(len(sweeps)),
+                       [len(s.time) for s in sweeps]).astype(np.int64)}
     write_table(folder / "lidar" / f"{k:02d}.pkl.gz", columns)
     write_table(folder / "annotations" / "semseg" / f"{k:02d}.pkl.gz", {"class": classes})
     rows = _cuboid_rows(town, own, sweeps, ends, lidars, origin)
     names = list(rows[0]) if rows else list(_CUBOID_TYPES)
-    write_table(folder / "annotations" / "cuboids" / f"{k:02d}.pkl.gz", {name: np.array([row[name] for row in rows], dtype=_CUBOID_TYPES.get(name, object)) for name in names})
+    write_table(folder / "annotations" / "cuboids" / f"{k:02d}.pkl.gz", {name: np.array([row[name] for row in rows], dtype=_CUBOID_TYPES.get(name, object))
+                                                                         for name in names})
 
-# %% ../../nbs/scenes/boxtown.ipynb #5331bf21
+# %% ../../nbs/scenes/boxtown.ipynb #ed680065
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(value) + "\n", encoding="utf-8")
@@ -523,14 +569,17 @@ def _write_json(path: Path, value: Any) -> None:
 
 def _gps(state: ActorState, origin: np.ndarray) -> dict[str, float]:
     north, east = state.pose.y - origin[1], state.pose.x - origin[0]
-    return {"lat": 37.776 + north / 111_200, "long": -122.399 + east / (111_200 * math.cos(math.radians(37.776))), "height": 2.95, "xvel": state.velocity[0], "yvel": state.velocity[1]}
+    return {"lat": 37.776 + north / 111_200, "long": -122.399 + east / (111_200 * math.cos(math.radians(37.776))), "height": 2.95, "xvel": state.velocity[0],
+            "yvel": state.velocity[1]}
 
 
-def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int = 480, height: int = 270, sequence: str = "001", vehicle: int = 0, channels: int = 32, steps: int = 900,
+def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int = 480, height: int = 270, sequence: str = "001", vehicle: int = 0,
+                   channels: int = 32, steps: int = 900,
                    samples: int = 4) -> Path:
     """Write one sequence in PandaSet's layout to `folder`/`sequence`, 10 frames a second, whole or not at all; returns its folder.
 
-    vehicle: which connected vehicle drives (0 the first). width, height: of the pictures; the real ones are 1920x1080. channels, steps: of the turning LiDAR (the real one: 64, 1800).
+    vehicle: which connected vehicle drives (0 the first). width, height: of the pictures; the real ones are 1920x1080. channels, steps: of the turning LiDAR
+    (the real one: 64, 1800).
     Raises KiloError: the folder exists, or numbers that the town cannot give.
     """
     _checked_recording(town, frames, .1, width, height)
@@ -539,7 +588,8 @@ def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int 
     pose, stamps = town.actor(own).pose, [_stamp(k) for k in range(frames)]
     origin = _vehicle_frame(pose(_town_time(stamps[0])))[:3, 3]
     with atomic_folder(target) as whole:
-        for part in ("lidar", "annotations/cuboids", "annotations/semseg", "meta", *(f"camera/{name}" for name in PANDASET_CAMERAS)): (whole / part).mkdir(parents=True)
+        for part in ("lidar", "annotations/cuboids", "annotations/semseg", "meta",
+                     *(f"camera/{name}" for name in PANDASET_CAMERAS)): (whole / part).mkdir(parents=True)
         _write_json(whole / "lidar" / "poses.json", [_pose_entry(_vehicle_frame(pose(_town_time(t))), origin) for t in stamps])
         for part in ("lidar", "meta"): _write_json(whole / part / "timestamps.json", stamps)
         _write_json(whole / "meta" / "gps.json", [_gps(town.state(own, _town_time(t)), origin) for t in stamps])
@@ -556,19 +606,24 @@ def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int 
                 Image.fromarray(_bytes(render(town.world, camera, time, samples).rgb_srgb)).save(whole / "camera" / name / f"{k:02d}.jpg", quality=92)
     return target
 
-# %% ../../nbs/scenes/boxtown.ipynb #978183ea
-def make_opv2v(folder: str | Path, train: int = 1, validate: int = 1, test: int = 0, vehicles: int = 4, frames: int = 20, width: int = 400, height: int = 300, interval_s: float = .1,
+# %% ../../nbs/scenes/boxtown.ipynb #ea4c9576
+def make_opv2v(folder: str | Path, train: int = 1, validate: int = 1, test: int = 0, vehicles: int = 4, frames: int = 20, width: int = 400, height: int = 300,
+               interval_s: float = .1,
                channels: int = 32, steps: int = 600, samples: int = 4, seed: int = 0) -> None:
-    """Write `train` + `validate` + `test` scenarios, each in its own town, into `folder`. The other arguments are `write_opv2v`'s; channels, steps: of the LiDAR."""
+    """Write `train` + `validate` + `test` scenarios, each in its own town, into `folder`. The other arguments are `write_opv2v`'s; channels, steps: of the
+    LiDAR."""
     lidar = SpinningLidar(tuple(np.linspace(-25, 5, channels).tolist()), steps=steps, period_s=0.0, far_m=RANGE_M)
     counts = {"train": train, "validate": validate, "test": test}
-    if min(counts.values()) < 0 or not sum(counts.values()): raise KiloError(f"{train} + {validate} + {test} scenarios were asked for: expected none or more each, one at least.")
+    if min(counts.values()) < 0 or not sum(counts.values()):
+        raise KiloError(f"{train} + {validate} + {test} scenarios were asked for: expected none or more each, one at least.")
     splits = [split for split, count in counts.items() for _ in range(count)]
     config = TownConfig(connected=max(1, vehicles), duration_s=max(2.0, frames * interval_s + 1))
-    for k, split in enumerate(splits): write_opv2v(folder, build_town(config, 100 * seed + k), vehicles, frames, width, height, split, "", interval_s, lidar, samples)
+    for k, split in enumerate(splits): write_opv2v(folder, build_town(config, 100 * seed + k), vehicles, frames, width, height, split, "", interval_s, lidar,
+                                                   samples)
 
 
-def make_pandaset(folder: str | Path, sequences: int = 1, frames: int = 80, width: int = 480, height: int = 270, channels: int = 32, steps: int = 900, samples: int = 4, seed: int = 0) -> None:
+def make_pandaset(folder: str | Path, sequences: int = 1, frames: int = 80, width: int = 480, height: int = 270, channels: int = 32, steps: int = 900,
+                  samples: int = 4, seed: int = 0) -> None:
     """Write `sequences` sequences 001, 002, ..., each in its own town, into `folder`. The other arguments are `write_pandaset`'s."""
     if sequences < 1: raise KiloError(f"{sequences} sequences were asked for: expected one at least.")
     for k in range(sequences):

@@ -25,7 +25,7 @@ def linear(red: float, green: float, blue: float) -> tuple[float, float, float]:
     """Linear light of an sRGB colour, both in 0..1 (IEC 61966-2-1)."""
     return tuple(c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in (red, green, blue))
 
-# %% ../../nbs/scenes/materials.ipynb #b85953f6
+# %% ../../nbs/scenes/materials.ipynb #ddb694c0
 @njit(cache=True, inline="always")
 def _chance(i: int, j: int, k: int, seed: int) -> float:
     h = ((i * 73856093) ^ (j * 19349663) ^ (k * 83492791) ^ (seed * 40503 + 97)) & 0xFFFFFFFF
@@ -37,7 +37,7 @@ def _chance(i: int, j: int, k: int, seed: int) -> float:
 @njit(cache=True)
 def _noise(x: float, y: float, seed: int) -> float:
     """Value noise in 0..1 with period of a unit in its correlation."""
-    i, j = int(math.floor(x)), int(math.floor(y))
+    i, j = math.floor(x), math.floor(y)
     u, v = x - i, y - j
     u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
     low = _chance(i, j, 0, seed) * (1 - u) + _chance(i + 1, j, 0, seed) * u
@@ -48,7 +48,7 @@ def _noise(x: float, y: float, seed: int) -> float:
 @njit(cache=True)
 def _lumps(x: float, y: float, z: float, seed: int) -> float:
     """Value noise of a place, 0..1."""
-    i, j, k = int(math.floor(x)), int(math.floor(y)), int(math.floor(z))
+    i, j, k = math.floor(x), math.floor(y), math.floor(z)
     u, v, w = x - i, y - j, z - k
     u, v, w = u * u * (3 - 2 * u), v * v * (3 - 2 * v), w * w * (3 - 2 * w)
     total = 0.0
@@ -62,7 +62,8 @@ def _lumps(x: float, y: float, z: float, seed: int) -> float:
 @njit(cache=True)
 def _clouds(x: float, y: float, seed: int) -> float:
     """Four octaves of noise, 0..1 with mean one half."""
-    return .5 * _noise(x, y, seed) + .27 * _noise(2.1 * x, 2.1 * y, seed + 1) + .15 * _noise(4.3 * x, 4.3 * y, seed + 2) + .08 * _noise(8.7 * x, 8.7 * y, seed + 3)
+    return .5 * _noise(x, y, seed) + .27 * _noise(2.1 * x, 2.1 * y, seed + 1) + .15 * _noise(4.3 * x, 4.3 * y, seed + 2) + .08 * _noise(8.7 * x, 8.7 * y,
+            seed + 3)
 
 # %% ../../nbs/scenes/materials.ipynb #34d8703c
 @njit(cache=True, inline="always")
@@ -100,7 +101,7 @@ def sky(dx: float, dy: float, dz: float, sun: np.ndarray, seed: int) -> tuple[fl
     if dz < ridge: r, g, b = _blend(.30, .40, .42, .80, .85, .90, .72 - 6 * max(0.0, dz))
     return r, g, b
 
-# %% ../../nbs/scenes/materials.ipynb #5b2fa2a0
+# %% ../../nbs/scenes/materials.ipynb #36240ba0
 PLAN = ("x0", "y0", "pitch_x", "pitch_y", "streets_x", "streets_y", "half_width", "parking")
 
 
@@ -116,7 +117,7 @@ def _asphalt(x: float, y: float, footprint: float, seed: int) -> float:
     """Albedo of worn asphalt."""
     tone = .115 + .05 * (_noise(.13 * x, .13 * y, seed) - .5) + .035 * (_noise(.9 * x, .9 * y, seed + 1) - .5)
     tone += .05 * _sharp(.05, footprint) * (_noise(18 * x, 18 * y, seed + 2) - .5) + .03 * _sharp(.2, footprint) * (_noise(5 * x, 5 * y, seed + 3) - .5)
-    patch = _chance(int(math.floor(x / 5)), int(math.floor(y / 7)), 5, seed)
+    patch = _chance(math.floor(x / 5), math.floor(y / 7), 5, seed)
     px, py = _fraction(x / 5) * 5, _fraction(y / 7) * 7
     if patch < .07 and .6 < px < 2.4 + 8 * patch and .8 < py < 3 + 30 * patch: tone *= .72
     crack = abs(_noise(.35 * x, .35 * y, seed + 5) - .5)
@@ -162,10 +163,11 @@ def _street(x: float, y: float, plan: np.ndarray, footprint: float) -> tuple[flo
     if lid < .34: tone *= .45 if lid > .29 or (_fraction(mx * 9) < .5) == (_fraction(my * 9) < .5) else .7
     return tone, tone * 1.0, tone * 1.03, 0.0, 1
 
-# %% ../../nbs/scenes/materials.ipynb #c6fe50a2
+# %% ../../nbs/scenes/materials.ipynb #68473ddd
 @njit(cache=True)
 def _grass(x: float, y: float, footprint: float) -> tuple[float, float, float]:
-    tone = .75 + .5 * (_noise(.3 * x, .3 * y, 31) - .5) + .5 * _sharp(.12, footprint) * (_noise(9 * x, 9 * y, 32) - .5) + .4 * _sharp(.03, footprint) * (_noise(40 * x, 23 * y, 33) - .5)
+    tone = .75 + .5 * (_noise(.3 * x, .3 * y, 31) - .5) + .5 * _sharp(.12, footprint) * (_noise(9 * x, 9 * y, 32) - .5) + .4 * _sharp(.03,
+            footprint) * (_noise(40 * x, 23 * y, 33) - .5)
     dry = .5 * _noise(.15 * x, .15 * y, 34)
     return (.07 + .05 * dry) * tone, (.135 + .01 * dry) * tone, .033 * tone
 
@@ -178,7 +180,7 @@ def _block(x: float, y: float, lx: float, ly: float, face: int, half: np.ndarray
         tone = .36 * (1 - .35 * _sharp(.02, footprint) * (_fraction(along) < .02)) * (.9 + .2 * _noise(2 * x, 2 * y, 41))
         return tone, tone, tone * .97, 0.0, 3
     if edge < skin[7]:
-        i, j = int(math.floor(x / .8)), int(math.floor(y / .8))
+        i, j = math.floor(x / .8), math.floor(y / .8)
         tone = .30 + .05 * (_chance(i, j, 0, 42) - .5) * _sharp(.4, footprint) + .06 * (_noise(.4 * x, .4 * y, 43) - .5)
         joint = min(_fraction(x / .8), _fraction(y / .8)) < .025
         tone *= 1 - .4 * joint * _sharp(.02, footprint)
@@ -194,7 +196,7 @@ def _block(x: float, y: float, lx: float, ly: float, face: int, half: np.ndarray
         return tone, tone, tone, 0.0, 4
     return r, g, b, 0.0, 4
 
-# %% ../../nbs/scenes/materials.ipynb #b7351d48
+# %% ../../nbs/scenes/materials.ipynb #0d4df004
 @njit(cache=True)
 def _wall(u: float, w: float, skin: np.ndarray, footprint: float) -> tuple[float, float, float]:
     """Bare wall at `u` metres along and `w` metres up: brick (style 1) or plaster, with weather in it."""
@@ -218,24 +220,24 @@ def _wall(u: float, w: float, skin: np.ndarray, footprint: float) -> tuple[float
 def _glass(i: int, j: int, u: float, w: float, seed: int) -> tuple[float, float, float]:
     """What is behind a window pane: mostly dark, sometimes curtains or a warm room."""
     kind = _chance(i, j, 2, seed)
-    if kind < .22 and u < .3 + .3 * kind or kind > .86 and u > .62: return .42, .40, .36
+    if (kind < .22 and u < .3 + .3 * kind) or (kind > .86 and u > .62): return .42, .40, .36
     if .22 < kind < .34 and w > .5: return .48, .46, .42
     if kind > .82: return .20, .15, .08
     return .025, .032, .04
 
-# %% ../../nbs/scenes/materials.ipynb #0f94f366
+# %% ../../nbs/scenes/materials.ipynb #d0bf1cfd
 @njit(cache=True)
 def _ground_floor(u: float, w: float, width: float, high: float, skin: np.ndarray, footprint: float) -> tuple[float, float, float, float]:
     bays = max(1.0, math.floor(width / (1.25 * skin[8])))
     bay, seed = width / bays, int(skin[6])
-    i = int(math.floor(u / bay))
+    i = math.floor(u / bay)
     f = (_fraction(u / bay) - .5) * bay
     r, g, b = _wall(u, w, skin, footprint)
     if skin[11] > .5 and w > high - .95 and w < high - .25:
         sign = _chance(i // 2, 3, 3, seed)
         r, g, b = (.45 * sign + .05, .04 + .12 * sign, .30 - .25 * sign) if sign < .8 else (.55, .50, .38)
         letters = _fraction(2.6 * f + sign) < .6 and abs(w - high + .6) < .17 and abs(f) < .38 * bay
-        if letters and _chance(int(math.floor(9 * f)), int(math.floor(9 * w)), i, seed) < .6: r, g, b = _blend(r, g, b, .85, .83, .78, _sharp(.12, footprint))
+        if letters and _chance(math.floor(9 * f), math.floor(9 * w), i, seed) < .6: r, g, b = _blend(r, g, b, .85, .83, .78, _sharp(.12, footprint))
         return r, g, b, 0.0
     door = _chance(i, 0, 4, seed) < .28
     if door and abs(f) < .55 and w < 2.25:
@@ -261,19 +263,19 @@ def _facade(u: float, w: float, width: float, height: float, skin: np.ndarray, f
     r, g, b = _wall(u, w, skin, footprint)
     bays = max(1.0, math.floor(width / skin[8] + .5))
     bay = width / bays
-    i, j = int(math.floor(u / bay)), int(math.floor((w - high) / storey)) + 1
+    i, j = math.floor(u / bay), math.floor((w - high) / storey) + 1
     f, v = (_fraction(u / bay) - .5) * bay, _fraction((w - high) / storey) * storey
     wide, low, top = (.21 + .07 * _chance(0, 0, 5, seed)) * bay, .28 * storey, .8 * storey
     if (j + 1) * storey + high - storey > height - .2: return r, g, b, 0.0
     if abs(f) < wide + .1 and low - .13 < v < low: return skin[3], skin[4], skin[5], 0.0
     if abs(f) > wide + .09 or v < low or v > top + .12: return r, g, b, 0.0
-    if abs(f) > wide or v > top: return _blend(r, g, b, skin[3], skin[4], skin[5], .8) + (0.0,)
+    if abs(f) > wide or v > top: return (*_blend(r, g, b, skin[3], skin[4], skin[5], .8), 0.0)
     if abs(f) > wide - .06 or v < low + .06 or v > top - .06 or abs(f) < .028: return .62, .61, .58, 0.0
     r, g, b = _glass(i, j, .5 + f / bay, (v - low) / (top - low), seed)
     dim = .55 if v > top - .22 else 1.0
     return r * dim, g * dim, b * dim, .75 * dim
 
-# %% ../../nbs/scenes/materials.ipynb #731abca0
+# %% ../../nbs/scenes/materials.ipynb #7afb232e
 @njit(cache=True)
 def _body_side(lx: float, lz: float, half: np.ndarray, skin: np.ndarray, footprint: float) -> tuple[float, float, float, float]:
     r, g, b, gloss, style = skin[0], skin[1], skin[2], .22, skin[10]
@@ -289,7 +291,7 @@ def _body_side(lx: float, lz: float, half: np.ndarray, skin: np.ndarray, footpri
         return r, g, b, gloss
     if style > .5:
         if .18 < lz / half[2] < .72 and .45 * half[0] < lx < .78 * half[0]: return .02, .026, .03, .8
-        if abs(lz / half[2] + .05) < .22 and -.75 * half[0] < lx < .2 * half[0]: return _blend(r, g, b, skin[3], skin[4], skin[5], .8) + (gloss,)
+        if abs(lz / half[2] + .05) < .22 and -.75 * half[0] < lx < .2 * half[0]: return (*_blend(r, g, b, skin[3], skin[4], skin[5], .8), gloss)
     for seam in (.32 * half[0], -.12 * half[0], -.5 * half[0]):
         if abs(lx - seam) < .012 and lz > -.6 * half[2]: r, g, b = _blend(r, g, b, .01, .01, .01, .8 * _sharp(.02, footprint))
         if abs(lx - seam + .16) < .09 and .5 < lz / half[2] < .62 and seam < .3 * half[0]: return .25, .25, .26, .2
@@ -300,7 +302,7 @@ def _body_side(lx: float, lz: float, half: np.ndarray, skin: np.ndarray, footpri
 def _body_ends(ly: float, lz: float, face: int, half: np.ndarray, skin: np.ndarray, footprint: float) -> tuple[float, float, float, float]:
     a, v, style = abs(ly) / half[1], lz / half[2], skin[10]
     if abs(ly) < .26 and abs(lz + .3 * half[2]) < .065:
-        mark = _chance(int(math.floor(ly / .045)), int(math.floor(lz / .06)), 1, int(skin[6])) < .45
+        mark = _chance(math.floor(ly / .045), math.floor(lz / .06), 1, int(skin[6])) < .45
         return (.06, .06, .08, .2) if mark and footprint < .05 else (.72, .72, .66, .2)
     if v < -.62: return .03, .03, .032, .03
     if style > .5 and .12 < v < .74 and a < .88 and (face == 0 or style > 1.5): return .02, .026, .03, .85
@@ -321,7 +323,7 @@ def _cabin(lx: float, ly: float, lz: float, face: int, half: np.ndarray, taper: 
     front, back = half[0] - taper[0] * up - lx, half[0] - taper[1] * up + lx
     if face == 4 or f > .9: return skin[0], skin[1], skin[2], .22
     if face < 2:
-        if inset > .06 and .06 < f: return .022, .028, .033, .85
+        if inset > .06 and f > .06: return .022, .028, .033, .85
     elif .1 < f < .86 and front > .09 and back > .1 and abs(lx - skin[7]) > .045 and abs(lx - skin[8]) > .04: return .018, .022, .027, .8
     return (.02, .02, .022, .1) if face >= 2 and .05 < f < .9 and front > .05 and back > .05 else (skin[0], skin[1], skin[2], .22)
 
@@ -335,7 +337,7 @@ def _wheel(lx: float, ly: float, face: int, radius: float, footprint: float) -> 
     if r < .16 or r > .6 or spoke > .27: return .38, .38, .40, .25
     return .04, .04, .045, .05
 
-# %% ../../nbs/scenes/materials.ipynb #573fe898
+# %% ../../nbs/scenes/materials.ipynb #13e7ffdf
 @njit(cache=True)
 def _leaves(x: float, y: float, z: float, skin: np.ndarray, footprint: float) -> tuple[float, float, float]:
     seed = int(skin[6])
@@ -348,7 +350,7 @@ def _leaves(x: float, y: float, z: float, skin: np.ndarray, footprint: float) ->
 @njit(cache=True)
 def _tiles(lx: float, ly: float, lz: float, skin: np.ndarray, footprint: float) -> tuple[float, float, float]:
     row = math.floor(lz / .2)
-    tone = .8 + .35 * _sharp(.25, footprint) * (_chance(int(row), int(math.floor((lx + ly) / .3 + .5 * _fraction(.5 * row) * 2)), 0, int(skin[6])) - .3)
+    tone = .8 + .35 * _sharp(.25, footprint) * (_chance(int(row), math.floor((lx + ly) / .3 + .5 * _fraction(.5 * row) * 2), 0, int(skin[6])) - .3)
     tone *= 1 - .35 * _sharp(.05, footprint) * (_fraction(lz / .2) < .15)
     return skin[0] * tone, skin[1] * tone, skin[2] * tone
 
@@ -360,7 +362,8 @@ def _signal(lx: float, ly: float, lz: float, face: int, half: np.ndarray, skin: 
     across = ly if face < 2 else lx
     if face > 3 or across * across + off * off > (.62 * half[1]) ** 2: return .015, .015, .015, .05
     lit = 2.4 if int(lamp) == int(skin[7]) else .12
-    return (.12 * lit, .9 * lit, .35 * lit, .1) if lamp < .5 else ((.95 * lit, .55 * lit, .05 * lit, .1) if lamp < 1.5 else (1.0 * lit, .06 * lit, .04 * lit, .1))
+    return (.12 * lit, .9 * lit, .35 * lit, .1) if lamp < .5 else ((.95 * lit, .55 * lit, .05 * lit, .1) if lamp < 1.5
+                                                                   else (1.0 * lit, .06 * lit, .04 * lit, .1))
 
 # %% ../../nbs/scenes/materials.ipynb #19b8bf78
 @njit(cache=True)

@@ -6,9 +6,9 @@
 __all__ = ['BOX', 'ELLIPSOID', 'CYLINDER', 'Solids', 'turn_z', 'solid', 'stack', 'build_tree', 'bounding_boxes', 'Pose', 'Actor',
            'Scene', 'World', 'Hits', 'cast', 'Picture', 'srgb', 'render', 'SpinningLidar', 'Sweep', 'spin_lidar']
 
-# %% ../../nbs/scenes/raycast.ipynb #5117070a
+# %% ../../nbs/scenes/raycast.ipynb #bd400428
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 from numba import njit, prange
 
 from ..lab.errors import KiloError
-from .materials import LABELS, MARKING, PLAIN, ROAD, SIDEWALK, SKY, STREET, TERRAIN, VEGETATION, exposed, lit, sky, surface
+from .materials import MARKING, VEGETATION, exposed, lit, sky, surface
 
 # %% ../../nbs/scenes/raycast.ipynb #3e4f280b
 BOX, ELLIPSOID, CYLINDER = range(3)
@@ -230,12 +230,13 @@ class Scene(NamedTuple):
     sun: np.ndarray
     seed: int
 
-# %% ../../nbs/scenes/raycast.ipynb #38cf86eb
+# %% ../../nbs/scenes/raycast.ipynb #d546d9f5
 @dataclass(frozen=True)
 class World:
     """Ground, statics and actors under a sky.
 
-    statics: solids. actors: with distinct instances. plan: [8] numbers of the street grid (materials.PLAN). sun: [3] unit vector towards the sun. seed: of the sky.
+    statics: solids. actors: with distinct instances. plan: [8] numbers of the street grid (materials.PLAN). sun: [3] unit vector towards the sun. seed: of
+    the sky.
     """
     statics: Solids
     actors: tuple[Actor, ...] = ()
@@ -251,7 +252,8 @@ class World:
     @cached_property
     def _moving(self) -> tuple[np.ndarray, Solids]:
         counts = [actor.solids.count for actor in self.actors]
-        return np.array([[first, count] for first, count in zip(np.cumsum([0, *counts[:-1]]), counts)], dtype=np.int64).reshape(-1, 2), stack(a.solids for a in self.actors)
+        return np.array([[first, count] for first, count in zip(np.cumsum([0, *counts[:-1]]), counts)], dtype=np.int64).reshape(-1,
+                2), stack(a.solids for a in self.actors)
 
     @cached_property
     def by_instance(self) -> dict[int, Actor]:
@@ -266,9 +268,10 @@ class World:
         ends = motions[:, [0, 1, 2]], motions[:, [4, 5, 6]]
         reach = np.hypot(motions[:, 8], motions[:, 9])[:, None] * [1, 1, 0] + 1e-9
         bounds, links, order = build_tree(np.minimum(*ends) - reach, np.maximum(*ends) + reach + motions[:, 10:11] * [0, 0, 2], 2)
-        return Scene(*self._fixed, bounds, links, np.ascontiguousarray(motions[order]), np.ascontiguousarray(parts[order]), *solids, self.plan, self.sun, self.seed)
+        return Scene(*self._fixed, bounds, links, np.ascontiguousarray(motions[order]), np.ascontiguousarray(parts[order]), *solids, self.plan, self.sun,
+                     self.seed)
 
-# %% ../../nbs/scenes/raycast.ipynb #3b0b3c41
+# %% ../../nbs/scenes/raycast.ipynb #5112d276
 @njit(cache=True, error_model="numpy", inline="always")
 def _enters(bounds: np.ndarray, node: int, x: float, y: float, z: float, ix: float, iy: float, iz: float, nearest: float) -> bool:
     """Whether a ray (with inverse direction) meets a node's box before `nearest`."""
@@ -286,7 +289,8 @@ def _inverse(value: float) -> float: return 1.0 / value if abs(value) > 1e-12 el
 
 
 @njit(cache=True, error_model="numpy")
-def _walk_statics(s: Scene, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float, stack: np.ndarray, any_hit: bool) -> tuple[float, int, int]:
+def _walk_statics(s: Scene, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float, stack: np.ndarray, any_hit: bool) -> tuple[float,
+        int, int]:
     """(distance, solid, face) of the nearest static before `nearest`; of any where `any_hit`; solid -1 where there is none."""
     found, face, node, waiting = -1, -1, 0, 0
     if len(s.shapes) == 0: return nearest, found, face
@@ -310,7 +314,7 @@ def _walk_statics(s: Scene, x: float, y: float, z: float, dx: float, dy: float, 
         waiting -= 1
         node = stack[waiting]
 
-# %% ../../nbs/scenes/raycast.ipynb #4f794eb1
+# %% ../../nbs/scenes/raycast.ipynb #42a0cbfc
 @njit(cache=True, error_model="numpy")
 def _actor_frame(m: np.ndarray, share: float) -> tuple[float, float, float, float, float]:
     """(x, y, z, cos yaw, sin yaw) of an actor's motion at `share` in 0..1."""
@@ -363,8 +367,10 @@ def _walk_actors(s: Scene, share: float, x: float, y: float, z: float, dx: float
 
 
 @njit(cache=True, error_model="numpy")
-def _trace(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float, stack: np.ndarray) -> tuple[float, int, int, int]:
-    """(distance, solid, face, actor) of what the ray meets first. solid: -1 nothing, -2 the ground; counted within statics, or within actors where actor >= 0."""
+def _trace(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float, stack: np.ndarray) -> tuple[float, int, int,
+        int]:
+    """(distance, solid, face, actor) of what the ray meets first. solid: -1 nothing, -2 the ground; counted within statics, or within actors where actor >=
+    0."""
     found, face, actor = -1, -1, -1
     if dz < 0 and -z / dz < nearest and z > 0: nearest, found, face = -z / dz, -2, 8
     t, p, f = _walk_statics(s, x, y, z, dx, dy, dz, nearest, stack, False)
@@ -449,11 +455,12 @@ def _cast_kernel(s: Scene, origins: np.ndarray, directions: np.ndarray, shares: 
             whats[n, 1], whats[n, 2] = face, label
             whats[n, 3] = int(s.motions[actor, 11]) if actor >= 0 else 0
 
-# %% ../../nbs/scenes/raycast.ipynb #82aad877
+# %% ../../nbs/scenes/raycast.ipynb #a078dbb8
 class Hits(NamedTuple):
     """What N rays met. range_m: [N] float64 metres along the unit ray, infinity for the sky. primitive: [N] int32, -1 for the sky; statics in the order of the
     hierarchy, then the actors' solids, then the ground. face: [N] int8. normals: [N, 3]. uv: [N, 2] place on the face, metres (radians around a round one).
-    label: [N] int16 index into materials.LABELS. instance: [N] int32, 0 for what is no actor. reflectance: [N] albedo in 0..1. gloss: [N] in 0..1, above one half for glass."""
+    label: [N] int16 index into materials.LABELS. instance: [N] int32, 0 for what is no actor. reflectance: [N] albedo in 0..1. gloss: [N] in 0..1, above one
+    half for glass."""
     range_m: np.ndarray
     primitive: np.ndarray
     face: np.ndarray
@@ -469,7 +476,8 @@ def _checked_rays(origins: Any, directions: Any) -> tuple[np.ndarray, np.ndarray
     origins, directions = (np.ascontiguousarray(np.asarray(a, dtype=np.float64)) for a in (origins, directions))
     if origins.ndim != 2 or origins.shape[1] != 3 or origins.shape != directions.shape:
         raise KiloError(f"Rays need origins and directions of one shape [N, 3]: got {origins.shape} and {directions.shape}.")
-    if not (np.isfinite(origins).all() and np.isfinite(directions).all()): raise KiloError("Rays hold a number that is not finite: check the camera's pose and intrinsics.")
+    if not (np.isfinite(origins).all() and np.isfinite(directions).all()):
+        raise KiloError("Rays hold a number that is not finite: check the camera's pose and intrinsics.")
     lengths = np.linalg.norm(directions, axis=1)
     if len(lengths) and abs(lengths - 1).max() > 1e-3:
         raise KiloError(f"Ray directions must be unit vectors: their lengths go from {lengths.min():.4g} to {lengths.max():.4g}.")
@@ -488,9 +496,10 @@ def cast(world: World, origins: Any, directions: Any, time: Any, reach: float = 
     shares = np.ascontiguousarray((times - start) / (end - start) if end > start else np.zeros(len(times)))
     numbers, whats = np.empty((len(origins), 8)), np.empty((len(origins), 4), np.int32)
     _cast_kernel(world.scene(float(start), float(end)), origins, directions, shares, float(reach), numbers, whats)
-    return Hits(numbers[:, 0], whats[:, 0], whats[:, 1].astype(np.int8), numbers[:, 1:4], numbers[:, 4:6], whats[:, 2].astype(np.int16), whats[:, 3], numbers[:, 6], numbers[:, 7])
+    return Hits(numbers[:, 0], whats[:, 0], whats[:, 1].astype(np.int8), numbers[:, 1:4], numbers[:, 4:6], whats[:, 2].astype(np.int16), whats[:, 3],
+                numbers[:, 6], numbers[:, 7])
 
-# %% ../../nbs/scenes/raycast.ipynb #f7db510b
+# %% ../../nbs/scenes/raycast.ipynb #7aaa5157
 @njit(cache=True, error_model="numpy")
 def _colour(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, t: float, found: int, face: int, actor: int,
             spread: float, waiting: np.ndarray) -> tuple[float, float, float, int]:
@@ -499,7 +508,7 @@ def _colour(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy:
         r, g, b = sky(dx, dy, dz, s.sun, s.seed)
         return exposed(r), exposed(g), exposed(b), 0
     x, y, z = x + t * dx, y + t * dy, z + t * dz
-    r, g, b, gloss, label, nx, ny, nz, lx, ly, lz = _look(s, share, x, y, z, dx, dy, dz, found, face, actor, spread * t)
+    r, g, b, gloss, label, nx, ny, nz, _, _, _ = _look(s, share, x, y, z, dx, dy, dz, found, face, actor, spread * t)
     seen, openness = 0.0, 1.0
     facing = nx * s.sun[0] + ny * s.sun[1] + nz * s.sun[2]
     if facing > 0 and not _blocked(s, share, x + .004 * nx, y + .004 * ny, z + .004 * nz, s.sun[0], s.sun[1], s.sun[2], np.inf, waiting): seen = 1.0
@@ -548,10 +557,12 @@ def _outlines(s: Scene, origins: np.ndarray, directions: np.ndarray, counts: np.
                 for a in range(first, first + count):
                     if _meet_actor(s, a, 0.0, x, y, z, dx, dy, dz, np.inf)[1] >= 0: counts[block, a] += 1
 
-# %% ../../nbs/scenes/raycast.ipynb #ec276365
+# %% ../../nbs/scenes/raycast.ipynb #11109435
 class Picture(NamedTuple):
-    """What a camera sees. rgb_srgb: [H, W, 3] float32 in 0..1. range_m: [H, W] float32 along the ray, infinity for the sky. z_depth_m: [H, W] float32, the range
-    times the cosine to the camera's z axis. label: [H, W] int16. instance: [H, W] int32. visible: instance -> share of its outline in this picture that is not hidden."""
+    """What a camera sees. rgb_srgb: [H, W, 3] float32 in 0..1. range_m: [H, W] float32 along the ray, infinity for the sky. z_depth_m: [H, W] float32, the
+    range
+    times the cosine to the camera's z axis. label: [H, W] int16. instance: [H, W] int32. visible: instance -> share of its outline in this picture that is
+    not hidden."""
     rgb_srgb: np.ndarray
     range_m: np.ndarray
     z_depth_m: np.ndarray
@@ -579,7 +590,7 @@ def _sample_places(samples: int) -> np.ndarray:
     inner = np.stack([(k * .618034 + .25) % 1, (k * .754878 + .6) % 1], -1)
     return (np.stack([k % columns, k // columns], -1) + inner) / [columns, rows] - .5
 
-# %% ../../nbs/scenes/raycast.ipynb #05ef1f1f
+# %% ../../nbs/scenes/raycast.ipynb #bcd43468
 def srgb(linear_light: np.ndarray) -> np.ndarray:
     """sRGB values in 0..1 of linear light in 0..1 (IEC 61966-2-1)."""
     return np.where(linear_light <= .0031308, 12.92 * linear_light, 1.055 * np.maximum(linear_light, .0031308) ** (1 / 2.4) - .055)
@@ -612,7 +623,8 @@ def render(world: World, camera: Any, time: float, samples: int = 4) -> Picture:
     if samples > 1:
         again = np.flatnonzero(_uneven(whats.reshape(height, width, 3), colours.reshape(height, width, 3)))
         places = centres[torch.from_numpy(again)][:, None] + torch.from_numpy(_sample_places(samples)).to(centres)
-        if len(again): colours[again] = _shoot(scene, *_checked_rays(*camera.rays(places.reshape(-1, 2))), spread / math.sqrt(samples))[0].reshape(-1, samples, 3).mean(1)
+        if len(again): colours[again] = _shoot(scene, *_checked_rays(*camera.rays(places.reshape(-1, 2))), spread / math.sqrt(samples))[0].reshape(-1,
+                samples, 3).mean(1)
     axis = np.asarray(camera.camera_to_world, dtype=np.float64)[:3, 2]
     picture = srgb(colours).astype(np.float32).reshape(height, width, 3)
     depth = np.where(np.isfinite(ranges), ranges, 0) * (directions @ axis)
@@ -620,13 +632,15 @@ def render(world: World, camera: Any, time: float, samples: int = 4) -> Picture:
     return Picture(picture, *(a.astype(np.float32).reshape(height, width) for a in (ranges, depth)), whats[:, 1].astype(np.int16).reshape(height, width),
                    whats[:, 2].reshape(height, width), visible)
 
-# %% ../../nbs/scenes/raycast.ipynb #31f18465
+# %% ../../nbs/scenes/raycast.ipynb #23c78f9e
 @dataclass(frozen=True)
 class SpinningLidar:
     """A LiDAR's lasers and turn.
 
-    elevations_deg: of the channels, degrees. steps: columns in a sweep. first_deg, sweep_deg: azimuth (from x towards y) of the first column and how far it turns;
-    negative turns clockwise. period_s: how long a sweep takes; 0 takes all columns at once. near_m, far_m: ranges kept. noise_m: standard deviation along the ray.
+    elevations_deg: of the channels, degrees. steps: columns in a sweep. first_deg, sweep_deg: azimuth (from x towards y) of the first column and how far it
+    turns;
+    negative turns clockwise. period_s: how long a sweep takes; 0 takes all columns at once. near_m, far_m: ranges kept. noise_m: standard deviation along
+    the ray.
     dropout: share of pulses lost anywhere; glass: share lost on glass.
     """
     elevations_deg: tuple[float, ...]
@@ -647,7 +661,8 @@ class SpinningLidar:
 
 
 class Sweep(NamedTuple):
-    """Returns of a LiDAR. points: [N, 3] float64, world, each where it was struck. intensity: [N] in 0..255. time: [N] float64 seconds. column: [N] int32. label: [N] int16.
+    """Returns of a LiDAR. points: [N, 3] float64, world, each where it was struck. intensity: [N] in 0..255. time: [N] float64 seconds. column: [N] int32.
+    label: [N] int16.
     instance: [N] int32."""
     points: np.ndarray
     intensity: np.ndarray
@@ -667,12 +682,13 @@ def spin_lidar(world: World, sensor_to_world: Callable[[float], np.ndarray], tim
     times = time - lidar.period_s * (1 - (turned + 1 / lidar.steps))
     poses = np.stack([sensor_to_world(float(t)) for t in times]) if lidar.period_s else np.broadcast_to(sensor_to_world(float(time)), (lidar.steps, 4, 4))
     azimuths, elevations = np.radians(lidar.first_deg + lidar.sweep_deg * turned)[:, None], np.radians(lidar.elevations_deg)[None]
-    local = np.stack([np.cos(elevations) * np.cos(azimuths), np.cos(elevations) * np.sin(azimuths), np.broadcast_to(np.sin(elevations), (lidar.steps, elevations.shape[1]))], -1)
+    local = np.stack([np.cos(elevations) * np.cos(azimuths), np.cos(elevations) * np.sin(azimuths),
+                      np.broadcast_to(np.sin(elevations), (lidar.steps, elevations.shape[1]))], -1)
     directions = np.einsum("sij,scj->sci", poses[:, :3, :3], local).reshape(-1, 3)
     column = np.repeat(np.arange(lidar.steps, dtype=np.int32), elevations.shape[1])
     origins = poses[column, :3, 3]
     hits = cast(world, origins, directions, times[column], lidar.far_m)
-    draw = np.random.default_rng([seed, int(round(time * 1e4)) % (1 << 31)])
+    draw = np.random.default_rng([seed, round(time * 1e4) % (1 << 31)])
     luck, noise = draw.random(len(column)), draw.normal(size=len(column)) * lidar.noise_m
     kept = np.isfinite(hits.range_m) & (hits.range_m > lidar.near_m) & (luck >= np.where(hits.gloss > .5, lidar.glass, lidar.dropout))
     if without: kept &= hits.instance != without

@@ -53,7 +53,7 @@ class StreetGrid:
                     for v, pitch, count in ((x, self.pitch_x, self.streets_x), (y, self.pitch_y, self.streets_y)))
         return KERB * min(1.0, max(0.0, depth / .3))
 
-# %% ../../nbs/scenes/streets.ipynb #f76d4b9d
+# %% ../../nbs/scenes/streets.ipynb #7a8a840a
 @dataclass(frozen=True)
 class Path:
     """Pieces (start s, length, x, y, yaw, curvature) one after another; curvature in 1/metre, positive to the left. Beyond its ends it goes straight on."""
@@ -71,7 +71,8 @@ class Path:
             turned = yaw + bend * along
             return x + (math.sin(turned) - math.sin(yaw)) / bend, y - (math.cos(turned) - math.cos(yaw)) / bend, turned
         if bend:
-            x, y, yaw = x + (math.sin(yaw + bend * length) - math.sin(yaw)) / bend, y - (math.cos(yaw + bend * length) - math.cos(yaw)) / bend, yaw + bend * length
+            x, y, yaw = x + (math.sin(yaw + bend * length) - math.sin(yaw)) / bend, y - (math.cos(yaw
+                    + bend * length) - math.cos(yaw)) / bend, yaw + bend * length
             along -= length
         return x + along * math.cos(yaw), y + along * math.sin(yaw), yaw
 
@@ -117,10 +118,11 @@ def route(grid: StreetGrid, heading: int, line: int, along: float, turns: Sequen
     start = place[0] + grid.lane * step[1], place[1] - grid.lane * step[0]
     return follow(*start, .5 * math.pi * (_STEPS.index(step)), steps)
 
-# %% ../../nbs/scenes/streets.ipynb #575f7035
+# %% ../../nbs/scenes/streets.ipynb #351e4aaf
 @dataclass(frozen=True)
 class Drive:
-    """Motion along a path: mean speed (m/s), swing in 0..1 of it, rate (rad/s), phase. grid: to stand on, or None for the street. Called with a time it gives a Pose."""
+    """Motion along a path: mean speed (m/s), swing in 0..1 of it, rate (rad/s), phase. grid: to stand on, or None for the street. Called with a time it
+    gives a Pose."""
     path: Path
     start: float
     speed: float
@@ -151,7 +153,7 @@ class Standing:
 
     def __call__(self, time: float) -> Pose: return self.pose
 
-# %% ../../nbs/scenes/streets.ipynb #9da4b043
+# %% ../../nbs/scenes/streets.ipynb #93113e34
 def _discs(drive: Drive | Standing, times: np.ndarray, half: Sequence[float], margin: float) -> tuple[np.ndarray, float]:
     """([T, K, 2] centres, radius) of discs that cover a footprint."""
     count = max(1, math.ceil(half[0] / half[1]))
@@ -169,7 +171,8 @@ class Traffic:
         self.centres, self.radii = np.zeros((len(self.times), 0, 2)), np.zeros(0)
 
     def admit(self, drive: Drive | Standing, half: Sequence[float], margin: float = .6, force: bool = False) -> bool:
-        """Whether a footprint of half sizes `half` (metres) keeps `margin` metres from all others the whole time; it is then one of them. force: add it anyway."""
+        """Whether a footprint of half sizes `half` (metres) keeps `margin` metres from all others the whole time; it is then one of them. force: add it
+        anyway."""
         centres, radius = _discs(drive, self.times, half, margin)
         if not force and self.centres.shape[1]:
             gaps = np.linalg.norm(centres[:, :, None] - self.centres[:, None], axis=-1) - radius - self.radii
