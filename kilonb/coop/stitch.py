@@ -388,7 +388,7 @@ def range_disagreement(panorama: Panorama) -> RangeDisagreement:
     at = (lambda q: found[min(int(q * len(found)), len(found) - 1)].item()) if len(found) else (lambda q: math.nan)
     return RangeDisagreement(len(found), at(0.5), at(0.9))
 
-# %% ../../nbs/coop/stitch.ipynb #5054d100
+# %% ../../nbs/coop/stitch.ipynb #7a050958
 class SeamStatistics(NamedTuple):
     """Mean colour change, 0..1, between neighbours across seams (`jump`) and just inside the two pictures (`interior`). pairs: how many neighbours across."""
 
@@ -403,16 +403,20 @@ class SeamStatistics(NamedTuple):
 
 
 def seam_statistics(panorama: Panorama) -> SeamStatistics:
-    """How much the seams of a panorama show; seams are neighbouring pixels, both covered, that different cameras paint."""
+    """How much the seams of a panorama show: neighbouring pixels of one surface, both covered, that different cameras paint.
+
+    Where ranges differ by more than 5%, or only one is known, an object ends, and colours have every right to change.
+    """
     jumps, interiors = [], []
     for axis in (0, 1):
-        rgb, source = panorama.rgb_srgb, panorama.source
-        if axis and panorama.camera.closed: rgb, source = torch.cat([rgb, rgb[:, :3]], 1), torch.cat([source, source[:, :3]], 1)
+        rgb, source, ranges = panorama.rgb_srgb, panorama.source, panorama.range_m
+        if axis and panorama.camera.closed: rgb, source, ranges = (torch.cat([picture, picture[:, :3]], 1) for picture in (rgb, source, ranges))
         length = rgb.shape[axis] - 3
         if length < 1: continue
         a, b, c, d = (rgb.narrow(axis, i, length) for i in range(4))
         p, q, r, s = (source.narrow(axis, i, length) for i in range(4))
-        seam = (q != r) & (p == q) & (r == s) & (q >= 0) & (r >= 0)
+        here, there = ranges.narrow(axis, 1, length), ranges.narrow(axis, 2, length)
+        seam = (q != r) & (p == q) & (r == s) & (q >= 0) & (r >= 0) & ((here - there).abs() <= 0.05 * torch.minimum(here, there))
         jumps.append((b - c).abs().mean(-1)[seam]); interiors.append(0.5 * ((a - b).abs() + (c - d).abs()).mean(-1)[seam])
     jumps, interiors = torch.cat(jumps), torch.cat(interiors)
     return SeamStatistics(len(jumps), jumps.mean().item(), interiors.mean().item())
