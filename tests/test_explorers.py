@@ -103,9 +103,14 @@ ROUGHNESS = """() => { const plot = document.querySelector('.kilonb-explorer .js
 DRAWN = "() => [...document.querySelectorAll('.kilonb-explorer .scatterlayer path.js-line')].map(path => path.getAttribute('d')).join()"
 
 
+FITTED = """() => { const plots = [...document.querySelectorAll('.kilonb-explorer .js-plotly-plot')];
+    return plots.length && plots.every(plot => plot._fullLayout && plot.clientWidth > 300 && Math.abs(plot._fullLayout.width - plot.clientWidth) < 2); }"""
+
+
 def react_runs(notebook: Notebook, outputs: Path) -> None:
     page = notebook.page
     notebook.wait_until("() => document.querySelectorAll('.kilonb-explorer .scatterlayer path.js-line').length >= 3")
+    notebook.wait_until(FITTED)
     rough, drawn = page.evaluate(ROUGHNESS), page.evaluate(DRAWN)
     notebook.move_slider(".kilonb-smoothing", 60)
     notebook.wait_until(f"rough => ({ROUGHNESS})() < 0.5 * rough", rough)
@@ -127,6 +132,7 @@ def react_sweeps(notebook: Notebook, outputs: Path) -> None:
     page = notebook.page
     rows = "() => document.querySelectorAll('.kilonb-table tbody tr').length"
     page.wait_for_selector(".kilonb-explorer .parcoords .axis-brush")
+    notebook.wait_until(FITTED)
     everything, columns = page.evaluate(rows), page.locator(".kilonb-explorer .parcoords .y-axis").count()
     assert everything == 23 and columns >= 4, "24 runs but for the damaged one"
     notebook.move_slider(".kilonb-share", 15, "ArrowLeft")

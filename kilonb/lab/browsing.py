@@ -359,10 +359,13 @@ def make_axis(column: str, values: Sequence[Any], few: int = 8) -> Axis:
     bottom = low if missing is None else missing
     return Axis(column, positions, tuple(ticks), (bottom, high) if high > bottom else (bottom - 0.5, high + 0.5), log, missing)
 
-# %% ../../nbs/lab/browsing.ipynb #4a25c98d
+# %% ../../nbs/lab/browsing.ipynb #a928c8d6
 def default_axes(table: SweepTable, results: int = 3) -> list[str]:
-    """The columns that a first look wants: what was varied, then the first `results` results, gated ones before the others."""
-    return [*table.varied, *[name for name in table.numeric() if name in table.results][:results]] or table.numeric()[:results + 1]
+    """The columns that a first look wants: what was varied, then at most `results` results that differ, gated ones first, bookkeeping last."""
+    late = ("total_s", "elapsed_s", "peak_memory_mb")
+    differing = [name for name in table.numeric() if name not in table.varied and len({value for value in table.values(name) if _finite(value)}) > 1]
+    if "total_s" in differing: differing = [name for name in differing if name != "elapsed_s"]
+    return [*table.varied, *sorted(differing, key=lambda name: late.index(name) if name in late else -1)[:results]]
 
 
 def parallel_dimensions(table: SweepTable, columns: Sequence[str] = ()) -> list[Axis]:
