@@ -318,14 +318,19 @@ def epoch_indices(count: int, epoch: int, seed: int, global_batch: int, world: W
     steps = DistributedSteps(count, global_batch, seed, world, steps_per_epoch)
     return [steps.batch_of(epoch * len(steps) + inside) for inside in range(len(steps))]
 
-# %% ../../nbs/training/parallel.ipynb #c8473673
+# %% ../../nbs/training/parallel.ipynb #704705ce
+_LARGE = 2**18
+
+
 def _sums(tensors: Sequence[Tensor], world: World, place: str) -> list[Tensor]:
-    """The sums of each tensor over the ranks: one call for each type and device."""
-    sums: list[Tensor] = list(tensors)
-    kinds = dict.fromkeys((tensor.dtype, tensor.device) for tensor in tensors)
-    for dtype, device in kinds:
-        chosen = [i for i, tensor in enumerate(tensors) if (tensor.dtype, tensor.device) == (dtype, device)]
-        flat = torch.cat([tensors[i].detach().reshape(-1) for i in chosen])
+    """The sums of each tensor over the ranks, in place where it is large: one call for each large one, and one for all others of a type and device."""
+    sums, buckets = list(tensors), {}
+    for i, tensor in enumerate(tensors):
+        if tensor.numel() < _LARGE or not tensor.is_contiguous(): buckets.setdefault((tensor.dtype, tensor.device), []).append(i)
+        else:
+            with _in_touch(world, place): dist.all_reduce(tensor)
+    for chosen in buckets.values():
+        flat = torch.cat([tensors[i].reshape(-1) for i in chosen])
         with _in_touch(world, place): dist.all_reduce(flat)
         for i, part in zip(chosen, flat.split([tensors[i].numel() for i in chosen])): sums[i] = part.view(tensors[i].shape)
     return sums
@@ -336,15 +341,15 @@ def mean_over_ranks(tensors: Sequence[Tensor], world: World, weight: float | Non
     if world.size == 1: return list(tensors)
     agree(world, "means")
     weight = 1 / world.size if weight is None else weight
-    return _sums([tensor * weight for tensor in tensors], world, "means")
+    return _sums([tensor.detach() * weight for tensor in tensors], world, "means")
 
-# %% ../../nbs/training/parallel.ipynb #f26cd5fa
+# %% ../../nbs/training/parallel.ipynb #bede442a
 def average_gradients(parameters: Iterable[Tensor], world: World, weight: float | None = None) -> None:
     """Replace each parameter's gradient by its weighted mean over the ranks; where no rank has one it stays None. weight: as in `mean_over_ranks`."""
     if world.size == 1: return
     parameters, weight = list(parameters), 1 / world.size if weight is None else weight
     agree(world, f"gradients of {len(parameters)} parameters")
-    scaled = [torch.zeros_like(p) if p.grad is None else p.grad * weight for p in parameters]
+    scaled = [torch.zeros_like(p, requires_grad=False) if p.grad is None else p.grad.mul_(weight) for p in parameters]
     had = torch.tensor([*(p.grad is not None for p in parameters), weight], dtype=torch.float64)
     *means, had = _sums([*scaled, had], world, "gradients")
     if abs(had[-1] - 1) > 1e-6: raise known_to_all(KiloError(f"The ranks' shares sum to {had[-1]:.4g}; expected 1: give share_weight of the global batch."))
