@@ -198,6 +198,29 @@ def test_depth_takes_the_parallax_away(street):
     assert seam_statistics(aware).ratio < 2 < seam_statistics(far).ratio
 
 
+def test_boxtown_s_panorama_against_the_truth():
+    """A vehicle of boxtown, its panorama ray-cast from the same centre; the vehicle itself, which only the centre sees, is left out."""
+    from kilonb.geometry.transforms import forward_to_opencv
+    from kilonb.scenes.boxtown import build_town, opv2v_cameras
+    from kilonb.scenes.raycast import render
+
+    town = build_town(seed=0)
+    vehicle = town.connected[0]
+    pose = town.actor(vehicle).pose(2.0).matrix()
+    cameras = list(opv2v_cameras(pose, 400, 300).values())
+    seen = [render(town.world, camera, 2.0, 4) for camera in cameras]
+    above = pose.copy()
+    above[:3, 3] += 1.9 * above[:3, 2]
+    target = EquirectangularCamera(forward_to_opencv(torch.from_numpy(above)), 1008, 252)
+    truth = render(town.world, target, 2.0, 16)                             # a pixel of the panorama is the mean of many of a picture
+    aware = stitch(cameras, [torch.from_numpy(s.rgb_srgb) for s in seen], target, [torch.from_numpy(s.z_depth_m) for s in seen])
+    shown = aware.coverage & torch.from_numpy(truth.instance != vehicle)
+    assert shown.float().mean() > .6 and psnr_srgb_db(aware.rgb_srgb[shown][None], torch.from_numpy(truth.rgb_srgb)[shown][None]) >= 28
+    true_range = torch.from_numpy(truth.range_m)
+    known = aware.depth_known & true_range.isfinite() & shown
+    assert ((aware.range_m - true_range).abs() / true_range)[known].median() <= .01 and range_disagreement(aware).median <= .01
+
+
 def test_an_assumed_ground_moves_colours_but_is_no_range(street):
     cameras, pictures, _, target, truth, _ = street
     ground = stitch(cameras, pictures, target, assumed_range_m=ground_range(target, 1.9))
@@ -290,9 +313,18 @@ def test_holes_in_depth_are_holes_or_far_field_by_choice(street):
         unknown.append(stitch(cameras, pictures, target, holed))
     for other in unknown[1:]: assert torch.equal(unknown[0].range_m, other.range_m) and torch.equal(unknown[0].rgb_srgb, other.rgb_srgb)
     assert unknown[0].range_m.isfinite().all() and unknown[0].rgb_srgb.isfinite().all()
-    none, every = (stitch(cameras, pictures, target, depths, fill=fill) for fill in ("none", "all"))
-    assert torch.equal(none.coverage, none.depth_known)
-    assert every.coverage.sum() > unknown[0].coverage.sum() and (none.range_m == every.range_m).all()
+    none, sky_only, some, every = (stitch(cameras, pictures, target, depths, fill=fill) for fill in ("none", "sky", "unknown", "all"))
+    assert torch.equal(none.coverage, none.depth_known) and all(torch.equal(none.range_m, other.range_m) for other in (sky_only, some, every))
+    assert none.coverage.sum() < sky_only.coverage.sum() < some.coverage.sum() < every.coverage.sum()
+
+
+def test_no_house_is_painted_over_with_sky(street):
+    """Between two pictures that touch, one camera looks past the corner of a house: far pixels count only where the ray was looked through."""
+    cameras, pictures, depths, target, _, true_range = street
+    def wrong(fill):
+        panorama = stitch(cameras, pictures, target, depths, fill=fill)
+        return (true_range.isfinite() & panorama.coverage & ~panorama.depth_known).sum()
+    assert wrong("sky") < .5 * wrong("unknown")
 
 
 def test_one_camera_too_bright_is_evened_out(street):

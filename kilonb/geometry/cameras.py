@@ -145,7 +145,7 @@ def visibility(camera: Camera, points: Tensor) -> Visibility:
     inside, lost = camera.contains(pixels), pixels.isnan().any(-1)
     return Visibility(pixels, inside, int((~inside & ~lost).sum()), int(lost.sum()))
 
-# %% ../../nbs/geometry/cameras.ipynb #65aca1b5
+# %% ../../nbs/geometry/cameras.ipynb #d69ffdc1
 @dataclass(frozen=True)
 class Lens:
     """OpenCV's rational model of a lens, on the normalised plane. Coefficients without unit.
@@ -190,14 +190,16 @@ class Lens:
 
     def undistort(self, plane: Tensor, iterations: int = 20) -> Tensor:
         """The points [N, 2] that the lens puts at `plane` [N, 2], by Newton's method in double precision; NaN where there is none."""
-        goal = plane.double()
+        return torch.cat([self._newton(chunk.double(), iterations) for chunk in plane.split(16384)]).to(plane.dtype) if len(plane) else plane
+
+    def _newton(self, goal: Tensor, iterations: int) -> Tensor:
         found = goal.clone()
         for _ in range(iterations):
             error, (a, b, c, d) = self.distort(found) - goal, self.slope(found).flatten(1).unbind(-1)
             if error.abs().max() < 1e-12: break
             found = found - torch.stack([d * error[:, 0] - b * error[:, 1], a * error[:, 1] - c * error[:, 0]], -1) / (a * d - b * c)[:, None]
         missed = ~((self.distort(found) - goal).abs().amax(-1) < 1e-9) | (found.norm(dim=-1) > self.reach)
-        return found.masked_fill(missed[:, None] | ~found.isfinite(), torch.nan).to(plane.dtype)
+        return found.masked_fill(missed[:, None] | ~found.isfinite(), torch.nan)
 
 # %% ../../nbs/geometry/cameras.ipynb #599dc009
 @dataclass(frozen=True)
