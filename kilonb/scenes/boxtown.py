@@ -109,7 +109,7 @@ def _block_parts(span: tuple[float, float, float, float], config: TownConfig, pa
     cx, cy = .5 * (x0 + x1), .5 * (y0 + y1)
     return parts + [moved(broadleaf(draw), cx + draw.uniform(-9, 9), cy + draw.uniform(-6, 6), 0, KERB) for _ in range(4)]
 
-# %% ../../nbs/scenes/boxtown.ipynb #d54387d0
+# %% ../../nbs/scenes/boxtown.ipynb #76b8e39d
 class _Side(NamedTuple):
     """A side of a block: where it begins, how long it is, its direction; the block lies to its left."""
     x: float
@@ -138,8 +138,8 @@ def _kerb_parts(span: tuple[float, float, float, float], config: TownConfig, dra
             elif draw.random() < .2: parts.append(moved(bench(), *at(float(along), 1.0), inward, KERB))
             elif draw.random() < .2: parts.append(moved(bin_(), x, y, 0, KERB))
         parts.append(moved(signal(0 if abs(math.sin(inward)) < .5 else 2), *at(1.0, .7), inward + .5 * math.pi, KERB))
-        if draw.random() < .5: parts.append(moved(sign(((.75, .1, .1), (.1, .25, .6))[int(draw.integers(2))]), *at(length - 4.5, .6), inward + .5 * math.pi,
-                                                  KERB))
+        colour = ((.75, .1, .1), (.1, .25, .6))[int(draw.integers(2))]
+        if draw.random() < .5: parts.append(moved(sign(colour), *at(length - 4.5, .6), inward + .5 * math.pi, KERB))
     return parts
 
 
@@ -396,7 +396,7 @@ def _write_vehicle_frame(folder: Path, name: str, town: Town, instance: int, tim
                                       NO_DEPTH).astype(np.uint16))
         if labels: _write_png(folder / f"{name}_label{camera_name[-1]}.png", picture.label.astype(np.uint8))
 
-# %% ../../nbs/scenes/boxtown.ipynb #15b48c2a
+# %% ../../nbs/scenes/boxtown.ipynb #d6baf4be
 def _new_folder(folder: Path) -> Path:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise KiloError(f"{folder} exists and is not empty: choose another folder or remove it.")
@@ -413,8 +413,8 @@ def _checked_recording(town: Town, frames: int, interval_s: float, width: int, h
 
 
 def write_opv2v(folder: str | Path, town: Town, vehicles: int = 4, frames: int = 20, width: int = 400, height: int = 300, split: str = "train",
-                scenario: str = "",
-                interval_s: float = .1, lidar: SpinningLidar = OPV2V_SWEEP, samples: int = 4, depth: bool = True, labels: bool = False) -> Path:
+                scenario: str = "", interval_s: float = .1, lidar: SpinningLidar = OPV2V_SWEEP, samples: int = 4, depth: bool = True,
+                labels: bool = False) -> Path:
     """Write one scenario in OPV2V's layout to `folder`/`split`/`scenario` (default boxtown_<seed>), whole or not at all; returns its folder.
 
     vehicles: how many of the connected ones record. interval_s: between frames, seconds. lidar: their LiDAR. samples: rays per uneven pixel.
@@ -425,10 +425,10 @@ def write_opv2v(folder: str | Path, town: Town, vehicles: int = 4, frames: int =
         raise KiloError(f"{vehicles} vehicles were asked for, the town has {len(town.connected)} connected ones: set `connected`.")
     target = _new_folder(Path(folder).absolute() / split / (scenario or f"boxtown_{town.seed:05d}"))
     step = max(1, round(interval_s * 20))
+    sensing = {"camera": {"width": width, "height": height, "fov": 100},
+               "lidar": {"channels": len(lidar.elevations_deg), "steps": lidar.steps, "range": lidar.far_m, "noise_stddev": lidar.noise_m}}
     protocol = {"description": "boxtown, a procedural town", "seed": town.seed, "town": asdict(town.config) | {"storeys": list(town.config.storeys)},
-                "world": {"fixed_delta_seconds": .05, "frame_interval_seconds": interval_s}, "vehicle_base": {"camera": {"width": width, "height": height,
-                        "fov": 100}, "lidar": {
-                    "channels": len(lidar.elevations_deg), "steps": lidar.steps, "range": lidar.far_m, "noise_stddev": lidar.noise_m}}}
+                "world": {"fixed_delta_seconds": .05, "frame_interval_seconds": interval_s}, "vehicle_base": {"sensing": sensing}}
     with atomic_folder(target) as whole:
         whole.mkdir()
         (whole / "data_protocol.yaml").write_text(yaml.dump(protocol, Dumper=_DUMPER, default_flow_style=False), encoding="utf-8")
@@ -439,7 +439,7 @@ def write_opv2v(folder: str | Path, town: Town, vehicles: int = 4, frames: int =
                                      depth, labels)
     return target
 
-# %% ../../nbs/scenes/boxtown.ipynb #81fb79c5
+# %% ../../nbs/scenes/boxtown.ipynb #78fab936
 START_S, CLOCK = 1557539956.5, .15                            # seconds since 1970 of frame 0; the town's time then
 PANDASET_HEIGHT = .34                                         # of the vehicle's frame above the street, metres
 # forward, left, above the vehicle's frame (metres), yaw to the left (degrees), fx, fy, cx, cy at 1920x1080, seconds after the LiDAR's stamp
@@ -471,8 +471,8 @@ def pandaset_lidars(channels: int = 32, steps: int = 900) -> tuple[tuple[np.ndar
     if not 2 <= channels <= 64: raise KiloError(f"A LiDAR of {channels} channels was asked for: PandaSet's has 64, 2 to 64 can be had.")
     rows = tuple(PANDAR64[round(k)] for k in np.linspace(0, 63, channels))
     ahead = SpinningLidar(tuple(np.linspace(11, -9, channels).tolist()), steps=max(1, steps // 4), first_deg=30.0, sweep_deg=-60.0, period_s=.099, far_m=300.0)
-    return (_mount(.66, 0, PANDASET_HEIGHT + 1.85, 0), SpinningLidar(rows, steps=steps, far_m=200.0), 0.0), (_mount(1.27, 0, PANDASET_HEIGHT + 1.55, 0),
-            ahead, -.032)
+    mounts = _mount(.66, 0, PANDASET_HEIGHT + 1.85, 0), _mount(1.27, 0, PANDASET_HEIGHT + 1.55, 0)
+    return (mounts[0], SpinningLidar(rows, steps=steps, far_m=200.0), 0.0), (mounts[1], ahead, -.032)
 
 
 def _stamp(k: int) -> float: return START_S + .1 * k + 4.7e-5 * k
@@ -561,7 +561,7 @@ def _write_lidar_frame(folder: Path, k: int, town: Town, own: int, lidars: Seque
     write_table(folder / "annotations" / "cuboids" / f"{k:02d}.pkl.gz", {name: np.array([row[name] for row in rows], dtype=_CUBOID_TYPES.get(name, object))
                                                                          for name in names})
 
-# %% ../../nbs/scenes/boxtown.ipynb #ed680065
+# %% ../../nbs/scenes/boxtown.ipynb #a029d0a5
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(value) + "\n", encoding="utf-8")
@@ -574,8 +574,7 @@ def _gps(state: ActorState, origin: np.ndarray) -> dict[str, float]:
 
 
 def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int = 480, height: int = 270, sequence: str = "001", vehicle: int = 0,
-                   channels: int = 32, steps: int = 900,
-                   samples: int = 4) -> Path:
+                   channels: int = 32, steps: int = 900, samples: int = 4) -> Path:
     """Write one sequence in PandaSet's layout to `folder`/`sequence`, 10 frames a second, whole or not at all; returns its folder.
 
     vehicle: which connected vehicle drives (0 the first). width, height: of the pictures; the real ones are 1920x1080. channels, steps: of the turning LiDAR
@@ -606,10 +605,9 @@ def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int 
                 Image.fromarray(_bytes(render(town.world, camera, time, samples).rgb_srgb)).save(whole / "camera" / name / f"{k:02d}.jpg", quality=92)
     return target
 
-# %% ../../nbs/scenes/boxtown.ipynb #ea4c9576
+# %% ../../nbs/scenes/boxtown.ipynb #3dc83e17
 def make_opv2v(folder: str | Path, train: int = 1, validate: int = 1, test: int = 0, vehicles: int = 4, frames: int = 20, width: int = 400, height: int = 300,
-               interval_s: float = .1,
-               channels: int = 32, steps: int = 600, samples: int = 4, seed: int = 0) -> None:
+               interval_s: float = .1, channels: int = 32, steps: int = 600, samples: int = 4, seed: int = 0) -> None:
     """Write `train` + `validate` + `test` scenarios, each in its own town, into `folder`. The other arguments are `write_opv2v`'s; channels, steps: of the
     LiDAR."""
     lidar = SpinningLidar(tuple(np.linspace(-25, 5, channels).tolist()), steps=steps, period_s=0.0, far_m=RANGE_M)

@@ -25,7 +25,7 @@ def linear(red: float, green: float, blue: float) -> tuple[float, float, float]:
     """Linear light of an sRGB colour, both in 0..1 (IEC 61966-2-1)."""
     return tuple(c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in (red, green, blue))
 
-# %% ../../nbs/scenes/materials.ipynb #ddb694c0
+# %% ../../nbs/scenes/materials.ipynb #39ed6d40
 @njit(cache=True, inline="always")
 def _chance(i: int, j: int, k: int, seed: int) -> float:
     h = ((i * 73856093) ^ (j * 19349663) ^ (k * 83492791) ^ (seed * 40503 + 97)) & 0xFFFFFFFF
@@ -62,8 +62,8 @@ def _lumps(x: float, y: float, z: float, seed: int) -> float:
 @njit(cache=True)
 def _clouds(x: float, y: float, seed: int) -> float:
     """Four octaves of noise, 0..1 with mean one half."""
-    return .5 * _noise(x, y, seed) + .27 * _noise(2.1 * x, 2.1 * y, seed + 1) + .15 * _noise(4.3 * x, 4.3 * y, seed + 2) + .08 * _noise(8.7 * x, 8.7 * y,
-            seed + 3)
+    coarse = .5 * _noise(x, y, seed) + .27 * _noise(2.1 * x, 2.1 * y, seed + 1)
+    return coarse + .15 * _noise(4.3 * x, 4.3 * y, seed + 2) + .08 * _noise(8.7 * x, 8.7 * y, seed + 3)
 
 # %% ../../nbs/scenes/materials.ipynb #34d8703c
 @njit(cache=True, inline="always")
@@ -163,11 +163,11 @@ def _street(x: float, y: float, plan: np.ndarray, footprint: float) -> tuple[flo
     if lid < .34: tone *= .45 if lid > .29 or (_fraction(mx * 9) < .5) == (_fraction(my * 9) < .5) else .7
     return tone, tone * 1.0, tone * 1.03, 0.0, 1
 
-# %% ../../nbs/scenes/materials.ipynb #68473ddd
+# %% ../../nbs/scenes/materials.ipynb #e2b582ee
 @njit(cache=True)
 def _grass(x: float, y: float, footprint: float) -> tuple[float, float, float]:
-    tone = .75 + .5 * (_noise(.3 * x, .3 * y, 31) - .5) + .5 * _sharp(.12, footprint) * (_noise(9 * x, 9 * y, 32) - .5) + .4 * _sharp(.03,
-            footprint) * (_noise(40 * x, 23 * y, 33) - .5)
+    blades = .5 * _sharp(.12, footprint) * (_noise(9 * x, 9 * y, 32) - .5) + .4 * _sharp(.03, footprint) * (_noise(40 * x, 23 * y, 33) - .5)
+    tone = .75 + .5 * (_noise(.3 * x, .3 * y, 31) - .5) + blades
     dry = .5 * _noise(.15 * x, .15 * y, 34)
     return (.07 + .05 * dry) * tone, (.135 + .01 * dry) * tone, .033 * tone
 
@@ -225,7 +225,7 @@ def _glass(i: int, j: int, u: float, w: float, seed: int) -> tuple[float, float,
     if kind > .82: return .20, .15, .08
     return .025, .032, .04
 
-# %% ../../nbs/scenes/materials.ipynb #d0bf1cfd
+# %% ../../nbs/scenes/materials.ipynb #8ac44191
 @njit(cache=True)
 def _ground_floor(u: float, w: float, width: float, high: float, skin: np.ndarray, footprint: float) -> tuple[float, float, float, float]:
     bays = max(1.0, math.floor(width / (1.25 * skin[8])))
@@ -235,7 +235,8 @@ def _ground_floor(u: float, w: float, width: float, high: float, skin: np.ndarra
     r, g, b = _wall(u, w, skin, footprint)
     if skin[11] > .5 and w > high - .95 and w < high - .25:
         sign = _chance(i // 2, 3, 3, seed)
-        r, g, b = (.45 * sign + .05, .04 + .12 * sign, .30 - .25 * sign) if sign < .8 else (.55, .50, .38)
+        r, g, b = .04 + .5 * _chance(i // 2, 7, 3, seed) ** 2, .05 + .2 * _chance(i // 2, 8, 3, seed), .04 + .4 * _chance(i // 2, 9, 3, seed) ** 2
+        if sign > .8: r, g, b = .55, .50, .38
         letters = _fraction(2.6 * f + sign) < .6 and abs(w - high + .6) < .17 and abs(f) < .38 * bay
         if letters and _chance(math.floor(9 * f), math.floor(9 * w), i, seed) < .6: r, g, b = _blend(r, g, b, .85, .83, .78, _sharp(.12, footprint))
         return r, g, b, 0.0

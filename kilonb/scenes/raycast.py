@@ -230,7 +230,7 @@ class Scene(NamedTuple):
     sun: np.ndarray
     seed: int
 
-# %% ../../nbs/scenes/raycast.ipynb #d546d9f5
+# %% ../../nbs/scenes/raycast.ipynb #fd393837
 @dataclass(frozen=True)
 class World:
     """Ground, statics and actors under a sky.
@@ -252,8 +252,8 @@ class World:
     @cached_property
     def _moving(self) -> tuple[np.ndarray, Solids]:
         counts = [actor.solids.count for actor in self.actors]
-        return np.array([[first, count] for first, count in zip(np.cumsum([0, *counts[:-1]]), counts)], dtype=np.int64).reshape(-1,
-                2), stack(a.solids for a in self.actors)
+        firsts = np.cumsum([0, *counts[:-1]])
+        return np.array(list(zip(firsts, counts)), dtype=np.int64).reshape(-1, 2), stack(actor.solids for actor in self.actors)
 
     @cached_property
     def by_instance(self) -> dict[int, Actor]:
@@ -268,10 +268,10 @@ class World:
         ends = motions[:, [0, 1, 2]], motions[:, [4, 5, 6]]
         reach = np.hypot(motions[:, 8], motions[:, 9])[:, None] * [1, 1, 0] + 1e-9
         bounds, links, order = build_tree(np.minimum(*ends) - reach, np.maximum(*ends) + reach + motions[:, 10:11] * [0, 0, 2], 2)
-        return Scene(*self._fixed, bounds, links, np.ascontiguousarray(motions[order]), np.ascontiguousarray(parts[order]), *solids, self.plan, self.sun,
-                     self.seed)
+        moving = (np.ascontiguousarray(array[order]) for array in (motions, parts))
+        return Scene(*self._fixed, bounds, links, *moving, *solids, self.plan, self.sun, self.seed)
 
-# %% ../../nbs/scenes/raycast.ipynb #5112d276
+# %% ../../nbs/scenes/raycast.ipynb #d2122d67
 @njit(cache=True, error_model="numpy", inline="always")
 def _enters(bounds: np.ndarray, node: int, x: float, y: float, z: float, ix: float, iy: float, iz: float, nearest: float) -> bool:
     """Whether a ray (with inverse direction) meets a node's box before `nearest`."""
@@ -289,8 +289,8 @@ def _inverse(value: float) -> float: return 1.0 / value if abs(value) > 1e-12 el
 
 
 @njit(cache=True, error_model="numpy")
-def _walk_statics(s: Scene, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float, stack: np.ndarray, any_hit: bool) -> tuple[float,
-        int, int]:
+def _walk_statics(s: Scene, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float, stack: np.ndarray,
+                  any_hit: bool) -> tuple[float, int, int]:
     """(distance, solid, face) of the nearest static before `nearest`; of any where `any_hit`; solid -1 where there is none."""
     found, face, node, waiting = -1, -1, 0, 0
     if len(s.shapes) == 0: return nearest, found, face
@@ -314,7 +314,7 @@ def _walk_statics(s: Scene, x: float, y: float, z: float, dx: float, dy: float, 
         waiting -= 1
         node = stack[waiting]
 
-# %% ../../nbs/scenes/raycast.ipynb #42a0cbfc
+# %% ../../nbs/scenes/raycast.ipynb #829b1f54
 @njit(cache=True, error_model="numpy")
 def _actor_frame(m: np.ndarray, share: float) -> tuple[float, float, float, float, float]:
     """(x, y, z, cos yaw, sin yaw) of an actor's motion at `share` in 0..1."""
@@ -367,8 +367,8 @@ def _walk_actors(s: Scene, share: float, x: float, y: float, z: float, dx: float
 
 
 @njit(cache=True, error_model="numpy")
-def _trace(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float, stack: np.ndarray) -> tuple[float, int, int,
-        int]:
+def _trace(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float,
+           stack: np.ndarray) -> tuple[float, int, int, int]:
     """(distance, solid, face, actor) of what the ray meets first. solid: -1 nothing, -2 the ground; counted within statics, or within actors where actor >=
     0."""
     found, face, actor = -1, -1, -1
@@ -590,7 +590,7 @@ def _sample_places(samples: int) -> np.ndarray:
     inner = np.stack([(k * .618034 + .25) % 1, (k * .754878 + .6) % 1], -1)
     return (np.stack([k % columns, k // columns], -1) + inner) / [columns, rows] - .5
 
-# %% ../../nbs/scenes/raycast.ipynb #bcd43468
+# %% ../../nbs/scenes/raycast.ipynb #d1682b0e
 def srgb(linear_light: np.ndarray) -> np.ndarray:
     """sRGB values in 0..1 of linear light in 0..1 (IEC 61966-2-1)."""
     return np.where(linear_light <= .0031308, 12.92 * linear_light, 1.055 * np.maximum(linear_light, .0031308) ** (1 / 2.4) - .055)
@@ -623,8 +623,9 @@ def render(world: World, camera: Any, time: float, samples: int = 4) -> Picture:
     if samples > 1:
         again = np.flatnonzero(_uneven(whats.reshape(height, width, 3), colours.reshape(height, width, 3)))
         places = centres[torch.from_numpy(again)][:, None] + torch.from_numpy(_sample_places(samples)).to(centres)
-        if len(again): colours[again] = _shoot(scene, *_checked_rays(*camera.rays(places.reshape(-1, 2))), spread / math.sqrt(samples))[0].reshape(-1,
-                samples, 3).mean(1)
+        if len(again):
+            rays = _checked_rays(*camera.rays(places.reshape(-1, 2)))
+            colours[again] = _shoot(scene, *rays, spread / math.sqrt(samples))[0].reshape(-1, samples, 3).mean(1)
     axis = np.asarray(camera.camera_to_world, dtype=np.float64)[:3, 2]
     picture = srgb(colours).astype(np.float32).reshape(height, width, 3)
     depth = np.where(np.isfinite(ranges), ranges, 0) * (directions @ axis)
