@@ -83,7 +83,7 @@ def _decades(low: float, high: float, count: int) -> list[float]:
     fine = [factor * 10.0 ** k for k in range(first - 1, last + 1) for factor in (1, 2, 5) if low <= factor * 10.0 ** k <= high]
     return fine if len(fine) > 2 else []
 
-# %% ../../nbs/lab/charts.ipynb #39713d2d
+# %% ../../nbs/lab/charts.ipynb #a1950f2e
 def wants_log(values: Sequence[float], ratio: float = 50.0) -> bool:
     """Whether values are all positive and spread over more than a factor `ratio`."""
     numbers = [value for value in values if _is_number(value)]
@@ -97,7 +97,8 @@ def scale_over(values: Sequence[float], start: float, end: float, log: bool = Fa
     low, high = (float(values.min()), float(values.max())) if len(values) else (1.0, 10.0) if log else (0.0, 1.0)
     if log:
         pad = (high / low) ** margin if high > low else 2.0
-        return Scale(low / pad, high * pad, start, end, True)
+        return Scale(max(low / pad, 1e-300), min(high * pad, 1e300), start, end, True)
+    low, high = max(low, -1e300), min(high, 1e300)
     pad = (high - low) * margin if high > low else abs(high) * 0.1 or 1.0
     return Scale(low - pad, high + pad, start, end)
 

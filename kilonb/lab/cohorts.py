@@ -7,13 +7,13 @@ __all__ = ['NOT_COMPARED', 'Curve', 'Member', 'Cohort', 'is_seed', 'varied_param
            'Choice', 'numeric_results', 'gates_of', 'choose_results', 'Spread', 'spread', 'Condition', 'conditions',
            'main_effect', 'read_curves', 'flat_environment', 'compare_environments']
 
-# %% ../../nbs/lab/cohorts.ipynb #0fa02ede
+# %% ../../nbs/lab/cohorts.ipynb #d0de5365
 import csv
 import itertools
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from .charts import order_of
 from .errors import KiloError, unknown_name
 from .files import number
 from .gates import Gate, spell
-from .runs import FINISHED, RunRecord, list_runs, read_run, read_status
+from .runs import FINISHED, SWEEPS, RunRecord, data_label, read_run, read_status
 
 # %% ../../nbs/lab/cohorts.ipynb #83f589d0
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class Cohort:
     @property
     def finished(self) -> list[Member]: return [member for member in self.members if member.record.status == FINISHED]
 
-# %% ../../nbs/lab/cohorts.ipynb #4d85bfbc
+# %% ../../nbs/lab/cohorts.ipynb #1e836fcf
 NOT_COMPARED = ("run_dir", "resume")
 
 
@@ -81,10 +81,28 @@ def varied_parameters(records: Sequence[RunRecord]) -> list[str]:
     return sorted((name for name in names if len({_same(parameters.get(name)) for parameters in read}) > 1), key=is_seed)
 
 
+def _checked(record: RunRecord) -> RunRecord:
+    """The record, if its parts are of the kinds that a run writes. TypeError, ValueError, AttributeError or OverflowError elsewhere."""
+    rows = [row for rows in record.tables.values() for row in rows]
+    if not all(isinstance(row, dict) for row in rows): raise TypeError
+    if not all(isinstance(text, str) for text in (record.experiment, record.status, record.started, record.error)): raise TypeError
+    whole = [value for part in (record.results, record.baselines, record.parameters) for value in part.values() if isinstance(value, int)]
+    for value in (record.elapsed_s, *whole): float(value)
+    data_label(record)
+    return record
+
+
 def _record(folder: Path) -> RunRecord:
-    """The run in a folder; `unreadable` where a file of it is damaged."""
-    try: return read_run(folder)
-    except KiloError as error: return RunRecord(folder, folder.parent.name, "unreadable", error=str(error))
+    """The run in a folder; `unreadable` where a file of it is damaged or holds something else than a run writes."""
+    try: return _checked(read_run(folder))
+    except KiloError as error: said = str(error)
+    except (TypeError, ValueError, AttributeError, OverflowError): said = f"{folder} does not hold what a run writes: repeat the run."
+    return RunRecord(folder, folder.parent.name, "unreadable", error=said)
+
+
+def _records(paths: Iterable[Path]) -> list[RunRecord]:
+    """The runs of these status files, the oldest first."""
+    return sorted((_record(path.parent) for path in paths), key=lambda record: (record.started, record.folder.name))
 
 
 def _members(records: Sequence[RunRecord], varied: Sequence[str]) -> tuple[Member, ...]:
@@ -128,7 +146,7 @@ def read_sweep(folder: str | os.PathLike) -> Cohort:
     members = [Member(m.record, {**{name: m.record.parameters.get(name) for name in varied}, **m.varied}) for m in members]
     return Cohort("sweep", str(plan.get("sweep") or folder.name), folder, tuple(members), tuple(sorted(varied, key=is_seed)), tuple(notes), status)
 
-# %% ../../nbs/lab/cohorts.ipynb #d20897ae
+# %% ../../nbs/lab/cohorts.ipynb #d08ae3f0
 def is_sweep(folder: Path) -> bool:
     """Whether a folder is a sweep's: it has a plan, or says so itself."""
     if (folder / "sweep.json").is_file() or (folder / "sweep.yaml").is_file(): return True
@@ -151,10 +169,11 @@ def read_cohort(target: str | os.PathLike | Sequence[str | os.PathLike]) -> Coho
     folder = Path(target).expanduser().resolve()
     if is_sweep(folder): return read_sweep(folder)
     if (folder / "status.json").is_file(): return Cohort("run", folder.name, folder, _members([_record(folder)], ()))
-    if any(not is_sweep(path.parent) for path in folder.glob("*/status.json")):
-        records = [record for record in list_runs(folder.parent) if record.folder.parent.resolve() == folder]
+    if below := [path for path in folder.glob("*/status.json") if not is_sweep(path.parent)]:
+        records = _records(below)
         return Cohort("experiment", folder.name, folder, _members(records, varied := varied_parameters(records)), tuple(varied))
-    if any(folder.glob("*/*/status.json")): return Cohort("lab", "The lab", folder, _members(list_runs(folder), ()))
+    if below := list(folder.glob("*/*/status.json")):
+        return Cohort("lab", "The lab", folder, _members(_records(path for path in below if path.parent.parent.name != SWEEPS), ()))
     raise KiloError(f"There are no runs in {folder}: name the folder of a run, a sweep, an experiment or all outputs.")
 
 # %% ../../nbs/lab/cohorts.ipynb #fc725475
@@ -201,7 +220,7 @@ def choose_results(records: Sequence[RunRecord], quality: str = "", time: str = 
     return Choice(best, _pick(names if time else by_unit("_s"), list(gates), time, best),
                   _pick(names if speed else by_unit("_per_s"), list(gates), speed, best), tuple(name for name in gates if name in names))
 
-# %% ../../nbs/lab/cohorts.ipynb #a75b543d
+# %% ../../nbs/lab/cohorts.ipynb #9c0b24b9
 @dataclass(frozen=True)
 class Spread:
     """Mean, sample standard deviation (NaN for fewer than two) and number of some values."""
@@ -221,7 +240,8 @@ def spread(values: Sequence[Any]) -> Spread:
     """Of the finite numbers among `values`; mean NaN where there are none."""
     numbers = [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
     if not numbers: return Spread(math.nan, math.nan, 0)
-    return Spread(float(np.mean(numbers)), float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan, len(numbers))
+    with np.errstate(over="ignore", invalid="ignore"):
+        return Spread(float(np.mean(numbers)), float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan, len(numbers))
 
 # %% ../../nbs/lab/cohorts.ipynb #9b491885
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['REPORT_STYLE', 'TABLE_SCRIPT', 'VIEW_SCRIPT', 'plain', 'with_unit', 'took', 'counted', 'some', 'decimals_of',
            'aligned', 'policy_for', 'report_html', 'find_target', 'write_report']
 
-# %% ../../nbs/lab/reports.ipynb #d557ca63
+# %% ../../nbs/lab/reports.ipynb #557a6507
 import base64
 import datetime
 import hashlib
@@ -35,7 +35,7 @@ from .files import atomic_write, dumps
 from .gates import GREEN, NOT_RUN, RED, GateLine, spell
 from .pages import PICTURES, STYLE
 from .pictures import Comparison, encode_picture, read_comparisons, worst
-from .runs import FINISHED, SWEEPS, RunRecord, data_label, newest_finished, outputs_root
+from .runs import FINISHED, SWEEPS, RunRecord, data_label, outputs_root
 
 # %% ../../nbs/lab/reports.ipynb #c82adb73
 def _tag(name: str, content: str = "", **attributes: Any) -> str:
@@ -441,14 +441,15 @@ def _curves_section(writing: _Writing) -> str:
         drawn.append(line_chart(charts[name], title=name + alone, log_y=wants_log(values), legend=writing.cohort.kind == "run", buckets=buckets))
     return small_multiples(drawn)
 
-# %% ../../nbs/lab/reports.ipynb #13ca0f69
+# %% ../../nbs/lab/reports.ipynb #0bbfe205
 @dataclass(frozen=True)
 class _Exhibit:
-    """A comparison on its way into a report: title, words below, name of the picture -> file."""
+    """A comparison on its way into a report: title, words below, name of the picture -> file; rivals: of another run, only beside those."""
 
     title: str
     under: str
     images: dict[str, Path]
+    rivals: dict[str, Path] = field(default_factory=dict)
 
 
 _PACKINGS = ((None, None), (300, 16_000), (220, 8_000), (150, 4_000))
@@ -466,7 +467,7 @@ def _packed(path: Path, longest: int | None, maximum_bytes: int | None) -> tuple
     if longest is not None and len(content) > maximum_bytes: content, kind = encode_picture(picture, longest, maximum_bytes), "WEBP"
     return f"data:image/{str(kind).lower()};base64,{base64.b64encode(content).decode()}", width, height
 
-# %% ../../nbs/lab/reports.ipynb #b62010f9
+# %% ../../nbs/lab/reports.ipynb #217eadce
 def _exhibits(writing: _Writing, count: int) -> list[_Exhibit]:
     """The worst comparisons of the cohort's finished runs; each with the like of the best run beside it."""
     found: list[tuple[Member, Comparison]] = []
@@ -478,22 +479,24 @@ def _exhibits(writing: _Writing, count: int) -> list[_Exhibit]:
     of_best = {one.name: one for member, one in found if best is not None and member.key == best.key}
     exhibits = []
     for one in chosen:
-        member, images, rival = owner[id(one)], dict(one.images), of_best.get(one.name)
+        member, rival, rivals = owner[id(one)], of_best.get(one.name), {}
         if rival is not None and best.key != member.key:
-            images |= {f"{word}, best run {best.key}": path for word, path in list(rival.images.items())[1:]}
+            rivals = {f"{word}, best run {best.key}": path for word, path in list(rival.images.items())[1:]}
         scored = f"{one.metric} {with_unit(one.metric, one.score)}" if not math.isnan(one.score) else f"{one.metric} is not a number"
         varied = ", ".join(f"{key} {spell(value)}" for key, value in member.varied.items())
         run = "" if single else member.record.name if writing.cohort.kind == "lab" else member.key
-        exhibits.append(_Exhibit(one.name, " · ".join(filter(None, (scored, run, varied))), images))
+        exhibits.append(_Exhibit(one.name, " · ".join(filter(None, (scored, run, varied))), one.images, rivals))
     return exhibits
 
-# %% ../../nbs/lab/reports.ipynb #6e6a1565
+# %% ../../nbs/lab/reports.ipynb #dbc730bd
 def _card(exhibit: _Exhibit, packing: tuple[int | None, int | None], notes: list[str]) -> str:
     """A comparison with swipe and blink; pictures that are damaged or of another size are left out, and the whole where fewer than two remain."""
     pictures: dict[str, tuple[str, int, int]] = {}
-    for word, path in exhibit.images.items():
+    for word, path in {**exhibit.rivals, **exhibit.images}.items():
         try: pictures[word] = _packed(path, *packing)
         except KiloError as error: notes.append(str(error))
+    if sum(word in pictures for word in exhibit.images) < 2: return ""
+    pictures = {word: pictures[word] for word in (*exhibit.images, *exhibit.rivals) if word in pictures}
     size = next(((width, height) for _, width, height in pictures.values()), (1, 1))
     pictures = {word: one for word, one in pictures.items() if one[1] * size[1] == one[2] * size[0]}
     if len(pictures) < 2: return ""
@@ -508,25 +511,35 @@ def _card(exhibit: _Exhibit, packing: tuple[int | None, int | None], notes: list
     words = _tag("h3", html.escape(exhibit.title)) + _tag("p", html.escape(exhibit.under), class_="under")
     return _tag("article", words + _tag("div", tools, class_="pair") + stage + slider, class_="comparison")
 
-# %% ../../nbs/lab/reports.ipynb #6385dc78
+# %% ../../nbs/lab/reports.ipynb #6c483aad
+_CARD_MARKUP = 1_800
+
+
+def _packing(exhibits: Sequence[_Exhibit], room: int) -> tuple[int | None, int | None]:
+    """The gentlest packing under which all exhibits fit into `room` bytes, or the hardest."""
+    sizes = [path.stat().st_size for one in exhibits for path in (*one.images.values(), *one.rivals.values()) if path.is_file()]
+    fits = lambda limit: sum(4 * min(size, limit or size) / 3 + 200 for size in sizes) + _CARD_MARKUP * len(exhibits) <= room
+    return next((packing for packing in _PACKINGS if fits(packing[1])), _PACKINGS[-1])
+
+
 def _fit(exhibits: Sequence[_Exhibit], room: int, notes: list[str]) -> str:
     """Cards that fit into `room` bytes, and a note about what had to give."""
-    if not exhibits: return ""
-    for packing in _PACKINGS:
-        said: list[str] = []
-        cards = [card for one in exhibits if (card := _card(one, packing, said))]
-        if sum(map(_size, cards)) <= room: break
-    kept = list(cards)
-    while kept and sum(map(_size, kept)) > room: kept.pop()
-    notes += said
-    if packing[0] is not None: notes.append(f"Pictures were made smaller to keep the file small: at most {packing[0]} pixels and {packing[1] // 1000} kB each.")
-    if len(kept) < len(cards): notes.append(f"{len(cards) - len(kept)} of {counted(len(cards), 'picture comparison')} were left out to keep the file small.")
-    return _tag("div", "".join(kept), class_="comparisons") if kept else ""
+    packing, cards, left = _packing(exhibits, room), [], room
+    for done, one in enumerate(exhibits):
+        card = _card(one, packing, notes)
+        if _size(card) > left:
+            notes.append(f"{len(exhibits) - done} of {counted(len(exhibits), 'picture comparison')} were left out to keep the file small.")
+            break
+        cards.append(card)
+        left -= _size(card)
+    if packing[0] is not None and any(cards):
+        notes.append(f"Pictures were made smaller to keep the file small: at most {packing[0]} pixels and {packing[1] // 1000} kB each.")
+    return _tag("div", "".join(cards), class_="comparisons") if any(cards) else ""
 
 
 def _size(text: str) -> int: return len(text.encode("utf-8", "replace"))
 
-# %% ../../nbs/lab/reports.ipynb #24a53629
+# %% ../../nbs/lab/reports.ipynb #321beb01
 _FIGURE_PACKINGS = ((None, None), (1000, 60_000), (800, 30_000))
 
 
@@ -534,19 +547,16 @@ def _figures(folder: Path, room: int, notes: list[str]) -> str:
     """The run's own figures, as far as they fit; SVGs, which may hold scripts, and broken files are left out."""
     wanted = set(PICTURES) - {".svg", ".gif"}
     paths = sorted(path for path in (folder / "figures").glob("*") if path.suffix.lower() in wanted and not path.name.startswith("."))
-    figures: list[str] = []
-    for packing in _FIGURE_PACKINGS:
-        figures, said = [], []
-        for path in paths:
-            try: address, *_ = _packed(path, *packing)
-            except KiloError as error: said.append(str(error)); continue
-            figures.append(f'<figure><img alt="{html.escape(path.stem)}" src="{address}"><figcaption>{html.escape(path.stem)}</figcaption></figure>')
-        if sum(map(_size, figures)) <= room: break
-    notes += said if paths else []
-    kept = list(figures)
-    while kept and sum(map(_size, kept)) > room: kept.pop()
-    if len(kept) < len(figures): notes.append(f"{len(figures) - len(kept)} of {counted(len(figures), 'figure')} were left out to keep the file small.")
-    return _tag("div", "".join(kept), class_="figures") if kept else ""
+    fits = lambda limit: sum(4 * min(path.stat().st_size, limit or math.inf) / 3 + 300 for path in paths) <= room
+    packing, figures, left = next((packing for packing in _FIGURE_PACKINGS if fits(packing[1])), _FIGURE_PACKINGS[-1]), [], 0
+    for path in paths:
+        try: address, *_ = _packed(path, *packing)
+        except KiloError as error: notes.append(str(error)); continue
+        figure = f'<figure><img alt="{html.escape(path.stem)}" src="{address}"><figcaption>{html.escape(path.stem)}</figcaption></figure>'
+        if _size(figure) <= room: figures, room = [*figures, figure], room - _size(figure)
+        else: left += 1
+    if left: notes.append(f"{left} of {counted(len(paths), 'figure')} were left out to keep the file small.")
+    return _tag("div", "".join(figures), class_="figures") if figures else ""
 
 # %% ../../nbs/lab/reports.ipynb #a00994ec
 def _pairs(values: Mapping[str, Any]) -> str:
@@ -861,7 +871,7 @@ def _sweeps_section(writing: _Writing) -> tuple[str, list[Cohort]]:
                      _Cell(f"{sum(gated)}/{len(gated)}" if gated else "", sum(gated) / len(gated) if gated else math.nan, "n"), _Cell(page)])
     return _table(["sweep", "experiment", "varied", "finished", "failed", "all gates green", ""], rows, sortable=True, kind="sweeps") if rows else "", found
 
-# %% ../../nbs/lab/reports.ipynb #c590c050
+# %% ../../nbs/lab/reports.ipynb #c3b5aa8e
 def _lab_runs(writing: _Writing, records: Sequence[RunRecord], most: int = 150) -> str:
     """The newest runs, the newest first."""
     shown = list(reversed(records))[:most]
@@ -882,7 +892,8 @@ def _lab_runs(writing: _Writing, records: Sequence[RunRecord], most: int = 150) 
 
 def _lab_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
     outputs, records = writing.cohort.folder, writing.cohort.records
-    newest = newest_finished(outputs)
+    latest = {(record.experiment, data_label(record)): record for record in records if record.status == FINISHED}
+    newest = [latest[key] for key in sorted(latest)]
     sweeps, found = _sweeps_section(writing)
     gated = [record for record in newest if record.report.lines]
     bad = [record for record in records if record.status in _BAD]
