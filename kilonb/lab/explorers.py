@@ -305,7 +305,7 @@ def _run_controls(browser: RunBrowser) -> Any:
     part.box = _frame(part.told, widgets.HBox([left, right], layout=wide(grid_gap="14px")), part.table, part.picture, part.shown)
     return part
 
-# %% ../../nbs/lab/explorers.ipynb #45ad7723
+# %% ../../nbs/lab/explorers.ipynb #e8c52500
 class _RunWidgets:
     """A run browser's widgets, wired to it."""
 
@@ -323,8 +323,9 @@ class _RunWidgets:
     def _list(self) -> None:
         browser, runs, chosen = self.browser, self.part.runs, {record.folder for record in self.browser.chosen}
         found = {record.folder for record in browser.matching(self.part.filter.value)} | chosen
-        with _silent(self): runs.options = [(f"{_mark(r)} {browser.labels[r.folder]}", r.folder) for r in reversed(browser.records) if r.folder in found]
-        with _silent(self): runs.value = [folder for _, folder in runs.options if folder in chosen]
+        with _silent(self), runs.hold_sync():
+            runs.options = [(f"{_mark(r)} {browser.labels[r.folder]}", r.folder) for r in reversed(browser.records) if r.folder in found]
+            runs.value = [folder for _, folder in runs.options if folder in chosen]
         self.part.told.value = f'<span class="kilonb-soft">{_escaped(browser.sentence)}</span>'
         self.part.notes.value = "".join(f'<p class="kilonb-soft kilonb-bad">{_escaped(sentence)}</p>' for sentence in browser.unreadable)
 
@@ -368,7 +369,7 @@ class _RunWidgets:
 
     quiet = False
 
-# %% ../../nbs/lab/explorers.ipynb #13f26fba
+# %% ../../nbs/lab/explorers.ipynb #65c679a5
 @contextmanager
 def _silent(front: Any) -> Iterator[None]:
     """Inside the block the widgets of `front` are changed by us, and its handlers hold still."""
@@ -379,7 +380,7 @@ def _silent(front: Any) -> Iterator[None]:
 
 def _offer(front: Any, dropdown: Any, options: Sequence[str], value: str | None) -> None:
     """Give a dropdown these options; it keeps `value` where that is one of them, and is hidden where there is no choice."""
-    with _silent(front):
+    with _silent(front), dropdown.hold_sync():
         if list(dropdown.options) != list(options): dropdown.options = list(options)
         dropdown.value = value if value in options else options[0] if options else None
     dropdown.layout.display = None if options else "none"
