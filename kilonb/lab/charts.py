@@ -218,7 +218,7 @@ def downsample(x: Sequence[float], y: Sequence[float], buckets: int = 150) -> tu
     kept = sorted({0, *kept, len(x) - 1})
     return x[kept], np.where(np.isfinite(y[kept]), y[kept], np.nan)
 
-# %% ../../nbs/lab/charts.ipynb #a984ebaa
+# %% ../../nbs/lab/charts.ipynb #20c6f0a9
 @dataclass(frozen=True)
 class Series:
     """A line of a chart. name: for legend and pointer; colour: `#rrggbb`, by position where empty; key: what a page links it with (`data-run`)."""
@@ -231,13 +231,13 @@ class Series:
 
 
 def _path(x: Sequence[float], y: Sequence[float], x_scale: Scale, y_scale: Scale) -> str:
-    """The `d` of a path, broken where y is NaN (or not positive on a log scale); a lone point becomes a dot."""
+    """The `d` of a path, broken where y is NaN (or not positive on a log scale); a lone point becomes a small ring."""
     usable = [math.isfinite(v) and math.isfinite(u) and (v > 0 or not y_scale.log) and (u > 0 or not x_scale.log) for u, v in zip(x, y)]
     pieces = []
     for good, group in itertools.groupby(range(len(usable)), key=lambda i: usable[i]):
         if not good: continue
         places = [f"{_at(x_scale(x[i]))} {_at(y_scale(y[i]))}" for i in group]
-        pieces.append(f"M{places[0]}" + ("L" + " ".join(places[1:]) if len(places) > 1 else "h.01"))
+        pieces.append(f"M{places[0]}" + ("L" + " ".join(places[1:]) if len(places) > 1 else "m-2 0a2 2 0 1 0 4 0a2 2 0 1 0-4 0"))
     return "".join(pieces)
 
 # %% ../../nbs/lab/charts.ipynb #e0d61ef0
@@ -369,7 +369,7 @@ def _column(values: Sequence[Any], start: float, end: float) -> tuple[dict[int, 
     ticks = scale.ticks(4)
     return {i: scale(v) for i, v in there.items()}, [(scale(t), label) for t, label in zip(ticks, tick_labels(ticks, scale.log))]
 
-# %% ../../nbs/lab/charts.ipynb #8a490086
+# %% ../../nbs/lab/charts.ipynb #b7011386
 def _swung(places: Sequence[tuple[float, float]]) -> str:
     """The `d` of a curve through places from left to right that is level at each."""
     path = f"M{_at(places[0][0])} {_at(places[0][1])}"
@@ -382,7 +382,7 @@ def _swung(places: Sequence[tuple[float, float]]) -> str:
 def parallel_coordinates(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, keys: Sequence[str] = (), colours: Sequence[str] = (), title: str = "",
                          width: float = 860, height: float = 260) -> Chart:
     """A line for each row over one vertical axis for each of `names`, as SVG. rows: name -> number or word. keys, colours: one for each row."""
-    body, top, bottom = _text(2, 12, title, font_size=12, font_weight=600, fill=INK) if title else "", 44.0 if title else 28.0, height - 10
+    body, top, bottom = _text(2, 12, title, font_size=12, font_weight=600, fill=INK) if title else "", 44.0 if title else 36.0, height - 10
     gap = (width - 120) / max(1, len(names) - 1)
     axes = [60 + i * gap if len(names) > 1 else width / 2 for i in range(len(names))]
     columns = [_column([row.get(name) for row in rows], bottom, top) for name in names]

@@ -176,7 +176,7 @@ def read_cohort(target: str | os.PathLike | Sequence[str | os.PathLike]) -> Coho
         return Cohort("lab", "The lab", folder, _members(_records(path for path in below if path.parent.parent.name != SWEEPS), ()))
     raise KiloError(f"There are no runs in {folder}: name the folder of a run, a sweep, an experiment or all outputs.")
 
-# %% ../../nbs/lab/cohorts.ipynb #fc725475
+# %% ../../nbs/lab/cohorts.ipynb #f22c1bd2
 @dataclass(frozen=True)
 class Choice:
     """Names of the results to look at: quality (more is better), time in seconds (less is), speed per second (more is), each empty where there is none."""
@@ -198,12 +198,12 @@ def numeric_results(records: Sequence[RunRecord]) -> list[str]:
 
 
 def _pick(names: Sequence[str], gated: Sequence[str], given: str, beside: str = "") -> str:
-    """The given name, checked, or the best of `names`: gated, of the same family as `beside`, well known, shortest."""
+    """The given name, checked, or the best of `names`: gated, of the same family as `beside`, well known, first."""
     if given and given not in names: raise unknown_name("result", given, names)
     shared = lambda name: sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(name, beside)))
     def liking(name: str) -> tuple:
         known = next((i for i, part in enumerate(_LIKED) if part in name), len(_LIKED))
-        return any(word in name.split("_") for word in _ASIDE), name not in gated, -shared(name), known, len(name)
+        return any(word in name.split("_") for word in _ASIDE), name not in gated, -shared(name), known
     return given or min(names, key=liking, default="")
 
 # %% ../../nbs/lab/cohorts.ipynb #2d90d491

@@ -6,7 +6,7 @@
 __all__ = ['REPORT_STYLE', 'TABLE_SCRIPT', 'VIEW_SCRIPT', 'plain', 'with_unit', 'took', 'counted', 'some', 'decimals_of',
            'aligned', 'policy_for', 'report_html', 'find_target', 'write_report']
 
-# %% ../../nbs/lab/reports.ipynb #557a6507
+# %% ../../nbs/lab/reports.ipynb #4f493684
 import base64
 import datetime
 import hashlib
@@ -23,6 +23,7 @@ from urllib.parse import quote
 
 from PIL import Image, UnidentifiedImageError
 
+from .archive import archive_rows, list_archives
 from kilonb.lab.charts import (
     KINDS, Point, Series, colours_of, levels_chart, line_chart, order_of, parallel_coordinates, pareto_front, scatter_chart, small_multiples, wants_log,
 )
@@ -871,7 +872,7 @@ def _sweeps_section(writing: _Writing) -> tuple[str, list[Cohort]]:
                      _Cell(f"{sum(gated)}/{len(gated)}" if gated else "", sum(gated) / len(gated) if gated else math.nan, "n"), _Cell(page)])
     return _table(["sweep", "experiment", "varied", "finished", "failed", "all gates green", ""], rows, sortable=True, kind="sweeps") if rows else "", found
 
-# %% ../../nbs/lab/reports.ipynb #c3b5aa8e
+# %% ../../nbs/lab/reports.ipynb #02b81279
 def _lab_runs(writing: _Writing, records: Sequence[RunRecord], most: int = 150) -> str:
     """The newest runs, the newest first."""
     shown = list(reversed(records))[:most]
@@ -905,14 +906,15 @@ def _lab_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
     lines = [([" · ".join(filter(None, (record.experiment, data_label(record))))], line) for record in gated for line in record.report.lines]
     wrong = [[_words(record.name, "name"), _words(record.status, "red"), _words(record.error[:400], "long"), _words(_when(record.started))]
              for record in reversed(bad)][:60]
-    archived = sorted(path.parent for path in (outputs / "archive").glob("*/*/status.json"))
+    headings, packed = archive_rows(list_archives(outputs))
+    archived = _table(headings, [list(map(_words, row)) for row in packed], sortable=True) if packed else ""
     newest_start = max((record.started for record in records), default="")
     under = f"newest run {_when(newest_start)}" if newest_start else ""
     head = _head("KiloNB", "The lab", [under], "not all green" if red else "green", "bad" if red else "good", text)
     return head + _facts(facts), [
         ("Verdicts", _board(writing, newest)), ("Gates", _gates_of_runs(lines, ["experiment"]) if lines else ""), ("Sweeps", sweeps),
         ("What went wrong", _table(["run", "status", "what happened", "when"], wrong) if wrong else ""), ("Runs", _lab_runs(writing, records)),
-        ("Pictures", ""), ("Archived", _table(["run"], [[_words(path.relative_to(outputs).as_posix())] for path in archived]) if archived else "")]
+        ("Pictures", ""), ("Archived", archived)]
 
 # %% ../../nbs/lab/reports.ipynb #1ba07261
 def _parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
