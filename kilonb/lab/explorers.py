@@ -279,7 +279,7 @@ def _runs_figure(browser: RunBrowser) -> Any:
     else: ax.text(0.5, 0.5, "no curves to draw", ha="center", transform=ax.transAxes, color="0.5")
     return figure
 
-# %% ../../nbs/lab/explorers.ipynb #501220fb
+# %% ../../nbs/lab/explorers.ipynb #74904583
 def _run_controls(browser: RunBrowser) -> Any:
     """The widgets of a run browser, laid out, not yet wired; `box` holds them all."""
     from types import SimpleNamespace
@@ -296,7 +296,8 @@ def _run_controls(browser: RunBrowser) -> Any:
         x=widgets.ToggleButtons(options=[("steps", "step"), ("seconds", "elapsed_s")], value=browser.x, style={"button_width": "76px"}),
         smoothing=widgets.FloatSlider(value=browser.smoothing, min=0, max=0.99, step=0.01, description="smoothing", layout=sized(330)),
         log=widgets.ToggleButton(value=browser.log, description="log", tooltip="logarithmic axis", layout=sized(60)),
-        figure=_plot(hovermode="x unified", margin={"l": 65, "r": 20, "t": 45, "b": 45}, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}))
+        figure=_plot(hovermode="x unified", margin={"l": 65, "r": 20, "t": 50, "b": 45},
+                     legend={"orientation": "h", "yref": "container", "y": 0.99, "yanchor": "top", "x": 0}))
     for name in ("smoothing", "runs", "table", "shown", "filter", "refresh"): getattr(part, name).add_class(f"kilonb-{name}")
     flowing = widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 10px")
     controls = widgets.HBox([part.curve, part.x, part.log, part.smoothing], layout=flowing)
