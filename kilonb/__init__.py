@@ -10,7 +10,9 @@ __version__ = "0.1.0"
 _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _NAMES = {
-    "geometry.cameras": "PinholeCamera Rays blender_to_opencv camera_from_angle orbit_cameras",
+    "geometry.boxes": "Boxes",
+    "geometry.cameras": "DistortedPinholeCamera PinholeCamera Rays Rig blender_to_opencv camera_from_angle orbit_cameras visibility",
+    "geometry.panoramas": "CylindricalCamera EquirectangularCamera range_of_depth roll_columns",
     "geometry.transforms": "look_at quat_to_rotmat rotmat_to_quat",
     "splats.gaussians": "Gaussians gaussians_from_points",
     "splats.ply": "read_ply write_ply",
@@ -19,11 +21,18 @@ _NAMES = {
     "splats.lookup": "GaussianLookup",
     "scenes.blender": "BlenderScene load_blender write_blender",
     "scenes.brickyard": "build_brickyard write_brickyard",
+    "scenes.opv2v": "load_opv2v",
+    "scenes.pandaset": "load_pandaset",
+    "scenes.surround": "load_surround panorama_pose",
+    "scenes.v2xsim": "load_v2xsim",
     "fields.occupancy": "OccupancyGrid occupancy_from_gaussians occupancy_from_silhouettes",
     "fields.hashgrid": "HashGridConfig HashGridField",
     "fields.kilonerf": "KiloNeRF KiloNeRFConfig",
     "fields.mlp": "MLPConfig MLPField",
     "fields.rendering": "render_image render_rays",
+    "coop.dataset": "CooperativeDataset collate",
+    "coop.stitch": "Panorama Stitcher ground_range range_disagreement seam_statistics stitch",
+    "distill.orbit_widget": "Orbit",
     "distill.space": "space_of_teacher space_of_views",
     "distill.targets": "RayPool ViewTarget targets_from_images targets_from_teacher",
     "distill.alpha": "AlphaBand AlphaBandConfig OpacityTarget OpacityTargetConfig",
@@ -40,12 +49,18 @@ _NAMES = {
     "metrics.perceptual": "lpips",
     "training.checkpoints": "seed_everything",
     "training.loop": "LoopConfig train",
+    "training.parallel": "DistributedSteps World join world_from_environment",
     "lab.errors": "KiloError",
     "lab.execution": "run_notebook",
     "lab.gates": "Gate",
     "lab.manifests": "resolve_data",
+    "lab.explorers": "RunBrowser SweepExplorer",
+    "lab.launch": "launch",
     "lab.notebooks": "read_notebook",
+    "lab.reports": "write_report",
     "lab.runs": "open_run read_run",
+    "lab.scheduling": "run_sweep",
+    "lab.sweeps": "plan_sweep",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOMES)

@@ -178,7 +178,7 @@ def interrupt_runs(under: str | os.PathLike, times: int = 1) -> list[str]:
         if len(watch.signals) < times: watch.on_signal(signal.SIGINT)
     return [str(folder) for folder, _ in found]
 
-# %% ../../nbs/lab/execution.ipynb #4fcd1118
+# %% ../../nbs/lab/execution.ipynb #76f13d0a
 class _Client(PapermillNotebookClient):
     watch = AnyTrait()
 
@@ -203,7 +203,7 @@ class _Engine(NBClientEngine):
         with tempfile.TemporaryDirectory(prefix="kilonb-") as sockets:
             manager = _KernelManager(kernel_name="python3", transport="ipc", connection_file=f"{sockets}/kernel.json")
             client = _Client(nb_man, km=manager, watch=watch, timeout=None, startup_timeout=start_timeout, stdout_file=watch, stderr_file=_Echo(watch),
-                             coalesce_streams=True, log=logging.getLogger("papermill"))
+                             coalesce_streams=True, store_widget_state=False, log=logging.getLogger("papermill"))
             return client.execute(cleanup_kc=True, env=_kernel_environment(watch.environment))
 
     @classmethod
