@@ -46,7 +46,14 @@ def vote_plain(first: Tensor, second: Tensor, affinity: Tensor, grid: Grid) -> T
         volume = volume.index_add(0, (start + column * grid.size + row)[inside], weight[inside])
     return volume.reshape(*grid.turns.shape, grid.size, grid.size)
 
-# %% ../../nbs/coop/matching.ipynb #b4fb3335
+# %% ../../nbs/coop/matching.ipynb #205d0d51
+@njit(cache=True, inline="always")
+def _reach(first, p, x, scale, size):
+    """(start, end) of the points of view 0, sorted along x, whose cell along x lies in -1 .. size."""
+    low, high = (np.float32(-1) - x) / scale, (np.float32(size) - x) / scale
+    return np.searchsorted(first[p, :, 0], low), np.searchsorted(first[p, :, 0], high)
+
+
 @njit(cache=True, parallel=True, fastmath=True)
 def _vote(first, second, affinity, turns, centre, cell, size, volume):
     pairs, count = turns.shape
@@ -57,7 +64,8 @@ def _vote(first, second, affinity, turns, centre, cell, size, volume):
         for b in range(second.shape[1]):
             x = middle - (second[p, b, 0] * c + second[p, b, 1] * s + centre[p, 0]) * scale
             z = middle - (second[p, b, 1] * c - second[p, b, 0] * s + centre[p, 1]) * scale
-            for a in range(first.shape[1]):
+            start, end = _reach(first, p, x, scale, size)
+            for a in range(start, end):
                 u, v = first[p, a, 0] * scale + x, first[p, a, 1] * scale + z
                 if not (u > -1 and v > -1 and u < size and v < size): continue
                 i, j = int(u + 1) - 1, int(v + 1) - 1
@@ -67,7 +75,7 @@ def _vote(first, second, affinity, turns, centre, cell, size, volume):
                 if i + 1 < size and j >= 0: votes[i + 1, j] += right * (1 - down) * weight
                 if i + 1 < size and j + 1 < size: votes[i + 1, j + 1] += right * down * weight
 
-# %% ../../nbs/coop/matching.ipynb #01909d89
+# %% ../../nbs/coop/matching.ipynb #cafa1147
 @njit(cache=True, parallel=True, fastmath=True)
 def _vote_backward(first, second, affinity, turns, centre, cell, size, gradient, to_affinity, to_first, to_second):
     """Each thread has its own points of view i: `to_first` is [P, B, A, 2] summed by the caller when positions are trained, else empty."""
@@ -80,7 +88,8 @@ def _vote_backward(first, second, affinity, turns, centre, cell, size, gradient,
             c, s, votes = math.cos(turns[p, r]), math.sin(turns[p, r]), gradient[p, r]
             x = middle - (second[p, b, 0] * c + second[p, b, 1] * s + centre[p, 0]) * scale
             z = middle - (second[p, b, 1] * c - second[p, b, 0] * s + centre[p, 1]) * scale
-            for a in range(first.shape[1]):
+            start, end = _reach(first, p, x, scale, size)
+            for a in range(start, end):
                 u, v = first[p, a, 0] * scale + x, first[p, a, 1] * scale + z
                 if not (u > -1 and v > -1 and u < size and v < size): continue
                 i, j = int(u + 1) - 1, int(v + 1) - 1
@@ -98,26 +107,30 @@ def _vote_backward(first, second, affinity, turns, centre, cell, size, gradient,
                 to_second[p, b, 0] -= du * c - dv * s
                 to_second[p, b, 1] -= du * s + dv * c
 
-# %% ../../nbs/coop/matching.ipynb #4fbfefc7
+# %% ../../nbs/coop/matching.ipynb #9a80afda
 class _Vote(torch.autograd.Function):
     @staticmethod
     def forward(ctx, first, second, affinity, turns, centre, cell, size):
-        arrays = [x.detach().float().contiguous() for x in (first, second, affinity.mT, turns, centre)]
+        order = first.detach()[..., 0].argsort(1)
+        rows = torch.arange(len(order))[:, None]
+        arrays = [x.detach().float().contiguous() for x in (first[rows, order], second, affinity.detach()[rows, order].mT, turns, centre)]
         volume = torch.zeros(*turns.shape, size, size)
         _vote(*(x.numpy() for x in arrays), cell, size, volume.numpy())
-        ctx.save_for_backward(*arrays)
+        ctx.save_for_backward(order, *arrays)
         ctx.grid = cell, size
         return volume
 
     @staticmethod
     def backward(ctx, gradient):
-        first, second, affinity, turns, centre = ctx.saved_tensors
+        order, first, second, affinity, turns, centre = ctx.saved_tensors
         positions = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         to_affinity, to_second = torch.zeros_like(affinity), torch.zeros_like(second)
         to_first = torch.zeros(*affinity.shape, 2) if positions else torch.zeros(0, 1, 1, 2)
         _vote_backward(*(x.numpy() for x in (first, second, affinity, turns, centre)), *ctx.grid, gradient.float().contiguous().numpy(),
                        *(x.numpy() for x in (to_affinity, to_first, to_second)))
-        return to_first.sum(1) if positions else None, to_second if positions else None, to_affinity.mT, None, None, None, None
+        rows, back = torch.arange(len(order))[:, None], order.argsort(1)
+        to_first = to_first.sum(1)[rows, back] if positions else None
+        return to_first, to_second if positions else None, to_affinity.mT[rows, back], None, None, None, None
 
 
 def vote(first: Tensor, second: Tensor, affinity: Tensor, grid: Grid) -> Tensor:
@@ -168,7 +181,7 @@ def vote_loss(volume: Tensor, grid: Grid, true: Planar, closed: bool = False) ->
     entropy = -(target * volume.flatten(1).log_softmax(1).reshape(volume.shape)).flatten(1).sum(1)
     return torch.where(inside, entropy, 0.0), inside
 
-# %% ../../nbs/coop/matching.ipynb #87f2d198
+# %% ../../nbs/coop/matching.ipynb #ebc3dafd
 @dataclass(frozen=True)
 class MatchingConfig:
     """The grids. turns: of the first, all round. cell, size: of the first, metres and cells.
@@ -187,7 +200,7 @@ class MatchingConfig:
     finest_step_deg: float = 0.4
     finest_cell: float = 0.15
     finest_size: int = 13
-    candidates: int = 3
+    candidates: int = 1
 
     def coarse(self, pairs: int) -> Grid:
         """The first grid, of `pairs` pairs of views."""
