@@ -71,7 +71,7 @@ def outputs(tmp_path_factory) -> Path:
 
 def small(name: str, outputs: Path) -> dict:
     """Parameters that make a notebook small; one that is not named here runs as it is."""
-    if name in ("runs", "sweeps"): return {"outputs": str(outputs)}
+    if name in ("run_browser", "sweep_explorer"): return {"outputs": str(outputs)}
     if name != "orbit": return {}
     from kilonb.scenes.brickyard import build_brickyard
     from kilonb.splats.ply import write_ply
@@ -163,7 +163,7 @@ def react_orbit(notebook: Notebook, outputs: Path) -> None:
     notebook.wait_until(f"seen => ({pixels})() !== seen", seen)
 
 
-REACTIONS = {"runs": react_runs, "sweeps": react_sweeps, "orbit": react_orbit}
+REACTIONS = {"run_browser": react_runs, "sweep_explorer": react_sweeps, "orbit": react_orbit}
 
 
 @needs_chromium
@@ -206,14 +206,14 @@ def execute_here(name: str, given: dict) -> dict:
     return scope
 
 
-@pytest.mark.parametrize("name, way", [("runs", "kilonb run single_view_overfit"), ("sweeps", "kilonb sweep FILE")])
+@pytest.mark.parametrize("name, way", [("run_browser", "kilonb run single_view_overfit"), ("sweep_explorer", "kilonb sweep FILE")])
 def test_with_nothing_to_explore_a_notebook_says_how_to_get_it(name, way, tmp_path, capsys):
     execute_here(name, {"outputs": str(tmp_path / "none"), "run_dir": str(tmp_path / "run")})
     record = read_run(tmp_path / "run")
     assert record.status == "finished" and record.results["runs"] == 0 and way in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["runs", "sweeps"])
+@pytest.mark.parametrize("name", ["run_browser", "sweep_explorer"])
 def test_looking_makes_no_run(name, outputs):
     """Opened by hand, these notebooks leave nothing among the runs that they show."""
     before = sorted(outputs.rglob("status.json"))

@@ -30,7 +30,7 @@ def tracked() -> list[Path]:
 FILES = tracked()
 NOTEBOOKS = sorted(path for path in FILES if path.suffix == ".ipynb")
 LIBRARY = [path for path in NOTEBOOKS if path.relative_to(ROOT).parts[1:2] and path.relative_to(ROOT).parts[1] in FLOORS]
-RUNNABLE = [path for path in NOTEBOOKS if path.parent.name in ("experiments", "benchmarks")]
+RUNNABLE = [path for path in NOTEBOOKS if path.parent.name in ("experiments", "benchmarks", "explore")]
 MODULES = sorted(path for path in FILES if path.suffix == ".py" and path.is_relative_to(PACKAGE))
 
 
@@ -142,7 +142,8 @@ def test_lab_imports_no_torch():
 def test_no_large_files():
     """Data, weights and outputs do not belong into git; a figure is below 150 kB."""
     limits = {"_modidx.py": 1_000_000, ".png": 150_000, ".jpg": 150_000, ".jpeg": 150_000, ".gif": 150_000, ".svg": 150_000, ".webp": 150_000}
-    large = [f"{name_of(path)}: {path.stat().st_size} bytes" for path in FILES if path.stat().st_size > limits.get(path.name, limits.get(path.suffix.lower(), 400_000))]
+    def limit(path: Path) -> int: return limits.get(path.name, limits.get(path.suffix.lower(), 400_000))
+    large = [f"{name_of(path)}: {path.stat().st_size} bytes" for path in FILES if path.stat().st_size > limit(path)]
     assert not large
 
 

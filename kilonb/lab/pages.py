@@ -90,7 +90,7 @@ def _plotly_library(body: str) -> str:
 
     return f"<script>{get_plotlyjs()}</script>"
 
-# %% ../../nbs/lab/pages.ipynb #693a2395
+# %% ../../nbs/lab/pages.ipynb #d5bcd015
 def notebook_html(path: str | os.PathLike) -> tuple[str, str]:
     """(title, body) of an executed notebook; the body holds its cells with their outputs and loads nothing.
 
@@ -103,6 +103,7 @@ def notebook_html(path: str | os.PathLike) -> tuple[str, str]:
     try: notebook = nbformat.read(path, as_version=4)
     except (OSError, ValueError, nbformat.validator.ValidationError) as error: raise KiloError(f"{path} cannot be read as a notebook: {error}.") from None
     formulas: list[str] = []
+    notebook.metadata.pop("widgets", None)
     notebook.cells = [_prepare(cell, formulas) for cell in notebook.cells if cell.source.strip()]
     title = _take_title(notebook.cells)
     exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True, embed_images=True)
