@@ -62,14 +62,14 @@ class Check:
         """The one value of many frames that is judged."""
         return median(values) if self.over != "worst" else min(values) if self.at_least is not None else max(values)
 
-# %% ../../nbs/coop/checks.ipynb #7c593523
+# %% ../../nbs/coop/checks.ipynb #f068ae53
 CHECKS = (
     Check("problems_share", "share of the drawn frames in which something was missing, damaged or contradictory", at_most=0.0, over="split"),
     Check("coverage_share", "share of the panorama's directions that lie in some picture", at_least=.40),
     Check("horizon_share", "share of the horizon that lies in some picture", at_least=.97, over="worst"),
     Check("painted_share", "share of the panorama that has a colour", at_least=.30),
     Check("mask_share", "share of the panorama that shows a surface within reach", at_least=.10, at_most=.90),
-    Check("mask_constant_iou", "IoU that one and the same mask would reach on all drawn frames", at_most=.97, over="split"),
+    Check("mask_constant_iou", "IoU that one and the same mask would reach on all drawn frames", at_most=.995, over="split"),
     Check("range_known_share", "share of the painted pixels that have a range", at_least=.30),
     Check("range_median_m", "median range of the scene, metres", at_least=2.0, at_most=60.0),
     Check("range_smallest_m", "range that one pixel in a hundred falls below, metres", at_least=.5, over="worst"),
