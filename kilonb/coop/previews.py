@@ -138,7 +138,7 @@ def _write_page(path: str | Path, title: str, under: str, body: str, data: Mappi
     with atomic_write(path) as partial: partial.write_text(text, encoding="utf-8")
     return Path(path)
 
-# %% ../../nbs/coop/previews.ipynb #5a6432d0
+# %% ../../nbs/coop/previews.ipynb #fe98e142
 PANORAMA_SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent), plot = document.getElementById("plot"), tip = document.getElementById("tip");
@@ -159,7 +159,8 @@ for (let k = 0; k <= 4; k++) ys.push(Math.round(k * (height - 1) / 4));
 const plain = { showgrid: false, zeroline: false };
 const across = { ...plain, range: [-.5, width - .5], tickvals: xs.map(d => (d / data.azimuth_range_deg + .5) * width - .5),
   ticktext: xs.map(d => d + "\\u00b0") };
-const up = { ...plain, range: [height - .5, -.5], tickvals: ys, ticktext: ys.map(y => (Math.round(data.elevation_deg[y]) || 0) + "\\u00b0"), constrain: "domain" };
+const up = { ...plain, range: [height - .5, -.5], tickvals: ys,
+  ticktext: ys.map(y => (Math.round(data.elevation_deg[y]) || 0) + "\\u00b0"), constrain: "domain" };
 const layout = { height: Math.max(420, Math.min(1000, 3.2 * (document.body.clientWidth - 150) * height / width + 140)), margin: { l: 50, r: 20, t: 25, b: 30 },
   dragmode: "zoom", hovermode: false, plot_bgcolor: "#000", annotations: [], images: [picture(data.rgb, ""), picture(data.mask_picture, "3")] };
 ["", "2", "3"].forEach((n, k) => {
