@@ -368,7 +368,7 @@ def check_frame(scene: Any, split: str, number: int, options: PanoramaOptions) -
     measures = FrameMeasures(name, split) if made is None else measure_frame(made, others, split)
     return replace(measures, problems=tuple(p.sentence for p in scene.problems if p.frame == name)), made
 
-# %% ../../nbs/coop/checks.ipynb #12b9507f
+# %% ../../nbs/coop/checks.ipynb #3406dd98
 @dataclass(frozen=True)
 class Verdict:
     """A check on one split. value: what was judged, or None. frames: how many gave one. verdict: green, red or not run. sentence: all of it in words."""
@@ -405,8 +405,8 @@ def judge(check: Check, split: str, frames: Sequence[FrameMeasures]) -> Verdict:
     outside = [frame.name for frame in known if verdict(check.gate, frame.values[check.measure]) == RED]
     if check.measure == "problems_share": outside = [frame.name for frame in frames if frame.problems]
     named = f" Outside: {', '.join(outside[:3])}{f' and {len(outside) - 3} more' if len(outside) > 3 else ''}." if found == RED and outside else ""
-    over = {"median": "median ", "worst": "worst ", "split": ""}[check.over] if len(known) > 1 else ""
-    sentence = f"{found.capitalize()}: {over}{check.told}: {spell(value)} (expected {check.gate.bound}).{named}"
+    over = {"median": " in the middle one of the frames", "worst": " in the worst frame", "split": ""}[check.over] if len(known) > 1 else ""
+    sentence = f"{found.capitalize()}: {check.told}: {spell(value)}{over} (expected {check.gate.bound}).{named}"
     return Verdict(check, split, value, len(known) if check.over != "split" else len(frames), found, sentence)
 
 
