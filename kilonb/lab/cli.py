@@ -38,12 +38,12 @@ class _Help(argparse.Action):
         else: print(describe_notebook(options.name, parser.get_default("shelf")))
         parser.exit()
 
-# %% ../../nbs/lab/cli.ipynb #7528fd7a
+# %% ../../nbs/lab/cli.ipynb #18c8a155
 def _add_run(commands: Any, command: str, shelf: str, kind: str, summary: str) -> None:
     parser = commands.add_parser(command, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.", add_help=False)
     parser.set_defaults(action=run, shelf=shelf)
     parser.add_argument("name", metavar=kind, help=f"a notebook of nbs/{shelf}, or the path of any other")
-    parser.add_argument("--data", metavar="KIND:PATH", help="what to run on: a dataset by its name (brickyard), or a kind and a place (blender:FOLDER, opv2v:FOLDER, ply:FILE)")
+    parser.add_argument("--data", metavar="KIND:PATH", help="what to run on: a dataset by name (brickyard), or by kind and place (blender:FOLDER, ...)")
     parser.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[], help="another value for one parameter; may be repeated")
     parser.add_argument("--out", metavar="DIR", help="the run's folder, new or empty (default: outputs/<name>/<time>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the newest one that did not finish")
