@@ -178,7 +178,7 @@ def interrupt_runs(under: str | os.PathLike, times: int = 1) -> list[str]:
         if len(watch.signals) < times: watch.on_signal(signal.SIGINT)
     return [str(folder) for folder, _ in found]
 
-# %% ../../nbs/lab/execution.ipynb #76f13d0a
+# %% ../../nbs/lab/execution.ipynb #c0301085
 class _Client(PapermillNotebookClient):
     watch = AnyTrait()
 
@@ -204,7 +204,8 @@ class _Engine(NBClientEngine):
             manager = _KernelManager(kernel_name="python3", transport="ipc", connection_file=f"{sockets}/kernel.json")
             client = _Client(nb_man, km=manager, watch=watch, timeout=None, startup_timeout=start_timeout, stdout_file=watch, stderr_file=_Echo(watch),
                              coalesce_streams=True, store_widget_state=False, log=logging.getLogger("papermill"))
-            return client.execute(cleanup_kc=True, env=_kernel_environment(watch.environment))
+            own_words = {"stderr": watch.log} if watch.log is not None else {}
+            return client.execute(cleanup_kc=True, env=_kernel_environment(watch.environment), **own_words)
 
     @classmethod
     def nb_language(cls, nb: Any, language: str | None = None) -> str: return "kilonb"
