@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Trivial', 'mean_pose_of', 'trivial_predictor', 'chamfer', 'points_in_main', 'direction_error', 'score_sample',
-           'area_under_curve', 'summary', 'evaluate']
+           'area_under_curve', 'summary', 'evaluate', 'sample_figure']
 
-# %% ../../nbs/coop/evaluation.ipynb #417d33fa
+# %% ../../nbs/coop/evaluation.ipynb #5760e091
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dataset import CooperativeDataset, Sample, collate, constant_mask_iou
+from .dataset import Sample
 from .losses import intersection_over_union, pose_errors
 from .model import Prediction, xyzw
 from ..geometry.panoramas import PanoramaCamera
@@ -64,7 +64,7 @@ def direction_error(predicted: Tensor, true: Tensor) -> Tensor:
     """Degrees [P] between translations [P, 3]."""
     return torch.rad2deg(torch.atan2(torch.linalg.cross(predicted, true).norm(dim=-1), (predicted * true).sum(-1)))
 
-# %% ../../nbs/coop/evaluation.ipynb #4c976e4c
+# %% ../../nbs/coop/evaluation.ipynb #35a1d195
 def score_sample(sample: Sample, range_m: Tensor, mask: Tensor, poses: Tensor, rays: Tensor) -> dict[str, Any]:
     """Numbers of one sample: lists per pair (translation_m, rotation_deg, direction_deg) and per view (mask_iou), means otherwise.
 
@@ -75,7 +75,8 @@ def score_sample(sample: Sample, range_m: Tensor, mask: Tensor, poses: Tensor, r
     own, true = range_m[known], sample.range_m[known]
     seen = points_in_main(range_m, mask, poses, rays), points_in_main(range_m, mask, sample.pose_to_main, rays)
     target = points_in_main(sample.range_m, sample.mask, sample.pose_to_main, rays)
-    return {"translation_m": metres.tolist(), "rotation_deg": degrees.tolist(), "direction_deg": direction_error(poses[1:, :3, 3], sample.pose_to_main[1:, :3, 3]).tolist(),
+    direction = direction_error(poses[1:, :3, 3], sample.pose_to_main[1:, :3, 3])
+    return {"translation_m": metres.tolist(), "rotation_deg": degrees.tolist(), "direction_deg": direction.tolist(),
             "mask_iou": intersection_over_union(mask, sample.mask).tolist(), "range_abs_rel": ((own - true).abs() / true).mean().item(),
             "range_inlier": (torch.maximum(own / true, true / own) < 1.03).float().mean().item(), "chamfer_m": chamfer(seen[0], target),
             "chamfer_true_pose_m": chamfer(seen[1], target)}
@@ -85,10 +86,11 @@ def area_under_curve(errors: Tensor, limit: float) -> float:
     """Area under the share of `errors` [N] that are at most x, for x from 0 to `limit`, over `limit`: 1 where all are 0."""
     return (1 - errors.clamp(max=limit) / limit).mean().item()
 
-# %% ../../nbs/coop/evaluation.ipynb #f91be415
+# %% ../../nbs/coop/evaluation.ipynb #6c479d66
 def summary(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The results of samples that `score_sample` judged, by their published names."""
-    listed = {name: torch.tensor([value for score in scores for value in score[name]]) for name in ("translation_m", "rotation_deg", "direction_deg", "mask_iou")}
+    listed = {name: torch.tensor([value for score in scores for value in score[name]])
+              for name in ("translation_m", "rotation_deg", "direction_deg", "mask_iou")}
     mean = lambda name: torch.tensor([score[name] for score in scores]).nanmean().item()
     metres, degrees = listed["translation_m"], listed["rotation_deg"]
     return {"pose_translation_median_m": metres.median().item(), "pose_rotation_median_deg": degrees.median().item(),
@@ -102,7 +104,8 @@ def evaluate(predict: Callable[[Sequence[Sample]], Prediction], samples: Sequenc
              batch_size: int = 4) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(results, one row per sample). predict: the pipeline that training uses. camera: of the panoramas, at the origin.
 
-    Results have the names of `summary`, and each again with `_trivial` at its end; `pairs` and `samples` count what was judged. Raises KiloError without samples.
+    Results have the names of `summary`, and each again with `_trivial` at its end; `pairs` and `samples` count what was judged.
+    Raises KiloError without samples.
     """
     if not len(samples): raise KiloError("There are no samples to evaluate on.")
     rays = camera.directions(camera.pixel_centres()).reshape(camera.height, camera.width, 3)
@@ -112,10 +115,36 @@ def evaluate(predict: Callable[[Sequence[Sample]], Prediction], samples: Sequenc
         with torch.no_grad(): seen = predict(part)
         for b, sample in enumerate(part):
             count = len(sample.vehicles)
-            scores.append(score_sample(sample, seen.range_m[b, :count], (seen.mask_logits[b, :count] > 0).float(), seen.pose_to_main[b, :count], rays))
+            mask = (seen.mask_logits[b, :count] > 0).float()
+            scores.append(score_sample(sample, seen.range_m[b, :count], mask, seen.pose_to_main[b, :count], rays))
             poses = torch.cat([torch.eye(4)[None], trivial.pose.expand(count - 1, 4, 4)])
             baseline.append(score_sample(sample, trivial.range_m.expand(count, -1, -1), trivial.mask.float().expand(count, -1, -1), poses, rays))
-    rows = [{"sample": sample.name, "vehicles": len(sample.vehicles), **{name: max(value) if isinstance(value, list) else value for name, value in score.items()}}
-            for sample, score in zip(samples, scores)]
+    worst = [{name: max(value) if isinstance(value, list) else value for name, value in score.items()} for score in scores]
+    rows = [{"sample": sample.name, "vehicles": len(sample.vehicles), **numbers} for sample, numbers in zip(samples, worst)]
     results = summary(scores) | {f"{name}_trivial": value for name, value in summary(baseline).items()}
     return results | {"samples": len(scores), "pairs": sum(len(score["translation_m"]) for score in scores)}, rows
+
+# %% ../../nbs/coop/evaluation.ipynb #586918c7
+def sample_figure(sample: Sample, range_m: Tensor, mask: Tensor, poses: Tensor, camera: PanoramaCamera, reach_m: float = 50.0) -> Any:
+    """A matplotlib figure of a sample and its prediction. range_m, mask: [V, H, W]. poses: [V, 4, 4]. reach_m: of the view from above."""
+    import matplotlib.pyplot as plt
+
+    views, rays = len(sample.vehicles), camera.directions(camera.pixel_centres()).reshape(camera.height, camera.width, 3)
+    fig = plt.figure(figsize=(14, 1.25 * views + 5.2), layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=(1.25 * views, 5.2))
+    for row, axes in enumerate(top.subplots(views, 3, squeeze=False)):
+        pictures = sample.rgb_srgb[row].permute(1, 2, 0), *(torch.where(known > .5, r, torch.nan).log10() for r, known in
+                                                            ((sample.range_m[row], sample.mask[row]), (range_m[row], mask[row])))
+        for ax, picture, title in zip(axes, pictures, (f"vehicle {sample.vehicles[row]}", "true range", "predicted range")):
+            ax.imshow(picture, cmap="turbo", vmin=.3, vmax=1.9, aspect="auto"); ax.set_xticks([]); ax.set_yticks([])
+            if row == 0 or ax is axes[0]: ax.set_title(title, fontsize=9)
+    sides = ("true", sample.range_m, sample.mask, sample.pose_to_main), ("predicted", range_m, mask, poses)
+    for ax, (title, ranges, known, placed) in zip(bottom.subplots(1, 2), sides):
+        for v in range(views):
+            points = points_in_main(ranges[v:v + 1], known[v:v + 1], placed[v:v + 1], rays, 3000)
+            ax.scatter(points[:, 0], points[:, 2], s=.5, color=f"C{v}")
+            ax.plot(*placed[v, [0, 2], 3], "o", color=f"C{v}", mec="black")
+            ax.plot(*sample.pose_to_main[v, [0, 2], 3], "x", color="black")
+        ax.set(title=f"{title} ranges and poses (crosses: the true places)", xlim=(-reach_m, reach_m), ylim=(-reach_m, reach_m), aspect="equal")
+        ax.set(xlabel="x (m)", ylabel="z (m)")
+    return fig

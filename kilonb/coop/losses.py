@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['robust', 'shrink', 'masked_mean', 'scene_size', 'pose_errors', 'LossConfig', 'Batch', 'range_terms', 'cell_errors',
-           'gradient_error', 'intersection_over_union', 'mask_terms', 'pose_terms', 'vote_terms', 'world_terms',
-           'coop_loss']
+           'cell_ranges', 'gradient_error', 'intersection_over_union', 'mask_terms', 'pose_terms', 'vote_terms',
+           'cell_points', 'match_terms', 'moved', 'sighting_terms', 'world_terms', 'coop_loss']
 
-# %% ../../nbs/coop/losses.ipynb #2a4c7254
+# %% ../../nbs/coop/losses.ipynb #02eb9c86
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .matching import Planar, mean_pose, vote_loss
-from .model import CoopModel, Prediction, roll_each, xyzw
+from .model import CoopModel, Prediction, Votes, map_positions, roll_each, xyzw
 from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import transform_points
 from ..lab.errors import KiloError
@@ -34,7 +34,7 @@ def shrink(vectors: Tensor) -> Tensor:
     length = vectors.norm(dim=-1, keepdim=True)
     return vectors * torch.where(length > 1e-6, length.log1p() / length.clamp(min=1e-6), 1.0)
 
-# %% ../../nbs/coop/losses.ipynb #fb65089c
+# %% ../../nbs/coop/losses.ipynb #e08fb794
 def masked_mean(values: Tensor, weight: Tensor) -> Tensor:
     """The mean of values where weight is 1; 0 where it is nowhere."""
     return (values * weight).sum() / weight.sum().clamp(min=1)
@@ -49,15 +49,15 @@ def pose_errors(predicted: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
     """(metres [...], degrees [...]) between poses [..., 4, 4]: distance of their places, angle of the rotation that takes one to the other."""
     metres = (predicted[..., :3, 3] - true[..., :3, 3]).norm(dim=-1)
     between = predicted[..., :3, :3].double().mT @ true[..., :3, :3].double()
-    off = torch.stack([between[..., 2, 1] - between[..., 1, 2], between[..., 0, 2] - between[..., 2, 0], between[..., 1, 0] - between[..., 0, 1]], -1).norm(dim=-1)
+    off = torch.stack([between[..., i, j] - between[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0))], -1).norm(dim=-1)
     return metres, torch.rad2deg(torch.atan2(off, between.diagonal(dim1=-2, dim2=-1).sum(-1) - 1)).float()
 
-# %% ../../nbs/coop/losses.ipynb #ca07e685
+# %% ../../nbs/coop/losses.ipynb #a4660abe
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the terms; 0 leaves one out. confidence_alpha: of the reward for being certain. exclude: share of the worst pixels left out of `range`
     (for recorded data, whose depth has faults). start_deg, start_m: how far beside the true pose the fine grids begin in training."""
-    log_range: float = 2.0
+    log_range: float = 1.0
     range: float = .1
     points: float = .05
     scale: float = .05
@@ -65,10 +65,13 @@ class LossConfig:
     gradient: float = .3
     confidence: float = .1
     confidence_alpha: float = .2
-    mask: float = .6
-    coarse_votes: float = .1
-    fine_votes: float = .1
-    finest_votes: float = .1
+    mask: float = 2.0
+    matches: float = 1.0
+    sightings: float = .3
+    sighting_error: float = .3
+    coarse_votes: float = .2
+    fine_votes: float = .2
+    finest_votes: float = .2
     exclude: float = 0.0
     start_deg: float = 4.0
     start_m: float = 2.0
@@ -92,7 +95,7 @@ class Batch:
         points = self.rays * ranges[..., None]
         return transform_points(poses, points.flatten(2, 3)).reshape(points.shape)
 
-# %% ../../nbs/coop/losses.ipynb #0dd5e8e4
+# %% ../../nbs/coop/losses.ipynb #ac4caf4c
 def range_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
     """Ranges: their logarithm in metres, pixels and cells; their factored robust loss; gradients of their logarithm at four scales; confidence."""
     log_error = seen.range_m.log() - batch.range_m.clamp(min=.1).log()
@@ -108,13 +111,19 @@ def range_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossCo
 
 
 def cell_errors(seen: Prediction, batch: Batch) -> tuple[Tensor, Tensor]:
-    """(bent error of the cells' log range, weight) [M, h, w]. A cell's true range is the median of what is known in it."""
+    """(bent error of the cells' log range, weight) [M, h, w]."""
+    true, known = cell_ranges(seen, batch)
+    error = seen.token_log_range[batch.present] - true.log()
+    return (error.square() + .01**2).sqrt() - .01, known
+
+
+def cell_ranges(seen: Prediction, batch: Batch) -> tuple[Tensor, Tensor]:
+    """(true range [M, h, w] of the cells at the views' own headings: the median of what is known there, 1 elsewhere; 1 where enough is known)."""
     cells = [roll_each(x[batch.present], -seen.headings[batch.present]) for x in (batch.range_m, batch.weight)]
     ranges, weight = (x.unfold(1, 4, 4).unfold(2, 4, 4).flatten(3) for x in cells)
     true = torch.where(weight > 0, ranges, torch.nan).nanmedian(-1).values
     known = (weight.mean(-1) > .3).float()
-    error = seen.token_log_range[batch.present] - torch.where(known > 0, true, 1.0).log()
-    return (error.square() + .01**2).sqrt() - .01, known
+    return torch.where(known > 0, true, 1.0), known
 
 
 def gradient_error(log_error: Tensor, weight: Tensor) -> Tensor:
@@ -141,18 +150,20 @@ def mask_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossCon
     iou = intersection_over_union(seen.mask_logits.detach().sigmoid()[here], batch.mask[here]).mean()
     return {"mask": F.binary_cross_entropy_with_logits(seen.mask_logits[here], batch.mask[here]), "mask_iou": iou}
 
-# %% ../../nbs/coop/losses.ipynb #e85d2bb6
+# %% ../../nbs/coop/losses.ipynb #18e1d861
 def pose_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig, generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """Votes and poses; `pose_translation_m` and `pose_rotation_deg` are of the pose that the search found, mean over pairs; `pose_found`: share within 3 m."""
     others = batch.present.clone()
     others[:, 0] = False
     sample = others.nonzero()[:, 0]
     metres, degrees = pose_errors(seen.pose_to_main.detach()[others], batch.pose_to_main[others])
-    named = {"pose_translation_m": metres.mean(), "pose_rotation_deg": degrees.mean(), "pose_translation_middle_m": metres.median(), "pose_found": (metres < 3).float().mean()}
+    named = {"pose_translation_m": metres.mean(), "pose_translation_middle_m": metres.median(), "pose_rotation_deg": degrees.mean(),
+             "pose_found": (metres < 3).float().mean()}
     poses, true = seen.pose_to_main[others], batch.pose_to_main[others]
     place, quats, terms = poses[:, :3, 3], seen.quats[others], {}
     if seen.votes is not None:
         terms, pose = vote_terms(model, seen, batch, config, generator)
+        terms |= match_terms(model, seen, batch)
         height = (place[:, 1] - true[:, 1, 3]).abs().mean()
         tilt = (xyzw(poses[:, :3, :3]) - xyzw(true[:, :3, :3]))[:, [0, 2]].abs().mean()
         apart, turned = pose
@@ -179,12 +190,74 @@ def vote_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossCon
     share = matching.finest_size * matching.finest_cell / 2 / (matching.fine_size * matching.fine_cell / 2)
     for name, make, k, part in (("fine_votes", matching.fine, 1, 1.0), ("finest_votes", matching.finest, 2, .8 * share)):
         grid = make(beside(config.start_deg * part, config.start_m * part))
-        volume = votes.refined(grid, model.sharpness[k].exp())
+        volume = votes.on(grid, k)
         entropy, inside = vote_loss(volume, grid, true)
         terms[name] = masked_mean(entropy, inside.float())
     pose = mean_pose(volume, grid)
     apart = (pose.place - true.place + 1e-6).norm(dim=-1)
     return terms, (apart, (torch.remainder(pose.turn - true.turn + math.pi, 2 * math.pi) - math.pi).abs())
+
+# %% ../../nbs/coop/losses.ipynb #a43d6ca6
+def cell_points(seen: Prediction, batch: Batch, elevation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """True (positions [M, h, w, 2], heights upwards [M, h, w], metres, known [M, h, w] bool) of all cells at the views' own headings."""
+    true, known = cell_ranges(seen, batch)
+    positions = map_positions(true.log(), torch.zeros_like(true), elevation).reshape(*true.shape, 2)
+    return positions, true * elevation.sin()[:, None], known > 0
+
+
+def match_terms(model: CoopModel, seen: Prediction, batch: Batch, near_m: float = 1.0, none_weight: float = .2) -> dict[str, Tensor]:
+    """`matches` and `sightings` in nats per cell and per view; `matched_chance`: what true partners get; `sighted_chance`: the right cells of visible cars."""
+    votes = seen.votes
+    pose = votes.heading_pose(batch.pose_to_main)
+    positions, heights, known = cell_points(seen, batch, model.elevation)
+    number = torch.full(batch.present.shape, -1, device=known.device).masked_scatter(batch.present, torch.arange(len(known), device=known.device))
+    first, second = number[votes.pairs[:, 0], 0], number[votes.pairs[:, 0], votes.pairs[:, 1]]
+    flat = lambda x, of: x[of][:, model.rows].flatten(1, 2)
+    x0, x1, h0, h1, k0, k1 = (flat(x, of) for x in (positions, heights, known) for of in (first, second))
+    apart = torch.cdist(x0, moved(x1, pose)) + .5 * (h0[..., None] - h1[:, None]).abs()
+    allowed = near_m + .02 * torch.minimum(x0.norm(dim=-1)[..., None], x1.norm(dim=-1)[:, None])
+    same = (apart < allowed) & k0[..., None] & k1[:, None]
+    def cost(chances: Tensor, none: Tensor, known: Tensor, partners: Tensor, over: int) -> tuple[Tensor, Tensor]:
+        has = partners.any(over)
+        right = torch.where(partners, chances, -1e4).logsumexp(over)
+        weight = torch.where(has, 1.0, none_weight) * known
+        return -(torch.where(has, right, none) * weight).sum() / weight.sum().clamp(min=1), (right.exp() * has).sum() / has.sum().clamp(min=1)
+    rows, got = cost(votes.matches.rows, votes.matches.no_row, k0, same, 2)
+    columns, _ = cost(votes.matches.columns, votes.matches.no_column, k1, same, 1)
+    return {"matches": rows + columns, "matched_chance": got.detach(), **sighting_terms(votes, pose, positions, heights, known, first, second)}
+
+
+def moved(points: Tensor, pose: Planar) -> Tensor:
+    """Points [P, N, 2] of view i on view 0's map."""
+    c, s = pose.turn.cos()[:, None], pose.turn.sin()[:, None]
+    x, z = points.unbind(-1)
+    return torch.stack([x * c + z * s, z * c - x * s], -1) + pose.place[:, None]
+
+# %% ../../nbs/coop/losses.ipynb #65cb08e5
+def sighting_terms(votes: Votes, pose: Planar, positions: Tensor, heights: Tensor, known: Tensor, first: Tensor, second: Tensor) -> dict[str, Tensor]:
+    """Which cells sight the other vehicle (cross entropy), and where they say it stands (metres over its distance, robust).
+
+    pose: the true one [P]. positions, heights, known: of all cells, see `cell_points`; first, second: [P] numbers of the views of each pair.
+    """
+    c, s = pose.turn.cos(), pose.turn.sin()
+    x, z = pose.place.unbind(-1)
+    back = Planar(-pose.turn, torch.stack([-(x * c - z * s), -(z * c + x * s)], -1))
+    headings = torch.atan2(votes.turns[..., 0, 2], votes.turns[..., 2, 2])
+    total, error, right, weight, seen_pairs = 0.0, 0.0, 0.0, 0.0, 0.0
+    sides = (first, votes.sighted[0], back, pose, headings[:, 1]), (second, votes.sighted[1], pose, back, headings[:, 0])
+    for viewer, sighted, into, outof, heading in sides:
+        ahead = moved(moved(positions[viewer].flatten(1, 2), into), Planar(heading, torch.zeros_like(into.place)))
+        height, there = heights[viewer].flatten(1), known[viewer].flatten(1)
+        on = (ahead[..., 0].abs() < 1.3) & (ahead[..., 1].abs() < 2.8) & (height < .2) & (height > -1.35) & there
+        share = on / on.sum(1, keepdim=True).clamp(min=1)
+        target = torch.cat([share, (share.sum(1, keepdim=True) < .5).float()], 1)
+        total = total - (target * sighted.chance).sum(1).mean() / 2
+        where = moved(torch.zeros_like(into.place[:, None]), outof)
+        apart = (sighted.positions - where).norm(dim=-1) / where.norm(dim=-1).clamp(min=1)
+        error = error + (robust(apart) * share).sum()
+        right = right + (sighted.chance[:, :-1].exp() * on).sum()
+        weight, seen_pairs = weight + share.sum(), seen_pairs + on.any(1).sum()
+    return {"sightings": total, "sighting_error": error / weight.clamp(min=1) / 10, "sighted_chance": (right / seen_pairs.clamp(min=1)).detach()}
 
 # %% ../../nbs/coop/losses.ipynb #4ecc4e7e
 def world_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig) -> dict[str, Tensor]:

@@ -4,40 +4,43 @@
 
 # %% auto #0
 __all__ = ['ModelConfig', 'CircularConv', 'ResidualBlock', 'rotary', 'Attention', 'own_heading', 'roll_each', 'ray_channels',
-           'Encoder', 'Rise', 'Points', 'map_positions', 'Prediction', 'Votes', 'planar_pose', 'ground_pose', 'xyzw',
-           'Seen', 'Trunk', 'usual_log_range', 'CoopModel', 'in_batch']
+           'Encoder', 'Rise', 'map_positions', 'Matches', 'match', 'Prediction', 'Sightings', 'Votes', 'all_ballots',
+           'weighted_vote', 'planar_pose', 'ground_pose', 'xyzw', 'Seen', 'Trunk', 'usual_log_range', 'CoopModel',
+           'in_batch']
 
-# %% ../../nbs/coop/model.ipynb #5752b5c7
+# %% ../../nbs/coop/model.ipynb #a37b7283
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .dataset import column_turns
-from .matching import Grid, MatchingConfig, Planar, best_cell, mean_pose, vote
+from .matching import Ballots, Grid, MatchingConfig, Planar, mean_pose, most_likely, peaks, vote
 from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import quat_to_rotmat, rigid, rigid_inverse, rotmat_to_quat
 from ..lab.errors import KiloError
 
-# %% ../../nbs/coop/model.ipynb #8806dc13
+# %% ../../nbs/coop/model.ipynb #401e565f
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. widths: channels at a half, a quarter and an eighth of the resolution. blocks: pairs of attention within and between views. heads: of attention.
+    """The network. widths: channels at a half, a quarter and an eighth of the resolution. blocks: pairs of attention within and between views.
 
-    features: channels in which points are compared. pose: "matching", or "pooled" for the ablation. views: most vehicles in a sample.
+    heads: of attention. features: channels in which points are compared. ballots: matches that vote. pose: "matching", or "pooled" for the ablation.
     """
     widths: tuple[int, int, int] = (24, 48, 128)
     blocks: int = 2
     heads: int = 4
-    features: int = 16
+    features: int = 24
+    ballots: int = 6000
     pose: Literal["matching", "pooled"] = "matching"
     matching: MatchingConfig = field(default_factory=MatchingConfig)
 
     def __post_init__(self) -> None:
-        if self.widths[2] % (4 * self.heads): raise KiloError(f"{self.heads} heads do not fit a width of {self.widths[2]}: it must be a multiple of {4 * self.heads}.")
+        part = 4 * self.heads
+        if self.widths[2] % part: raise KiloError(f"{self.heads} heads do not fit a width of {self.widths[2]}: it must be a multiple of {part}.")
         if self.pose not in ("matching", "pooled"): raise KiloError(f"pose is '{self.pose}': matching or pooled is expected.")
 
 # %% ../../nbs/coop/model.ipynb #b6ec25f1
@@ -145,21 +148,36 @@ class Rise(nn.Module):
         up = self.narrow(coarse).repeat_interleave(2, -1).repeat_interleave(2, -2)
         return F.silu(self.join(torch.cat([up, fine], 1)))
 
-# %% ../../nbs/coop/model.ipynb #f4a16b9c
-class Points(NamedTuple):
-    """What views know, each on its own map: positions [M, N, 2] metres (x right, z ahead of its own heading) and features [M, N, C]."""
-    positions: Tensor
-    features: Tensor
-
-
+# %% ../../nbs/coop/model.ipynb #22e875ca
 def map_positions(log_range: Tensor, sideways: Tensor, elevation: Tensor) -> Tensor:
-    """[M, h * w, 2] metres of cells [M, h, w]. log_range: of metres along the ray. sideways: cells to the right. elevation: [h] radians, of the rows."""
+    """[M, h * w, 2] metres (x right, z ahead) of cells [M, h, w]. log_range: of metres along the ray. sideways: cells to the right. elevation: [h] radians."""
     columns = log_range.shape[-1]
     azimuth = (torch.arange(columns, device=log_range.device) + .5 + sideways) * (2 * math.pi / columns) - math.pi
     flat = log_range.exp() * elevation.cos()[:, None]
     return torch.stack([flat * azimuth.sin(), flat * azimuth.cos()], -1).flatten(1, 2)
 
-# %% ../../nbs/coop/model.ipynb #91fb2b72
+# %% ../../nbs/coop/model.ipynb #983d7c53
+class Matches(NamedTuple):
+    """Logarithms of chances: rows [P, A, B] that a's partner is b, columns [P, A, B] that b's partner is a, and that there is none: [P, A], [P, B]."""
+    rows: Tensor
+    columns: Tensor
+    no_row: Tensor
+    no_column: Tensor
+
+    @property
+    def affinity(self) -> Tensor:
+        """[P, A, B] the chance of both."""
+        return (self.rows + self.columns).exp()
+
+
+def match(first: Tensor, second: Tensor, none: Tensor) -> Matches:
+    """Matches of features [P, A, C] and [P, B, C]; none: how alike nothing is."""
+    alike = first @ second.mT
+    rows = torch.logaddexp(alike.logsumexp(2), none)
+    columns = torch.logaddexp(alike.logsumexp(1), none)
+    return Matches(alike - rows[..., None], alike - columns[:, None], none - rows, none - columns)
+
+# %% ../../nbs/coop/model.ipynb #2dbfc08e
 class Prediction(NamedTuple):
     """What the network says of a batch of B samples with up to V views; the values of absent views mean nothing.
 
@@ -179,17 +197,25 @@ class Prediction(NamedTuple):
     votes: "Votes | None"
 
 
+class Sightings(NamedTuple):
+    """Where each view of a pair sights the other vehicle: log chances [P, N + 1] of its cells and of none, positions [P, N, 2] of the other's origin."""
+    chance: Tensor
+    positions: Tensor
+
+
 class Votes(NamedTuple):
     """P pairs of views that were matched, (view 0 of sample b, view i of sample b). pairs: [P, 2] (b, i). turns: [P, 2, 4, 4], of their own headings.
 
-    near, far: (points of view 0, points of view i) for the fine grids and for the first one. affinity, far_affinity: [P, A, B] votes of their pairs.
-    grid, volume: the first grid and its votes.
+    matches: of their cells. sighted: by view 0, by view i. ballots: of both, and their weights [3, 2] on each grid, logarithms of what a match and a sighting
+    count. matched: how many of the ballots are matches. grid, volume: the first grid and its votes.
     """
     pairs: Tensor
     turns: Tensor
-    near: tuple[Points, Points]
-    far: tuple[Points, Points]
-    affinity: Tensor
+    matches: Matches
+    sighted: tuple[Sightings, Sightings]
+    ballots: Ballots
+    matched: int
+    weights: Tensor
     grid: Grid
     volume: Tensor
 
@@ -198,9 +224,23 @@ class Votes(NamedTuple):
         poses = pose_to_main[self.pairs[:, 0], self.pairs[:, 1]]
         return ground_pose(rigid_inverse(self.turns[:, 0]) @ poses @ self.turns[:, 1])
 
-    def refined(self, grid: Grid, sharpness: Tensor) -> Tensor:
-        """The votes of all fine points on a grid."""
-        return vote(self.near[0].positions, self.near[1].positions, self.affinity * sharpness, grid)
+    def on(self, grid: Grid, level: int) -> Tensor:
+        """The votes on a grid; level: 1 or 2, how fine it is."""
+        return weighted_vote(self.ballots, self.matched, grid, self.weights[level])
+
+
+def all_ballots(first: Tensor, second: Tensor, affinity: Tensor, sighted: tuple[Sightings, Sightings], count: int) -> Ballots:
+    """The `count` likeliest matches of points [P, A, 2] and [P, B, 2], then the sightings by view 0 and by view i."""
+    likely, (main, other) = most_likely(first, second, affinity, count), sighted
+    return Ballots(torch.cat([likely.first, main.positions, torch.zeros_like(other.positions)], 1),
+                   torch.cat([likely.second, torch.zeros_like(main.positions), other.positions], 1),
+                   torch.cat([likely.votes, main.chance[:, :-1].exp(), other.chance[:, :-1].exp()], 1))
+
+
+def weighted_vote(ballots: Ballots, matched: int, grid: Grid, weights: Tensor) -> Tensor:
+    """Votes on a grid; the first `matched` ballots count exp(weights[0]), the others exp(weights[1])."""
+    match, sight = weights.exp()
+    return vote(ballots._replace(votes=torch.cat([ballots.votes[:, :matched] * match, ballots.votes[:, matched:] * sight], 1)), grid)
 
 # %% ../../nbs/coop/model.ipynb #957b4135
 def planar_pose(pose: Planar, tilt: Tensor, height: Tensor) -> Tensor:
@@ -221,15 +261,17 @@ def xyzw(rotations: Tensor) -> Tensor:
     """Quaternions [..., 4] in the order x, y, z, w, w >= 0."""
     return rotmat_to_quat(rotations)[..., [1, 2, 3, 0]]
 
-# %% ../../nbs/coop/model.ipynb #73f5e013
+# %% ../../nbs/coop/model.ipynb #1624ca6e
 class Seen(NamedTuple):
-    """Of M views at their own headings: log of range without unit, log confidence - 1, mask logits [M, H, W]; the same range per cell [M, H/4, W/4] and its
-    sideways shift; features [M, 2 C, H/4, W/4]; tokens [M, T, C]."""
+    """Of M views at their own headings: log of range without unit, log (confidence - 1), mask logits [M, H, W]; the same range per cell [M, H/4, W/4] and
+    its sideways shift; sighting [M, 3, H/4, W/4]: logit, log of the other's range over the cell's, sideways shift; features [M, C, H/4, W/4];
+    tokens [M, T, C]."""
     log_unit: Tensor
     log_confidence: Tensor
     mask_logits: Tensor
     token_log_unit: Tensor
     sideways: Tensor
+    sighting: Tensor
     features: Tensor
     tokens: Tensor
 
@@ -241,13 +283,15 @@ class Trunk(nn.Module):
         super().__init__()
         a, b, c = config.widths
         self.register_buffer("rays", ray_channels(camera), persistent=False)
+        self.register_buffer("slope", self.rays[0].reshape(-1, 4, 1).mean(1), persistent=False)
         self.encoder = Encoder(config.widths)
         self.row, self.mark = nn.Parameter(.02 * torch.randn(camera.height // 8, 1, c)), nn.Parameter(.02 * torch.randn(2, c))
         self.within = nn.ModuleList(Attention(c, config.heads, True) for _ in range(config.blocks))
         self.between = nn.ModuleList(Attention(c, config.heads, False) for _ in range(config.blocks))
+        self.calm = nn.LayerNorm(c)
         self.rise4, self.rise2, self.rise1 = Rise(c, b, 2 * a), Rise(2 * a, a, a), Rise(a, 6, 16)
-        self.cell_head, self.pixel_head = CircularConv(2 * a, 2), CircularConv(16, 3)
-        self.feature_head = nn.Sequential(CircularConv(2 * a, 2 * a), nn.SiLU(), nn.Conv2d(2 * a, 2 * config.features, 1))
+        self.cell_head, self.pixel_head = CircularConv(2 * a, 5), CircularConv(16, 3)
+        self.feature_head = nn.Sequential(nn.Conv2d(2 * a + 5, 3 * a, 1), nn.SiLU(), nn.Conv2d(3 * a, config.features, 1))
         self.row_log = nn.Parameter(usual_log_range(camera))
         for head in (self.cell_head.conv, self.pixel_head.conv): nn.init.normal_(head.weight, std=.01), nn.init.zeros_(head.bias)
 
@@ -268,11 +312,15 @@ class Trunk(nn.Module):
         half, quarter, eighth = self.encoder(x)
         tokens = self.meet(eighth.permute(0, 2, 3, 1), present)
         fine = self.rise4(tokens.permute(0, 3, 1, 2), quarter)
-        cells, features = self.cell_head(fine), self.feature_head(fine)
+        cells = self.cell_head(fine)
         pixels = self.pixel_head(self.rise1(self.rise2(fine, half), x))
         rough = cells[:, 0].repeat_interleave(4, -1).repeat_interleave(4, -2)
         token_log = cells[:, 0] + self.row_log.reshape(-1, 4, 1).mean(1)
-        return Seen(pixels[:, 0] + rough + self.row_log, pixels[:, 1], pixels[:, 2], token_log, cells[:, 1].tanh(), features, tokens.flatten(1, 2))
+        known = torch.cat([token_log.detach()[:, None] / 3, token_log.detach().exp()[:, None] * self.slope / 4, 4 * F.avg_pool2d(x[:, :3], 4)], 1)
+        features = self.feature_head(torch.cat([fine, known], 1))
+        sighting = torch.stack([cells[:, 2] - 4, cells[:, 3], 2 * cells[:, 4].tanh()], 1)
+        tokens = self.calm(tokens)
+        return Seen(pixels[:, 0] + rough + self.row_log, pixels[:, 1], pixels[:, 2], token_log, cells[:, 1].tanh(), sighting, features, tokens.flatten(1, 2))
 
 # %% ../../nbs/coop/model.ipynb #29f679c6
 def usual_log_range(camera: PanoramaCamera, height_m: float = 1.5, usual_m: float = 25.0) -> Tensor:
@@ -280,7 +328,7 @@ def usual_log_range(camera: PanoramaCamera, height_m: float = 1.5, usual_m: floa
     down = ray_channels(camera)[2]
     return (height_m / down.clamp(min=height_m / usual_m)).log()
 
-# %% ../../nbs/coop/model.ipynb #8539b6ed
+# %% ../../nbs/coop/model.ipynb #89ac56ec
 class CoopModel(nn.Module):
     """A batch of panoramas to a `Prediction`. camera: of all panoramas, at the origin, closed; width and height are multiples of 8.
 
@@ -291,16 +339,18 @@ class CoopModel(nn.Module):
         super().__init__()
         self.config = config = config or ModelConfig()
         if not camera.closed or camera.width % 8 or camera.height % 8:
-            raise KiloError(f"The model needs a panorama all round whose sides are multiples of 8: got {camera.width}x{camera.height}, {camera.azimuth_range_deg:g} degrees.")
+            raise KiloError("The model needs a panorama all round whose sides are multiples of 8: "
+                            f"got {camera.width}x{camera.height} over {camera.azimuth_range_deg:g} degrees.")
         c, rows = config.widths[2], torch.stack([torch.full((camera.height // 4,), camera.width / 2), 4.0 * torch.arange(camera.height // 4) + 2], -1)
         elevation = camera.angles(rows)[1].float()
         self.register_buffer("elevation", elevation, persistent=False)
         self.width = camera.width
-        self.rows = ((elevation > math.radians(-22)) & (elevation < math.radians(34))).nonzero()[:, 0].tolist()
+        useful = ((elevation > math.radians(-22)) & (elevation < math.radians(34))).nonzero()[:, 0].tolist()
+        self.rows = useful[::-(-len(useful) // 10)]
         self.trunk = Trunk(camera, config)
-        self.scale_head, self.origin_head = nn.Linear(c, 1), nn.Linear(c, 2 * config.features)
+        self.scale_head, self.origin_head = nn.Linear(c, 1), nn.Linear(c, config.features)
         self.pose_head = nn.Sequential(nn.Linear(2 * c, c), nn.GELU(), nn.Linear(c, 3 if config.pose == "matching" else 7))
-        self.sharpness = nn.Parameter(torch.tensor([-2.0, -2.0, -2.0]))
+        self.vote_weights, self.none = nn.Parameter(torch.tensor([[1.0, 1.5]] * 3)), nn.Parameter(torch.tensor(1.0))
         nn.init.normal_(self.scale_head.weight, std=.01), nn.init.zeros_(self.scale_head.bias)
         nn.init.normal_(self.pose_head[2].weight, std=.002), nn.init.zeros_(self.pose_head[2].bias)
 
@@ -308,7 +358,7 @@ class CoopModel(nn.Module):
         views, columns = rgb_srgb[present], own_heading(rgb_srgb[present])
         seen = self.trunk(roll_each(views, -columns), present)
         sample, view = present.nonzero().T
-        log_scale = torch.stack([self.scale_head(seen.tokens[sample == b].mean((0, 1)))[0] for b in range(len(present))])
+        log_scale = torch.stack([.1 * self.scale_head(seen.tokens[sample == b].mean((0, 1)))[0] for b in range(len(present))])
         token_log = seen.token_log_unit + log_scale[sample, None, None]
         votes, poses = self.poses(seen, token_log, columns, sample, view)
         pose_to_main = torch.eye(4).to(poses).repeat(*present.shape, 1, 1).index_put((sample[view > 0], view[view > 0]), poses)
@@ -332,41 +382,45 @@ class CoopModel(nn.Module):
         return votes, turns[:, 0] @ local @ rigid_inverse(turns[:, 1])
 
     def match(self, seen: Seen, token_log: Tensor, first: Tensor, second: Tensor, pairs: Tensor, turns: Tensor) -> Votes:
-        """The points of both views of each pair, and their votes on the first grid."""
-        rows, config = self.rows, self.config
+        """The points of both views of each pair, what they have in common, and their votes on the first grid."""
+        rows = self.rows
         positions = map_positions(token_log[:, rows], seen.sideways[:, rows], self.elevation[rows])
-        maps = seen.features[:, :, rows].permute(0, 2, 3, 1)
-        origin = self.origin_head(seen.tokens.mean(1))[:, None]
-        def with_origin(x: Tensor, o: Tensor) -> Tensor: return torch.cat([x.flatten(1, -2) if x.ndim == 4 else x, o], 1)
-        half = config.features
-        at = positions.reshape(len(maps), len(rows), -1, 2)
-        near = Points(with_origin(positions, torch.zeros_like(positions[:, :1])), with_origin(maps[..., :half], origin[..., :half]))
-        far = Points(with_origin(at[:, ::2, ::2], torch.zeros_like(positions[:, :1])), with_origin(maps[:, ::2, ::2, half:], origin[..., half:]))
-        near, far = ((Points(*(x[first] for x in p)), Points(*(x[second] for x in p))) for p in (near, far))
-        affinity, far_affinity = (a.features @ b.features.mT for a, b in (near, far))
-        grid = config.matching.coarse(len(pairs))
-        grid = Grid(grid.turns.to(affinity), grid.centre.to(affinity), grid.cell, grid.size)
-        volume = vote(far[0].positions.detach(), far[1].positions.detach(), far_affinity * self.sharpness[0].exp(), grid)
-        return Votes(pairs, turns, near, far, affinity, grid, volume)
+        features = seen.features[:, :, rows].permute(0, 2, 3, 1)
+        matches = match(features[first].flatten(1, 2), features[second].flatten(1, 2), self.none)
+        sighted = self.sight(seen, token_log, first, second), self.sight(seen, token_log, second, first)
+        ballots = all_ballots(positions[first], positions[second], matches.affinity, sighted, self.config.ballots)
+        matched = min(self.config.ballots, matches.affinity[0].numel() if len(pairs) else 0)
+        grid = self.config.matching.coarse(len(pairs))
+        grid = Grid(grid.turns.to(positions), grid.centre.to(positions), grid.cell, grid.size)
+        roughly = ballots._replace(first=ballots.first.detach(), second=ballots.second.detach())
+        volume = weighted_vote(roughly, matched, grid, self.vote_weights[0])
+        return Votes(pairs, turns, matches, sighted, ballots, matched, self.vote_weights, grid, volume)
+
+    def sight(self, seen: Seen, token_log: Tensor, viewer: Tensor, other: Tensor) -> Sightings:
+        """Where views `viewer` sight the vehicles of views `other`, numbers [P] of views."""
+        logit, longer, sideways = seen.sighting.unbind(1)
+        known_by = torch.einsum("pchw,pc->phw", seen.features[viewer], self.origin_head(seen.tokens.mean(1))[other])
+        chance = F.pad((logit[viewer] + known_by).flatten(1), (0, 1)).log_softmax(1)
+        return Sightings(chance, map_positions(token_log + longer, sideways, self.elevation)[viewer])
 
     @torch.no_grad()
     def search(self, votes: Votes) -> Planar:
-        """The pose on the ground of each pair: of the first grid's best cells the one with the most votes on the fine grid, and then the mean on the finest."""
+        """The pose on the ground of each pair: of the first grid's peaks the one with the most votes on the fine grid, and then the mean on the finest."""
         matching = self.config.matching
-        starts, _ = best_cell(votes.volume, votes.grid, matching.candidates)
+        starts, _ = peaks(votes.volume, votes.grid, matching.candidates)
         found = []
         for k in range(matching.candidates):
             fine = matching.fine(Planar(starts.turn[:, k], starts.place[:, k]))
-            volume = votes.refined(fine, self.sharpness[1].exp())
+            volume = votes.on(fine, 1)
             found.append((volume.flatten(1).logsumexp(1), mean_pose(volume, fine)))
-        best = torch.stack([votes_of for votes_of, _ in found]).argmax(0)
+        best = torch.stack([total for total, _ in found]).argmax(0)
         row = torch.arange(len(best), device=best.device)
         pose = Planar(torch.stack([p.turn for _, p in found])[best, row], torch.stack([p.place for _, p in found])[best, row])
         finest = matching.finest(pose)
-        return mean_pose(votes.refined(finest, self.sharpness[2].exp()), finest)
+        return mean_pose(votes.on(finest, 2), finest)
 
-# %% ../../nbs/coop/model.ipynb #b340cffd
+# %% ../../nbs/coop/model.ipynb #17f2db36
 def in_batch(values: Tensor, present: Tensor) -> Tensor:
-    """Values [M, ...] of the present views as [B, V, ...]; those of absent ones are 0."""
-    room = values.new_zeros(*present.shape, *values.shape[1:])
+    """Values [M, ...] of the present views as [B, V, ...]; those of absent ones are 1."""
+    room = values.new_ones(*present.shape, *values.shape[1:])
     return room.masked_scatter(present.reshape(*present.shape, *[1] * (values.ndim - 1)), values)

@@ -6,23 +6,21 @@
 __all__ = ['make_batch', 'predict', 'predict_batch', 'other_colours', 'CoopConfig', 'make_model', 'make_optimizer',
            'step_function', 'train_coop']
 
-# %% ../../nbs/coop/training.ipynb #fa8f3490
-import colorsys
+# %% ../../nbs/coop/training.ipynb #1f17ad6c
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .dataset import CooperativeDataset, Sample, collate, roll_randomly
+from .dataset import Sample, collate, roll_randomly
 from .losses import Batch, LossConfig, coop_loss
 from .model import CoopModel, ModelConfig, Prediction
 from ..geometry.panoramas import PanoramaCamera
-from ..lab.errors import KiloError
 from ..training.loop import LoopConfig, TrainingResult, train
-from ..training.parallel import ALONE, DistributedSteps, World, share
+from ..training.parallel import ALONE, DistributedSteps, World
 
 # %% ../../nbs/coop/training.ipynb #5f272dfa
 def make_batch(samples: Sequence[Sample], device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -90,7 +88,7 @@ def make_optimizer(model: CoopModel, config: CoopConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
                               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}], lr=config.learning_rate)
 
-# %% ../../nbs/coop/training.ipynb #db3d00d7
+# %% ../../nbs/coop/training.ipynb #11ca585f
 def step_function(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig, world: World = ALONE) -> Callable:
     """The function that `training.loop.train` wants: a step's losses on our share of its samples, and "share", its part of them."""
     steps = DistributedSteps(len(samples), config.batch_size, config.seed, world, config.steps_per_epoch)
@@ -109,15 +107,17 @@ def step_function(model: CoopModel, samples: Sequence[Sample], camera: PanoramaC
     return step
 
 
-def train_coop(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig, folder: str | Path | None = None, resume: bool = False,
-               settings: Mapping[str, Any] | None = None, after_step: Callable | None = None, world: World = ALONE, quiet: bool = False) -> TrainingResult:
+def train_coop(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig, folder: str | Path | None = None,
+               resume: bool = False, settings: Mapping[str, Any] | None = None, after_step: Callable | None = None, world: World = ALONE,
+               quiet: bool = False) -> TrainingResult:
     """Train, and leave the averaged weights in the model where an average is kept.
 
     samples: a CooperativeDataset or a list. folder: of the run. settings: the experiment's own. after_step(step, records): see `train`. Resuming goes on with
     the same samples, colours and rates to the last bit.
     """
-    result = train(step_function(model, samples, camera, config, world), make_optimizer(model, config), config.loop(), model=model, folder=folder, resume=resume,
-                   settings={**(settings or {}), "config": repr(config), "samples": len(samples)}, after_step=after_step, world=world, quiet=quiet)
+    result = train(step_function(model, samples, camera, config, world), make_optimizer(model, config), config.loop(), model=model, folder=folder,
+                   resume=resume, settings={**(settings or {}), "config": repr(config), "samples": len(samples)}, after_step=after_step, world=world,
+                   quiet=quiet)
     if result.averaged is not None:
         with torch.no_grad():
             for name, parameter in model.named_parameters(): parameter.copy_(result.averaged.average[name])

@@ -1,0 +1,297 @@
+"""The cooperative model: what rolls, what learns, what is resumed, and that the number of processes changes nothing."""
+
+import math
+import signal
+import socket
+from dataclasses import replace
+from multiprocessing import get_context
+
+import pytest
+import torch
+
+from kilonb.coop import training
+from kilonb.coop.dataset import PanoramaOptions, Sample, collate, column_turns, roll_sample
+from kilonb.coop.evaluation import evaluate, trivial_predictor
+from kilonb.coop.losses import Batch, LossConfig, coop_loss, pose_errors
+from kilonb.coop.matching import Ballots, Grid, MatchingConfig, Planar, mean_pose, peaks, vote, vote_loss, vote_plain
+from kilonb.coop.model import CoopModel, ModelConfig, ground_pose, own_heading, planar_pose, xyzw
+from kilonb.coop.training import CoopConfig, make_batch, make_model, predict, predict_batch, step_function, train_coop
+from kilonb.geometry.transforms import rigid_inverse
+from kilonb.lab.errors import KiloError
+from kilonb.training.checkpoints import latest_path, read_checkpoint
+from kilonb.training.parallel import ALONE, DistributedSteps, World, join
+from kilonb.training.scalars import read_scalars
+
+CAMERA = PanoramaOptions(64, 32).camera()
+SMALL = ModelConfig(widths=(8, 16, 32), features=8, blocks=1, ballots=400, matching=MatchingConfig(turns=16, cell=4.0, size=33))
+RAYS = CAMERA.directions(CAMERA.pixel_centres()).reshape(32, 64, 3)
+
+
+def sample(number: int, vehicles: int = 3) -> Sample:
+    """Vehicles in a round yard of 20 m radius, whose wall changes its colour with the azimuth: poses can be seen in it."""
+    generator = torch.Generator().manual_seed(number)
+    places = 8 * torch.rand(vehicles, 2, generator=generator) - 4
+    poses = planar_pose(Planar(6 * torch.rand(vehicles, generator=generator), places), torch.zeros(vehicles, 2), torch.zeros(vehicles))
+    world = torch.einsum("vij,hwj->vhwi", poses[:, :3, :3], RAYS)
+    flat = world[..., [0, 2]].norm(dim=-1)
+    way = world[..., [0, 2]] / flat[..., None]
+    along = (way * places[:, None, None]).sum(-1)
+    wall = -along + (along.square() - (places.square().sum(-1)[:, None, None] - 400)).sqrt()
+    ground = 1.5 / world[..., 1].clamp(min=1e-3) * flat
+    flat_range = torch.minimum(wall, ground)
+    at = places[:, None, None] + flat_range[..., None] * way
+    azimuth = torch.atan2(at[..., 0], at[..., 1])
+    rgb = .5 + .3 * torch.stack([(azimuth * k + number).sin() for k in (1, 2, 5)], 1) * torch.where(wall < ground, 1.0, .5)[:, None]
+    mask = (RAYS[..., 1] > -.5).float().expand(vehicles, -1, -1).clone()
+    mask[:, :, : 4 + number % 8] = 0
+    pose_to_main = rigid_inverse(poses[:1]) @ poses
+    return Sample(f"yard/{number}", tuple("abcd"[:vehicles]), rgb, flat_range / flat * mask, mask, mask, mask.long(), pose_to_main)
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]: return [sample(n, 2 + n % 2) for n in range(8)]
+
+
+def config(**changes) -> CoopConfig: return CoopConfig(**{"steps": 6, "batch_size": 2, "log_every_steps": 1, "ema_decay": .9, "model": SMALL, **changes})
+
+
+# ---- rolling
+
+@pytest.mark.parametrize("pose", ["matching", "pooled"])
+@pytest.mark.parametrize("columns", [(1, 0, 0), (0, 5, 0), (8, 8, 8), (63, 17, 30)])
+def test_rolling_a_view_rolls_its_outputs_and_turns_its_pose_and_nothing_else(samples, pose, columns):
+    model = make_model(CAMERA, config(model=replace(SMALL, pose=pose)))
+    part = samples[1]
+    with torch.no_grad(): before, after = predict(model, [part]), predict(model, [roll_sample(part, columns)])
+    for view, k in enumerate(columns):
+        for name in ("range_m", "mask_logits", "confidence"):
+            torch.testing.assert_close(getattr(after, name)[0, view], getattr(before, name)[0, view].roll(k, -1), atol=1e-5, rtol=1e-4)
+    turns = column_turns(columns, 64).float()
+    expected = rigid_inverse(turns[:1]) @ before.pose_to_main[0] @ turns
+    torch.testing.assert_close(after.pose_to_main[0], expected, atol=1e-3, rtol=1e-4)
+
+
+def test_the_trunk_itself_is_equivariant_between_multiples_of_eight_columns(samples):
+    model, batch = make_model(CAMERA, config()), make_batch(samples[:2])
+    views, present = batch["rgb_srgb"][batch["present"]], batch["present"]
+    with torch.no_grad(): straight, shifted = model.trunk(views, present), model.trunk(views.roll(24, -1), present)
+    for name, columns in (("log_unit", 24), ("mask_logits", 24), ("features", 6), ("sighting", 6)):
+        torch.testing.assert_close(getattr(shifted, name), getattr(straight, name).roll(columns, -1), atol=1e-4, rtol=1e-3)
+    with torch.no_grad(): between = model.trunk(views.roll(3, -1), present)
+    assert (between.log_unit - straight.log_unit.roll(3, -1)).abs().max() > 1e-3, "with strides this cannot hold: is the test looking at anything?"
+
+
+def test_a_view_finds_the_same_heading_wherever_its_panorama_was_cut(samples):
+    views = samples[0].rgb_srgb
+    for k in (1, 13, 40): assert torch.equal(own_heading(views.roll(k, -1)), (own_heading(views) + k) % 64)
+
+
+def test_views_that_are_absent_change_nothing(samples):
+    model = make_model(CAMERA, config())
+    with torch.no_grad(): alone, padded = predict(model, samples[:1]), predict(model, samples[:2])
+    torch.testing.assert_close(padded.range_m[0, :2], alone.range_m[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(padded.pose_to_main[0, :2], alone.pose_to_main[0], atol=1e-3, rtol=1e-3)
+
+
+# ---- incident 24: everything learns
+
+@pytest.mark.parametrize("pose", ["matching", "pooled"])
+def test_every_parameter_gets_a_gradient(samples, pose):
+    settings = config(model=replace(SMALL, pose=pose))
+    model, batch = make_model(CAMERA, settings), make_batch(samples[:4])
+    coop_loss(model, predict_batch(model, batch), Batch(batch, CAMERA), settings.loss, torch.Generator().manual_seed(0))["loss"].backward()
+    unused = {"none", "vote_weights", "origin_head.weight", "origin_head.bias"} if pose == "pooled" else set()
+    without = {name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().max() > 0}
+    assert {name for name in without if not name.startswith(("trunk.feature_head", "trunk.cell_head")) or pose == "matching"} <= unused
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def test_training_lowers_the_loss_and_finds_the_vehicles(samples):
+    settings = config(steps=60, batch_size=4, learning_rate=3e-3, colours=0.0, ema_decay=None)
+    model = make_model(CAMERA, settings)
+    before = evaluate(lambda part: predict(model, part), samples, CAMERA, trivial_predictor(samples))[0]
+    records = train_coop(model, samples, CAMERA, settings, quiet=True).records
+    after = evaluate(lambda part: predict(model, part), samples, CAMERA, trivial_predictor(samples))[0]
+    assert records[-1]["loss"] < .7 * records[0]["loss"] and after["range_abs_rel"] < .6 * before["range_abs_rel"]
+    assert records[-1]["matched_chance"] > 3 * records[0]["matched_chance"]
+
+
+# ---- incident 20: the number of processes changes nothing
+
+def trained(world: World, count: int = 7) -> tuple[list[dict], list[list[int]]]:
+    part = [sample(n, 2) for n in range(count)]
+    settings = config(steps=5, batch_size=3)
+    records = train_coop(make_model(CAMERA, settings), part, CAMERA, settings, world=world, quiet=True).records
+    steps = DistributedSteps(count, settings.batch_size, settings.seed, world)
+    return records, [steps.batch_of(number).tolist() for number in range(settings.steps)]
+
+
+def as_rank(world: World, pipe) -> None:
+    torch.set_num_threads(1)
+    try:
+        with join(world): pipe.send(trained(world))
+    except KiloError as error: pipe.send(f"{error}")
+
+
+def in_world(size: int) -> list:
+    """What `trained` returns on each rank; processes that start afresh, since numba's threads do not survive a fork."""
+    context = get_context("spawn")
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        port = place.getsockname()[1]
+    pipes = [context.Pipe(duplex=False) for _ in range(size)]
+    ranks = [context.Process(target=as_rank, args=(World(rank, size, rank, port=port, timeout_s=120.0), pipes[rank][1])) for rank in range(size)]
+    for rank in ranks: rank.start()
+    for _, theirs in pipes: theirs.close()
+    answers = [ours.recv() for ours, _ in pipes]
+    for rank in ranks: rank.join()
+    return answers
+
+
+def test_worlds_of_one_two_and_three_take_the_same_steps_at_the_same_rates_on_the_same_samples():
+    records, batches = trained(ALONE)
+    assert DistributedSteps(7, 3).steps_per_epoch == DistributedSteps(7, 3, world=World(0, 3)).steps_per_epoch == 2
+    for size in (2, 3):
+        answers = in_world(size)
+        assert all(isinstance(answer, tuple) for answer in answers), answers
+        for number, whole in enumerate(batches): assert sorted(i for _, own in answers for i in own[number]) == sorted(whole)
+        theirs = answers[0][0]
+        assert [r["step"] for r in theirs] == [r["step"] for r in records]
+        assert [r["learning_rate"] for r in theirs] == [r["learning_rate"] for r in records]
+        assert abs(theirs[0]["mask_term"] - records[0]["mask_term"]) < .02 * records[0]["mask_term"]
+
+
+# ---- resuming
+
+def test_a_run_that_was_interrupted_goes_on_to_the_same_weights_to_the_last_bit(samples, tmp_path):
+    settings = config(steps=6, colours=.2, roll_views=True)
+    straight, halves = make_model(CAMERA, settings), make_model(CAMERA, settings)
+    train_coop(straight, samples, CAMERA, settings, tmp_path / "straight", quiet=True)
+    def stop(step, records):
+        if step == 3: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt): train_coop(halves, samples, CAMERA, settings, tmp_path / "halves", after_step=stop, quiet=True)
+    assert read_checkpoint(latest_path(tmp_path / "halves"))["step"] == 4
+    halves = make_model(CAMERA, replace(settings, seed=0))
+    result = train_coop(halves, samples, CAMERA, settings, tmp_path / "halves", resume=True, quiet=True)
+    assert result.resumed_from == 4
+    assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), halves.parameters()))
+    assert torch.equal(torch.as_tensor(read_scalars(tmp_path / "straight")["loss"]), torch.as_tensor(read_scalars(tmp_path / "halves")["loss"]))
+    with pytest.raises(KiloError): train_coop(halves, samples, CAMERA, replace(settings, batch_size=3), tmp_path / "halves", resume=True, quiet=True)
+
+
+# ---- incident 21: one pipeline
+
+def test_training_validation_and_use_see_and_say_the_same(samples, monkeypatch):
+    settings = config(colours=0.0)
+    model, seen = make_model(CAMERA, settings), []
+    original = training.predict_batch
+    def watched(model, batch):
+        seen.append(original(model, batch))
+        return seen[-1]
+    monkeypatch.setattr(training, "predict_batch", watched)
+    step_function(model.train(), samples, CAMERA, settings)(0, torch.Generator().manual_seed(0))
+    chosen = [samples[int(i)] for i in DistributedSteps(len(samples), settings.batch_size, settings.seed).batch_of(0)]
+    with torch.no_grad(): used = predict(model.eval(), chosen)
+    evaluate(lambda part: predict(model, part), chosen, CAMERA, trivial_predictor(samples), batch_size=2)
+    assert len(seen) == 3, "a pipeline of its own was used"
+    for other in seen:
+        for name in ("range_m", "mask_logits", "confidence", "pose_to_main", "quats", "scale"):
+            assert torch.equal(getattr(other, name), getattr(used, name)), name
+
+
+# ---- incident 22: units
+
+def test_what_is_logged_is_a_term_or_says_its_unit(samples):
+    values = step_function(make_model(CAMERA, config()), samples, CAMERA, config())(0, torch.Generator().manual_seed(0))
+    ratios = {"range_abs_rel", "mask_iou", "pose_found", "matched_chance", "sighted_chance"}
+    units = ("_m", "_deg", "_percent", "_term")
+    assert [name for name in values if name != "loss" and not name.endswith(units) and name not in ratios] == []
+    beside = {"pose_term": "pose_translation_m", "log_range_term": "range_error_m", "points_term": "points_error_m", "scale_term": "scale_error_percent"}
+    for term, metric in beside.items():
+        assert term in values and metric in values
+
+
+def test_a_pose_that_is_three_quarters_of_a_metre_off_is_logged_as_such():
+    true = torch.eye(4).repeat(2, 1, 1)
+    off = true.clone()
+    off[0, 0, 3], off[1] = .75, column_turns([-4], 64)[0].float()
+    metres, degrees = pose_errors(off, true)
+    assert metres.tolist() == [.75, 0] and abs(degrees[1].item() - 22.5) < 1e-4
+
+
+def test_a_quaternion_and_its_negative_are_the_same_pose(samples):
+    settings = config(model=replace(SMALL, pose="pooled"))
+    model, batch = make_model(CAMERA, settings), make_batch(samples[:2])
+    seen = predict_batch(model, batch)
+    terms = [coop_loss(model, seen._replace(quats=sign * seen.quats), Batch(batch, CAMERA), LossConfig())["pose_term"] for sign in (1, -1)]
+    torch.testing.assert_close(*terms)
+
+
+# ---- votes
+
+def test_votes_find_a_turn_and_a_place_and_a_second_peak_when_there_are_two():
+    generator = torch.Generator().manual_seed(3)
+    seen, config_ = 40 * torch.rand(1, 60, 2, generator=generator) - 20, MatchingConfig()
+    poses = [Planar(torch.tensor([1.2]), torch.tensor([[10.0, -7.3]])), Planar(torch.tensor([-2.0]), torch.tensor([[-22.0, 15.0]]))]
+    def placed(pose):
+        c, s = pose.turn.cos(), pose.turn.sin()
+        return torch.stack([seen[..., 0] * c + seen[..., 1] * s, seen[..., 1] * c - seen[..., 0] * s], -1) + pose.place
+    ballots = Ballots(torch.cat([placed(poses[0]), placed(poses[1])], 1), seen.repeat(1, 2, 1), torch.cat([torch.full((1, 60), 2.0), torch.ones(1, 60)], 1))
+    grid = config_.coarse(1)
+    found, votes = peaks(vote(ballots, grid), grid, 2)
+    for k, pose in enumerate(poses):
+        near = Planar(found.turn[:, k], found.place[:, k])
+        for make in (config_.fine, config_.finest, config_.finest): near = mean_pose(vote(ballots, make(near)), make(near))
+        assert (near.place - pose.place).norm() < .05
+        assert abs(math.remainder((near.turn - pose.turn).item(), 2 * math.pi)) < math.radians(.3)
+    assert votes[0, 0] > votes[0, 1]
+
+
+def test_the_loss_of_votes_is_least_at_the_true_pose_and_nothing_outside_the_grid():
+    grid = Grid(torch.linspace(-.2, .2, 5)[None], torch.zeros(1, 2), 1.0, 9)
+    true = Planar(torch.tensor([.1]), torch.tensor([[2.0, -1.0]]))
+    right, wrong = torch.zeros(2, 1, 5, 9, 9)
+    right[0, 3, 6, 3], wrong[0, 1, 6, 3] = 30, 30
+    assert vote_loss(right, grid, true)[0] < 1e-3 < 1 < vote_loss(wrong, grid, true)[0]
+    entropy, inside = vote_loss(right, grid, true._replace(place=torch.tensor([[7.0, 0.0]])))
+    assert entropy == 0 and not inside
+
+
+def test_the_quick_votes_are_the_plain_ones_and_so_are_their_gradients():
+    generator = torch.Generator().manual_seed(1)
+    inputs = [10 * torch.rand(3, 50, 2, generator=generator) - 5 for _ in range(2)] + [torch.rand(3, 50, generator=generator)]
+    for tensor in inputs: tensor.requires_grad_()
+    grid = Grid(torch.randn(3, 7, generator=generator), torch.randn(3, 2, generator=generator), .9, 11)
+    weight = torch.randn(3, 7, 11, 11, generator=generator)
+    quick, plain = vote(Ballots(*inputs), grid), vote_plain(Ballots(*inputs), grid)
+    torch.testing.assert_close(quick, plain, atol=1e-4, rtol=1e-4)
+    for a, b in zip(torch.autograd.grad((quick * weight).sum(), inputs), torch.autograd.grad((plain * weight).sum(), inputs)):
+        torch.testing.assert_close(a, b, atol=3e-3, rtol=1e-3)
+
+
+# ---- evaluation and bad input
+
+def test_whoever_predicts_the_truth_scores_perfectly_and_the_trivial_predictor_does_not(samples):
+    def truth(part):
+        batch = collate(part)
+        seen = predict(make_model(CAMERA, config()), part)
+        return seen._replace(range_m=batch["range_m"].clamp(min=.1), mask_logits=batch["mask"] - .5, pose_to_main=batch["pose_to_main"])
+    results, rows = evaluate(truth, samples, CAMERA, trivial_predictor(samples))
+    assert results["pose_translation_median_m"] == 0 and results["mask_iou"] == 1 and results["range_abs_rel"] < 1e-6 and results["chamfer_m"] < .05
+    assert results["pose_translation_median_m_trivial"] > 1 and results["mask_iou_trivial"] < .99 and results["range_abs_rel_trivial"] > .02
+    assert len(rows) == results["samples"] == 8 and results["pairs"] == sum(len(s.vehicles) - 1 for s in samples)
+
+
+def test_bad_settings_are_one_sentence():
+    for make in (lambda: ModelConfig(pose="magic"), lambda: ModelConfig(widths=(8, 16, 30)), lambda: LossConfig(mask=-1.0), lambda: LossConfig(exclude=1.0),
+                 lambda: CoopModel(PanoramaOptions(60, 32).camera()), lambda: evaluate(lambda part: None, [], CAMERA, None)):
+        with pytest.raises(KiloError): make()
+
+
+def test_poses_survive_the_way_through_turn_place_and_quaternion():
+    pose = Planar(torch.tensor([.4, -2.9]), torch.tensor([[3.0, 4], [-5, 6]]))
+    whole = planar_pose(pose, torch.zeros(2, 2), torch.zeros(2))
+    back = ground_pose(whole)
+    torch.testing.assert_close(back.turn, pose.turn)
+    torch.testing.assert_close(back.place, pose.place)
+    torch.testing.assert_close(xyzw(whole[:, :3, :3]).norm(dim=-1), torch.ones(2))
