@@ -106,14 +106,16 @@ def test_every_parameter_gets_a_gradient(samples, pose):
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
 
 
-def test_training_lowers_the_loss_and_finds_the_vehicles(samples):
+def test_training_learns_ranges_masks_and_where_the_other_vehicle_is_seen(samples):
     settings = config(steps=60, batch_size=4, learning_rate=3e-3, colours=0.0, ema_decay=None)
     model = make_model(CAMERA, settings)
     before = evaluate(lambda part: predict(model, part), samples, CAMERA, trivial_predictor(samples))[0]
     records = train_coop(model, samples, CAMERA, settings, quiet=True).records
     after = evaluate(lambda part: predict(model, part), samples, CAMERA, trivial_predictor(samples))[0]
-    assert records[-1]["loss"] < .7 * records[0]["loss"] and after["range_abs_rel"] < .6 * before["range_abs_rel"]
-    assert records[-1]["matched_chance"] > 3 * records[0]["matched_chance"]
+    first, last = records[0], records[-1]
+    assert last["loss"] < .9 * first["loss"], "most of it is votes and matches, which sixty steps hardly move"
+    assert after["range_abs_rel"] < .6 * before["range_abs_rel"] and after["mask_iou"] > .7 > before["mask_iou"]
+    assert last["sightings_term"] < .1 * first["sightings_term"] and last["matched_chance"] > 3 * first["matched_chance"]
 
 
 # ---- incident 20: the number of processes changes nothing
