@@ -107,7 +107,7 @@ def test_every_parameter_gets_a_gradient(samples, pose):
 
 
 def test_training_learns_ranges_masks_and_where_the_other_vehicle_is_seen(samples):
-    settings = config(steps=60, batch_size=4, learning_rate=3e-3, colours=0.0, ema_decay=None)
+    settings = config(steps=60, batch_size=4, learning_rate=5e-3, colours=0.0, ema_decay=None)
     model = make_model(CAMERA, settings)
     before = evaluate(lambda part: predict(model, part), samples, CAMERA, trivial_predictor(samples))[0]
     records = train_coop(model, samples, CAMERA, settings, quiet=True).records
