@@ -50,12 +50,13 @@ def pose_errors(predicted: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
     off = torch.stack([between[..., i, j] - between[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0))], -1).norm(dim=-1)
     return metres, torch.rad2deg(torch.atan2(off, between.diagonal(dim1=-2, dim2=-1).sum(-1) - 1)).float()
 
-# %% ../../nbs/coop/losses.ipynb #a431e2c7
+# %% ../../nbs/coop/losses.ipynb #29633328
 @dataclass(frozen=True)
 class LossConfig:
     """Weights of the terms; 0 leaves one out. confidence_alpha: of the reward for being certain. exclude: share of the worst pixels left out of `range`
     (for recorded data, whose depth has faults). beside: share of the pairs whose measures are learned a column beside the true one."""
-    log_range: float = 1.0
+    log_range: float = 1.5
+    relative_range: float = 1.5
     range: float = .05
     points: float = .02
     scale: float = .05
@@ -66,10 +67,10 @@ class LossConfig:
     mask: float = 2.0
     looks: float = .5
     compass: float = .3
-    bearings: float = .4
-    distances: float = .4
-    turns: float = .2
-    doubts: float = .2
+    bearings: float = .25
+    distances: float = .12
+    turns: float = .1
+    doubts: float = .05
     exclude: float = 0.0
     beside: float = .3
 
@@ -92,19 +93,20 @@ class Batch:
         points = self.rays[::3, ::4] * ranges[..., ::3, ::4, None]
         return transform_points(poses, points.flatten(2, 3)).reshape(points.shape)
 
-# %% ../../nbs/coop/losses.ipynb #7b0a85f2
+# %% ../../nbs/coop/losses.ipynb #fdc8d54a
 def range_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
-    """Ranges: their logarithm in metres; their factored robust loss; gradients of their logarithm at four scales; confidence."""
+    """Ranges: their logarithm and their relative error in metres; their factored robust loss; gradients of their logarithm at four scales; confidence."""
     log_error = seen.range_m.log() - batch.range_m.clamp(min=.1).log()
     bent = (log_error.square() + .01**2).sqrt() - .01
     own_z, z = scene_size(seen.unit_range, batch.weight)[:, None, None, None], batch.z[:, None, None, None]
     error = robust(((seen.unit_range / own_z).log1p() - (batch.range_m / z).log1p()).abs())
     kept = batch.weight if not config.exclude else batch.weight * (error <= error[batch.weight > 0].detach().quantile(1 - config.exclude))
     surely = masked_mean(seen.confidence * bent.detach() - config.confidence_alpha * seen.confidence.log(), batch.weight)
-    terms = {"log_range": masked_mean(bent, batch.weight), "range": masked_mean(error, kept),
-             "gradient": gradient_error(log_error, batch.weight), "confidence": surely}
     relative = (seen.range_m - batch.range_m).abs() / batch.range_m.clamp(min=.1)
-    return {**terms, "range_abs_rel": masked_mean(relative, batch.weight), "range_error_m": masked_mean(relative * batch.range_m, batch.weight)}
+    terms = {"log_range": masked_mean(bent, batch.weight), "relative_range": masked_mean(relative.clamp(max=3), batch.weight),
+             "range": masked_mean(error, kept), "gradient": gradient_error(log_error, batch.weight), "confidence": surely}
+    return {**terms, "range_abs_rel": masked_mean(relative.detach(), batch.weight),
+            "range_error_m": masked_mean((relative * batch.range_m).detach(), batch.weight)}
 
 
 def gradient_error(log_error: Tensor, weight: Tensor) -> Tensor:
