@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NEAREST_M', 'FARTHEST_M', 'CLASS_COLOURS', 'SOURCE_COLOURS', 'PANORAMA_SCRIPT', 'CLOUD_SCRIPT', 'colour_ranges',
            'panorama_pictures', 'panorama_sheet', 'write_panorama', 'write_views', 'write_panorama_page', 'Cloud',
-           'panorama_cloud', 'lidar_cloud', 'thin', 'write_cloud_page', 'poses_to_first', 'write_previews']
+           'panorama_cloud', 'lidar_cloud', 'sample_clouds', 'thin', 'write_cloud_page', 'poses_to_first',
+           'write_previews']
 
-# %% ../../nbs/coop/previews.ipynb #7fe2c2d0
+# %% ../../nbs/coop/previews.ipynb #02948699
 import base64
 import html
 import io
@@ -25,8 +26,9 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from .checks import CheckReport, Stitched, colours_at
-from .dataset import CLASSES, SCENE
+from .dataset import CLASSES, SCENE, Sample
 from .stitch import Panorama
+from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import transform_points
 from ..lab.errors import KiloError
 from ..lab.files import atomic_write, dumps, write_json
@@ -218,7 +220,7 @@ def write_panorama_page(path: str | Path, panorama: Panorama, names: Sequence[st
     under = f"{camera.width}x{camera.height}, {type(camera).__name__}; drag to zoom, double-click to go back. This file is SIZE and loads nothing."
     return _write_page(path, title, under, f'<p class="legend">mask: {legend}</p>', data, PANORAMA_SCRIPT)
 
-# %% ../../nbs/coop/previews.ipynb #9b8dacdc
+# %% ../../nbs/coop/previews.ipynb #43db6a46
 @dataclass(frozen=True)
 class Cloud:
     """Points of one vehicle. points: [N, 3] metres in its panorama's frame (OpenCV: x right, y down, z forward). colours: [N, 3] uint8 sRGB."""
@@ -250,6 +252,14 @@ def lidar_cloud(made: Stitched, name: str, points: Tensor) -> Cloud:
         colours[seen] = (rgb[seen].clamp(0, 1) * 255).round().byte()
     local = transform_points(torch.linalg.inv(made.panorama.camera.camera_to_world.double()), points.double())
     return Cloud(name, local.float(), colours)
+
+
+def sample_clouds(sample: Sample, camera: PanoramaCamera, range_m: Tensor | None = None, mask: Tensor | None = None) -> list[Cloud]:
+    """A sample's pixels as points, one cloud for each vehicle. camera: of the panoramas, at the origin. range_m, mask: [V, H, W] predicted; else the true ones."""
+    ranges, known = sample.range_m if range_m is None else range_m, (sample.mask if mask is None else mask) > .5
+    rays = camera.directions(camera.pixel_centres()).reshape(camera.height, camera.width, 3).to(ranges)
+    colours = (sample.rgb_srgb.permute(0, 2, 3, 1).clamp(0, 1) * 255).round().byte()
+    return [Cloud(name, (rays * r[..., None])[k], rgb[k]) for name, r, k, rgb in zip(sample.vehicles, ranges, known, colours)]
 
 
 def thin(clouds: Sequence[Cloud], most: int, seed: int = 0) -> list[Cloud]:
