@@ -220,7 +220,7 @@ def write_panorama_page(path: str | Path, panorama: Panorama, names: Sequence[st
     under = f"{camera.width}x{camera.height}, {type(camera).__name__}; drag to zoom, double-click to go back. This file is SIZE and loads nothing."
     return _write_page(path, title, under, f'<p class="legend">mask: {legend}</p>', data, PANORAMA_SCRIPT)
 
-# %% ../../nbs/coop/previews.ipynb #43db6a46
+# %% ../../nbs/coop/previews.ipynb #100a45b1
 @dataclass(frozen=True)
 class Cloud:
     """Points of one vehicle. points: [N, 3] metres in its panorama's frame (OpenCV: x right, y down, z forward). colours: [N, 3] uint8 sRGB."""
@@ -255,7 +255,7 @@ def lidar_cloud(made: Stitched, name: str, points: Tensor) -> Cloud:
 
 
 def sample_clouds(sample: Sample, camera: PanoramaCamera, range_m: Tensor | None = None, mask: Tensor | None = None) -> list[Cloud]:
-    """A sample's pixels as points, one cloud for each vehicle. camera: of the panoramas, at the origin. range_m, mask: [V, H, W] predicted; else the true ones."""
+    """A sample's pixels as points, a cloud per vehicle. camera: of the panoramas, at the origin. range_m, mask: [V, H, W] predicted; or the true ones."""
     ranges, known = sample.range_m if range_m is None else range_m, (sample.mask if mask is None else mask) > .5
     rays = camera.directions(camera.pixel_centres()).reshape(camera.height, camera.width, 3).to(ranges)
     colours = (sample.rgb_srgb.permute(0, 2, 3, 1).clamp(0, 1) * 255).round().byte()

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'FILE_KINDS', 'FileRecord', 'Maker', 'Fetch', 'Manifest', 'r
            'load_manifest', 'load_manifests', 'find_manifest', 'Verification', 'expected_files', 'locate', 'verify',
            'find_function', 'fingerprint', 'atomic_folder', 'make', 'DataReference', 'resolve_data', 'weights_folder']
 
-# %% ../../nbs/lab/manifests.ipynb #2e890b86
+# %% ../../nbs/lab/manifests.ipynb #160c053f
 import importlib
 import importlib.util
 import inspect
@@ -29,7 +29,7 @@ import kilonb
 from .configs import build_config
 from .errors import KiloError, unknown_name
 from .files import dumps, write_json
-from .hashing import hash_files, hash_folder, list_files
+from .hashing import hash_file, hash_files, hash_folder, imported_modules, list_files, remembered_hash
 
 # %% ../../nbs/lab/manifests.ipynb #d1e29cff
 KINDS = {
@@ -270,7 +270,7 @@ def verify(name_or_manifest: str | Manifest, root: str | os.PathLike | None = No
         extra=tuple(path for path in list_files(folder) if path not in records and path != "MANIFEST.json"),
     )
 
-# %% ../../nbs/lab/manifests.ipynb #b580e16f
+# %% ../../nbs/lab/manifests.ipynb #b8641e1e
 def find_function(reference: str) -> Callable:
     """The function that "module:name" names, imported now; KiloError where there is none."""
     module, _, name = reference.partition(":")
@@ -279,12 +279,19 @@ def find_function(reference: str) -> Callable:
 
 
 def fingerprint(maker: Maker) -> str:
-    """Ten hexadecimal digits of the maker's name, parameters and source file; nothing is imported but the packages above it."""
+    """Ten hexadecimal digits of the maker's name, parameters and source, that of the modules it imports from its own package of `kilonb` included.
+
+    Nothing is imported but the packages above it.
+    """
     module = maker.function.partition(":")[0]
     try: found = importlib.util.find_spec(module)
     except ModuleNotFoundError: found = None
     if found is None or not found.origin: raise KiloError(f"There is no module '{module}', which should hold the maker '{maker.function}'.")
-    text = dumps({"function": maker.function, "parameters": sorted(maker.parameters.items()), "source": hash_folder(found.origin)})
+    package = module.rpartition(".")[0]
+    try: others = imported_modules(Path(found.origin).read_text(encoding="utf-8"), package, package) if package.startswith("kilonb.") else {}
+    except (OSError, ValueError, SyntaxError) as error: raise KiloError(f"The module '{module}', or one that it imports, cannot be read: {error}.") from error
+    sources = {name: hash_file(path) for name, path in others.items()} | {module: hash_file(found.origin)}
+    text = dumps({"function": maker.function, "parameters": sorted(maker.parameters.items()), "sources": sorted(sources.items())})
     return sha256(text.encode()).hexdigest()[:10]
 
 
@@ -359,16 +366,16 @@ class DataReference:
     name: str
     sha256: str
 
-# %% ../../nbs/lab/manifests.ipynb #234c8836
+# %% ../../nbs/lab/manifests.ipynb #ee841909
 def _resolve_path(kind: str, text: str) -> DataReference:
     if kind not in KINDS: raise unknown_name("kind of data", kind, KINDS)
     path = Path(text).expanduser()
     if not text or not path.exists(): raise KiloError(f"The data '{kind}:{text}' is not there: expected {KINDS[kind]} at '{text}'.")
     found = "folder" if path.is_dir() else "file"
     if (found == "file") != (kind in FILE_KINDS): raise KiloError(f"The data '{kind}:{text}' must be {KINDS[kind]}; '{text}' is a {found}.")
-    return DataReference(kind, path.resolve(), "", hash_folder(path))
+    return DataReference(kind, path.resolve(), "", remembered_hash(path, data_folder() / "digests"))
 
-# %% ../../nbs/lab/manifests.ipynb #607157d1
+# %% ../../nbs/lab/manifests.ipynb #755c619b
 def _unknown_data(text: str, manifests: Mapping[str, Manifest]) -> KiloError:
     if text in KINDS: return KiloError(f"'{text}' is a kind of data: write {text}:PATH.")
     if text and Path(text).exists(): return KiloError(f"'{text}' is a path: say of what kind, for example blender:{text}.")
@@ -392,7 +399,7 @@ def resolve_data(text: str, cache: str | os.PathLike | None = None, data_root: s
     if folder is None: raise _absent(manifest, data_root)
     target = folder / manifest.entry
     if not target.exists(): raise KiloError(f"{text} in '{folder}' has no '{manifest.entry}'.")
-    return DataReference(manifest.kind, target.resolve(), text, hash_folder(target))
+    return DataReference(manifest.kind, target.resolve(), text, remembered_hash(target, data_folder() / "digests"))
 
 # %% ../../nbs/lab/manifests.ipynb #badd008b
 def _absent(manifest: Manifest, data_root: str | os.PathLike | None) -> KiloError:

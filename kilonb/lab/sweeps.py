@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = ['DONE', 'RESUMABLE', 'FRESH', 'SPOILT', 'Resources', 'Slurm', 'SweepFile', 'read_sweep_file', 'combinations',
-           'imported_modules', 'code_hash', 'data_hash', 'PlannedRun', 'Sweep', 'plan_sweep', 'run_state',
-           'fresh_beside', 'write_plan']
+           'code_hash', 'data_hash', 'PlannedRun', 'Sweep', 'plan_sweep', 'run_state', 'fresh_beside', 'write_plan']
 
-# %% ../../nbs/lab/sweeps.ipynb #ebf3e2e9
-import ast
+# %% ../../nbs/lab/sweeps.ipynb #9294624d
 import hashlib
 import itertools
 import json
@@ -19,11 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import kilonb
 from .configs import build_config, parse_value
 from .errors import KiloError, unknown_name
 from .files import atomic_write, dumps, write_json
-from .hashing import hash_file
+from .hashing import hash_file, imported_modules
 from .notebooks import Notebook, code_cells, find_notebook, read_notebook, typed_values
 from .runs import FINISHED, SWEEPS, outputs_root, read_run
 
@@ -117,36 +114,6 @@ def _typed(notebook: Notebook, values: Mapping[str, Any]) -> dict[str, Any]:
     numbers = {name: parse_value(value, notebook.parameters[name].annotation, f"Parameter '{name}'") for name, value in values.items()
                if isinstance(value, str) and notebook.parameters[name].annotation in (int, float)}
     return typed_values(notebook, {**values, **numbers})
-
-# %% ../../nbs/lab/sweeps.ipynb #33fb3fc1
-_PACKAGE = Path(kilonb.__file__).parent
-
-
-def _module_file(name: str) -> Path | None:
-    place = _PACKAGE.joinpath(*name.split(".")[1:])
-    return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
-
-
-def _imported(source: str, package: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
-        if isinstance(node, ast.ImportFrom):
-            base = ".".join([*package.split(".")[:len(package.split(".")) - node.level + 1], *filter(None, [node.module])]) if node.level else node.module
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
-
-
-def imported_modules(source: str) -> dict[str, Path]:
-    """Name -> file of the modules of `kilonb` that Python `source` imports, through each other too, sorted by name."""
-    found: dict[str, Path] = {}
-    waiting = [(source, "")]
-    while waiting:
-        for name in _imported(*waiting.pop()):
-            path = _module_file(name) if name.split(".")[0] == "kilonb" and name not in found else None
-            if path is None: continue
-            found[name] = path
-            waiting.append((path.read_text(encoding="utf-8"), name if path.name == "__init__.py" else name.rpartition(".")[0]))
-    return dict(sorted(found.items()))
 
 # %% ../../nbs/lab/sweeps.ipynb #bd62bcbb
 def _without_magics(source: str) -> str: return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
