@@ -101,6 +101,14 @@ def test_views_that_are_absent_change_nothing(samples):
     torch.testing.assert_close(padded.pose_to_main[0, :2], alone.pose_to_main[0], atol=1e-3, rtol=1e-3)
 
 
+def test_a_lone_vehicle_is_seen_and_teaches_no_pose():
+    model, lone = make_model(CAMERA, config()), [sample(3, 1)]
+    with torch.no_grad(): alone = predict(model, lone)
+    assert torch.isfinite(alone.range_m).all() and torch.equal(alone.pose_to_main[0, 0], torch.eye(4))
+    batch = make_batch(lone)
+    with pytest.raises(KiloError, match="lone"): coop_loss(model, alone, Batch(batch, CAMERA), LossConfig())
+
+
 # ---- incident 24: everything learns
 
 @pytest.mark.parametrize("pose", ["sightings", "pooled"])

@@ -46,10 +46,10 @@ class Rise(nn.Module):
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
         return F.silu(self.join(torch.cat([F.interpolate(self.narrow(coarse), scale_factor=2), fine], 1)))
 
-# %% ../../nbs/coop/layers.ipynb #cd1528ea
+# %% ../../nbs/coop/layers.ipynb #86f7f45b
 def attend(q: Tensor, k: Tensor, v: Tensor, known: Tensor | None = None) -> Tensor:
-    """What queries [B, heads, T, D] find at keys and values [B, heads, S, D]. known: [B, S] bool. Written out: for a few hundred tokens on a CPU, a quarter
-    faster with gradients than torch's fused kernel."""
+    """What queries [B, heads, T, D] find at keys and values [B, heads, S, D]. known: [B, S] bool. Written out, since torch's fused kernel on a CPU
+    is made for longer sequences."""
     alike = q @ k.mT / math.sqrt(q.shape[-1])
     if known is not None: alike = alike.masked_fill(~known[:, None, None], -torch.inf)
     return alike.softmax(-1).to(v.dtype) @ v
@@ -97,7 +97,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, others: Tensor, known: Tensor | None = None) -> Tensor:
         batch, count, width = x.shape
-        q = self.ask(self.norm(x)).reshape(batch, count, self.heads, -1).transpose(1, 2)
-        k, v = self.offer(self.norm(others)).reshape(batch, -1, 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q = self.ask(self.norm(x)).reshape(batch, count, self.heads, width // self.heads).transpose(1, 2)
+        k, v = self.offer(self.norm(others)).reshape(batch, others.shape[1], 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         seen = attend(q, k, v, known)
         return x + self.out(seen.transpose(1, 2).reshape(batch, count, width))

@@ -133,12 +133,13 @@ def mask_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossCon
     iou = intersection_over_union(seen.mask_logits.detach().sigmoid()[here], batch.mask[here]).mean()
     return {"mask": F.binary_cross_entropy_with_logits(seen.mask_logits[here], batch.mask[here]), "mask_iou": iou}
 
-# %% ../../nbs/coop/losses.ipynb #ceb01591
+# %% ../../nbs/coop/losses.ipynb #2c87d23e
 def pose_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig, generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """Looks, measures and poses; `pose_translation_m` and `pose_rotation_deg` are of the poses between the vehicles, mean over those beside the main one
     (`_middle_`: median); `pose_found`: share within 3 m."""
     others = batch.present.clone()
     others[:, 0] = False
+    if not others.any(): raise KiloError("A batch of lone vehicles has no pose to learn: samples of two vehicles or more are expected.")
     sample = others.nonzero()[:, 0]
     poses, true = seen.pose_to_main[others], batch.pose_to_main[others]
     metres, degrees = pose_errors(poses.detach(), true)

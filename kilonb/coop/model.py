@@ -24,13 +24,13 @@ from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import quat_to_rotmat, rigid, rigid_inverse, rotmat_to_quat
 from ..lab.errors import KiloError
 
-# %% ../../nbs/coop/model.ipynb #12377999
+# %% ../../nbs/coop/model.ipynb #561b5e44
 @dataclass(frozen=True)
 class ModelConfig:
     """The network. widths: channels at a half, a quarter, an eighth and a sixteenth of the resolution. blocks: pairs of attention within and between views.
 
     heads: of attention. column_width: channels of a panorama's columns. pair_blocks: pairs of attention around and between the columns of two views.
-    pose: "sightings", or "pooled" for the ablation. precision: "float32"; "bfloat16", twice as fast where the processor has it; "auto": which of them.
+    pose: "sightings", or "pooled" for the ablation. precision: "float32"; "bfloat16", faster where the processor has it; "auto": which of them.
     """
     widths: tuple[int, int, int, int] = (16, 48, 96, 128)
     blocks: int = 2
@@ -75,11 +75,10 @@ def roll_each(pictures: Tensor, columns: Tensor) -> Tensor:
     index = index.reshape(len(index), *[1] * (pictures.ndim - 2), width).expand(pictures.shape)
     return pictures.gather(-1, index)
 
-# %% ../../nbs/coop/model.ipynb #0d66f8f5
+# %% ../../nbs/coop/model.ipynb #4b5655d5
 def ray_channels(camera: PanoramaCamera) -> Tensor:
     """[3, H, 1]: sine and cosine of the elevation, and how near the ground is below a ray (1 straight down, 0 from the horizon upwards)."""
-    rows = torch.stack([torch.full((camera.height,), camera.width / 2), torch.arange(camera.height) + .5], -1)
-    elevation = camera.angles(rows)[1].float()
+    elevation = camera.angles(camera.pixel_centres()[::camera.width])[1].float()
     return torch.stack([elevation.sin(), elevation.cos(), (-elevation.sin()).clamp(min=0)])[..., None]
 
 
@@ -164,7 +163,7 @@ def in_batch(values: Tensor, present: Tensor) -> Tensor:
     room = values.new_ones(*present.shape, *values.shape[1:])
     return room.masked_scatter(present.reshape(*present.shape, *[1] * (values.ndim - 1)), values)
 
-# %% ../../nbs/coop/model.ipynb #6b94b3af
+# %% ../../nbs/coop/model.ipynb #01e6de91
 class Evidence(NamedTuple):
     """What poses were made of. looks, measured: of all pairs of views. pictures: [M, 3, H, W] of the views at their own headings. turns: [M, 4, 4] of these."""
     looks: Looks
@@ -194,7 +193,7 @@ class Prediction(NamedTuple):
     quats: Tensor
     evidence: Evidence | None
 
-
+# %% ../../nbs/coop/model.ipynb #d5b98dea
 class CoopModel(nn.Module):
     """A batch of panoramas to a `Prediction`. camera: of all panoramas, at the origin, closed; width and height are multiples of 16.
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Pairs', 'list_pairs', 'wrapped', 'Truth', 'true_measures', 'turn_of_entry', 'spread', 'table_loss', 'compass_loss',
-           'Looks', 'Measured', 'measure_errors', 'measure_loss', 'Sighter']
+           'Looks', 'Measured', 'measure_errors', 'measure_loss', 'put_together', 'Sighter']
 
 # %% ../../nbs/coop/sightings.ipynb #06104f0c
 import math
@@ -122,7 +122,16 @@ def measure_loss(errors: Tensor, log_sigma: Tensor) -> Tensor:
     apart = errors.abs() / log_sigma.exp()
     return (torch.where(apart < 1, .5 * apart**2, apart - .5).clamp(max=60) + log_sigma).sum(-1)
 
-# %% ../../nbs/coop/sightings.ipynb #143f3bc0
+# %% ../../nbs/coop/sightings.ipynb #e03e1f8f
+def put_together(out: Tensor, back: Tensor, first: Tensor, second: Tensor, turn: Tensor) -> Measured:
+    """The measures of two answers [K, 8], for (a, b) and (b, a), at columns `first`, `second` and the turn of that entry, all [K]."""
+    mine, yours, log_range, turned, *doubts = out.unbind(1)
+    mine_too, yours_too, log_range_too, turned_too, *doubts_too = back.unbind(1)
+    log_sigma = torch.stack([doubts[0] + doubts_too[1], doubts[1] + doubts_too[0], doubts[2] + doubts_too[2] - 2, doubts[3] + doubts_too[3]], -1)
+    return Measured(first + .5 + 2 * (mine + yours_too), second + .5 + 2 * (yours + mine_too), math.log(20) + (log_range + log_range_too) / 2,
+                    turn + 2 * (turned - turned_too), log_sigma.clamp(-7, 2))
+
+# %% ../../nbs/coop/sightings.ipynb #dc7fcea6
 class Sighter(nn.Module):
     """From columns [M, N, C] of the present views to `Looks`, and from looks and pictures to `Measured`. camera: of the panoramas, N * 8 pixels wide."""
 
@@ -134,7 +143,7 @@ class Sighter(nn.Module):
         self.calm = nn.LayerNorm(width)
         self.compass, self.sharp = nn.Linear(width, 32), nn.Parameter(torch.zeros(()))
         self.here, self.there, self.alone = nn.Linear(width, 48), nn.Linear(width, 48), nn.Linear(width, 1)
-        elevation = camera.angles(torch.stack([torch.full((camera.height,), camera.width / 2), torch.arange(camera.height) + .5], -1))[1].float()
+        elevation = camera.angles(camera.pixel_centres()[::camera.width])[1].float()
         inside = ((elevation > math.radians(-16)) & (elevation < math.radians(6))).nonzero()[:, 0]
         self.rows = slice(int(inside[0]), int(inside[-1]) + 1)
         self.register_buffer("elevation", elevation[self.rows], persistent=False)
@@ -180,8 +189,4 @@ class Sighter(nn.Module):
             return torch.cat([own, said, chance.sum(along).gather(1, (column[:, None] + steps) % n)], 1)
         a, b = (side(*given) for given in zip((looks.first, looks.second), (first, second), said.chunk(2), (2, 1)))
         out, back = (self.answer(torch.cat(given, 1)).float() for given in ((a, b, turns), (b, a, turns.flip(1))))
-        mine, yours, log_range, turned, *doubts = out.unbind(1)
-        mine_too, yours_too, log_range_too, turned_too, *doubts_too = back.unbind(1)
-        log_sigma = torch.stack([doubts[0] + doubts_too[1], doubts[1] + doubts_too[0], doubts[2] + doubts_too[2] - 2, doubts[3] + doubts_too[3]], -1)
-        return Measured(first + .5 + 2 * (mine + yours_too), second + .5 + 2 * (yours + mine_too), math.log(20) + (log_range + log_range_too) / 2,
-                        turn + 2 * (turned - turned_too), log_sigma.clamp(-7, 2))
+        return put_together(out, back, first, second, turn)

@@ -375,7 +375,7 @@ def _resolve_path(kind: str, text: str) -> DataReference:
     if (found == "file") != (kind in FILE_KINDS): raise KiloError(f"The data '{kind}:{text}' must be {KINDS[kind]}; '{text}' is a {found}.")
     return DataReference(kind, path.resolve(), "", remembered_hash(path, data_folder() / "digests"))
 
-# %% ../../nbs/lab/manifests.ipynb #755c619b
+# %% ../../nbs/lab/manifests.ipynb #8fb2ce38
 def _unknown_data(text: str, manifests: Mapping[str, Manifest]) -> KiloError:
     if text in KINDS: return KiloError(f"'{text}' is a kind of data: write {text}:PATH.")
     if text and Path(text).exists(): return KiloError(f"'{text}' is a path: say of what kind, for example blender:{text}.")
@@ -399,7 +399,7 @@ def resolve_data(text: str, cache: str | os.PathLike | None = None, data_root: s
     if folder is None: raise _absent(manifest, data_root)
     target = folder / manifest.entry
     if not target.exists(): raise KiloError(f"{text} in '{folder}' has no '{manifest.entry}'.")
-    return DataReference(manifest.kind, target.resolve(), text, remembered_hash(target, data_folder() / "digests"))
+    return DataReference(manifest.kind, target.resolve(), text, remembered_hash(target, cache / "digests"))
 
 # %% ../../nbs/lab/manifests.ipynb #badd008b
 def _absent(manifest: Manifest, data_root: str | os.PathLike | None) -> KiloError:
