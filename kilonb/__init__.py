@@ -1,4 +1,4 @@
-"""Experiments in notebooks that run, are measured and are compared."""
+"""KiloNB: research notebooks that run as experiments, are measured and are swept."""
 import os as _os
 from importlib import import_module as _import
 from pkgutil import iter_modules as _modules
@@ -50,17 +50,17 @@ _NAMES = {
     "training.checkpoints": "seed_everything",
     "training.loop": "LoopConfig train",
     "training.parallel": "DistributedSteps World join world_from_environment",
-    "lab.errors": "KiloError",
-    "lab.execution": "run_notebook",
-    "lab.gates": "Gate",
-    "lab.manifests": "resolve_data",
-    "lab.explorers": "RunBrowser SweepExplorer",
-    "lab.launch": "launch",
-    "lab.notebooks": "read_notebook",
-    "lab.reports": "write_report",
-    "lab.runs": "open_run read_run",
-    "lab.scheduling": "run_sweep",
-    "lab.sweeps": "plan_sweep",
+    "core.errors": "KiloError",
+    "batch.execution": "run_notebook",
+    "runs.gates": "Gate",
+    "data.manifests": "resolve_data",
+    "reports.explorers": "RunBrowser SweepExplorer",
+    "batch.launch": "launch",
+    "runs.notebooks": "read_notebook",
+    "reports.writing": "write_report",
+    "runs.folders": "open_run read_run",
+    "batch.scheduling": "run_sweep",
+    "batch.sweeps": "plan_sweep",
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOMES)

@@ -13,13 +13,13 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from kilonb.lab import archive
-from kilonb.lab.archive import (MANIFEST, archive_path, archive_runs, choose_runs, compare_rows, environment_differences, explain_difference, list_archives,
+from kilonb.runs import archive
+from kilonb.runs.archive import (MANIFEST, archive_path, archive_runs, choose_runs, compare_rows, environment_differences, explain_difference, list_archives,
                                 read_archive, restore_run, run_rows)
-from kilonb.lab.errors import KiloError
-from kilonb.lab.files import write_json
-from kilonb.lab.gates import Gate
-from kilonb.lab.runs import ABANDONED, FINISHED, list_runs, mark_run, open_run, read_run, read_status
+from kilonb.core.errors import KiloError
+from kilonb.core.files import write_json
+from kilonb.runs.gates import Gate
+from kilonb.runs.folders import ABANDONED, FINISHED, list_runs, mark_run, open_run, read_run, read_status
 
 
 def make_run(outputs, name="a", experiment="toy", status=FINISHED, started="2026-01-31T12:00:00+00:00", data="brickyard", **parameters):
@@ -155,9 +155,9 @@ def test_a_real_limit_on_the_size_of_files_leaves_the_run_untouched(tmp_path):
     before = everything(record.folder)
     code = f"""
 import resource, signal
-from kilonb.lab.archive import archive_runs
-from kilonb.lab.errors import KiloError
-from kilonb.lab.runs import read_run
+from kilonb.runs.archive import archive_runs
+from kilonb.core.errors import KiloError
+from kilonb.runs.folders import read_run
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 try: archive_runs([read_run({str(record.folder)!r})])
@@ -212,8 +212,8 @@ def test_a_process_killed_while_packing_leaves_no_archive(tmp_path):
     record = make_run(tmp_path)
     code = f"""
 import os, signal, tarfile
-from kilonb.lab.archive import archive_runs
-from kilonb.lab.runs import read_run
+from kilonb.runs.archive import archive_runs
+from kilonb.runs.folders import read_run
 tarfile.copyfileobj = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 archive_runs([read_run({str(record.folder)!r})])
 """

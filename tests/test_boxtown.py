@@ -12,9 +12,9 @@ import yaml
 from kilonb.geometry.cameras import camera_from_angle
 from kilonb.geometry.panoramas import EquirectangularCamera
 from kilonb.geometry.transforms import look_at
-from kilonb.lab.errors import KiloError
-from kilonb.lab.manifests import load_manifests, make, verify
-from kilonb.lab.pickles import list_globals
+from kilonb.core.errors import KiloError
+from kilonb.data.manifests import load_manifests, make, verify
+from kilonb.core.pickles import list_globals
 from kilonb.scenes import boxtown
 from kilonb.scenes.boxtown import TownConfig, build_town, flow, opv2v_cameras, opv2v_record, pandaset_cameras, write_opv2v, write_pandaset
 from kilonb.scenes.materials import LABELS, PLAIN, SKY, VEHICLE
@@ -335,7 +335,7 @@ def test_a_recording_that_cannot_be_is_one_sentence(town, tmp_path, recordings):
 
 def test_the_stand_ins_are_made_by_their_pages(tmp_path):
     """One loader, real or synthetic: the stand-ins go through the loaders that the real pages name."""
-    from kilonb.lab.manifests import find_function
+    from kilonb.data.manifests import find_function
 
     manifests = load_manifests()
     assert manifests["opv2v_641_4cam"].stand_in == "boxtown_opv2v" and manifests["pandaset_002"].stand_in == "boxtown_pandaset"

@@ -7,19 +7,19 @@ from pathlib import Path
 
 import pytest
 
-from kilonb.lab.execution import run_notebook
-from kilonb.lab.notebooks import read_notebook
-from kilonb.lab.pages import write_page
+from kilonb.batch.execution import run_notebook
+from kilonb.runs.notebooks import read_notebook
+from kilonb.reports.pages import write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
 CELLS = (
     ("markdown", "# A page to look at\n\nLight that is left: $T = e^{-\\sigma\\delta}$."),
     ("parameters", 'run_dir: str = ""'),
-    ("code", 'from kilonb.lab.runs import open_run\nrun = open_run("looked_at", run_dir)'),
+    ("code", 'from kilonb.runs.folders import open_run\nrun = open_run("looked_at", run_dir)'),
     ("code", "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(3, 2))\nax.plot([0, 1], [1, 0])\nrun.save_figure(fig, 'curve');"),
     ("code", "import plotly.graph_objects as go\ngo.Figure(go.Scatter(x=[0, 1], y=[2, 3]))"),
-    ("code", "from kilonb.lab.gates import Gate\nrun.finish({'psnr_srgb_white_db': 41.25}, [Gate('psnr_srgb_white_db', at_least=40.0)])"),
+    ("code", "from kilonb.runs.gates import Gate\nrun.finish({'psnr_srgb_white_db': 41.25}, [Gate('psnr_srgb_white_db', at_least=40.0)])"),
 )
 COUNT = """<script>addEventListener("load", () => setTimeout(() => {
   const drawn = [...document.images].filter(image => image.complete && image.naturalWidth > 50).length;

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from kilonb.lab.cli import main
-from kilonb.lab.runs import read_run, read_status
+from kilonb.cli.main import main
+from kilonb.runs.folders import read_run, read_status
 
-COMMAND = [sys.executable, "-c", "import sys; from kilonb.lab.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
 PARAMETERS = ('steps: int = 3        # how many\nrate: float = 1e-3\nsize: tuple[int, int] = (4, 4)\n'
               'data: str = "brickyard"\nrun_dir: str = ""\nresume: bool = False')
-OPEN = 'from kilonb.lab.runs import open_run\nrun = open_run("tiny", run_dir, {"steps": steps, "rate": rate, "size": size}, resume=resume)'
-FINISH = ('from kilonb.lab.gates import Gate\nprint("rate is", rate)\n'
+OPEN = 'from kilonb.runs.folders import open_run\nrun = open_run("tiny", run_dir, {"steps": steps, "rate": rate, "size": size}, resume=resume)'
+FINISH = ('from kilonb.runs.gates import Gate\nprint("rate is", rate)\n'
           'run.finish({"sum": sum(range(steps)), "rate": rate, "size": repr(size), "blank": 0}, [Gate("sum", at_least=6, baseline_result="blank")])')
 
 
@@ -48,18 +48,13 @@ def one_sentence(code: int, out: str, errors: str) -> str:
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys\nfrom kilonb.lab.cli import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code = ("import sys\nfrom kilonb.cli.main import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
             "heavy = {'torch', 'numpy', 'papermill', 'nbconvert', 'nbformat', 'matplotlib', 'pandas', 'rich', 'typer'} & set(sys.modules)\n"
             "print('heavy:', sorted(heavy))")
     for arguments in (["--help"], ["run", "--help"], ["bench", "--help"], ["data", "--help"], ["data", "get", "--help"], ["show", "--help"],
                       ["sweep", "--help"], ["watch", "--help"], ["report", "--help"], ["runs", "--help"], ["runs", "archive", "--help"], ["--version"]):
         out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
         assert out.endswith("heavy: []\n") and ("usage: kilonb" in out or out.startswith("kilonb 0.")), out
-
-
-def test_the_lab_imports_no_torch():
-    code = "import sys\nfrom kilonb.lab import cli, configs, execution, gates, manifests, notebooks, pages, runs\nprint('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_a_run_with_typed_values(capfd, tmp_path):
@@ -115,7 +110,7 @@ def test_an_output_folder_in_use_or_unwritable_is_one_sentence(capfd, tmp_path):
 
 
 @pytest.mark.parametrize("source, told", [
-    ("from kilonb.lab.errors import KiloError\nclass NoFrame(KiloError): pass\nraise NoFrame('There is no frame 7.')", "kilonb: There is no frame 7."),
+    ("from kilonb.core.errors import KiloError\nclass NoFrame(KiloError): pass\nraise NoFrame('There is no frame 7.')", "kilonb: There is no frame 7."),
     ("numbers = [1, 2]\nnumbers[5]", "kilonb: IndexError in cell [4] under 'Tiny': list index out of range")])
 def test_a_failing_notebook_is_kept_and_its_sentence_surfaces(capfd, tmp_path, source, told):
     code, out, errors = call(capfd, "run", write_notebook(tmp_path, PARAMETERS, OPEN, source, FINISH), "--out", tmp_path / "run", "--json")

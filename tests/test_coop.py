@@ -18,7 +18,7 @@ from kilonb.coop.pose_graph import Links, Planar, solve
 from kilonb.coop.sightings import Truth, list_pairs, measure_errors, measure_loss, table_loss, true_measures, wrapped
 from kilonb.coop.training import CoopConfig, make_batch, make_model, mirrored, predict, predict_batch, step_function, train_coop
 from kilonb.geometry.transforms import rigid_inverse
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 from kilonb.training.checkpoints import latest_path, read_checkpoint
 from kilonb.training.parallel import ALONE, DistributedSteps, World, join
 from kilonb.training.scalars import read_scalars

@@ -16,8 +16,8 @@ from kilonb.distill.space import space_of_teacher, space_of_views
 from kilonb.distill.student import DistillConfig, Distillation, distill, evaluate, load_student, make_student, save_student
 from kilonb.distill.targets import RayPool, targets_from_images, targets_from_teacher
 from kilonb.fields.kilonerf import KiloNeRFConfig
-from kilonb.lab.errors import KiloError
-from kilonb.lab.runs import checkout_root, read_run
+from kilonb.core.errors import KiloError
+from kilonb.runs.folders import checkout_root, read_run
 from kilonb.metrics.images import blank_baseline_db, composite
 from kilonb.scenes.blender import load_blender
 from kilonb.scenes.brickyard import write_brickyard
@@ -27,7 +27,7 @@ from kilonb.training.checkpoints import final_path, latest_path
 from kilonb.training.guards import TrainingStopped
 from kilonb.training.loop import LoopConfig
 
-COMMAND = [sys.executable, "-c", "import sys; from kilonb.lab.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
 SMALL = ["-p", "steps=60", "-p", "rays=512", "-p", "occupancy_resolution=48", "-p", "march_step_m=0.02", "-p", "cell_size_m=0.3"]
 REAL = os.environ.get("KILONB_DATA")
 SHAPE = KiloNeRFConfig(cell_size=0.3, position_frequencies=5, density_bias=2.0)

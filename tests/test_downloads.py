@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kilonb.lab.downloads import get
-from kilonb.lab.errors import KiloError
-from kilonb.lab.manifests import Fetch, FileRecord, Manifest, verify
+from kilonb.data.downloads import get
+from kilonb.core.errors import KiloError
+from kilonb.data.manifests import Fetch, FileRecord, Manifest, verify
 
 CONTENT = {"a.bin": b"a" * 70_000, "train/b.bin": bytes(range(256)) * 300}
 

@@ -28,8 +28,8 @@ from kilonb.distill.targets import RayPool, targets_from_images, targets_from_te
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.occupancy import occupancy_from_gaussians
 from kilonb.geometry.cameras import orbit_cameras
-from kilonb.lab.errors import KiloError
-from kilonb.lab.runs import read_run
+from kilonb.core.errors import KiloError
+from kilonb.runs.folders import read_run
 from kilonb.metrics.images import blank_baseline_db, psnr_srgb_db
 from kilonb.scenes.blender import load_blender
 from kilonb.scenes.brickyard import write_brickyard
@@ -501,7 +501,7 @@ def test_render_and_rank_by_its_command(tmp_path):
     teacher = write_brickyard(tmp_path / "yard", width=64, height=64, train=1, test=3, count=4_000)
     space = occupancy_from_gaussians(teacher.means, teacher.quats, teacher.scales, teacher.opacities, 32)
     save_student(make_student(space, replace(SHAPE, cell_size=0.5), step=0.05), tmp_path / "student.pt", "averaged")
-    command = [sys.executable, "-c", "import sys; from kilonb.lab.cli import main; sys.exit(main())", "run", "render_and_rank",
+    command = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())", "run", "render_and_rank",
                "--data", f"blender:{tmp_path / 'yard'}", "--out", str(tmp_path / "run"),
                "-p", f"student={tmp_path / 'student.pt'}", "-p", "frames=0,2", "-p", "lpips_every=2", "-p", "background=black"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=560, env={**os.environ, "MPLBACKEND": "Agg"}, check=False)

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from jupyter_driver import Notebook, needs_chromium, open_browser, open_lab
 
-from kilonb.lab.browsing import list_sweeps, sweep_table
-from kilonb.lab.errors import KiloError
-from kilonb.lab.execution import run_notebook
-from kilonb.lab.explorers import RunBrowser, SweepExplorer
-from kilonb.lab.files import write_json
-from kilonb.lab.gates import Gate
-from kilonb.lab.notebooks import list_notebooks, read_notebook
-from kilonb.lab.pages import write_page
-from kilonb.lab.runs import open_run, read_run
+from kilonb.reports.browsing import list_sweeps, sweep_table
+from kilonb.core.errors import KiloError
+from kilonb.batch.execution import run_notebook
+from kilonb.reports.explorers import RunBrowser, SweepExplorer
+from kilonb.core.files import write_json
+from kilonb.runs.gates import Gate
+from kilonb.runs.notebooks import list_notebooks, read_notebook
+from kilonb.reports.pages import write_page
+from kilonb.runs.folders import open_run, read_run
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELF = list_notebooks("explore", ROOT)

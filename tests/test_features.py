@@ -12,7 +12,7 @@ from kilonb.distill.targets import RayPool, targets_from_teacher
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.voxels import bake_gaussians
 from kilonb.geometry.cameras import orbit_cameras
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 from kilonb.scenes.brickyard import build_brickyard
 from kilonb.splats.gaussians import Gaussians, gaussians_from_points
 from kilonb.splats.lookup import GaussianLookup, all_pairs

@@ -11,8 +11,8 @@ from kilonb.fields.mlp import MLPConfig, MLPField
 from kilonb.fields.occupancy import OccupancyGrid
 from kilonb.fields.rendering import render_image, render_rays
 from kilonb.geometry.cameras import orbit_cameras
-from kilonb.lab.configs import build_config
-from kilonb.lab.errors import KiloError
+from kilonb.core.configs import build_config
+from kilonb.core.errors import KiloError
 
 BOX = torch.tensor([[-0.6, -0.4, -0.4], [0.6, 0.4, 0.5]])
 GRID = OccupancyGrid(BOX, torch.ones(6, 4, 4, dtype=torch.bool))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 from kilonb.metrics.perceptual import lpips_available
 from kilonb.scenes.blender import BlenderScene, load_blender
 from kilonb.scenes.brickyard import write_brickyard
@@ -368,7 +368,7 @@ def test_the_same_fit_runs_on_a_gpu(scene, held_out):
 def test_the_experiment_fits_inspects_and_inspects_again_what_it_wrote(tmp_path):
     """One command fits a teacher with its gates in results.json; the PLY that it leaves can be turned around by the same command."""
     def run(out: str, *arguments: str) -> dict:
-        kilonb = "import sys; from kilonb.lab.cli import main; sys.exit(main())"
+        kilonb = "import sys; from kilonb.cli.main import main; sys.exit(main())"
         command = [sys.executable, "-c", kilonb, "run", "teacher", "--out", str(tmp_path / out), "--json", *arguments]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -8,7 +8,7 @@ from scipy.spatial.transform import Rotation
 
 from kilonb.geometry.cameras import PinholeCamera, blender_to_opencv, camera_from_angle, focus, orbit_cameras
 from kilonb.geometry.transforms import check_rigid, quat_multiply, quat_to_rotmat, rigid_inverse, rotmat_to_quat
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 
 
 def random_quats(count: int = 2000) -> torch.Tensor: return torch.randn(count, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))

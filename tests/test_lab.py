@@ -10,11 +10,11 @@ from typing import Literal
 
 import pytest
 
-from kilonb.lab.configs import build_config, parse_value, to_dict
-from kilonb.lab.errors import KiloError
-from kilonb.lab.gates import GREEN, NOT_RUN, RED, Gate, check_gates
-from kilonb.lab.notebooks import read_parameters
-from kilonb.lab.runs import FAILED, FINISHED, list_runs, mark_run, newest_finished, open_run, read_run, read_status, write_figure
+from kilonb.core.configs import build_config, parse_value, to_dict
+from kilonb.core.errors import KiloError
+from kilonb.runs.gates import GREEN, NOT_RUN, RED, Gate, check_gates
+from kilonb.runs.notebooks import read_parameters
+from kilonb.runs.folders import FAILED, FINISHED, list_runs, mark_run, newest_finished, open_run, read_run, read_status, write_figure
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ def test_a_run_is_not_resumed_on_other_data(tmp_path):
 
 
 def test_a_run_whose_process_is_gone_is_abandoned_and_can_be_resumed(tmp_path):
-    code = f"import os; from kilonb.lab.runs import open_run; open_run('demo', {str(tmp_path / 'run')!r}); os._exit(9)"
+    code = f"import os; from kilonb.runs.folders import open_run; open_run('demo', {str(tmp_path / 'run')!r}); os._exit(9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
     assert read_status(tmp_path / "run")["status"] == "abandoned"
     assert open_run("demo", tmp_path / "run", resume=True).resumed
@@ -187,7 +187,7 @@ def test_a_figure_is_under_150_kb(tmp_path):
 def test_a_page_escapes_text_and_loads_nothing(tmp_path):
     from html.parser import HTMLParser
 
-    from kilonb.lab.pages import write_page
+    from kilonb.reports.pages import write_page
 
     class Loader(HTMLParser):
         def __init__(self):
@@ -215,7 +215,7 @@ def test_a_page_escapes_text_and_loads_nothing(tmp_path):
 
 
 def test_a_page_of_a_failed_run_tells_the_error(tmp_path):
-    from kilonb.lab.pages import write_page
+    from kilonb.reports.pages import write_page
 
     mark_run(open_run("demo", tmp_path / "run").folder, FAILED, "The scene has no frame <7>.")
     (tmp_path / "run" / "notebook.ipynb").write_text("{")

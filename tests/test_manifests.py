@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from kilonb.lab.errors import KiloError
-from kilonb.lab.hashing import hash_file, hash_folder
-from kilonb.lab.manifests import (
+from kilonb.core.errors import KiloError
+from kilonb.core.hashing import hash_file, hash_folder
+from kilonb.data.manifests import (
     Fetch, FileRecord, Maker, Manifest, checkout, fingerprint, load_manifests, make, read_records, resolve_data, verify, weights_folder,
 )
 
@@ -155,7 +155,7 @@ def test_the_same_parameters_make_the_same_bytes(toy, tmp_path):
 
 def test_a_maker_that_is_killed_leaves_nothing_that_is_later_read(toy, tmp_path):
     """Incident 15: a killed writer leaves no half dataset under a name that a reader takes."""
-    code = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom kilonb.lab.manifests import *\n"
+    code = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom kilonb.data.manifests import *\n"
             "toy = {'toy': Manifest('toy', 't', 'blender', 's', 'l', 'y', maker=Maker('toy_maker:write', {'count': 2}))}\n"
             "make('toy', sys.argv[2], manifests=toy, count=100, pause_s=0.1)")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "code"), str(tmp_path / "out" / "toy")])
@@ -192,7 +192,7 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(toy, tmp_path):
 
 def test_brickyard_is_made_by_its_page_in_the_layout_that_the_reader_takes(tmp_path):
     """One loader, real or synthetic: the stand-in of lego goes through the loader that lego's page names."""
-    from kilonb.lab.manifests import find_function
+    from kilonb.data.manifests import find_function
 
     manifests = load_manifests()
     folder = make("brickyard", tmp_path / "bricks", width=24, height=16, train=2, test=1)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 from kilonb.metrics.images import (
     blank_baseline_db,
     check_premultiplied,

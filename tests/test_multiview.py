@@ -18,8 +18,8 @@ from kilonb.distill.space import space_of_teacher
 from kilonb.distill.student import DistillConfig, load_student, save_student
 from kilonb.distill.targets import targets_from_images
 from kilonb.geometry.cameras import orbit_cameras
-from kilonb.lab.errors import KiloError
-from kilonb.lab.runs import read_run
+from kilonb.core.errors import KiloError
+from kilonb.runs.folders import read_run
 from kilonb.scenes.blender import load_blender
 from kilonb.scenes.brickyard import write_brickyard
 from kilonb.splats.gaussians import Gaussians
@@ -28,7 +28,7 @@ from kilonb.splats.ply import write_ply
 from kilonb.training.checkpoints import latest_path
 from kilonb.training.loop import LoopConfig
 
-COMMAND = [sys.executable, "-c", "import sys; from kilonb.lab.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
 TINY = ["-p", "cells=6", "-p", "march_steps=60", "-p", "voxels=48", "-p", "rays=512", "-p", "points_steps=20", "-p", "test_views=2", "-p", "resolution=48"]
 LOOP = LoopConfig(steps=60, learning_rate=5e-3, warmup_steps=5, ema_decay=0.95, log_every_steps=10)
 TEACHING = TeachingConfig(cells=8, march_steps=80, voxels=64, points=PointsConfig(bank=60_000, points=8192, loop=replace(LOOP, steps=60, ema_decay=None)),

@@ -23,7 +23,7 @@ from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.mlp import MLPConfig
 from kilonb.fields.occupancy import occupancy_from_gaussians
 from kilonb.fields.rendering import render_rays, trace_rays
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 from kilonb.splats.gaussians import gaussians_from_points
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs" / "explore" / "orbit.ipynb"
@@ -347,7 +347,7 @@ def finished(tmp_path_factory, student, ball):
     save_student(student, folder / "student.pt", "raw")
     shutil.copy(NOTEBOOK, folder / "orbit.ipynb")
     values = {"data": f"ply:{folder / 'ball.ply'}", "student": folder / "student.pt", "width": 64, "drag_width": 32, "pictures": 3}
-    start = [sys.executable, "-c", "import sys; from kilonb.lab.cli import main; sys.exit(main())"]
+    start = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
     given = [part for name, value in values.items() for part in ("-p", f"{name}={value}")]
     command = [*start, "run", str(folder / "orbit.ipynb"), *given, "--out", str(folder / "run")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)

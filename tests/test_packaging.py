@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import kilonb
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -210,8 +210,8 @@ def commands() -> list[str]:
 
 
 def test_commands_on_the_front_page_exist(tmp_path):
-    from kilonb.lab.cli import build_parser
-    from kilonb.lab.notebooks import find_notebook, read_notebook, split_assignment, typed_values
+    from kilonb.cli.main import build_parser
+    from kilonb.runs.notebooks import find_notebook, read_notebook, split_assignment, typed_values
 
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"kilonb run single_view_overfit --data blender:PATH -p frame=0", "make demo", "make test"} <= set(commands())
@@ -254,7 +254,7 @@ def finished(tmp_path):
 
 
 def test_a_kept_run_names_no_place_and_reads_like_a_run(finished, tmp_path):
-    from kilonb.lab.pages import results_table
+    from kilonb.reports.pages import results_table
 
     folder = tool("keep").keep(finished, tmp_path / "kept")
     assert folder == tmp_path / "kept" / "tiny" / "blender-lego"

@@ -20,9 +20,9 @@ from kilonb.coop.previews import Cloud, panorama_cloud, poses_to_first, thin, wr
 from kilonb.coop.stitch import Stitcher
 from kilonb.geometry.cameras import camera_from_angle
 from kilonb.geometry.transforms import carla_pose_to_matrix, transform_points
-from kilonb.lab.errors import KiloError
-from kilonb.lab.execution import run_notebook
-from kilonb.lab.notebooks import read_notebook
+from kilonb.core.errors import KiloError
+from kilonb.batch.execution import run_notebook
+from kilonb.runs.notebooks import read_notebook
 from kilonb.scenes.boxtown import TownConfig, build_town, write_opv2v
 from kilonb.scenes.opv2v import load_opv2v
 from kilonb.scenes.raycast import SpinningLidar

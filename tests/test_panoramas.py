@@ -14,7 +14,7 @@ from kilonb.coop.warp import flat_depths, grid_of, sources_of, warp_layers, warp
 from kilonb.geometry.cameras import DistortedPinholeCamera, PinholeCamera, Rig, camera_from_angle, visibility
 from kilonb.geometry.panoramas import CylindricalCamera, EquirectangularCamera, range_of_depth, roll_columns
 from kilonb.geometry.transforms import look_at
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 from kilonb.metrics.images import psnr_srgb_db
 
 UP = torch.tensor([0, 0, 1.0], dtype=torch.float64)

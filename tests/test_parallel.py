@@ -25,10 +25,10 @@ from kilonb.distill.losses import ResponseLossConfig
 from kilonb.distill.multiview import TeachingConfig, teach
 from kilonb.distill.points import PointsConfig
 from kilonb.distill.student import DistillConfig
-from kilonb.lab.errors import KiloError
-from kilonb.lab.execution import RunFailed
-from kilonb.lab.launch import launch
-from kilonb.lab.runs import FINISHED, list_runs, read_run, read_status
+from kilonb.core.errors import KiloError
+from kilonb.batch.execution import RunFailed
+from kilonb.batch.launch import launch
+from kilonb.runs.folders import FINISHED, list_runs, read_run, read_status
 from kilonb.splats.gaussians import gaussians_from_points
 from kilonb.training.checkpoints import final_path, latest_path, read_checkpoint
 from kilonb.training.guards import TrainingStopped
@@ -464,8 +464,8 @@ how: str = ""
 run_dir: str = ""
 resume: bool = False""", """import os, signal, sys, time, torch
 from torch import nn
-from kilonb.lab.errors import KiloError
-from kilonb.lab.runs import open_run
+from kilonb.core.errors import KiloError
+from kilonb.runs.folders import open_run
 from kilonb.training.loop import LoopConfig, train
 from kilonb.training.parallel import from_first, join, share, share_weight, world_from_environment
 world = world_from_environment(timeout_s=60)
@@ -500,7 +500,7 @@ def test_torchrun_runs_one_notebook_on_all_ranks(experiment, tmp_path):
     """As a person types it. Rank 0 is the run; rank 1 keeps its notebook and log inside, and is not listed."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, **QUIET, "KILONB_OUTPUTS": str(tmp_path / "outputs")}
-    done = subprocess.run([*torchrun, "-m", "kilonb.lab.launch", str(experiment), "-p", "steps=24"], env=environment, capture_output=True, text=True,
+    done = subprocess.run([*torchrun, "-m", "kilonb.batch.launch", str(experiment), "-p", "steps=24"], env=environment, capture_output=True, text=True,
                           timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     [record] = list_runs(tmp_path / "outputs")

@@ -12,10 +12,10 @@ from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.occupancy import occupancy_from_gaussians
 from kilonb.fields.rendering import RayRender
 from kilonb.geometry.cameras import Rays, orbit_cameras
-from kilonb.lab.errors import KiloError
-from kilonb.lab.gates import Gate
-from kilonb.lab.policy import POLICY, Stage, adopt_direction_frequencies, read_policy, require_unlocked, spike_share
-from kilonb.lab.runs import mark_run, open_run
+from kilonb.core.errors import KiloError
+from kilonb.runs.gates import Gate
+from kilonb.runs.policy import POLICY, Stage, adopt_direction_frequencies, read_policy, require_unlocked, spike_share
+from kilonb.runs.folders import mark_run, open_run
 from kilonb.splats.gaussians import gaussians_from_points
 from kilonb.training.averaging import load_weights
 from kilonb.training.checkpoints import final_path, latest_path, read_checkpoint

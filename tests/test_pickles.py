@@ -5,9 +5,9 @@ import pickle
 import numpy as np
 import pytest
 
-from kilonb.lab.errors import KiloError
-from kilonb.lab.manifests import weights_folder
-from kilonb.lab.pickles import ARRAYS, NUMPY_ARRAYS, PLAIN_OBJECTS, combine, list_globals, load_restricted
+from kilonb.core.errors import KiloError
+from kilonb.data.manifests import weights_folder
+from kilonb.core.pickles import ARRAYS, NUMPY_ARRAYS, PLAIN_OBJECTS, combine, list_globals, load_restricted
 
 
 class Shell:

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kilonb.lab.charts import downsample, pareto_front
-from kilonb.lab.errors import KiloError
-from kilonb.lab.files import write_json
-from kilonb.lab.gates import Gate
-from kilonb.lab.pictures import read_comparisons, save_comparison, worst
-from kilonb.lab.reports import find_target, policy_for, report_html, write_report
-from kilonb.lab.runs import mark_run, open_run
+from kilonb.reports.charts import downsample, pareto_front
+from kilonb.core.errors import KiloError
+from kilonb.core.files import write_json
+from kilonb.runs.gates import Gate
+from kilonb.imaging.pictures import read_comparisons, save_comparison, worst
+from kilonb.reports.writing import find_target, policy_for, report_html, write_report
+from kilonb.runs.folders import mark_run, open_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 browser_only = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")

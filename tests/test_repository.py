@@ -1,4 +1,4 @@
-"""House rules that a reader of a change may overlook: notebooks, floors, imports, sizes."""
+"""Rules of the repository: notebooks, package layers, imports, sizes."""
 import ast
 import json
 import re
@@ -10,13 +10,20 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "kilonb"
-FLOORS = {
-    "lab": 1, "training": 1, "geometry": 1,
-    "splats": 2, "fields": 2, "metrics": 2,
-    "scenes": 3,
-    "distill": 4, "flux4d": 4, "coop": 4, "pose": 4, "dream": 4,
+LAYERS = {
+    "core": 0,
+    "data": 1, "runs": 1, "geometry": 1,
+    "metrics": 2, "training": 2,
+    "fields": 3, "splats": 3,
+    "scenes": 4,
+    "imaging": 5,
+    "panoramas": 6,
+    "distill": 7, "coop": 7, "flux4d": 7, "pose": 7, "dream": 7,
+    "reports": 8,
+    "batch": 9,
+    "cli": 10,
 }
-FOR_EVERYBODY = {"kilonb.lab.errors", "kilonb.lab.files"}
+WITHOUT_TORCH = ("core", "data", "runs", "reports", "batch", "cli")
 
 
 def tracked() -> list[Path]:
@@ -29,7 +36,7 @@ def tracked() -> list[Path]:
 
 FILES = tracked()
 NOTEBOOKS = sorted(path for path in FILES if path.suffix == ".ipynb")
-LIBRARY = [path for path in NOTEBOOKS if path.relative_to(ROOT).parts[1:2] and path.relative_to(ROOT).parts[1] in FLOORS]
+LIBRARY = [path for path in NOTEBOOKS if path.relative_to(ROOT).parts[1:2] and path.relative_to(ROOT).parts[1] in LAYERS]
 RUNNABLE = [path for path in NOTEBOOKS if path.parent.name in ("experiments", "benchmarks", "explore")]
 MODULES = sorted(path for path in FILES if path.suffix == ".py" and path.is_relative_to(PACKAGE))
 
@@ -84,7 +91,7 @@ def test_a_library_notebook_opens_with_a_title_and_a_promise(path):
 
 def test_every_module_has_its_notebook():
     """A module without one was written by hand, or its notebook was deleted."""
-    written = [path.relative_to(PACKAGE).with_suffix(".ipynb") for path in MODULES if path.name not in ("__init__.py", "_modidx.py")]
+    written = [path.relative_to(PACKAGE).with_suffix(".ipynb") for path in MODULES if path.name != "__init__.py"]
     assert not [path.as_posix() for path in written if not (ROOT / "nbs" / path).is_file()]
 
 
@@ -100,26 +107,53 @@ def imports(path: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
-def rooms_of(module: str, names: list[str]) -> set[str]:
-    """The rooms that an import reaches: `kilonb.lab.runs`, `from kilonb import lab` and `from kilonb.lab import errors` alike."""
-    if module != "kilonb" and not module.startswith("kilonb."): return set()
-    if module == "kilonb": return {name for name in names if name in FLOORS}
-    full = {f"{module}.{name}" for name in names} if module.count(".") == 1 and names else {module}
-    return {name.split(".")[1] for name in full if name not in FOR_EVERYBODY and module not in FOR_EVERYBODY}
+def packages_of(module: str, names: list[str]) -> set[str]:
+    """The packages that an import reaches: `kilonb.runs.gates`, `from kilonb import runs` and `from kilonb.runs import gates` alike."""
+    if module == "kilonb": return {name for name in names if name in LAYERS}
+    return {module.split(".")[1]} if module.startswith("kilonb.") else set()
 
 
 @pytest.mark.parametrize("path", [path for path in MODULES if path.parent != PACKAGE], ids=name_of)
-def test_a_room_imports_only_from_lower_floors(path):
-    room = path.relative_to(PACKAGE).parts[0]
-    assert room in FLOORS, f"the room {room} has no floor"
+def test_a_package_imports_only_from_lower_layers(path):
+    package = path.relative_to(PACKAGE).parts[0]
+    assert package in LAYERS, f"the package {package} has no layer"
     for module, names in imports(path):
-        for other in rooms_of(module, names):
-            assert other == room or FLOORS.get(other, 99) < FLOORS[room], f"{name_of(path)} imports {module}, a room that is not below {room}"
+        for other in packages_of(module, names):
+            assert other == package or LAYERS.get(other, 99) < LAYERS[package], f"{name_of(path)} imports {module}, which is not in a lower layer"
 
 
-def test_the_check_of_floors_sees_every_way_to_import():
-    assert rooms_of("kilonb.distill.losses", ["x"]) == rooms_of("kilonb.distill", ["losses"]) == rooms_of("kilonb", ["distill"]) == {"distill"}
-    for free in (("kilonb.lab.errors", ["KiloError"]), ("kilonb.lab", ["errors"]), ("kilonbx.lab", ["a"]), ("torch", [])): assert not rooms_of(*free)
+def test_the_check_of_layers_sees_every_way_to_import():
+    assert packages_of("kilonb.distill.losses", ["x"]) == packages_of("kilonb.distill", ["losses"]) == packages_of("kilonb", ["distill"]) == {"distill"}
+    for other in (("kilonbx.core", ["a"]), ("torch", [])): assert not packages_of(*other)
+
+
+def edges() -> dict[str, set[str]]:
+    """Module -> modules of the package that it imports, at any depth in the file."""
+    known = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES if path.name != "__init__.py"}
+    found = {}
+    for name, path in known.items():
+        reached = {module for module, _ in imports(path)} | {f"{module}.{one}" for module, names in imports(path) for one in names}
+        found[name] = (reached & set(known)) - {name}
+    return found
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The circles in a graph of imports, each found once by a walk in depth."""
+    found, done, way = [], set(), []
+
+    def walk(name: str) -> None:
+        if name in way: found.append([*way[way.index(name):], name])
+        if name in done or name in way: return
+        way.append(name)
+        for other in sorted(graph[name]): walk(other)
+        done.add(way.pop())
+    for name in sorted(graph): walk(name)
+    return found
+
+
+def test_no_circle_of_imports_between_modules():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == [["a", "b", "c", "a"]]
+    assert not circles(edges())
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
@@ -130,18 +164,18 @@ def test_the_package_reads_like_a_hand_written_one(path):
         assert "*" not in names, f"import * from {module}"
 
 
-def test_lab_imports_no_torch():
+def test_what_a_command_needs_at_once_imports_no_torch():
     """`kilonb --help` answers at once."""
-    modules = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES if path.parent.name == "lab" and path.name != "__init__.py")
+    modules = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES if path.parent.name in WITHOUT_TORCH and path.name != "__init__.py")
     code = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\nprint(*sorted({{'torch', 'numba'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not done.stdout.split(), f"importing lab imports {done.stdout}"
+    assert not done.stdout.split(), f"importing {', '.join(WITHOUT_TORCH)} imports {done.stdout}"
 
 
 def test_no_large_files():
     """Data, weights and outputs do not belong into git; a figure is below 150 kB."""
-    limits = {"_modidx.py": 1_000_000, ".png": 150_000, ".jpg": 150_000, ".jpeg": 150_000, ".gif": 150_000, ".svg": 150_000, ".webp": 150_000}
+    limits = {".png": 150_000, ".jpg": 150_000, ".jpeg": 150_000, ".gif": 150_000, ".svg": 150_000, ".webp": 150_000}
     def limit(path: Path) -> int: return limits.get(path.name, limits.get(path.suffix.lower(), 400_000))
     large = [f"{name_of(path)}: {path.stat().st_size} bytes" for path in FILES if path.stat().st_size > limit(path)]
     assert not large
@@ -152,14 +186,14 @@ def test_outputs_stay_out_of_git():
 
 
 def test_every_data_manifest_loads():
-    from kilonb.lab.manifests import load_manifests
+    from kilonb.data.manifests import load_manifests
 
     assert {path.stem for path in FILES if path.suffix == ".yaml" and path.parent.name == "data_manifests"} <= set(load_manifests())
 
 
 def test_gates_of_every_experiment_can_be_listed_before_it_is_run(capfd, monkeypatch, tmp_path):
     """Bounds for several kinds of data in one cell must not break the list: those of the default are shown."""
-    from kilonb.lab.cli import main
+    from kilonb.cli.main import main
 
     monkeypatch.setenv("KILONB_OUTPUTS", str(tmp_path))
     assert main(["gates"]) == 0

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from kilonb.geometry.cameras import PinholeCamera, orbit_cameras
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 from kilonb.scenes.blender import downscale, load_blender, read_rgba, scene_hash, write_blender
 from kilonb.scenes.brickyard import build_brickyard, hemisphere_cameras, passing_cameras, straight_picture, write_brickyard
 from kilonb.splats.ply import read_ply

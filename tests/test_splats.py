@@ -13,7 +13,7 @@ import torch
 from numba import njit
 
 from kilonb.geometry.cameras import orbit_cameras
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 from kilonb.splats.benchmark import benchmark_scene, viewing_camera
 from kilonb.splats.gaussians import Gaussians
 from kilonb.splats.harmonics import evaluate_sh, sh_basis

@@ -27,10 +27,10 @@ from kilonb.geometry.panoramas import CylindricalCamera, EquirectangularCamera
 from kilonb.geometry.transforms import (
     carla_pose_to_matrix, check_rigid, forward_to_opencv, left_to_right_handed, mirror_y, opencv_to_forward, rigid_inverse, transform_points,
 )
-from kilonb.lab.errors import KiloError
-from kilonb.lab.manifests import find_function, load_manifests, resolve_data
-from kilonb.lab.pickles import list_globals
-from kilonb.lab.tables import read_table, write_table
+from kilonb.core.errors import KiloError
+from kilonb.data.manifests import find_function, load_manifests, resolve_data
+from kilonb.core.pickles import list_globals
+from kilonb.data.tables import read_table, write_table
 from kilonb.scenes.opv2v import CAMERAS, check_extrinsic, load_opv2v, read_pcd, read_record
 from kilonb.scenes.pandaset import load_pandaset, load_surround_frames
 from kilonb.scenes.surround import image_size, load_surround, panorama_pose, read_z_depth

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from kilonb.lab.cli import main
-from kilonb.lab.runs import read_run
+from kilonb.cli.main import main
+from kilonb.runs.folders import read_run
 
-COMMAND = [sys.executable, "-c", "import sys; from kilonb.lab.cli import main; sys.exit(main())"]
+COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
 PARAMETERS = 'rate: float = 1.0\nsteps: int = 8\npause_s: float = 0.0\nseed: int = 0\ndata: str = ""\nrun_dir: str = ""\nresume: bool = False'
-OPEN = """from kilonb.lab.runs import open_run
+OPEN = """from kilonb.runs.folders import open_run
 import os, time
 run = open_run("toy", run_dir, {}, seed=seed, resume=resume)
 if rate < 0: raise ValueError(f"the rate {rate} is negative")"""
@@ -25,7 +25,7 @@ for step in range(first, steps):
     with open(run.folder / "trace.txt", "a") as trace: trace.write(f"{step} {os.getpid()}\\n")
     last.write_text(str(step + 1))
     print(f"training {step + 1}/{steps}   {(step + 1) / steps:.0%}  loss {1 / (step + 1):.4g}", flush=True)"""
-FINISH = """from kilonb.lab.gates import Gate
+FINISH = """from kilonb.runs.gates import Gate
 run.finish({"sum": rate * sum(range(steps)) + seed}, [Gate("sum", at_least=0.0)])"""
 LEARN = """import kilonb
 import torch

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from kilonb.lab.errors import KiloError
+from kilonb.core.errors import KiloError
 from kilonb.training.averaging import load_weights
 from kilonb.training.checkpoints import final_path, latest_path, read_checkpoint, seed_everything
 from kilonb.training.guards import AlphaGuard, TrainingStopped

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from kilonb.lab.errors import KiloError
-from kilonb.lab.files import write_json
-from kilonb.lab.gates import GREEN, NOT_RUN, RED, Gate
-from kilonb.lab.notebooks import list_notebooks, read_notebook
-from kilonb.lab.policy import POLICY, read_policy
-from kilonb.lab.runs import mark_run, open_run
-from kilonb.lab.verdicts import NO_GATES, promotions, verdict_board
+from kilonb.core.errors import KiloError
+from kilonb.core.files import write_json
+from kilonb.runs.gates import GREEN, NOT_RUN, RED, Gate
+from kilonb.runs.notebooks import list_notebooks, read_notebook
+from kilonb.runs.policy import POLICY, read_policy
+from kilonb.runs.folders import mark_run, open_run
+from kilonb.runs.verdicts import NO_GATES, promotions, verdict_board
 
 GATES = (Gate("psnr_db", at_least=30.0, notes=13.06, published=33.4, source="KiloNeRF", baseline_result="blank_db"),)
 NOTEBOOKS = {**list_notebooks("experiments"), **list_notebooks("benchmarks")}

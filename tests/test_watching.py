@@ -15,12 +15,12 @@ import urllib.request
 
 import pytest
 
-from kilonb.lab.dashboards import choose_port, tensorboard
-from kilonb.lab.errors import KiloError
-from kilonb.lab.files import write_json
-from kilonb.lab.gates import Gate
-from kilonb.lab.runs import mark_run, open_run
-from kilonb.lab.watching import SweepDisplay, changes, duration, find_watched, parse_progress, plain, read_watched, standing, watch
+from kilonb.batch.tensorboard import choose_port, tensorboard
+from kilonb.core.errors import KiloError
+from kilonb.core.files import write_json
+from kilonb.runs.gates import Gate
+from kilonb.runs.folders import mark_run, open_run
+from kilonb.batch.watching import SweepDisplay, changes, duration, find_watched, parse_progress, plain, read_watched, standing, watch
 from kilonb.training import progress as training_progress
 from kilonb.training.progress import Progress, progress_line
 from kilonb.training.scalars import ScalarLog
@@ -211,9 +211,9 @@ def test_a_status_that_is_cut_short_for_a_moment_does_not_end_the_watching(tmp_p
 
 WRITER = """
 import sys, time
-from kilonb.lab.files import write_json
-from kilonb.lab.gates import Gate
-from kilonb.lab.runs import open_run
+from kilonb.core.files import write_json
+from kilonb.runs.gates import Gate
+from kilonb.runs.folders import open_run
 run = open_run("toy", sys.argv[1])
 for step in range(0, 101, 10):
     write_json(run.folder / "progress.json", {"heading": "Training", "cell": 2, "cells": 4, "line": "", "changed": "", "elapsed_s": 1.0,
@@ -284,7 +284,7 @@ def test_a_view_does_not_disturb_the_run(tmp_path):
 def test_tensorboard_shows_the_runs_of_a_sweep_and_goes_down_with_ctrl_c(tmp_path):
     for name in ("001-a", "002-b"):
         with ScalarLog(tmp_path / "night" / name) as log: log.log(1, {"loss": 0.5})
-    code = f"from kilonb.lab.dashboards import tensorboard; raise SystemExit(tensorboard({str(tmp_path / 'night')!r}))"
+    code = f"from kilonb.batch.tensorboard import tensorboard; raise SystemExit(tensorboard({str(tmp_path / 'night')!r}))"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]

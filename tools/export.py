@@ -1,6 +1,6 @@
-"""What is committed, made from the notebooks: modules, index, README.md; outputs and editors' traces removed from the notebooks.
+"""Exports the library notebooks to modules and the index to README.md, and removes outputs and editor metadata from all notebooks.
 
-Needed after every edit of a notebook; run twice it changes nothing the second time.
+Needed after every edit of a notebook; a second run changes nothing.
 """
 import json
 import os
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
 from nbdev.clean import nbdev_clean
-from nbdev.doclinks import nbdev_export, nbglob
+from nbdev.doclinks import nbglob
+from nbdev.export import nb_export
 
 import readme
 
@@ -28,13 +29,23 @@ def clear_outputs(path: Path) -> bool:
     return True
 
 
+def export(path: Path) -> bool:
+    """Write the module of a library notebook, one that names a `default_exp`; whether it is one."""
+    if "#| default_exp" not in path.read_text(encoding="utf-8"): return False
+    folder = ROOT / "kilonb" / path.resolve().relative_to(ROOT / "nbs").parent
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / "__init__.py").exists(): (folder / "__init__.py").touch()
+    nb_export(str(path))
+    return True
+
+
 def main() -> int:
     os.chdir(ROOT)
-    paths = list(nbglob(as_path=True))
+    paths = [Path(path) for path in nbglob(as_path=True)]
     cleared = [path for path in paths if clear_outputs(path)]
     nbdev_clean.__wrapped__()
-    nbdev_export.__wrapped__()
-    print(f"{len(paths)} notebooks exported" + (f", outputs taken out of {len(cleared)}" if cleared else ""))
+    exported = [path for path in paths if export(path)]
+    print(f"{len(exported)} notebooks exported" + (f", outputs removed from {len(cleared)}" if cleared else ""))
     return readme.main()
 
 

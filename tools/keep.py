@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kilonb.lab.errors import KiloError
-from kilonb.lab.files import write_json
-from kilonb.lab.runs import FINISHED, RunRecord, data_label, find_run, read_run
+from kilonb.core.errors import KiloError
+from kilonb.core.files import write_json
+from kilonb.runs.folders import FINISHED, RunRecord, data_label, find_run, read_run
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 LARGEST_PICTURE = 150_000

@@ -15,8 +15,8 @@ from pathlib import Path
 import nbformat
 from execnb.shell import CaptureShell
 
-from kilonb.lab.files import atomic_write
-from kilonb.lab.notebooks import without_address_grammar
+from kilonb.core.files import atomic_write
+from kilonb.runs.notebooks import without_address_grammar
 
 with without_address_grammar():
     from nbconvert.exporters import MarkdownExporter

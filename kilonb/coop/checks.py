@@ -10,7 +10,7 @@ __all__ = ['CHECKS', 'RIG_COVERAGE', 'ASSUMED_M', 'Measured', 'FEWEST', 'Check',
            'measure_frame', 'draw_frames', 'check_frame', 'Verdict', 'judge', 'worst_verdict', 'CheckReport',
            'run_checks', 'town_of', 'true_panorama', 'compare_with_truth']
 
-# %% ../../nbs/coop/checks.ipynb #0f1c95ab
+# %% ../../nbs/coop/checks.ipynb #242238a8
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,8 +27,8 @@ from torch import Tensor
 from .dataset import CLASSES, OWN_BODY, SCENE, PanoramaOptions, Tile, constant_mask_iou, looked_at, make_tile, stitch_views
 from .stitch import Panorama, SeamStatistics, Stitcher, ground_range, range_disagreement, seam_statistics
 from ..geometry.panoramas import PanoramaCamera
-from ..lab.errors import KiloError
-from ..lab.gates import GREEN, NOT_RUN, RED, Gate, html_table, spell, text_table, verdict
+from ..core.errors import KiloError
+from ..runs.gates import GREEN, NOT_RUN, RED, Gate, html_table, spell, text_table, verdict
 from ..metrics.images import psnr_srgb_db
 from ..scenes.boxtown import FIRST_FRAME, Town, TownConfig, build_town
 from ..scenes.opv2v import Opv2vFrame, Opv2vScene

@@ -8,7 +8,7 @@ __all__ = ['UNSEEN', 'SCENE', 'FAR', 'OWN_BODY', 'HIDDEN', 'UNKNOWN', 'CLASSES',
            'read_tile', 'Group', 'choose_groups', 'Sample', 'make_sample', 'CooperativeDataset', 'collate',
            'column_turns', 'roll_sample', 'roll_randomly', 'statistics', 'constant_mask_iou']
 
-# %% ../../nbs/coop/dataset.ipynb #30507f9e
+# %% ../../nbs/coop/dataset.ipynb #5cc6b1e2
 import hashlib
 import importlib.util
 import json
@@ -30,8 +30,8 @@ from .stitch import Panorama, stitch
 from ..geometry.boxes import Boxes, upright_boxes
 from ..geometry.panoramas import CylindricalCamera, EquirectangularCamera, PanoramaCamera
 from ..geometry.transforms import rigid_inverse
-from ..lab.errors import KiloError
-from ..lab.files import atomic_write, write_json
+from ..core.errors import KiloError
+from ..core.files import atomic_write, write_json
 from ..scenes.opv2v import Entry, Instant, Opv2vScene
 from ..scenes.surround import SurroundFrame, View, note, panorama_pose
 

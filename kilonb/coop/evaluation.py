@@ -6,7 +6,7 @@
 __all__ = ['Trivial', 'mean_pose_of', 'trivial_predictor', 'chamfer', 'points_in_main', 'direction_error', 'score_sample',
            'area_under_curve', 'summary', 'evaluate', 'sample_figure']
 
-# %% ../../nbs/coop/evaluation.ipynb #5760e091
+# %% ../../nbs/coop/evaluation.ipynb #1fde756d
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from .losses import intersection_over_union, pose_errors
 from .model import Prediction, xyzw
 from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import quat_to_rotmat, rigid, transform_points
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/coop/evaluation.ipynb #194c78d1
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['robust', 'shrink', 'masked_mean', 'scene_size', 'pose_errors', 'LossConfig', 'Batch', 'range_terms', 'gradient_error',
            'intersection_over_union', 'mask_terms', 'pose_terms', 'look_terms', 'world_terms', 'coop_loss']
 
-# %% ../../nbs/coop/losses.ipynb #3ae8a566
+# %% ../../nbs/coop/losses.ipynb #65852556
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ from .model import CoopModel, Evidence, Prediction, precision, xyzw
 from .sightings import compass_loss, measure_errors, measure_loss, table_loss, true_measures, wrapped
 from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import transform_points
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/coop/losses.ipynb #80a5c0a3
 def robust(error: Tensor, alpha: float = .5, c: float = .05) -> Tensor:

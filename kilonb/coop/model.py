@@ -6,7 +6,7 @@
 __all__ = ['ModelConfig', 'has_bfloat16', 'precision', 'own_heading', 'roll_each', 'ray_channels', 'usual_log_range', 'Seen',
            'Trunk', 'planar_pose', 'xyzw', 'in_batch', 'Evidence', 'Prediction', 'CoopModel']
 
-# %% ../../nbs/coop/model.ipynb #1f5d1d75
+# %% ../../nbs/coop/model.ipynb #5d76545c
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from .pose_graph import Planar, links, solve
 from .sightings import Looks, Measured, Sighter
 from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import quat_to_rotmat, rigid, rigid_inverse, rotmat_to_quat
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/coop/model.ipynb #561b5e44
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ __all__ = ['NEAREST_M', 'FARTHEST_M', 'CLASS_COLOURS', 'SOURCE_COLOURS', 'PANORA
            'panorama_cloud', 'lidar_cloud', 'sample_clouds', 'thin', 'write_cloud_page', 'poses_to_first',
            'write_previews']
 
-# %% ../../nbs/coop/previews.ipynb #02948699
+# %% ../../nbs/coop/previews.ipynb #06cb6dbc
 import base64
 import html
 import io
@@ -30,9 +30,9 @@ from .dataset import CLASSES, SCENE, Sample
 from .stitch import Panorama
 from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import transform_points
-from ..lab.errors import KiloError
-from ..lab.files import atomic_write, dumps, write_json
-from ..lab.pages import POLICY
+from ..core.errors import KiloError
+from ..core.files import atomic_write, dumps, write_json
+from ..core.html import CONTENT_SECURITY_POLICY
 from ..scenes.surround import View
 
 # %% ../../nbs/coop/previews.ipynb #ba2bd197
@@ -99,7 +99,7 @@ def write_views(folder: str | Path, views: Sequence[View], width: int = 640) -> 
         paths.append(_save(Path(folder) / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', view.name)}.png", sheet))
     return paths
 
-# %% ../../nbs/coop/previews.ipynb #c41325f1
+# %% ../../nbs/coop/previews.ipynb #d9a791cf
 _STYLE = """
 body { margin: 0; padding: .8rem 1rem; font: 15px/1.45 system-ui, sans-serif; color: #1d2129; background: #fff; }
 h1 { font-size: 1.25rem; margin: 0 0 .2rem; overflow-wrap: anywhere; } p { margin: .2rem 0; color: #5c6470; }
@@ -131,7 +131,7 @@ def _write_page(path: str | Path, title: str, under: str, body: str, data: Mappi
     """Write a page with plotly in it; `under` is a line of text in which SIZE becomes the file's size."""
     block = dumps(data).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     def page(size: str) -> str:
-        head = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        head = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">'
                 f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
                 f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1><p>{html.escape(under.replace('SIZE', size))}</p>")
         return (f'{head}{body}<div id="plot"></div><div id="tip"></div>\n<script type="application/json" id="data">{block}</script>\n'

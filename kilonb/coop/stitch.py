@@ -7,7 +7,7 @@ __all__ = ['HIDDEN', 'PIXEL_ONLY', 'SEEN', 'LOOKED_THROUGH', 'FILLS', 'Output', 
            'ground_range', 'RangeDisagreement', 'range_disagreement', 'SeamStatistics', 'seam_statistics',
            'far_field_reference']
 
-# %% ../../nbs/coop/stitch.ipynb #e64c9985
+# %% ../../nbs/coop/stitch.ipynb #36a0d44f
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor
 from .warp import INNER, KERNEL, flat_depths, grid_of, sources_of, warp_layers
 from ..geometry.cameras import Camera
 from ..geometry.panoramas import PanoramaCamera
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from ..splats.threads import share, tickets
 
 # %% ../../nbs/coop/stitch.ipynb #4e4addf2

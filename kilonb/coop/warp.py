@@ -6,7 +6,7 @@
 __all__ = ['KERNEL', 'INNER', 'Grid', 'grid_of', 'quick_atan2', 'aim', 'Sources', 'sources_of', 'linked', 'flat_depths',
            'warp_layers', 'warp_reference']
 
-# %% ../../nbs/coop/warp.ipynb #5e468c05
+# %% ../../nbs/coop/warp.ipynb #3b4c1357
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..geometry.cameras import Camera, DistortedPinholeCamera, PinholeCamera
 from ..geometry.panoramas import CylindricalCamera, PanoramaCamera
 from ..geometry.transforms import rigid_inverse
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from ..splats.threads import share, tickets
 
 # %% ../../nbs/coop/warp.ipynb #f57161eb

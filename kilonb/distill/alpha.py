@@ -6,7 +6,7 @@
 __all__ = ['mean_where', 'quantile_where', 'halo_and_leak', 'OpacityTargetConfig', 'OpacityTarget', 'check_same_term',
            'AlphaBandConfig', 'AlphaBand', 'next_guard_state', 'check_alpha_settings', 'alpha_terms']
 
-# %% ../../nbs/distill/alpha.ipynb #869352d4
+# %% ../../nbs/distill/alpha.ipynb #6d8f10ad
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from torch.nn.functional import relu
 from .losses import Term
 from .targets import RayBatch
 from ..fields.rendering import RayRender
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/distill/alpha.ipynb #839709a9
 def mean_where(values: Tensor, chosen: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ __all__ = ['dilated', 'alpha_regions', 'alpha_report', 'draw_alpha', 'transmitta
            'transmittance_report', 'draw_transmittance', 'gradient_norms', 'weighted_parts', 'GradientRatios',
            'FrameDifference', 'frame_difference', 'pictures_of', 'folder_differences', 'draw_difference']
 
-# %% ../../nbs/distill/diagnostics.ipynb #30646444
+# %% ../../nbs/distill/diagnostics.ipynb #c1aa386c
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +22,7 @@ from .losses import ResponseLossConfig, Term, response_loss
 from .targets import RayBatch
 from ..fields.rendering import RayRender, render_rays
 from ..geometry.cameras import PinholeCamera, Rays
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from ..metrics.images import check_images, composite, decibels, straight_to_premultiplied
 from ..scenes.blender import read_rgba
 

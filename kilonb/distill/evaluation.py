@@ -7,7 +7,7 @@ __all__ = ['Metrics', 'Subject', 'SUMMARY', 'disagreements', 'check_agreement', 
            'look', 'Evaluation', 'evaluate_frames', 'check_targets', 'score_view', 'target_picture', 'SummaryTable',
            'summarise_runs']
 
-# %% ../../nbs/distill/evaluation.ipynb #b221b95b
+# %% ../../nbs/distill/evaluation.ipynb #ce2ed483
 import csv
 import io
 import math
@@ -28,11 +28,11 @@ from kilonb.distill.frames import (
 from .student import Student
 from .targets import ViewTarget, targets_from_images
 from ..geometry.cameras import PinholeCamera
-from ..lab.errors import KiloError
-from ..lab.files import atomic_write, write_json
-from ..lab.gates import html_table, markdown_table, spell, text_table
-from ..lab.hashing import hash_file
-from ..lab.runs import RunRecord, data_label, list_runs, read_run
+from ..core.errors import KiloError
+from ..core.files import atomic_write, write_json
+from ..runs.gates import html_table, markdown_table, spell, text_table
+from ..core.hashing import hash_file
+from ..runs.folders import RunRecord, data_label, list_runs, read_run
 from ..metrics.images import composite, evaluate_image, evaluation_table, mean_scores, psnr_srgb_db, self_check, ssim
 from ..splats.gaussians import Gaussians
 

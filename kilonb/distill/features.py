@@ -6,7 +6,7 @@
 __all__ = ['FEATURE_NAMES', 'teacher_features', 'TeacherAdapter', 'principal_axes', 'random_axes', 'linear_cka', 'Projector',
            'feature_loss', 'FeatureConfig', 'draw_by_weight', 'FeatureTerm']
 
-# %% ../../nbs/distill/features.ipynb #1e96faa9
+# %% ../../nbs/distill/features.ipynb #ca4b8e6c
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ from .alpha import check_same_term
 from .losses import Term
 from .targets import RayBatch
 from ..fields.rendering import RayRender
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from ..splats.gaussians import Gaussians
 from ..splats.lookup import GaussianLookup
 from ..training.guards import TrainingStopped

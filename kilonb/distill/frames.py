@@ -9,7 +9,7 @@ __all__ = ['CONVENTIONS', 'FORMAT', 'choose_frames', 'NamedCamera', 'named_camer
            'device_power', 'peak_memory', 'FrameFolder', 'told_frames', 'read_frames', 'write_frames',
            'frame_statistics', 'RenderOutcome', 'render_frames', 'recomposite_folder']
 
-# %% ../../nbs/distill/frames.ipynb #8c3f335b
+# %% ../../nbs/distill/frames.ipynb #567d2c62
 import ctypes
 import hashlib
 import json
@@ -31,10 +31,10 @@ from torch import Tensor
 from .student import Student, load_student
 from ..fields.rendering import render_image
 from ..geometry.cameras import PinholeCamera
-from ..lab.errors import KiloError
-from ..lab.files import atomic_write, write_json
-from ..lab.hashing import hash_file
-from ..lab.runs import peak_memory_mb
+from ..core.errors import KiloError
+from ..core.files import atomic_write, write_json
+from ..core.hashing import hash_file
+from ..runs.folders import peak_memory_mb
 from ..metrics.images import check_premultiplied, composite, straight_to_premultiplied
 from ..scenes.blender import write_rgba
 from ..splats.gaussians import Gaussians

@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'SCRIPT', 'Entry', 'lower_is_better', 'ranked', 'to_image', 'error_picture', 'told', 'triptych',
            'contact_sheet', 'picture_address', 'gallery_html', 'write_gallery', 'entries_of', 'save_views']
 
-# %% ../../nbs/distill/gallery.ipynb #c1b0842a
+# %% ../../nbs/distill/gallery.ipynb #e7b9d9eb
 import base64
 import html
 import io
@@ -20,11 +20,11 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ..lab.errors import KiloError
-from ..lab.files import atomic_write, dumps
-from ..lab.gates import spell
-from ..lab.pages import POLICY
-from ..lab.pictures import save_comparison
+from ..core.errors import KiloError
+from ..core.files import atomic_write, dumps
+from ..runs.gates import spell
+from ..core.html import CONTENT_SECURITY_POLICY
+from ..imaging.pictures import save_comparison
 from ..metrics.images import check_images
 
 # %% ../../nbs/distill/gallery.ipynb #808f52dc
@@ -203,7 +203,7 @@ for (const select of [metric, order]) select.addEventListener("change", sort);
 sort();
 """
 
-# %% ../../nbs/distill/gallery.ipynb #af3bc0d9
+# %% ../../nbs/distill/gallery.ipynb #2ad99ccd
 def _card(entry: Entry, gain: float, size: int) -> str:
     name, faces = html.escape(entry.name), {"target": entry.target, "student": entry.student, "error": error_picture(entry.student, entry.target, gain)}
     figures = "".join(f'<figure><img data-face="{face}" alt="{face} of {name}" loading="lazy" src="{picture_address(picture, size)}">'
@@ -224,7 +224,7 @@ def gallery_html(entries: Sequence[Entry], title: str, under: str = "", metric: 
     lower = dumps([name for name in metrics if lower_is_better(name)]).replace("<", "\\u003c")
     buttons = "".join(f'<button type="button" data-show="{face}">{face}</button>' for face in ("target", "student", "error"))
     return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
 <title>{html.escape(title)}</title><style>{STYLE}</style></head>
 <body><h1>{html.escape(title)}</h1><p class="under">{html.escape(under)}</p>

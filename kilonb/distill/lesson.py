@@ -6,7 +6,7 @@
 __all__ = ['centre_and_reach', 'upward', 'cameras_around', 'check_teacher', 'Lesson', 'spread', 'lesson_from_ply',
            'lesson_from_views', 'open_lesson']
 
-# %% ../../nbs/distill/lesson.ipynb #0c30ef24
+# %% ../../nbs/distill/lesson.ipynb #828b8c1e
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ from torch import Tensor
 from .targets import View, ViewTarget, find_teacher, targets_from_images, targets_from_teacher
 from ..geometry.cameras import PinholeCamera, camera_from_angle
 from ..geometry.transforms import look_at
-from ..lab.errors import KiloError
-from ..lab.files import write_json
+from ..core.errors import KiloError
+from ..core.files import write_json
 from ..metrics.images import blank_baseline_db, composite, psnr_srgb_db
 from ..scenes.blender import load_blender
 from ..splats.fit import FitConfig, fit_teacher

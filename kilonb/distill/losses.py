@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ResponseLossConfig', 'background_colours', 'colour_error', 'depth_error', 'response_loss', 'Term', 'add_terms']
 
-# %% ../../nbs/distill/losses.ipynb #e10147ad
+# %% ../../nbs/distill/losses.ipynb #fb7f038a
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,7 +16,7 @@ from torch.nn.functional import smooth_l1_loss
 
 from .targets import RayBatch
 from ..fields.rendering import RayRender
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/distill/losses.ipynb #e4d0c874
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TeachingConfig', 'space_of_scene', 'Taught', 'teach', 'steps_in']
 
-# %% ../../nbs/distill/multiview.ipynb #5c733cef
+# %% ../../nbs/distill/multiview.ipynb #3e8507de
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,7 +25,7 @@ from ..fields.mlp import MLPConfig
 from ..fields.occupancy import OccupancyGrid, occupancy_from_gaussians
 from ..fields.rendering import Field
 from ..geometry.cameras import PinholeCamera
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from ..splats.gaussians import Gaussians
 from ..splats.lookup import GaussianLookup
 from ..training.loop import TrainingResult

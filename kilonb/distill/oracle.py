@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['bake_teacher', 'silhouette_shift', 'silhouette_overlap', 'OracleReport', 'ask_oracle']
 
-# %% ../../nbs/distill/oracle.ipynb #b843573c
+# %% ../../nbs/distill/oracle.ipynb #0793be41
 import math
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from ..fields.occupancy import OccupancyGrid
 from ..fields.rendering import FieldImage, render_image
 from ..fields.voxels import VoxelField, bake_gaussians
 from ..geometry.cameras import PinholeCamera
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from ..metrics.images import composite, psnr_srgb_db
 from ..splats.gaussians import Gaussians
 from ..splats.harmonics import evaluate_sh

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encode_picture', 'Looker', 'NewestWins', 'drag_speed', 'encode_sheet', 'Orbit']
 
-# %% ../../nbs/distill/orbit_widget.ipynb #755b381c
+# %% ../../nbs/distill/orbit_widget.ipynb #5a81e1cf
 import asyncio
 import base64
 import io
@@ -22,7 +22,7 @@ from PIL import Image
 from .student import Student
 from .viewing import (CHANNELS, OrbitPose, Sight, ViewSettings, listed_gaussians, paint, pose_around, see_student_in_bands, see_teacher,
                                     view_sheet)
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from ..splats.gaussians import Gaussians
 
 # %% ../../nbs/distill/orbit_widget.ipynb #5affcf08

@@ -6,7 +6,7 @@
 __all__ = ['Condition', 'Phase', 'phases_of_run', 'check_lengths', 'PhasePlan', 'plan_state', 'restore_plan', 'PhaseClock',
            'PhasedTerm', 'phased']
 
-# %% ../../nbs/distill/phases.ipynb #4f2a58ee
+# %% ../../nbs/distill/phases.ipynb #3b71d8a7
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .losses import ResponseLossConfig, Term, response_loss
 from .targets import RayBatch
 from ..fields.rendering import RayRender
-from ..lab.errors import KiloError, unknown_name
+from ..core.errors import KiloError, unknown_name
 from ..training.checkpoints import portable
 from ..training.guards import TrainingStopped
 

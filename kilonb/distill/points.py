@@ -6,7 +6,7 @@
 __all__ = ['seen_space', 'PointBank', 'points_in', 'rays_to', 'ask_teacher', 'PointsConfig', 'point_loss', 'asked_together',
            'distill_points']
 
-# %% ../../nbs/distill/points.ipynb #55781ab9
+# %% ../../nbs/distill/points.ipynb #d8597f23
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ from .student import Student
 from ..fields.occupancy import OccupancyGrid, VoxelContributions
 from ..fields.rendering import Field, render_rays
 from ..geometry.cameras import PinholeCamera
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World, gather_rows, largest_over_ranks, share, share_weight
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['wall_distance', 'seam_error', 'neighbours', 'Continuity']
 
-# %% ../../nbs/distill/seams.ipynb #9a638e8c
+# %% ../../nbs/distill/seams.ipynb #8b4d199e
 from collections.abc import Sequence
 
 import torch
@@ -16,7 +16,7 @@ from .student import Student
 from .targets import RayBatch, ViewTarget
 from ..fields.kilonerf import CellGrid, KiloNeRF
 from ..fields.rendering import RayRender
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from ..metrics.images import composite
 from ..training.parallel import ALONE, World, gather_rows, share
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['space_of_teacher', 'tight_box', 'space_of_views']
 
-# %% ../../nbs/distill/space.ipynb #a88d259a
+# %% ../../nbs/distill/space.ipynb #24448b0c
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from .targets import ViewTarget
 from ..fields.occupancy import OccupancyGrid, occupancy_from_gaussians, occupancy_from_silhouettes
 from ..geometry.cameras import focus
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from ..splats.gaussians import Gaussians
 
 # %% ../../nbs/distill/space.ipynb #834c45a6

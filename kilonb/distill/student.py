@@ -6,7 +6,7 @@
 __all__ = ['FieldConfig', 'Student', 'make_student', 'DistillConfig', 'overlapping', 'seen_together', 'Distillation', 'distill',
            'evaluate', 'save_student', 'load_student']
 
-# %% ../../nbs/distill/student.ipynb #5d52a07b
+# %% ../../nbs/distill/student.ipynb #258fd52c
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -24,8 +24,8 @@ from ..fields.mlp import MLPConfig, MLPField
 from ..fields.occupancy import OccupancyGrid, VoxelContributions
 from ..fields.rendering import FieldImage, RayRender, render_image, render_rays
 from ..geometry.cameras import PinholeCamera, Rays
-from ..lab.configs import build_config
-from ..lab.errors import KiloError
+from ..core.configs import build_config
+from ..core.errors import KiloError
 from ..metrics.images import evaluate_image, self_check
 from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.guards import AlphaGuard

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['View', 'ViewTarget', 'targets_from_images', 'digest', 'targets_from_teacher', 'find_teacher', 'RayBatch', 'RayPool']
 
-# %% ../../nbs/distill/targets.ipynb #be9eb005
+# %% ../../nbs/distill/targets.ipynb #074baa70
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from torch import Tensor
 from ..fields.marching import march
 from ..fields.occupancy import OccupancyGrid
 from ..geometry.cameras import PinholeCamera, Rays
-from ..lab.errors import KiloError
-from ..lab.files import atomic_write
+from ..core.errors import KiloError
+from ..core.files import atomic_write
 from ..metrics.images import straight_to_premultiplied
 from ..splats.gaussians import Gaussians
 from ..splats.rasterizer import render_gaussians

@@ -7,7 +7,7 @@ __all__ = ['CHANNELS', 'ViewSettings', 'OrbitPose', 'pose_around', 'Sight', 'see
            'see_student', 'normals_of', 'colour_bar', 'mapped', 'cell_colours', 'cells_of_sight', 'listed_gaussians',
            'View', 'paint', 'render_teacher_view', 'render_student_view', 'view_sheet', 'newest_student']
 
-# %% ../../nbs/distill/viewing.ipynb #1d0e3123
+# %% ../../nbs/distill/viewing.ipynb #6533caec
 import colorsys
 import math
 import time
@@ -29,8 +29,8 @@ from .student import Student
 from ..fields.kilonerf import KiloNeRF
 from ..geometry.cameras import PinholeCamera, orbit_cameras
 from ..geometry.transforms import quat_to_rotmat
-from ..lab.errors import KiloError
-from ..lab.runs import FINISHED, list_runs
+from ..core.errors import KiloError
+from ..runs.folders import FINISHED, list_runs
 from ..splats.gaussians import Gaussians
 from ..splats.rasterizer import rasterize, render_gaussians
 from ..splats.tiles import TILE

@@ -6,7 +6,7 @@
 __all__ = ['PRIMES', 'PARTS', 'HashGridConfig', 'Level', 'place_levels', 'kernel_levels', 'read_grids', 'write_grids',
            'HeadLayout', 'head_forward', 'head_backward', 'HashGridField']
 
-# %% ../../nbs/fields/hashgrid.ipynb #0eb53dfc
+# %% ../../nbs/fields/hashgrid.ipynb #ffb62e7b
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .encodings import fourier_encode, fourier_width
 from .kernels import LANES, NetworkLayout, _encode, _layer, _layer_backward, _mask
 from .mlp import BoxField
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 PRIMES = 1, 2654435761, 805459861
 

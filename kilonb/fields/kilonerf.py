@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['KiloNeRFConfig', 'CellGrid', 'cells_of', 'Routing', 'route', 'PaddedNetworks', 'KiloNeRF']
 
-# %% ../../nbs/fields/kilonerf.ipynb #ef19b8b0
+# %% ../../nbs/fields/kilonerf.ipynb #f6b8eabd
 from dataclasses import dataclass
 
 import numba
@@ -17,7 +17,7 @@ from .encodings import fourier_encode
 from .kernels import NetworkLayout, run_networks
 from .mlp import activate
 from .occupancy import OccupancyGrid
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/fields/kilonerf.ipynb #53e9e784
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Samples', 'march_reference', 'march', 'march_distances']
 
-# %% ../../nbs/fields/marching.ipynb #611b9c13
+# %% ../../nbs/fields/marching.ipynb #e929a8d7
 import math
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .occupancy import OccupancyGrid
 from ..geometry.cameras import Rays
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/fields/marching.ipynb #f861d7fa
 class Samples(NamedTuple):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['activate', 'BoxField', 'MLPConfig', 'fresh_layer', 'MLPField']
 
-# %% ../../nbs/fields/mlp.ipynb #dbc449c6
+# %% ../../nbs/fields/mlp.ipynb #9f7676aa
 from dataclasses import dataclass
 from itertools import pairwise
 from math import sqrt
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from .encodings import fourier_encode, fourier_width
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/fields/mlp.ipynb #f352a350
 def activate(raw: Tensor, density_scale: float, density_bias: float) -> tuple[Tensor, Tensor]:

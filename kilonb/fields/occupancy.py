@@ -6,7 +6,7 @@
 __all__ = ['OccupancyGrid', 'occupancy_from_gaussians', 'empty_grid', 'dilated', 'occupancy_from_silhouettes',
            'VoxelContributions']
 
-# %% ../../nbs/fields/occupancy.ipynb #87a6002e
+# %% ../../nbs/fields/occupancy.ipynb #bc6f02c6
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import quat_to_rotmat
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/fields/occupancy.ipynb #920fb0c8
 @dataclass(frozen=True)

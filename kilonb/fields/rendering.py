@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Field', 'RayRender', 'render_rays', 'TracedRays', 'trace_rays', 'FieldImage', 'render_image']
 
-# %% ../../nbs/fields/rendering.ipynb #5d5ba815
+# %% ../../nbs/fields/rendering.ipynb #1743524f
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from .compositing import composite
 from .marching import Samples, march, march_distances
 from .occupancy import OccupancyGrid
 from ..geometry.cameras import PinholeCamera, Rays
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VoxelField', 'bake_gaussians']
 
-# %% ../../nbs/fields/voxels.ipynb #1b7f1537
+# %% ../../nbs/fields/voxels.ipynb #9c4f8f21
 import math
 
 import numba
@@ -16,7 +16,7 @@ from torch.nn.functional import grid_sample
 
 from .occupancy import OccupancyGrid, empty_grid
 from ..geometry.transforms import quat_to_rotmat
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/fields/voxels.ipynb #b1a94deb
 class VoxelField:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDGES', 'Boxes', 'upright_boxes', 'segments', 'outline', 'convex_hull']
 
-# %% ../../nbs/geometry/boxes.ipynb #727afec8
+# %% ../../nbs/geometry/boxes.ipynb #26dbc8f2
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .cameras import Camera
 from .transforms import check_rigid, rigid, rigid_inverse, transform_points
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/geometry/boxes.ipynb #e2ddbce2
 _SIGNS = torch.tensor([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)], dtype=torch.float64)

@@ -6,7 +6,7 @@
 __all__ = ['Rays', 'Camera', 'PinholeCamera', 'camera_from_angle', 'Visibility', 'visibility', 'Lens', 'DistortedPinholeCamera',
            'Rig', 'blender_to_opencv', 'orbit_cameras', 'focus']
 
-# %% ../../nbs/geometry/cameras.ipynb #f8efdaf8
+# %% ../../nbs/geometry/cameras.ipynb #94f57211
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .transforms import look_at, rigid_inverse, transform_points
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/geometry/cameras.ipynb #95010132
 class Rays(NamedTuple):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['range_of_depth', 'PanoramaCamera', 'EquirectangularCamera', 'CylindricalCamera', 'roll_columns']
 
-# %% ../../nbs/geometry/panoramas.ipynb #b4e989af
+# %% ../../nbs/geometry/panoramas.ipynb #c14e7d32
 from dataclasses import dataclass, replace
 from math import cos, radians, sin, tan
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .cameras import Camera
 from .transforms import transform_points
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/geometry/panoramas.ipynb #c7d08b4e
 def range_of_depth(camera: Camera, depth: Tensor) -> Tensor:

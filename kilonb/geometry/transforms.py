@@ -7,11 +7,11 @@ __all__ = ['quat_to_rotmat', 'rotmat_to_quat', 'quat_multiply', 'rigid', 'rigid_
            'look_at', 'carla_pose_to_matrix', 'left_to_right_handed', 'mirror_y', 'forward_to_opencv',
            'opencv_to_forward']
 
-# %% ../../nbs/geometry/transforms.ipynb #b70c1e8c
+# %% ../../nbs/geometry/transforms.ipynb #1e033074
 import torch
 from torch import Tensor
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/geometry/transforms.ipynb #b4008ddf
 def quat_to_rotmat(quats: Tensor) -> Tensor:

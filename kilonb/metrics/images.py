@@ -7,14 +7,14 @@ __all__ = ['check_images', 'decibels', 'psnr_srgb_db', 'srgb_to_linear', 'linear
            'straight_to_premultiplied', 'check_premultiplied', 'composite', 'foreground_psnr_db', 'blank_baseline_db',
            'structural_similarity', 'ssim', 'evaluate_image', 'self_check', 'mean_scores', 'evaluation_table']
 
-# %% ../../nbs/metrics/images.ipynb #b798aafc
+# %% ../../nbs/metrics/images.ipynb #3a16a30f
 import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/metrics/images.ipynb #9f75a3d5
 def check_images(prediction: Tensor, target: Tensor) -> None:

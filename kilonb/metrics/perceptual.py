@@ -6,7 +6,7 @@
 __all__ = ['CONV', 'LAYERS', 'SHAPES', 'HEADS', 'SHIFT', 'SCALE', 'FILES', 'MISSING', 'PerceptualDistance', 'network_from_tree',
            'load_network', 'find_weights', 'lpips_available', 'cached_network', 'lpips', 'lpips_metrics']
 
-# %% ../../nbs/metrics/perceptual.ipynb #b2f2bd56
+# %% ../../nbs/metrics/perceptual.ipynb #54d6024a
 from collections.abc import Callable, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..lab.errors import KiloError, unknown_name
-from ..lab.hashing import hash_file
-from ..lab.manifests import weights_folder as installed_folder
-from ..lab.pickles import NUMPY_ARRAYS, load_restricted
+from ..core.errors import KiloError, unknown_name
+from ..core.hashing import hash_file
+from ..data.manifests import weights_folder as installed_folder
+from ..core.pickles import NUMPY_ARRAYS, load_restricted
 from .images import check_images
 
 # %% ../../nbs/metrics/perceptual.ipynb #57eb6a68

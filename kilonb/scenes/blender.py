@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_rgba', 'write_rgba', 'downscale', 'Frame', 'BlenderScene', 'load_blender', 'write_blender', 'scene_hash']
 
-# %% ../../nbs/scenes/blender.ipynb #c8a7cba5
+# %% ../../nbs/scenes/blender.ipynb #8104d247
 import hashlib
 import json
 import math
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..geometry.cameras import PinholeCamera, blender_to_opencv
 from ..geometry.transforms import check_rigid
-from ..lab.errors import KiloError
-from ..lab.files import atomic_write, write_json
+from ..core.errors import KiloError
+from ..core.files import atomic_write, write_json
 
 # %% ../../nbs/scenes/blender.ipynb #e29aaeb5
 def _open_picture(path: Path) -> Image.Image:

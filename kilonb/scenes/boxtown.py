@@ -8,7 +8,7 @@ __all__ = ['PAVEMENT', 'OPV2V_CAMERAS', 'OPV2V_LIDAR', 'OPV2V_FOCAL', 'FIRST_FRA
            'Town', 'build_town', 'flow', 'opv2v_cameras', 'opv2v_record', 'write_pcd', 'write_opv2v', 'pandaset_lidars',
            'pandaset_cameras', 'write_pandaset', 'make_opv2v', 'make_pandaset']
 
-# %% ../../nbs/scenes/boxtown.ipynb #97a1a4dc
+# %% ../../nbs/scenes/boxtown.ipynb #ff78c5be
 import math
 import uuid
 from collections.abc import Iterator, Sequence
@@ -23,10 +23,10 @@ from PIL import Image
 
 from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import carla_pose_to_matrix, forward_to_opencv, left_to_right_handed, rotmat_to_quat
-from ..lab.errors import KiloError
-from ..lab.files import dumps
-from ..lab.manifests import atomic_folder
-from ..lab.tables import write_table
+from ..core.errors import KiloError
+from ..core.files import dumps
+from ..data.manifests import atomic_folder
+from ..data.tables import write_table
 from .bodies import PAINTS, VEHICLES, Lot, bench, bin_, block, broadleaf, conifer, hedge, house, lamp, moved, person, sign, signal, vehicle
 from .materials import BUILDING, MARKING, OTHER, PERSON, POLE, ROAD, SIDEWALK, SIGN, SKY, TERRAIN, VEGETATION, VEHICLE
 from .raycast import Actor, Pose, Solids, SpinningLidar, Sweep, World, render, spin_lidar, stack

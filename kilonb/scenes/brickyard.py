@@ -7,7 +7,7 @@ __all__ = ['STUD', 'GROUND', 'BRICK', 'PLATE', 'COLOURS', 'LAMP', 'LEGO_RADIUS',
            'inside', 'row', 'knobs', 'loader', 'graded', 'Skin', 'cover', 'shade', 'gloss_sh', 'build_brickyard',
            'hemisphere_cameras', 'passing_cameras', 'straight_picture', 'write_brickyard']
 
-# %% ../../nbs/scenes/brickyard.ipynb #7185cef6
+# %% ../../nbs/scenes/brickyard.ipynb #a0c32c18
 import itertools
 import math
 import os
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..geometry.cameras import PinholeCamera, camera_from_angle
 from ..geometry.transforms import look_at, rotmat_to_quat
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from .blender import write_blender
 from ..splats.gaussians import Gaussians
 from ..splats.harmonics import rgb_to_sh0, sh_basis

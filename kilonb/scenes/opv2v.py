@@ -6,7 +6,7 @@
 __all__ = ['CAMERAS', 'KM_PER_HOUR', 'DEPTH_ENDINGS', 'read_record', 'read_pcd', 'ExtrinsicCheck', 'check_extrinsic', 'Entry',
            'Opv2vFrame', 'read_vehicles', 'open_entry', 'Instant', 'Opv2vScene', 'rig_record', 'load_opv2v']
 
-# %% ../../nbs/scenes/opv2v.ipynb #431aa605
+# %% ../../nbs/scenes/opv2v.ipynb #7ec7b0c2
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..geometry.boxes import Boxes
 from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import carla_pose_to_matrix, check_rigid, forward_to_opencv, left_to_right_handed, mirror_y, rigid_inverse, transform_points
-from ..lab.errors import KiloError, unknown_name
+from ..core.errors import KiloError, unknown_name
 from .surround import Problem, SurroundFrame, image_size, no_boxes, note
 
 # %% ../../nbs/scenes/opv2v.ipynb #475899bc

@@ -6,7 +6,7 @@
 __all__ = ['CAMERAS', 'ORIGIN_HEIGHT_M', 'read_poses', 'read_times', 'LidarSweep', 'read_sweep', 'Cuboids', 'read_cuboids',
            'PandasetFrame', 'PandasetSequence', 'find_sequences', 'load_pandaset', 'load_surround_frames']
 
-# %% ../../nbs/scenes/pandaset.ipynb #4e55d570
+# %% ../../nbs/scenes/pandaset.ipynb #276bbd98
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ from torch import Tensor
 from ..geometry.boxes import Boxes, upright_boxes
 from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import quat_to_rotmat, rigid
-from ..lab.errors import KiloError
-from ..lab.tables import read_table
+from ..core.errors import KiloError
+from ..data.tables import read_table
 from .surround import Problem, SurroundFrame, SurroundScene, image_size, no_boxes, note
 
 # %% ../../nbs/scenes/pandaset.ipynb #0312d63e

@@ -6,7 +6,7 @@
 __all__ = ['BOX', 'ELLIPSOID', 'CYLINDER', 'Solids', 'turn_z', 'solid', 'stack', 'build_tree', 'bounding_boxes', 'Pose', 'Actor',
            'Scene', 'World', 'Hits', 'cast', 'Picture', 'srgb', 'render', 'SpinningLidar', 'Sweep', 'spin_lidar']
 
-# %% ../../nbs/scenes/raycast.ipynb #bd400428
+# %% ../../nbs/scenes/raycast.ipynb #44b753f6
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numba import njit, prange
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from .materials import MARKING, VEGETATION, exposed, lit, sky, surface
 
 # %% ../../nbs/scenes/raycast.ipynb #3e4f280b

@@ -6,14 +6,14 @@
 __all__ = ['KERB', 'EAST', 'NORTH', 'WEST', 'SOUTH', 'RIGHT_RADIUS', 'LEFT_RADIUS', 'StreetGrid', 'Path', 'follow', 'route',
            'Drive', 'Standing', 'Traffic']
 
-# %% ../../nbs/scenes/streets.ipynb #f13a8475
+# %% ../../nbs/scenes/streets.ipynb #147ea19b
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from .raycast import Pose
 
 # %% ../../nbs/scenes/streets.ipynb #2472ee8d

@@ -6,7 +6,7 @@
 __all__ = ['FAR_CENTIMETRES', 'READERS', 'Problem', 'note', 'image_size', 'read_rgb', 'read_z_depth', 'View', 'Frame', 'no_boxes',
            'SurroundFrame', 'SurroundScene', 'camera_height_m', 'panorama_pose', 'load_surround']
 
-# %% ../../nbs/scenes/surround.ipynb #742cb6e3
+# %% ../../nbs/scenes/surround.ipynb #058e5f86
 import importlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..geometry.boxes import Boxes, upright_boxes
 from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import forward_to_opencv, rigid
-from ..lab.errors import KiloError, unknown_name
+from ..core.errors import KiloError, unknown_name
 
 # %% ../../nbs/scenes/surround.ipynb #6241cb74
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 __all__ = ['SKY_GREY', 'MOUNTS_M', 'CAMERA_HEIGHT_M', 'YAW_CORRECTIONS_DEG', 'decode_log_depth', 'read_log_depth', 'mount_pose',
            'load_v2xsim']
 
-# %% ../../nbs/scenes/v2xsim.ipynb #2f96c714
+# %% ../../nbs/scenes/v2xsim.ipynb #7db6ef62
 import json
 import math
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..geometry.cameras import camera_from_angle
 from ..geometry.transforms import forward_to_opencv, rigid
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from .surround import SurroundFrame, SurroundScene, image_size, note
 
 # %% ../../nbs/scenes/v2xsim.ipynb #f068505c

@@ -9,7 +9,7 @@ __all__ = ['STRATEGY_SETTINGS', 'FitConfig', 'View', 'Views', 'scene_extent', 's
            'relocate_and_grow', 'view_order', 'set_rates', 'background_colour', 'render_teacher', 'Fit',
            'held_out_scores', 'FitResult', 'fit_teacher']
 
-# %% ../../nbs/splats/fit.ipynb #b681e754
+# %% ../../nbs/splats/fit.ipynb #346b0e62
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ..geometry.cameras import PinholeCamera, focus
 from ..geometry.transforms import quat_to_rotmat
-from ..lab.errors import KiloError
-from ..lab.files import write_json
+from ..core.errors import KiloError
+from ..core.files import write_json
 from .gaussians import Gaussians, gaussians_from_points
 from .mcmc import draw_sources, exploration_noise, grown_count, penalty, scatter, share_out
 from .ply import write_ply

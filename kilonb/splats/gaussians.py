@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SH_DEGREES', 'Gaussians', 'reject', 'check_shapes', 'neighbour_distance', 'gaussians_from_points']
 
-# %% ../../nbs/splats/gaussians.ipynb #377959d5
+# %% ../../nbs/splats/gaussians.ipynb #a9817758
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -14,7 +14,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from .harmonics import rgb_to_sh0
 
 # %% ../../nbs/splats/gaussians.ipynb #e22ca283

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['SH_C0', 'SH_C1', 'SH_C2', 'SH_C3', 'sh_basis', 'evaluate_sh', 'rgb_to_sh0', 'sh0_to_rgb']
 
-# %% ../../nbs/splats/harmonics.ipynb #e2e464d5
+# %% ../../nbs/splats/harmonics.ipynb #19dc53b0
 import math
 
 import torch
 from torch import Tensor
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/splats/harmonics.ipynb #e8e52adf
 SH_C0 = math.sqrt(1 / (4 * math.pi))

@@ -6,7 +6,7 @@
 __all__ = ['half_polylogarithm', 'footprint_records', 'CellIndex', 'build_index', 'density_of', 'all_pairs', 'Visit',
            'plan_visit', 'sum_per_point', 'TorchLookup', 'GaussianLookup']
 
-# %% ../../nbs/splats/lookup.ipynb #1f230d9a
+# %% ../../nbs/splats/lookup.ipynb #41a4f1c2
 import math
 from typing import Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from numba import njit
 from torch import Tensor
 
 from ..geometry.transforms import quat_to_rotmat
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from .gaussians import Gaussians
 from .harmonics import evaluate_sh
 from .kernels import fill_basis

@@ -6,14 +6,14 @@
 __all__ = ['OPAQUE', 'TERMS', 'shared_opacity', 'shared_scale', 'draw_sources', 'share_out', 'scatter', 'grown_count',
            'exploration_gate', 'exploration_noise', 'penalty']
 
-# %% ../../nbs/splats/mcmc.ipynb #f173790e
+# %% ../../nbs/splats/mcmc.ipynb #e2d15398
 import math
 
 import torch
 from torch import Tensor
 
 from ..geometry.transforms import quat_to_rotmat
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/splats/mcmc.ipynb #dd3a5f7c
 OPAQUE, TERMS = 1 - 1e-6, 64

@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['read_ply', 'write_ply']
 
-# %% ../../nbs/splats/ply.ipynb #01e56299
+# %% ../../nbs/splats/ply.ipynb #cc26300f
 import os
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..lab.errors import KiloError
-from ..lab.files import atomic_write
+from ..core.errors import KiloError
+from ..core.files import atomic_write
 from .gaussians import Gaussians
 
 # %% ../../nbs/splats/ply.ipynb #4dcba4ef

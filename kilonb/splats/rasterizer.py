@@ -6,7 +6,7 @@
 __all__ = ['RENDER_MODES', 'Rows', 'make_rows', 'Project', 'Harmonics', 'Spread', 'Composite', 'rasterize', 'Render',
            'render_gaussians']
 
-# %% ../../nbs/splats/rasterizer.ipynb #460c5599
+# %% ../../nbs/splats/rasterizer.ipynb #743c1472
 import math
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..geometry.cameras import PinholeCamera
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from .gaussians import Gaussians
 from .kernels import CHUNKS, harmonics_backward, harmonics_forward, pack_rows, project_backward, project_forward
 from .threads import share

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Average', 'check_weights_fit', 'copy_weights', 'EMA', 'SWA', 'choose_average', 'load_weights']
 
-# %% ../../nbs/training/averaging.ipynb #3b7eb07f
+# %% ../../nbs/training/averaging.ipynb #afad5913
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from .checkpoints import read_checkpoint
 
 # %% ../../nbs/training/averaging.ipynb #d1c55773

@@ -6,7 +6,7 @@
 __all__ = ['FORMAT', 'seed_everything', 'random_state', 'restore_random_state', 'portable', 'write_checkpoint', 'read_checkpoint',
            'check_same_settings', 'latest_path', 'final_path', 'newest_checkpoint', 'keep_final']
 
-# %% ../../nbs/training/checkpoints.ipynb #5cf5a0a2
+# %% ../../nbs/training/checkpoints.ipynb #2bd33601
 import os
 import pickle
 import random
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..lab.errors import KiloError
-from ..lab.files import atomic_write
+from ..core.errors import KiloError
+from ..core.files import atomic_write
 
 # %% ../../nbs/training/checkpoints.ipynb #a3db9712
 def seed_everything(seed: int) -> None:

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['TrainingStopped', 'FiniteGuard', 'AlphaGuard']
 
-# %% ../../nbs/training/guards.ipynb #34796183
+# %% ../../nbs/training/guards.ipynb #0a395a97
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/training/guards.ipynb #997b7b91
 class TrainingStopped(KiloError):

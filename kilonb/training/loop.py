@@ -7,7 +7,7 @@ __all__ = ['FREE_SETTINGS', 'LoopConfig', 'LoopState', 'TrainingResult', 'fetch'
            'optimizer_parameters', 'optimizer_step', 'deferred_interrupt', 'Run', 'begin', 'take_step', 'over_ranks',
            'make_record', 'save', 'resume_run', 'open_log', 'meet', 'run_tensors', 'run_steps', 'train']
 
-# %% ../../nbs/training/loop.ipynb #69c16dc5
+# %% ../../nbs/training/loop.ipynb #d6b45ac4
 import math
 import signal
 import threading
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from .averaging import Average, choose_average
 from .checkpoints import check_same_settings, keep_final, latest_path, random_state, read_checkpoint, restore_random_state, write_checkpoint
 from .guards import FiniteGuard, TrainingStopped

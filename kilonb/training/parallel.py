@@ -8,7 +8,7 @@ __all__ = ['ALONE', 'World', 'world_from_environment', 'Meeting', 'join', 'known
            'mean_over_ranks', 'average_gradients', 'gather_rows', 'largest_over_ranks', 'smallest_over_ranks',
            'from_first', 'barrier', 'broadcast_from_first', 'weights_digest', 'check_in_step']
 
-# %% ../../nbs/training/parallel.ipynb #17bbdae6
+# %% ../../nbs/training/parallel.ipynb #77aa0b40
 import datetime
 import hashlib
 import itertools
@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 from .guards import TrainingStopped
 
 # %% ../../nbs/training/parallel.ipynb #d6c57768

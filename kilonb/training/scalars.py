@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALARS_NAME', 'csv_line', 'read_rows', 'write_rows', 'ScalarLog', 'read_scalars']
 
-# %% ../../nbs/training/scalars.ipynb #95f0e95b
+# %% ../../nbs/training/scalars.ipynb #94bfa330
 import csv
 import io
 import math
@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..lab.errors import KiloError
-from ..lab.files import atomic_write
+from ..core.errors import KiloError
+from ..core.files import atomic_write
 
 # %% ../../nbs/training/scalars.ipynb #e6b97ee1
 SCALARS_NAME = "metrics.csv"

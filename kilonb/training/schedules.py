@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['WarmupCosine', 'schedule_for', 'set_learning_rates']
 
-# %% ../../nbs/training/schedules.ipynb #dd399b9d
+# %% ../../nbs/training/schedules.ipynb #2f4c4d33
 import math
 from dataclasses import dataclass
 
-from ..lab.errors import KiloError
+from ..core.errors import KiloError
 
 # %% ../../nbs/training/schedules.ipynb #48e90de3
 @dataclass(frozen=True)
