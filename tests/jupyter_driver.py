@@ -21,8 +21,10 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
 PATIENCE_S = 180.0
-# What JupyterLab and Chromium say by themselves on a machine without a network or a graphics card, whatever the notebook is; the last is anywidget's
-# word for a widget whose script (plotly's has 5 MB) took a busy machine over two seconds to start, and which starts all the same.
+# What JupyterLab and Chromium say by themselves on a machine without a network or a graphics card, whatever the
+# notebook is; the last is anywidget's
+# word for a widget whose script (plotly's has 5 MB) took a busy machine over two seconds to start, and which starts all
+# the same.
 NOISE = (r"favicon\.ico", r"ERR_NAME_NOT_RESOLVED", r"ERR_INTERNET_DISCONNECTED", r"ResizeObserver loop",
          r"GL Driver Message", r"GroupMarkerNotSet", r"swiftshader", r"\[anywidget\] Failed to initialize model\.$")
 
@@ -35,7 +37,8 @@ def free_port() -> int:
 
 
 def _die_with_the_tests() -> None:
-    """In the server, before it starts: end it when the process of the tests is gone, however that went (Linux: prctl(PR_SET_PDEATHSIG))."""
+    """In the server, before it starts: end it when the process of the tests is gone, however that went (Linux:
+    prctl(PR_SET_PDEATHSIG))."""
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
@@ -62,14 +65,17 @@ class Lab:
 
     def answers(self) -> bool:
         try:
-            with urllib.request.urlopen(f"{self.address}/api/status?token={self.token}", timeout=5) as reply: return reply.status == 200
+            with urllib.request.urlopen(f"{self.address}/api/status?token={self.token}", timeout=5) as reply:
+                return reply.status == 200
         except OSError: return False
 
     def wait(self) -> "Lab":
         deadline = time.monotonic() + PATIENCE_S
         while not self.answers():
-            if self.process.poll() is not None: raise RuntimeError(f"JupyterLab ended at once:\n{self.log.read_text(errors='replace')[-3000:]}")
-            if time.monotonic() > deadline: raise TimeoutError(f"JupyterLab did not answer:\n{self.log.read_text(errors='replace')[-3000:]}")
+            if self.process.poll() is not None:
+                raise RuntimeError(f"JupyterLab ended at once:\n{self.log.read_text(errors='replace')[-3000:]}")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"JupyterLab did not answer:\n{self.log.read_text(errors='replace')[-3000:]}")
             time.sleep(0.2)
         return self
 
@@ -88,7 +94,8 @@ class Lab:
 
 @contextlib.contextmanager
 def open_lab(folder: Path, environment: dict[str, str] | None = None) -> Iterator[Lab]:
-    """A server on `folder / "root"`; its settings, kernels and run-time files stay in `folder`. `environment` reaches the kernels."""
+    """A server on `folder / "root"`; its settings, kernels and run-time files stay in `folder`. `environment` reaches
+    the kernels."""
     root, port, token = folder / "root", free_port(), secrets.token_hex(16)
     kernel = folder / "share" / "kernels" / "python3"
     for path in (root, kernel): path.mkdir(parents=True, exist_ok=True)
@@ -97,18 +104,20 @@ def open_lab(folder: Path, environment: dict[str, str] | None = None) -> Iterato
     quiet.parent.mkdir(parents=True)
     quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True}))
     (kernel / "kernel.json").write_text(json.dumps({"argv": argv, "display_name": "python3", "language": "python"}))
-    own = {"JUPYTER_PATH": "share", "JUPYTER_DATA_DIR": "data", "JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime",
-           "JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYDEVD_DISABLE_FILE_VALIDATION": "1", **(environment or {}),
-                   **{name: str(folder / path) for name, path in own.items()}}
+    own = {"JUPYTER_PATH": "share", "JUPYTER_DATA_DIR": "data", "JUPYTER_CONFIG_DIR": "config",
+           "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTERLAB_SETTINGS_DIR": "settings",
+           "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+                   **(environment or {}), **{name: str(folder / path) for name, path in own.items()}}
     environment.pop("MPLBACKEND", None)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-               f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}", "--LabApp.news_url=None",
-               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.extension_manager=readonly", "--ServerApp.terminals_enabled=False",
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+               "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={root}",
+               "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+               "--LabApp.extension_manager=readonly", "--ServerApp.terminals_enabled=False",
                "--LabApp.expose_app_in_browser=True"]
     with (folder / "server.log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-                                   preexec_fn=_die_with_the_tests)
+        process = subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log,
+                                   stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_the_tests)
     lab = Lab(root, port, token, process, folder / "server.log")
     try: yield lab.wait()
     finally: lab.close()
@@ -119,8 +128,8 @@ def open_browser() -> Iterator:
     """A headless Chromium that reaches this machine only, with WebGL in software."""
     from playwright.sync_api import sync_playwright
 
-    options = ["--no-sandbox", "--disable-dev-shm-usage", "--enable-unsafe-swiftshader", "--use-gl=angle", "--use-angle=swiftshader",
-               "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
+    options = ["--no-sandbox", "--disable-dev-shm-usage", "--enable-unsafe-swiftshader", "--use-gl=angle",
+               "--use-angle=swiftshader", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options, timeout=PATIENCE_S * 1000)
         try: yield browser
@@ -134,7 +143,9 @@ class Notebook:
         self.lab, self.name, self.errors = lab, name, []
         self.page = browser.new_page(viewport={"width": width, "height": height})
         self.page.set_default_timeout(PATIENCE_S * 1000)
-        self.page.on("console", lambda message: self.errors.append(f"{message.text} ({message.location.get('url', '')})") if message.type == "error" else None)
+        self.page.on("console",
+                     lambda message: self.errors.append(f"{message.text} ({message.location.get('url', '')})")
+                     if message.type == "error" else None)
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(f"{lab.address}/doc/tree/{name}?token={lab.token}&reset")
         self.page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext")
@@ -145,7 +156,9 @@ class Notebook:
 
     def wait_for_idle(self) -> None:
         """Until the kernel is there and has nothing to do."""
-        self.page.wait_for_function("() => window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === 'idle'")
+        self.page.wait_for_function("() => "
+                                    "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === "
+                                    "'idle'")
 
     def run_all(self) -> None:
         """Run every cell and wait for the last; a cell that fails ends it, as it does for a person."""
@@ -156,15 +169,19 @@ class Notebook:
     def error_outputs(self) -> list[str]:
         """The tracebacks shown in the notebook."""
         kinds = ("stderr", "error")
-        return self.page.locator(", ".join(f'.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.{kind}"]' for kind in kinds)).all_inner_texts()
+        return self.page.locator(", ".join(f'.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.{kind}"]'
+                                           for kind in kinds)).all_inner_texts()
 
     def console_errors(self) -> list[str]:
         """What the browser's console called an error, without what JupyterLab says by itself."""
         return [text for text in self.errors if not any(re.search(noise, text, re.IGNORECASE) for noise in NOISE)]
 
     def move_slider(self, selector: str, steps: int = 1, key: str = "ArrowRight") -> None:
-        """Put the focus on the slider that `selector` finds, an ipywidget or an element of the page's own, and press a key `steps` times."""
-        handle = self.page.locator(f'{selector} .noUi-handle, {selector} input[type="range"], input[type="range"]{selector}').first
+        """Put the focus on the slider that `selector` finds, an ipywidget or an element of the page's own, and press a
+        key `steps` times."""
+        handle = self.page.locator(
+            f'{selector} .noUi-handle, {selector} input[type="range"], input[type="range"]{selector}'
+        ).first
         handle.scroll_into_view_if_needed()
         handle.focus()
         for _ in range(steps): self.page.keyboard.press(key)

@@ -1,4 +1,5 @@
-"""Runs put aside and taken out again: nothing is lost, nothing half done, nothing written where it does not belong; and why two runs differ."""
+"""Runs put aside and taken out again: nothing is lost, nothing half done, nothing written where it does not belong; and
+why two runs differ."""
 import errno
 import gzip
 import io
@@ -14,15 +15,17 @@ import psutil
 import pytest
 
 from kilonb.runs import archive
-from kilonb.runs.archive import (MANIFEST, archive_path, archive_runs, choose_runs, compare_rows, environment_differences, explain_difference, list_archives,
-                                read_archive, restore_run, run_rows)
+from kilonb.runs.archive import (MANIFEST, archive_path, archive_runs, choose_runs, compare_rows,
+                                 environment_differences, explain_difference, list_archives, read_archive, restore_run,
+                                 run_rows)
 from kilonb.core.errors import KiloError
 from kilonb.core.files import write_json
 from kilonb.runs.gates import Gate
 from kilonb.runs.folders import ABANDONED, FINISHED, list_runs, mark_run, open_run, read_run, read_status
 
 
-def make_run(outputs, name="a", experiment="toy", status=FINISHED, started="2026-01-31T12:00:00+00:00", data="brickyard", **parameters):
+def make_run(outputs, name="a", experiment="toy", status=FINISHED, started="2026-01-31T12:00:00+00:00",
+             data="brickyard", **parameters):
     known = {"kind": "blender", "name": data, "sha256": "0a" * 32}
     run = open_run(experiment, outputs / experiment / name, {"data": data, "seed": 0, **parameters}, known, seed=0)
     (run.checkpoints / "step_10.pt").write_bytes(os.urandom(50_000))
@@ -35,7 +38,8 @@ def make_run(outputs, name="a", experiment="toy", status=FINISHED, started="2026
 
 
 def everything(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+            for path in sorted(folder.rglob("*"))}
 
 
 def repacked(source, target, change):
@@ -59,16 +63,23 @@ def test_an_archived_run_comes_back_to_the_byte(tmp_path):
     record = make_run(tmp_path)
     before = everything(record.folder)
     (kept,) = archive_runs([record])
-    assert kept.path == tmp_path / "archive" / "toy-a.tar.gz" and not record.folder.exists() and list_runs(tmp_path) == []
+    assert (
+        kept.path == tmp_path / "archive" / "toy-a.tar.gz" and not record.folder.exists() and list_runs(tmp_path) == []
+    )
     assert kept.status == FINISHED and kept.gates == "1/1" and kept.data == "brickyard"
     assert set(kept.files) == {name for name, held in before.items() if held is not None}
-    assert restore_run(kept.path) == record.folder and everything(record.folder) == before and read_run(record.folder).ok
+    assert (
+        restore_run(kept.path) == record.folder and everything(record.folder) == before and read_run(record.folder).ok
+    )
     assert not list(record.folder.parent.glob(".*"))
 
 
 def test_an_archive_can_be_restored_elsewhere(tmp_path):
     (kept,) = archive_runs([make_run(tmp_path / "here")], tmp_path / "shelf")
-    assert kept.path.parent == tmp_path / "shelf" and restore_run(kept.path, tmp_path / "there") == tmp_path / "there" / "toy" / "a"
+    assert (
+        kept.path.parent == tmp_path / "shelf"
+        and restore_run(kept.path, tmp_path / "there") == tmp_path / "there" / "toy" / "a"
+    )
 
 
 def test_runs_of_two_sweeps_do_not_share_an_archive(tmp_path):
@@ -87,13 +98,15 @@ def test_a_running_run_is_not_archived_and_neither_are_those_beside_it(tmp_path,
     over, going = make_run(tmp_path, "over"), open_run("toy", tmp_path / "toy" / "going")
     mark_run(going.folder, status)
     for delete in (False, True):
-        with pytest.raises(KiloError, match=f"toy/going is {status}: only runs that are over"): archive_runs([over, read_run(going.folder)], delete=delete)
+        with pytest.raises(KiloError, match=f"toy/going is {status}: only runs that are over"):
+            archive_runs([over, read_run(going.folder)], delete=delete)
     assert over.folder.exists() and going.folder.exists() and not (tmp_path / "archive").exists()
 
 
 def test_a_run_that_was_resumed_since_it_was_listed_is_not_archived(tmp_path):
     record = make_run(tmp_path, status="interrupted")
-    mark_run(record.folder, "running", process={"pid": os.getpid(), "created": psutil.Process().create_time(), "host": platform.node()})
+    mark_run(record.folder, "running",
+             process={"pid": os.getpid(), "created": psutil.Process().create_time(), "host": platform.node()})
     with pytest.raises(KiloError, match="is running"): archive_runs([record])
     assert record.folder.exists()
 
@@ -114,9 +127,11 @@ def test_a_run_of_a_running_sweep_is_not_archived(tmp_path):
     run.finish({"psnr_db": 1.0})
     process = read_status(run.folder)["process"]
     write_json(tmp_path / "sweeps" / "night" / "sweep.json", {})
-    write_json(tmp_path / "sweeps" / "night" / "status.json", {"kind": "sweep", "status": "running", "process": process})
+    write_json(tmp_path / "sweeps" / "night" / "status.json",
+               {"kind": "sweep", "status": "running", "process": process})
     with pytest.raises(KiloError, match="belongs to a sweep that is running"): archive_runs([read_run(run.folder)])
-    write_json(tmp_path / "sweeps" / "night" / "status.json", {"kind": "sweep", "status": "finished", "process": process})
+    write_json(tmp_path / "sweeps" / "night" / "status.json",
+               {"kind": "sweep", "status": "finished", "process": process})
     assert len(archive_runs([read_run(run.folder)])) == 1
 
 
@@ -145,7 +160,8 @@ def test_a_full_disk_leaves_the_run_untouched_and_nothing_half_written(tmp_path,
     def full(*_, **__): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     module, name = place.split(".")
     monkeypatch.setattr({"tarfile": tarfile, "os": archive.os}[module], name, full)
-    with pytest.raises(KiloError, match=r"toy/a was not archived to .*, and is where it was: No space left on device"): archive_runs([record])
+    with pytest.raises(KiloError, match=r"toy/a was not archived to .*, and is where it was: No space left on device"):
+        archive_runs([record])
     monkeypatch.undo()
     assert everything(record.folder) == before and list(tmp_path.rglob("*.tar.gz*")) == []
 
@@ -264,7 +280,8 @@ def test_runs_of_one_name_have_columns_of_their_own(tmp_path):
 
 def test_deleting_packs_nothing(tmp_path):
     record = make_run(tmp_path, status="failed")
-    assert archive_runs([record], delete=True) == [] and not record.folder.exists() and not (tmp_path / "archive").exists()
+    assert archive_runs([record],
+                        delete=True) == [] and not record.folder.exists() and not (tmp_path / "archive").exists()
 
 
 def extra(name, data=b"x", kind=tarfile.REGTYPE, link=""):
@@ -275,32 +292,37 @@ def extra(name, data=b"x", kind=tarfile.REGTYPE, link=""):
     return change
 
 
-def more_bytes(members): return [(member, data + b"more" if member.name.endswith(".pt") else data) for member, data in members]
+def more_bytes(members):
+    return [(member, data + b"more" if member.name.endswith(".pt") else data) for member, data in members]
 
 
 def linked(members):
-    return extra("run/results.json", b"", tarfile.LNKTYPE, "run/status.json")([m for m in members if m[0].name != "run/results.json"])
+    return extra("run/results.json", b"", tarfile.LNKTYPE,
+                 "run/status.json")([m for m in members if m[0].name != "run/results.json"])
 
 
 def other_bytes(members):
     return [(member, data[:-1] + b"?" if member.name.endswith("step_10.pt") else data) for member, data in members]
 
 
-@pytest.mark.parametrize("change, told", [
-    (other_bytes, "is not what its manifest says"),
-    (lambda members: members[:-1], "lacks"),
-    (lambda members: [*members, members[-1]], "which its manifest does not"),
-    (lambda members: members[1:], "does not begin with"),
-    (more_bytes, "is not what its manifest says"),
-    (extra("run/extra.py"), "which its manifest does not"), (extra("../../escaped.txt"), "leads out"), (extra("run/../../escaped.txt"), "leads out"),
-    (extra("/tmp/escaped.txt"), "leads out"), (extra("run/link", b"", tarfile.SYMTYPE, "/etc/passwd"), "which its manifest does not"),
-    (extra("run/status.json", b"", tarfile.SYMTYPE, "/etc/passwd"), "which its manifest does not"),
-    (linked, "which its manifest does not"),
-    (with_manifest(place="../escaped"), "leads out"), (with_manifest(place="/tmp/escaped"), "leads out"), (with_manifest(place=""), "leads out"),
-    (with_manifest(folders=["../../escaped"]), "leads out"), (with_manifest(files={"../escaped": {"sha256": "0", "bytes": 1}}), "leads out"),
-    (with_manifest(files=[]), "is no archive of a run"), (with_manifest(format=2), "is no archive of a run"),
-    (with_manifest(place=3), "is no archive of a run"),
-], ids=range(20))
+@pytest.mark.parametrize("change, told",
+                         [(other_bytes, "is not what its manifest says"), (lambda members: members[:-1], "lacks"),
+                          (lambda members: [*members, members[-1]], "which its manifest does not"),
+                          (lambda members: members[1:], "does not begin with"),
+                          (more_bytes, "is not what its manifest says"),
+                          (extra("run/extra.py"), "which its manifest does not"),
+                          (extra("../../escaped.txt"), "leads out"), (extra("run/../../escaped.txt"), "leads out"),
+                          (extra("/tmp/escaped.txt"), "leads out"),
+                          (extra("run/link", b"", tarfile.SYMTYPE, "/etc/passwd"), "which its manifest does not"),
+                          (extra("run/status.json", b"", tarfile.SYMTYPE, "/etc/passwd"),
+                           "which its manifest does not"), (linked, "which its manifest does not"),
+                          (with_manifest(place="../escaped"), "leads out"),
+                          (with_manifest(place="/tmp/escaped"), "leads out"), (with_manifest(place=""), "leads out"),
+                          (with_manifest(folders=["../../escaped"]), "leads out"),
+                          (with_manifest(files={"../escaped": {"sha256": "0", "bytes": 1}}), "leads out"),
+                          (with_manifest(files=[]), "is no archive of a run"),
+                          (with_manifest(format=2), "is no archive of a run"),
+                          (with_manifest(place=3), "is no archive of a run")], ids=range(20))
 def test_a_tampered_archive_is_refused_and_writes_nothing(tmp_path, change, told):
     (kept,) = archive_runs([make_run(tmp_path / "here")])
     bad = repacked(kept.path, tmp_path / "bad.tar.gz", change)
@@ -311,14 +333,17 @@ def test_a_tampered_archive_is_refused_and_writes_nothing(tmp_path, change, told
     assert not os.path.exists("/tmp/escaped.txt")
 
 
-@pytest.mark.parametrize("spoil", [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"Dear archive", lambda data: data[:20],
-                                   lambda data: gzip.compress(b"not a tar"), lambda data: data[:100] + bytes([data[100] ^ 255]) + data[101:]], ids=range(6))
+@pytest.mark.parametrize("spoil",
+                         [lambda data: data[:len(data) // 2], lambda data: b"", lambda data: b"Dear archive",
+                          lambda data: data[:20], lambda data: gzip.compress(b"not a tar"),
+                          lambda data: data[:100] + bytes([data[100] ^ 255]) + data[101:]], ids=range(6))
 def test_a_damaged_archive_is_named_and_the_others_are_listed(tmp_path, spoil):
     first, second = archive_runs([make_run(tmp_path), make_run(tmp_path, "b")])
     first.path.write_bytes(spoil(first.path.read_bytes()))
     with pytest.raises(KiloError, match=r"toy-a\.tar\.gz"): restore_run(first.path, tmp_path / "there")
     listed = {kept.path.name: kept.status for kept in list_archives(tmp_path)}
-    assert listed["toy-b.tar.gz"] == FINISHED and set(listed) == {"toy-a.tar.gz", "toy-b.tar.gz"} and second.path.exists()
+    assert listed["toy-b.tar.gz"] == FINISHED and set(listed) == {"toy-a.tar.gz",
+                                                                  "toy-b.tar.gz"} and second.path.exists()
     assert not (tmp_path / "there" / "toy" / "a").exists()
 
 
@@ -337,11 +362,17 @@ def test_the_manifest_is_first_so_that_a_list_reads_little(tmp_path):
 
 
 def test_runs_are_chosen_by_all_that_is_asked(tmp_path):
-    for i, (status, data) in enumerate(((FINISHED, "brickyard"), ("failed", "brickyard"), (FINISHED, "brickyard"), (FINISHED, "lego")), 1):
+    for i, (status,
+            data) in enumerate(((FINISHED, "brickyard"), ("failed", "brickyard"), (FINISHED, "brickyard"),
+                                (FINISHED, "lego")), 1):
         make_run(tmp_path, f"run{i}", started=f"2026-01-0{i}T00:00:00+00:00", status=status, data=data)
     make_run(tmp_path, "other", "second_toy")
     names = lambda **asked: [record.folder.name for record in choose_runs(tmp_path, **asked)]
-    assert names(experiments=["toy"]) == ["run1", "run2", "run3", "run4"] and names(status="failed") == ["run2"] and names(data="lego") == ["run4"]
+    assert (
+        names(experiments=["toy"]) == ["run1", "run2", "run3", "run4"]
+        and names(status="failed") == ["run2"]
+        and names(data="lego") == ["run4"]
+    )
     assert names(experiments=["toy"], keep_newest=1) == ["run1", "run2"]
     assert names(experiments=["toy"], status=FINISHED, data="brickyard", keep_newest=1) == ["run1"]
     assert names(keep_newest=0) == names() and names(older_than_days=1e6) == [] and len(names(older_than_days=1)) == 5
@@ -351,8 +382,10 @@ def test_runs_are_chosen_by_all_that_is_asked(tmp_path):
 
 def test_the_runs_of_sweeps_are_chosen_where_asked_and_the_sweep_itself_is_none(tmp_path):
     open_run("toy", tmp_path / "sweeps" / "night" / "001").finish({})
-    write_json(tmp_path / "sweeps" / "night" / "status.json", {"kind": "sweep", "status": "finished", "experiment": "toy"})
-    assert choose_runs(tmp_path) == [] and [record.name for record in choose_runs(tmp_path, sweeps=True)] == ["sweeps/night/001"]
+    write_json(tmp_path / "sweeps" / "night" / "status.json",
+               {"kind": "sweep", "status": "finished", "experiment": "toy"})
+    assert choose_runs(tmp_path) == [] and [record.name
+                                            for record in choose_runs(tmp_path, sweeps=True)] == ["sweeps/night/001"]
 
 
 def test_rows_are_as_wide_as_their_headings(tmp_path):
@@ -369,33 +402,44 @@ def clean(tmp_path): return changed(make_run(tmp_path), commit="a" * 40, dirty=F
 
 
 def test_only_what_differs_is_shown_a_package_a_line(clean):
-    other = changed(clean, packages={**clean.environment["packages"], "numpy": "1.0"}, hardware={**clean.environment["hardware"], "torch_threads": 64}, seed=7)
+    other = changed(clean, packages={**clean.environment["packages"], "numpy": "1.0"},
+                    hardware={**clean.environment["hardware"], "torch_threads": 64}, seed=7)
     headings, rows = environment_differences([clean, other, clean])
-    assert headings == ["", "toy/a (1)", "toy/a (2)", "toy/a (3)"] and [row[0] for row in rows] == ["seed", "packages: numpy", "hardware: torch_threads"]
+    assert headings == ["", "toy/a (1)", "toy/a (2)", "toy/a (3)"] and [row[0] for row in rows] == [
+        "seed",
+        "packages: numpy",
+        "hardware: torch_threads",
+    ]
     assert environment_differences([clean]) == (["", "a"], []) and rows[1][2] == "1.0"
 
 
 def test_data_with_the_same_hash_is_the_same_wherever_it_lies(clean):
     moved = changed(clean, data=[{**clean.environment["data"][0], "path": "/elsewhere"}])
     moved = replace(moved, parameters={**clean.parameters, "data": "blender:/elsewhere"})
-    assert environment_differences([clean, moved])[1] == [] and explain_difference(clean, moved)[0].startswith("Nothing that was recorded differs")
+    assert environment_differences([clean, moved])[1] == [] and explain_difference(clean, moved)[0].startswith(
+        "Nothing that was recorded differs"
+    )
 
 
 def test_reasons_come_in_the_order_in_which_they_matter(clean):
     environment = clean.environment
-    other = replace(clean, parameters={**clean.parameters, "steps": 9}, environment={
-        **environment, "data": [{"name": "lego", "sha256": "0b" * 32}], "commit": "b" * 40, "seed": 1, "packages": {**environment["packages"], "torch": "1.0"},
-        "hardware": {**environment["hardware"], "processor": "another", "torch_threads": 64}})
+    other = replace(clean, parameters={**clean.parameters, "steps": 9},
+                    environment={**environment, "data": [{"name": "lego", "sha256": "0b" * 32}], "commit": "b" * 40,
+                                 "seed": 1, "packages": {**environment["packages"], "torch": "1.0"},
+                                 "hardware": {**environment["hardware"], "processor": "another", "torch_threads": 64}})
     told = explain_difference(clean, other)
     subjects = [sentence.split()[1 if sentence.startswith("The") else 0] for sentence in told]
     assert subjects == ["data", "code", "Parameters", "seeds", "Packages", "machines", "number"]
 
 
-@pytest.mark.parametrize("ours, theirs, told", [
-    ({"dirty": True}, {}, "nobody knows which"), ({"dirty": True, "changes": "1" * 64}, {"dirty": True, "changes": "2" * 64}, "which differ"),
-    ({"dirty": True, "changes": "1" * 64}, {"dirty": True, "changes": "1" * 64}, "Nothing that was recorded differs"),
-    ({"commit": None}, {}, "recorded no commit"), ({"data": []}, {"data": []}, "Neither run recorded its data"),
-    ({"data": [{"name": "x"}]}, {"data": [{"name": "x"}]}, "without a hash nobody knows"), ({"threads": {"OMP_NUM_THREADS": "1"}}, {}, "says about threads")])
+@pytest.mark.parametrize("ours, theirs, told",
+                         [({"dirty": True}, {}, "nobody knows which"),
+                          ({"dirty": True, "changes": "1" * 64}, {"dirty": True, "changes": "2" * 64}, "which differ"),
+                          ({"dirty": True, "changes": "1" * 64}, {"dirty": True, "changes": "1" * 64},
+                           "Nothing that was recorded differs"), ({"commit": None}, {}, "recorded no commit"),
+                          ({"data": []}, {"data": []}, "Neither run recorded its data"),
+                          ({"data": [{"name": "x"}]}, {"data": [{"name": "x"}]}, "without a hash nobody knows"),
+                          ({"threads": {"OMP_NUM_THREADS": "1"}}, {}, "says about threads")])
 def test_what_was_not_recorded_is_not_taken_to_be_the_same(clean, ours, theirs, told):
     sentences = explain_difference(changed(clean, **ours), changed(clean, **theirs))
     assert any(told in sentence for sentence in sentences), sentences

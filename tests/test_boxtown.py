@@ -1,4 +1,5 @@
-"""boxtown: what the ray caster sees is there, what is written can be read back, and the same seed gives the same bytes."""
+"""boxtown: what the ray caster sees is there, what is written can be read back, and the same seed gives the same
+bytes."""
 import math
 import os
 from pathlib import Path
@@ -16,11 +17,33 @@ from kilonb.core.errors import KiloError
 from kilonb.data.manifests import load_manifests, make, verify
 from kilonb.core.pickles import list_globals
 from kilonb.scenes import boxtown
-from kilonb.scenes.boxtown import TownConfig, build_town, flow, opv2v_cameras, opv2v_record, pandaset_cameras, write_opv2v, write_pandaset
+from kilonb.scenes.boxtown import (
+    TownConfig,
+    build_town,
+    flow,
+    opv2v_cameras,
+    opv2v_record,
+    pandaset_cameras,
+    write_opv2v,
+    write_pandaset,
+)
 from kilonb.scenes.materials import LABELS, PLAIN, SKY, VEHICLE
 from kilonb.scenes.opv2v import load_opv2v
 from kilonb.scenes.pandaset import load_pandaset
-from kilonb.scenes.raycast import BOX, CYLINDER, ELLIPSOID, Actor, Pose, SpinningLidar, World, cast, render, solid, spin_lidar, stack
+from kilonb.scenes.raycast import (
+    BOX,
+    CYLINDER,
+    ELLIPSOID,
+    Actor,
+    Pose,
+    SpinningLidar,
+    World,
+    cast,
+    render,
+    solid,
+    spin_lidar,
+    stack,
+)
 
 SMALL = TownConfig(streets_x=2, streets_y=2, cars=10, people=12, connected=3, duration_s=4.0)
 SEED = 17                                                     # a town where cars drive before both LiDARs
@@ -47,13 +70,16 @@ def random_solids(draw: np.random.Generator, count: int):
     for _ in range(count):
         half = draw.uniform(.4, 2.0, 3)
         taper = draw.uniform(0, 1, 3) * [.45 * half[0] / half[2], .45 * half[0] / half[2], .45 * half[1] / half[2]]
-        parts.append(solid(int(draw.integers(3)), draw.uniform([-12, -12, 8], [12, 12, 32]), half, PLAIN, VEHICLE, (.5, .5, .5), rotation(), taper))
+        parts.append(solid(int(draw.integers(3)), draw.uniform([-12, -12, 8], [12, 12, 32]), half, PLAIN, VEHICLE,
+                           (.5, .5, .5), rotation(), taper))
     return stack(parts)
 
 
 def depth_inside(solids, points: np.ndarray) -> np.ndarray:
-    """[P, N] how deep each point lies in each solid: > 0 inside, 0 on the surface; float64, written without the kernels."""
-    local = np.einsum("pij,pnj->pni", solids.shapes[:, 3:12].reshape(-1, 3, 3), points[None] - solids.shapes[:, None, :3])
+    """[P, N] how deep each point lies in each solid: > 0 inside, 0 on the surface; float64, written without the
+    kernels."""
+    local = np.einsum("pij,pnj->pni", solids.shapes[:, 3:12].reshape(-1, 3, 3),
+                      points[None] - solids.shapes[:, None, :3])
     half, (front, back, sides) = solids.shapes[:, None, 12:15], np.moveaxis(solids.shapes[:, None, 15:18], -1, 0)
     up = local[..., 2] + half[..., 2]
     flat = half[..., 2] - abs(local[..., 2])
@@ -66,7 +92,8 @@ def depth_inside(solids, points: np.ndarray) -> np.ndarray:
 
 
 def test_nothing_lies_before_a_hit_and_every_hit_lies_on_a_surface():
-    """Against brute force: along each ray, up to its hit, no sample is inside any solid; at the hit the nearest surface is at distance zero."""
+    """Against brute force: along each ray, up to its hit, no sample is inside any solid; at the hit the nearest surface
+    is at distance zero."""
     draw = np.random.default_rng(0)
     solids = random_solids(draw, 40)
     assert set(solids.tags[:, 0]) == {BOX, ELLIPSOID, CYLINDER}
@@ -81,7 +108,8 @@ def test_nothing_lies_before_a_hit_and_every_hit_lies_on_a_surface():
     assert abs(surface.max(0)).max() < 1e-9, "a hit is on the outermost surface there"
     before = np.linspace(0, .9999, 120)[1:]
     reach = np.where(np.isfinite(hits.range_m), hits.range_m, 80.0)
-    for share in before: assert (depth_inside(solids, origins + (share * reach)[:, None] * directions).max(0) < 1e-9).all()
+    for share in before:
+        assert (depth_inside(solids, origins + (share * reach)[:, None] * directions).max(0) < 1e-9).all()
     outward = np.einsum("ni,ni->n", hits.normals, directions)[struck]
     assert (outward < 1e-9).all() and np.allclose(np.linalg.norm(hits.normals[struck], axis=1), 1)
 
@@ -114,7 +142,8 @@ def test_threads_and_repetition_do_not_change_a_bit(town):
 
 def test_a_seed_is_a_town():
     first, second, other = build_town(SMALL, 3), build_town(SMALL, 3), build_town(SMALL, 4)
-    assert all(np.array_equal(a, b) for a, b in zip(first.world.statics, second.world.statics)) and first.actors(2.0) == second.actors(2.0)
+    assert all(np.array_equal(a, b) for a,
+               b in zip(first.world.statics, second.world.statics)) and first.actors(2.0) == second.actors(2.0)
     assert first.actors(2.0) != other.actors(2.0) and first.world.statics.count != other.world.statics.count
 
 
@@ -124,10 +153,14 @@ def test_z_depth_and_range_are_two_views_of_one_point(town):
     struck = torch.from_numpy(np.isfinite(picture.range_m).ravel())
     by_range = rays.at(torch.from_numpy(picture.range_m).ravel())[struck]
     by_depth = camera.unproject(centres, torch.from_numpy(picture.z_depth_m).ravel())[struck]
-    assert struck.double().mean() > .4 and ((by_range - by_depth).norm(dim=-1) < 1e-4 * (10 + by_range.norm(dim=-1))).all()
-    assert np.array_equal(np.isinf(picture.range_m), picture.label == SKY) and np.array_equal(np.isinf(picture.z_depth_m), picture.label == SKY)
+    assert struck.double().mean() > .4 and ((by_range - by_depth).norm(dim=-1) < 1e-4
+                                            * (10 + by_range.norm(dim=-1))).all()
+    assert np.array_equal(np.isinf(picture.range_m),
+                          picture.label == SKY) and np.array_equal(np.isinf(picture.z_depth_m), picture.label == SKY)
     corner = picture.range_m[-1, 0] / picture.z_depth_m[-1, 0]
-    assert abs(corner - math.hypot(1, 59.5 / camera.fx, 44.5 / camera.fy)) < 1e-4, "a range is longer than a depth by the ray's slant"
+    assert abs(corner
+               - math.hypot(1, 59.5 / camera.fx,
+                            44.5 / camera.fy)) < 1e-4, "a range is longer than a depth by the ray's slant"
 
 
 def test_a_panorama_and_a_pinhole_from_one_place_agree(town):
@@ -154,9 +187,14 @@ def test_lidar_points_fall_on_the_range_picture_of_a_camera_at_the_same_place(to
     near = -torch.nn.functional.max_pool2d(-ranges[None], 3, 1, 1)[0][v, u]
     own = torch.from_numpy(np.linalg.norm(sweep.points - sensor[:3, 3], axis=1))[inside]
     error = torch.maximum(near - own, own - far).clamp(min=0) / own
-    assert inside.sum() > 1500 and (error > .01).double().mean() < .002 and (ranges[v, u] / own - 1).abs().median() < .01
+    assert (
+        inside.sum() > 1500
+        and (error > 0.01).double().mean() < 0.002
+        and (ranges[v, u] / own - 1).abs().median() < 0.01
+    )
     exact = cast(town.world, *camera.rays(pixels[inside]), 1.0).range_m
-    assert (abs(exact / own.numpy() - 1) < 1e-3).mean() > .998, "through the very place where a point falls, the camera sees that point"
+    assert (abs(exact / own.numpy() - 1)
+            < 1e-3).mean() > .998, "through the very place where a point falls, the camera sees that point"
 
 
 def test_points_on_an_actor_lie_in_its_cuboid_at_their_own_time(town):
@@ -171,7 +209,8 @@ def test_points_on_an_actor_lie_in_its_cuboid_at_their_own_time(town):
         matrices = np.linalg.inv(np.stack([town.actor(instance).pose(t).matrix() for t in sweep.time[rows]]))
         local = np.einsum("nij,nj->ni", matrices[:, :3, :3], sweep.points[rows]) + matrices[:, :3, 3]
         half = np.array(town.actor(instance).half)
-        assert (abs(local - [0, 0, half[2]]) <= half + 2e-3).all(), "within 2 mm, what a straight line in a tenth of a second leaves of a turn"
+        assert (abs(local - [0, 0, half[2]]) <= half
+                + 2e-3).all(), "within 2 mm, what a straight line in a tenth of a second leaves of a turn"
         expected = "person" if town.actor(instance).category == "Pedestrian" else "vehicle"
         assert {LABELS[k] for k in sweep.label[rows]} == {expected}
 
@@ -180,22 +219,26 @@ def test_flow_is_the_rigid_motion_of_the_cuboid(town):
     for instance in (201, next(i for i in town.world.by_instance if i > 800)):
         actor = town.actor(instance)
         local = np.random.default_rng(0).uniform(-1, 1, (50, 3)) * actor.half
-        def placed(t, actor=actor, local=local): return local @ actor.pose(t).matrix()[:3, :3].T + actor.pose(t).matrix()[:3, 3]
+        def placed(t, actor=actor, local=local):
+            return local @ actor.pose(t).matrix()[:3, :3].T + actor.pose(t).matrix()[:3, 3]
         starts = np.repeat([.5, 1.0], 25)
         points = np.where(starts[:, None] == .5, placed(.5), placed(1.0))
         moved = points + flow(town, points, np.full(50, instance), starts, 2.0)
         np.testing.assert_allclose(moved, placed(2.0), atol=1e-10)
-        pairs = np.linalg.norm(moved[:25, None] - moved[None, :25], axis=-1) - np.linalg.norm(points[:25, None] - points[None, :25], axis=-1)
+        pairs = np.linalg.norm(moved[:25, None] - moved[None, :25],
+                               axis=-1) - np.linalg.norm(points[:25, None] - points[None, :25], axis=-1)
         assert abs(pairs).max() < 1e-9
     still = next(iter(town.parked))
-    assert (flow(town, points, np.full(50, still), 0.0, 1.0) == 0).all() and (flow(town, points, np.zeros(50, int), 0.0, 1.0) == 0).all()
+    assert (flow(town, points, np.full(50, still), 0.0, 1.0)
+            == 0).all() and (flow(town, points, np.zeros(50, int), 0.0, 1.0) == 0).all()
 
 
 def test_what_moves_behind_something_shows_less_and_less():
     body = solid(BOX, (0, 0, .75), (2.2, .9, .75), PLAIN, VEHICLE, (.5, .5, .5))
     wall = solid(BOX, (0, -2, 2), (4, .1, 2), PLAIN, VEHICLE, (.5, .5, .5))
     world = World(wall, (Actor(4, "Car", (2.2, .9, .75), body, lambda time: Pose(-10 + time, 2.0, 0.0, 0.0)),))
-    camera = camera_from_angle(look_at(torch.tensor([0.0, -14, 1.2]), torch.tensor([0.0, 4, 1]), torch.tensor([0.0, 0, 1])), 160, 80, 1.6)
+    camera = camera_from_angle(look_at(torch.tensor([0.0, -14, 1.2]), torch.tensor([0.0, 4, 1]),
+                                       torch.tensor([0.0, 0, 1])), 160, 80, 1.6)
     pictures = [render(world, camera, t, samples=1) for t in (0.0, 4.0, 5.0, 6.0, 7.0, 10.0)]
     shares = [picture.visible[4] for picture in pictures]
     assert shares[0] == 1 and shares[-1] == 0 and sorted(shares, reverse=True) == shares and 0 < shares[2] < 1
@@ -207,30 +250,37 @@ def test_what_moves_behind_something_shows_less_and_less():
 
 def test_a_frame_has_the_keys_and_the_files_of_opv2v(recordings):
     folder = recordings[0] / "train" / f"boxtown_{SEED:05d}"
-    assert (folder / "data_protocol.yaml").is_file() and sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["201", "202"]
+    assert (folder / "data_protocol.yaml").is_file() and sorted(p.name for p in folder.iterdir()
+                                                                if p.is_dir()) == ["201", "202"]
     names = sorted(p.name for p in (folder / "201").iterdir())
     parts = [".pcd", ".yaml", *(f"_{what}{k}.png" for what in ("camera", "depth", "label") for k in range(4))]
     assert names == sorted(f"{frame}{part}" for frame in ("000060", "000062") for part in parts)
     record = yaml.safe_load((folder / "201" / "000060.yaml").read_text())
     own = {"ego_speed", "lidar_pose", "plan_trajectory", "predicted_ego_pos", "true_ego_pos", "vehicles"}
     assert set(record) == {"camera0", "camera1", "camera2", "camera3"} | own
-    assert all(set(record[f"camera{k}"]) == {"cords", "extrinsic", "intrinsic"} for k in range(4)) and len(record["lidar_pose"]) == 6
+    assert all(set(record[f"camera{k}"]) == {"cords", "extrinsic", "intrinsic"}
+               for k in range(4)) and len(record["lidar_pose"]) == 6
     assert record["vehicles"] and 201 not in record["vehicles"]
-    assert all(set(entry) == {"angle", "center", "extent", "location", "speed"} for entry in record["vehicles"].values())
+    assert all(set(entry) == {"angle", "center", "extent", "location", "speed"}
+               for entry in record["vehicles"].values())
     head = (folder / "201" / "000060.pcd").read_text().split("DATA ascii\n")[0]
     assert "FIELDS x y z rgb" in head and "VERSION 0.7" in head
 
 
 def test_axes_are_left_handed_and_the_rig_is_opv2vs(town):
-    """A vehicle's left is CARLA's negative y: camera1 looks right, its yaw is 100 degrees more than the vehicle's, and it sits .3 m to the right."""
+    """A vehicle's left is CARLA's negative y: camera1 looks right, its yaw is 100 degrees more than the vehicle's, and
+    it sits .3 m to the right."""
     record = opv2v_record(town, 201, 1.0, 800, 600, [])
     x, y, z, _, yaw, _ = record["true_ego_pos"]
     pose = town.actor(201).pose(1.0)
-    assert (x, -y, z) == tuple(pose[:3]) and math.isclose(math.remainder(math.radians(yaw) + pose.yaw, 2 * math.pi), 0, abs_tol=1e-9)
+    assert (x, -y, z) == tuple(pose[:3]) and math.isclose(math.remainder(math.radians(yaw) + pose.yaw, 2 * math.pi), 0,
+                                                          abs_tol=1e-9)
     assert abs(math.remainder(record["camera1"]["cords"][4] - yaw - 100, 360)) < 1e-6
     right = np.array([-math.sin(math.radians(yaw)), math.cos(math.radians(yaw))])
     assert math.isclose(right @ (np.array(record["camera1"]["cords"][:2]) - [x, y]), .3, abs_tol=1e-9)
-    assert math.isclose(record["camera0"]["intrinsic"][0][0], 335.639852470912) and math.isclose(record["ego_speed"], 3.6 * town.state(201, 1.0).speed)
+    assert math.isclose(record["camera0"]["intrinsic"][0][0], 335.639852470912) and math.isclose(
+        record["ego_speed"], 3.6 * town.state(201, 1.0).speed
+    )
 
 
 def test_the_readers_find_what_was_recorded(recordings, town):
@@ -243,7 +293,8 @@ def test_the_readers_find_what_was_recorded(recordings, town):
         picture, view = render(town.world, camera, .1, 2), next(v for v in frame.views() if v.name == name)
         assert abs(view.rgb_srgb.numpy() - picture.rgb_srgb).max() < .6 / 255
         finite = np.isfinite(picture.z_depth_m)
-        assert np.array_equal(np.isfinite(view.z_depth.numpy()), finite) and abs(view.z_depth.numpy()[finite] - picture.z_depth_m[finite]).max() < .0051
+        assert np.array_equal(np.isfinite(view.z_depth.numpy()),
+                              finite) and abs(view.z_depth.numpy()[finite] - picture.z_depth_m[finite]).max() < .0051
     for box, instance in zip(frame.boxes.box_to_world, frame.boxes.identities):
         state = town.state(int(instance), .1)
         np.testing.assert_allclose(box[:3, 3], [*state.pose[:2], state.pose.z + state.half[2]], atol=1e-6)
@@ -267,10 +318,15 @@ def test_a_written_pandaset_sequence_is_whole_and_agrees_with_itself(recordings,
     boxes = cuboids.boxes
     assert len(boxes) > 5 and {"Car", "Pedestrian"} <= set(boxes.labels)
     on_things = torch.isin(classes, torch.tensor([1 + boxtown.CLASSES.index(label) for label in set(boxes.labels)]))
-    local = torch.einsum("bij,nbi->nbj", boxes.box_to_world[:, :3, :3], sweep.points[on_things][:, None] - boxes.box_to_world[None, :, :3, 3])
+    local = torch.einsum("bij,nbi->nbj", boxes.box_to_world[:, :3, :3],
+                         sweep.points[on_things][:, None] - boxes.box_to_world[None, :, :3, 3])
     outside = (local.abs() - boxes.sizes / 2).amax(-1).amin(1)
-    assert on_things.sum() > 100 and (outside < .12).double().mean() > .97, "points of things lie in cuboids, noise of 2 cm apart"
-    assert outside.max() < .1 * 12, "but for what straddles the seam of the sweep: it is struck at two instants a tenth of a second apart"
+    assert on_things.sum() > 100 and (outside < 0.12).double().mean() > 0.97, (
+        "points of things lie in cuboids, noise of 2 cm apart"
+    )
+    assert outside.max() < 0.1 * 12, (
+        "but for what straddles the seam of the sweep: it is struck at two instants a tenth of a second apart"
+    )
 
 
 def test_what_moves_and_is_seen_twice_has_a_twin_at_the_other_instant(recordings, town):
@@ -293,8 +349,10 @@ def test_the_pickles_name_what_pandasets_name(recordings):
 
 
 def test_the_same_seed_writes_the_same_bytes(recordings, town, tmp_path):
-    write_opv2v(tmp_path / "opv2v", build_town(SMALL, SEED), vehicles=1, frames=1, width=160, height=120, samples=2, labels=True)
-    write_pandaset(tmp_path / "pandaset", build_town(SMALL, SEED), frames=1, width=128, height=72, channels=24, steps=600, samples=1)
+    write_opv2v(tmp_path / "opv2v", build_town(SMALL, SEED), vehicles=1, frames=1, width=160, height=120, samples=2,
+                labels=True)
+    write_pandaset(tmp_path / "pandaset", build_town(SMALL, SEED), frames=1, width=128, height=72, channels=24,
+                   steps=600, samples=1)
     for made, before in ((tmp_path / "opv2v", recordings[0]), (tmp_path / "pandaset", recordings[1])):
         files = [p for p in made.rglob("*") if p.suffix in (".png", ".pcd", ".jpg", ".gz") or p.name == "000060.yaml"]
         assert len(files) > 8
@@ -311,23 +369,28 @@ def test_a_writer_that_fails_leaves_nothing(town, tmp_path, monkeypatch):
     for write in (write_opv2v, write_pandaset):
         calls.clear()
         options = {"vehicles": 1} if write is write_opv2v else {}
-        with pytest.raises(KeyboardInterrupt): write(tmp_path / "data", town, frames=1, width=32, height=24, samples=1, **options)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / "data", town, frames=1, width=32, height=24, samples=1, **options)
         assert not [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"streets_x": 1}, "streets_x"), ({"pitch_y": 10}, "pitch_y"), ({"storeys": (5, 3)}, "storeys"), ({"parked": 1.5}, "parked"),
-    ({"connected": 0}, "connected"), ({"duration_s": 0}, "duration_s"), ({"sun_elevation_deg": -3}, "sun_elevation_deg")])
+@pytest.mark.parametrize(("change", "words"),
+                         [({"streets_x": 1}, "streets_x"), ({"pitch_y": 10}, "pitch_y"),
+                          ({"storeys": (5, 3)}, "storeys"), ({"parked": 1.5}, "parked"),
+                          ({"connected": 0}, "connected"), ({"duration_s": 0}, "duration_s"),
+                          ({"sun_elevation_deg": -3}, "sun_elevation_deg")])
 def test_a_town_that_cannot_be_is_one_sentence(change, words):
     with pytest.raises(KiloError, match=words) as caught: TownConfig(**change)
     assert str(caught.value).count(".") <= 3 and "\n" not in str(caught.value)
 
 
 def test_a_recording_that_cannot_be_is_one_sentence(town, tmp_path, recordings):
-    for attempt in (lambda: write_opv2v(recordings[0], town), lambda: write_opv2v(tmp_path, town, vehicles=9), lambda: write_opv2v(tmp_path, town, frames=100),
-                    lambda: write_opv2v(tmp_path, town, interval_s=0), lambda: write_pandaset(tmp_path, town, frames=2, vehicle=5),
+    for attempt in (lambda: write_opv2v(recordings[0], town), lambda: write_opv2v(tmp_path, town, vehicles=9),
+                    lambda: write_opv2v(tmp_path, town, frames=100), lambda: write_opv2v(tmp_path, town, interval_s=0),
+                    lambda: write_pandaset(tmp_path, town, frames=2, vehicle=5),
                     lambda: write_pandaset(tmp_path, town, frames=2, channels=65),
-                    lambda: boxtown.make_opv2v(tmp_path, train=0, validate=0), lambda: boxtown.make_pandaset(tmp_path, sequences=0), lambda: town.actor(77)):
+                    lambda: boxtown.make_opv2v(tmp_path, train=0, validate=0),
+                    lambda: boxtown.make_pandaset(tmp_path, sequences=0), lambda: town.actor(77)):
         with pytest.raises(KiloError) as caught: attempt()
         assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
@@ -338,8 +401,15 @@ def test_the_stand_ins_are_made_by_their_pages(tmp_path):
     from kilonb.data.manifests import find_function
 
     manifests = load_manifests()
-    assert manifests["opv2v_641_4cam"].stand_in == "boxtown_opv2v" and manifests["pandaset_002"].stand_in == "boxtown_pandaset"
-    opv2v = make("boxtown_opv2v", tmp_path / "o", train=1, validate=0, vehicles=2, frames=1, width=48, height=36, steps=60, samples=1)
+    assert (
+        manifests["opv2v_641_4cam"].stand_in == "boxtown_opv2v"
+        and manifests["pandaset_002"].stand_in == "boxtown_pandaset"
+    )
+    opv2v = make("boxtown_opv2v", tmp_path / "o", train=1, validate=0, vehicles=2, frames=1, width=48, height=36,
+                 steps=60, samples=1)
     panda = make("boxtown_pandaset", tmp_path / "p", frames=1, width=48, height=27, channels=8, steps=60, samples=1)
     assert verify("boxtown_opv2v", opv2v).ok and verify("boxtown_pandaset", panda).ok
-    assert len(find_function(manifests["opv2v_641_4cam"].loader)(opv2v)) == 2 and len(find_function(manifests["pandaset_002"].loader)(panda)) == 1
+    assert (
+        len(find_function(manifests["opv2v_641_4cam"].loader)(opv2v)) == 2
+        and len(find_function(manifests["pandaset_002"].loader)(panda)) == 1
+    )

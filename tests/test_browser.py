@@ -1,4 +1,5 @@
-"""What a reader sees: a run's page in a real browser, without a network. Needs Chromium (Debian: apt install chromium)."""
+"""What a reader sees: a run's page in a real browser, without a network. Needs Chromium (Debian: apt install
+chromium)."""
 import json
 import re
 import shutil
@@ -13,14 +14,14 @@ from kilonb.reports.pages import write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
-CELLS = (
-    ("markdown", "# A page to look at\n\nLight that is left: $T = e^{-\\sigma\\delta}$."),
-    ("parameters", 'run_dir: str = ""'),
-    ("code", 'from kilonb.runs.folders import open_run\nrun = open_run("looked_at", run_dir)'),
-    ("code", "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(3, 2))\nax.plot([0, 1], [1, 0])\nrun.save_figure(fig, 'curve');"),
-    ("code", "import plotly.graph_objects as go\ngo.Figure(go.Scatter(x=[0, 1], y=[2, 3]))"),
-    ("code", "from kilonb.runs.gates import Gate\nrun.finish({'psnr_srgb_white_db': 41.25}, [Gate('psnr_srgb_white_db', at_least=40.0)])"),
-)
+CELLS = (("markdown", "# A page to look at\n\nLight that is left: $T = e^{-\\sigma\\delta}$."),
+         ("parameters", 'run_dir: str = ""'),
+         ("code", 'from kilonb.runs.folders import open_run\nrun = open_run("looked_at", run_dir)'),
+         ("code", "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(3, "
+          "2))\nax.plot([0, 1], [1, 0])\nrun.save_figure(fig, 'curve');"),
+         ("code", "import plotly.graph_objects as go\ngo.Figure(go.Scatter(x=[0, 1], y=[2, 3]))"),
+         ("code", "from kilonb.runs.gates import Gate\nrun.finish({'psnr_srgb_white_db': 41.25}, "
+          "[Gate('psnr_srgb_white_db', at_least=40.0)])"))
 COUNT = """<script>addEventListener("load", () => setTimeout(() => {
   const drawn = [...document.images].filter(image => image.complete && image.naturalWidth > 50).length;
   document.title = `images ${drawn} of ${document.images.length}`;
@@ -31,17 +32,20 @@ COUNT = """<script>addEventListener("load", () => setTimeout(() => {
 def page(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("looked_at")
     cells = [{"cell_type": "markdown" if kind == "markdown" else "code", "id": f"c{i}", "source": text,
-              "metadata": {"tags": ["parameters"]} if kind == "parameters" else {}, **({} if kind == "markdown" else {"outputs": [], "execution_count": None})}
-             for i, (kind, text) in enumerate(CELLS)]
+              "metadata": {"tags": ["parameters"]} if kind == "parameters" else {},
+              **({} if kind == "markdown" else {"outputs": [], "execution_count": None})} for i,
+             (kind, text) in enumerate(CELLS)]
     path = folder / "looked_at.ipynb"
     path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     return write_page(run_notebook(read_notebook(path), run_dir=folder / "run").folder)
 
 
 def seen(page: Path) -> str:
-    """The document as the browser has it after its scripts ran; no name resolves, so nothing can be loaded from elsewhere."""
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND",
-               f"--user-data-dir={page.parent / 'profile'}", "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
+    """The document as the browser has it after its scripts ran; no name resolves, so nothing can be loaded from
+    elsewhere."""
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={page.parent / 'profile'}",
+               "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
 

@@ -16,8 +16,10 @@ COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; 
 PARAMETERS = ('steps: int = 3        # how many\nrate: float = 1e-3\nsize: tuple[int, int] = (4, 4)\n'
               'data: str = "brickyard"\nrun_dir: str = ""\nresume: bool = False')
 OPEN = 'from kilonb.runs.folders import open_run\nrun = open_run("tiny", run_dir, {"steps": steps, "rate": rate, "size": size}, resume=resume)'
-FINISH = ('from kilonb.runs.gates import Gate\nprint("rate is", rate)\n'
-          'run.finish({"sum": sum(range(steps)), "rate": rate, "size": repr(size), "blank": 0}, [Gate("sum", at_least=6, baseline_result="blank")])')
+FINISH = (
+    'from kilonb.runs.gates import Gate\nprint("rate is", rate)\n'
+    'run.finish({"sum": sum(range(steps)), "rate": rate, "size": repr(size), "blank": 0}, [Gate("sum", at_least=6, baseline_result="blank")])'
+)
 
 
 @pytest.fixture(autouse=True)
@@ -29,8 +31,8 @@ def no_environment(monkeypatch, tmp_path):
 def write_notebook(folder: Path, *sources: str, name: str = "tiny", tags: tuple[str, ...] = ("parameters",)) -> str:
     cells = [{"cell_type": "markdown", "metadata": {}, "source": "# Tiny", "id": "title"}]
     for i, source in enumerate(sources):
-        cells.append({"cell_type": "code", "metadata": {"tags": [*tags] if i == 0 else []}, "source": source, "id": f"c{i}",
-                      "outputs": [], "execution_count": None})
+        cells.append({"cell_type": "code", "metadata": {"tags": [*tags] if i == 0 else []}, "source": source,
+                      "id": f"c{i}", "outputs": [], "execution_count": None})
     path = folder / f"{name}.ipynb"
     path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     return str(path)
@@ -48,25 +50,34 @@ def one_sentence(code: int, out: str, errors: str) -> str:
 
 
 def test_help_imports_nothing_heavy():
-    code = ("import sys\nfrom kilonb.cli.main import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
-            "heavy = {'torch', 'numpy', 'papermill', 'nbconvert', 'nbformat', 'matplotlib', 'pandas', 'rich', 'typer'} & set(sys.modules)\n"
-            "print('heavy:', sorted(heavy))")
-    for arguments in (["--help"], ["run", "--help"], ["bench", "--help"], ["data", "--help"], ["data", "get", "--help"], ["show", "--help"],
-                      ["sweep", "--help"], ["watch", "--help"], ["report", "--help"], ["runs", "--help"], ["runs", "archive", "--help"], ["--version"]):
-        out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True).stdout
+    code = ("import sys\nfrom kilonb.cli.main import main\ntry: main(sys.argv[1:])\nexcept " "SystemExit: pass\n"
+            "heavy = {'torch', 'numpy', 'papermill', 'nbconvert', 'nbformat', 'matplotlib', "
+            "'pandas', 'rich', 'typer'} & set(sys.modules)\n" "print('heavy:', sorted(heavy))")
+    for arguments in (["--help"], ["run", "--help"], ["bench", "--help"], ["data", "--help"], ["data", "get", "--help"],
+                      ["show", "--help"], ["sweep", "--help"], ["watch", "--help"], ["report", "--help"],
+                      ["runs", "--help"], ["runs", "archive", "--help"], ["--version"]):
+        out = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True,
+                             check=True).stdout
         assert out.endswith("heavy: []\n") and ("usage: kilonb" in out or out.startswith("kilonb 0.")), out
 
 
 def test_a_run_with_typed_values(capfd, tmp_path):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
-    code, out, errors = call(capfd, "run", notebook, "-p", "steps=4", "-p", "rate=1e-2", "-p", "size=1,2", "--out", tmp_path / "run")
+    code, out, errors = call(capfd, "run", notebook, "-p", "steps=4", "-p", "rate=1e-2", "-p", "size=1,2", "--out",
+                             tmp_path / "run")
     assert code == 0 and errors == "", errors
     record = read_run(tmp_path / "run")
-    assert record.results["sum"] == 6 and record.results["rate"] == 1e-2 and record.results["size"] == "(1, 2)" and record.ok
+    assert (
+        record.results["sum"] == 6
+        and record.results["rate"] == 1e-2
+        and record.results["size"] == "(1, 2)"
+        and record.ok
+    )
     assert record.environment["command"].startswith("kilonb run") and record.environment["packages"]["papermill"]
     assert out.startswith(f"tiny -> {tmp_path / 'run'}\n── Tiny\n")
     assert "rate is 0.01" in out and "trivial baseline" in out and "✔ green" in out and "\033" not in out
-    for name in ("notebook.ipynb", "index.html"): assert str(tmp_path / "run" / name) in out and (tmp_path / "run" / name).is_file()
+    for name in ("notebook.ipynb", "index.html"):
+        assert str(tmp_path / "run" / name) in out and (tmp_path / "run" / name).is_file()
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".") or path.suffix == ".part"]
 
 
@@ -74,14 +85,18 @@ def test_json_is_the_last_line_and_red_gates_are_no_failure(capfd, tmp_path):
     code, out, _ = call(capfd, "run", write_notebook(tmp_path, PARAMETERS, OPEN, FINISH), "--json")
     last = json.loads(out.splitlines()[-1])
     assert code == 0 and set(last) == {"run", "ok", "results", "gates"} and last["ok"] is False
-    assert last["results"]["sum"] == 3 and last["gates"]["sum"] == {"at_least": 6.0, "at_most": None, "notes": None, "published": None, "source": "",
-                                                                    "baseline_result": "blank", "value": 3, "baseline": 0, "verdict": "red"}
+    assert last["results"]["sum"] == 3 and last["gates"]["sum"] == {"at_least": 6.0, "at_most": None, "notes": None,
+                                                                    "published": None, "source": "",
+                                                                    "baseline_result": "blank", "value": 3,
+                                                                    "baseline": 0, "verdict": "red"}
     assert Path(last["run"]).parent == (tmp_path / "outputs" / "tiny").resolve()
 
 
-@pytest.mark.parametrize("arguments, told", [
-    (["-p", "stepps=4"], "Unknown parameter of tiny 'stepps': did you mean 'steps'?"), (["-p", "steps=4.5"], "Parameter 'steps' must be int: got '4.5'"),
-    (["-p", "steps"], "name=value"), (["-p", "run_dir=x"], "--out"), (["--outt", "x"], "--outt"), (["--resume"], "No unfinished run")])
+@pytest.mark.parametrize("arguments, told",
+                         [(["-p", "stepps=4"], "Unknown parameter of tiny 'stepps': did you mean 'steps'?"),
+                          (["-p", "steps=4.5"], "Parameter 'steps' must be int: got '4.5'"),
+                          (["-p", "steps"], "name=value"), (["-p", "run_dir=x"], "--out"), (["--outt", "x"], "--outt"),
+                          (["--resume"], "No unfinished run")])
 def test_bad_arguments_are_one_sentence_and_start_nothing(capfd, tmp_path, arguments, told):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
     assert told in one_sentence(*call(capfd, "run", notebook, *arguments))
@@ -104,21 +119,30 @@ def test_an_output_folder_in_use_or_unwritable_is_one_sentence(capfd, tmp_path):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
     (tmp_path / "full").mkdir(); (tmp_path / "full" / "thesis.txt").write_text("two years")
     assert "exists and is not empty" in one_sentence(*call(capfd, "run", notebook, "--out", tmp_path / "full"))
-    assert "Cannot write the run folder" in one_sentence(*call(capfd, "run", notebook, "--out", tmp_path / "full" / "thesis.txt" / "run"))
-    assert "Nothing to resume" in one_sentence(*call(capfd, "run", notebook, "--out", tmp_path / "new", "--resume")) or not (tmp_path / "new").exists()
+    assert "Cannot write the run folder" in one_sentence(*call(capfd, "run", notebook, "--out",
+                                                               tmp_path / "full" / "thesis.txt" / "run"))
+    assert "Nothing to resume" in one_sentence(*call(capfd, "run", notebook, "--out", tmp_path / "new",
+                                                     "--resume")) or not (tmp_path / "new").exists()
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("source, told", [
-    ("from kilonb.core.errors import KiloError\nclass NoFrame(KiloError): pass\nraise NoFrame('There is no frame 7.')", "kilonb: There is no frame 7."),
-    ("numbers = [1, 2]\nnumbers[5]", "kilonb: IndexError in cell [4] under 'Tiny': list index out of range")])
+@pytest.mark.parametrize("source, told",
+                         [("from kilonb.core.errors import KiloError\nclass NoFrame(KiloError): pass\nraise "
+                           "NoFrame('There is no frame 7.')", "kilonb: There is no frame 7."),
+                          ("numbers = [1, 2]\nnumbers[5]",
+                           "kilonb: IndexError in cell [4] under 'Tiny': list index out of range")])
 def test_a_failing_notebook_is_kept_and_its_sentence_surfaces(capfd, tmp_path, source, told):
-    code, out, errors = call(capfd, "run", write_notebook(tmp_path, PARAMETERS, OPEN, source, FINISH), "--out", tmp_path / "run", "--json")
+    code, out, errors = call(capfd, "run", write_notebook(tmp_path, PARAMETERS, OPEN, source, FINISH), "--out",
+                             tmp_path / "run", "--json")
     assert code == 1 and errors.splitlines()[0] == told and "Traceback" not in errors + out
     last, record = json.loads(out.splitlines()[-1]), read_run(tmp_path / "run")
-    assert last == {"run": str(tmp_path / "run"), "ok": False, "results": {}, "gates": {}, "error": told.removeprefix("kilonb: ")}
+    assert last == {"run": str(tmp_path / "run"), "ok": False, "results": {}, "gates": {},
+                    "error": told.removeprefix("kilonb: ")}
     assert record.status == "failed" and record.error == last["error"] and record.results == {}
-    assert "output_type\": \"error" in (tmp_path / "run" / "notebook.ipynb").read_text() and (tmp_path / "run" / "index.html").is_file()
+    assert (
+        'output_type": "error' in (tmp_path / "run" / "notebook.ipynb").read_text()
+        and (tmp_path / "run" / "index.html").is_file()
+    )
 
 
 def test_a_notebook_that_records_no_results_has_not_finished(capfd, tmp_path):
@@ -127,10 +151,19 @@ def test_a_notebook_that_records_no_results_has_not_finished(capfd, tmp_path):
 
 
 def test_a_killed_kernel_is_one_sentence(capfd, tmp_path):
-    notebook = write_notebook(tmp_path, PARAMETERS, OPEN, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", FINISH)
+    notebook = write_notebook(tmp_path, PARAMETERS, OPEN, "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)",
+                              FINISH)
     code, out, errors = call(capfd, "run", notebook, "--out", tmp_path / "run", "--json")
-    assert code == 1 and errors.splitlines()[0] == "kilonb: The notebook's kernel was killed under 'Tiny': most often because memory ran out.", errors
-    assert json.loads(out.splitlines()[-1])["ok"] is False and read_run(tmp_path / "run").status == "failed" and (tmp_path / "run" / "notebook.ipynb").is_file()
+    assert (
+        code == 1
+        and errors.splitlines()[0]
+        == "kilonb: The notebook's kernel was killed under 'Tiny': most often because memory ran out."
+    ), errors
+    assert (
+        json.loads(out.splitlines()[-1])["ok"] is False
+        and read_run(tmp_path / "run").status == "failed"
+        and (tmp_path / "run" / "notebook.ipynb").is_file()
+    )
 
 
 TRAINING = """import time
@@ -158,25 +191,36 @@ def interrupt(process: subprocess.Popen, folder: Path, number: int) -> tuple[str
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_lets_training_save_and_the_run_be_resumed(tmp_path, number, code):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, TRAINING, FINISH)
-    process = subprocess.Popen([*COMMAND, "run", notebook, "--out", str(tmp_path / "run"), "-p", "steps=5", "--data", "blender:/data/lego", "--json"],
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen([*COMMAND, "run", notebook, "--out", str(tmp_path / "run"), "-p", "steps=5", "--data",
+                                "blender:/data/lego", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, start_new_session=True)
     out, errors = interrupt(process, tmp_path / "run", number)
-    assert process.returncode == code and "Stopped: tiny was interrupted" in errors and "Traceback" not in errors, errors
+    assert process.returncode == code and "Stopped: tiny was interrupted" in errors and "Traceback" not in errors, (
+        errors
+    )
     assert json.loads(out.splitlines()[-1])["run"] == str(tmp_path / "run")
     status = read_status(tmp_path / "run")
-    assert status["status"] == "interrupted" and (tmp_path / "run/checkpoints/last.json").read_text() == "1" and (tmp_path / "run/notebook.ipynb").is_file()
+    assert (
+        status["status"] == "interrupted"
+        and (tmp_path / "run/checkpoints/last.json").read_text() == "1"
+        and (tmp_path / "run/notebook.ipynb").is_file()
+    )
     assert not (tmp_path / "run/results.json").exists()
     if number == signal.SIGTERM: return
-    resumed = subprocess.run([*COMMAND, "run", notebook, "--out", str(tmp_path / "run"), "--resume"], capture_output=True, text=True, check=True)
+    resumed = subprocess.run([*COMMAND, "run", notebook, "--out", str(tmp_path / "run"), "--resume"],
+                             capture_output=True, text=True, check=True)
     record = read_run(tmp_path / "run")
     assert "training from 1" in resumed.stdout and record.status == "finished"
-    assert record.results["sum"] == 10 and record.parameters["data"] == "blender:/data/lego", "a resumed run keeps the parameters it was started with"
+    assert record.results["sum"] == 10 and record.parameters["data"] == "blender:/data/lego", (
+        "a resumed run keeps the parameters it was started with"
+    )
 
 
 def test_the_kernel_ends_with_a_killed_command_line(tmp_path):
     pid = "import os, time\nprint('training from', os.getpid(), flush=True)\ntime.sleep(60)"
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, pid)
-    process = subprocess.Popen([*COMMAND, "run", notebook, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*COMMAND, "run", notebook, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE,
+                               text=True)
     line = ""
     while "training from" not in line: line = process.stdout.readline()
     process.kill(); process.wait()
@@ -190,7 +234,9 @@ def test_the_kernel_ends_with_a_killed_command_line(tmp_path):
 
 def test_runs_show_gates_and_page_look_at_what_is_there(capfd, tmp_path):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
-    for steps in (3, 4): assert call(capfd, "run", notebook, "-p", f"steps={steps}", "--out", tmp_path / "outputs" / "tiny" / f"run{steps}")[0] == 0
+    for steps in (3, 4):
+        assert call(capfd, "run", notebook, "-p", f"steps={steps}", "--out",
+                    tmp_path / "outputs" / "tiny" / f"run{steps}")[0] == 0
     code, out, _ = call(capfd, "runs")
     assert code == 0 and "tiny/run3" in out and "tiny/run4" in out and "0/1" in out and "1/1" in out
     code, out, _ = call(capfd, "show", "run4")
@@ -209,19 +255,25 @@ def test_runs_show_gates_and_page_look_at_what_is_there(capfd, tmp_path):
 
 def test_runs_are_compared_reported_archived_and_restored(capfd, tmp_path):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
-    for steps in (3, 4): assert call(capfd, "run", notebook, "-p", f"steps={steps}", "--out", tmp_path / "outputs" / "tiny" / f"run{steps}")[0] == 0
+    for steps in (3, 4):
+        assert call(capfd, "run", notebook, "-p", f"steps={steps}", "--out",
+                    tmp_path / "outputs" / "tiny" / f"run{steps}")[0] == 0
     code, out, _ = call(capfd, "runs", "compare", "run3", "run4")
-    assert code == 0 and [line.split() for line in out.splitlines() if line.startswith("steps ")] == [["steps", "3", "4"]]
+    assert code == 0 and [line.split() for line in out.splitlines()
+                          if line.startswith("steps ")] == [["steps", "3", "4"]]
     code, out, _ = call(capfd, "report", "tiny")
     assert code == 0 and Path(out.strip()).is_file() and "run3" in Path(out.strip()).read_text()
     code, out, _ = call(capfd, "runs", "archive", "run3")
-    assert code == 0 and "1 runs would be archived: add --yes." in out and (tmp_path / "outputs/tiny/run3").is_dir(), "nothing is touched without --yes"
+    assert code == 0 and "1 runs would be archived: add --yes." in out and (tmp_path / "outputs/tiny/run3").is_dir(), (
+        "nothing is touched without --yes"
+    )
     assert call(capfd, "runs", "archive", "run3", "--yes")[0] == 0 and not (tmp_path / "outputs/tiny/run3").exists()
     assert "run3" not in call(capfd, "runs")[1] and "run3" in call(capfd, "runs", "archives")[1]
     name = next((tmp_path / "outputs/archive").glob("*.tar.gz")).name
     assert call(capfd, "runs", "restore", name)[0] == 0 and read_run(tmp_path / "outputs/tiny/run3").results["sum"] == 3
-    for arguments, told in ((("archive",), "Archiving everything is not meant"), (("compare", "run3"), "at least two runs"),
-                            (("restore", "none.tar.gz"), "none.tar.gz"), (("list", "--status", "finishd"), "did you mean 'finished'?")):
+    for arguments, told in ((("archive",), "Archiving everything is not meant"),
+                            (("compare", "run3"), "at least two runs"), (("restore", "none.tar.gz"), "none.tar.gz"),
+                            (("list", "--status", "finishd"), "did you mean 'finished'?")):
         assert told in one_sentence(*call(capfd, "runs", *arguments))
 
 

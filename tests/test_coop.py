@@ -16,7 +16,16 @@ from kilonb.coop.losses import Batch, LossConfig, coop_loss, pose_errors
 from kilonb.coop.model import CoopModel, ModelConfig, own_heading, planar_pose, xyzw
 from kilonb.coop.pose_graph import Links, Planar, solve
 from kilonb.coop.sightings import Truth, list_pairs, measure_errors, measure_loss, table_loss, true_measures, wrapped
-from kilonb.coop.training import CoopConfig, make_batch, make_model, mirrored, predict, predict_batch, step_function, train_coop
+from kilonb.coop.training import (
+    CoopConfig,
+    make_batch,
+    make_model,
+    mirrored,
+    predict,
+    predict_batch,
+    step_function,
+    train_coop,
+)
 from kilonb.geometry.transforms import rigid_inverse
 from kilonb.core.errors import KiloError
 from kilonb.training.checkpoints import latest_path, read_checkpoint
@@ -29,10 +38,12 @@ RAYS = CAMERA.directions(CAMERA.pixel_centres()).reshape(32, 128, 3)
 
 
 def sample(number: int, vehicles: int = 3) -> Sample:
-    """Vehicles, white pillars to one another, in a round yard of 20 m radius, whose wall changes its colour with the azimuth: poses can be seen in it."""
+    """Vehicles, white pillars to one another, in a round yard of 20 m radius, whose wall changes its colour with the
+    azimuth: poses can be seen in it."""
     generator = torch.Generator().manual_seed(number)
     places = 16 * torch.rand(vehicles, 2, generator=generator) - 8
-    poses = planar_pose(Planar(6 * torch.rand(vehicles, generator=generator), places), torch.zeros(vehicles, 2), torch.zeros(vehicles))
+    poses = planar_pose(Planar(6 * torch.rand(vehicles, generator=generator), places), torch.zeros(vehicles, 2),
+                        torch.zeros(vehicles))
     world = torch.einsum("vij,hwj->vhwi", poses[:, :3, :3], RAYS)
     flat = world[..., [0, 2]].norm(dim=-1)
     way = world[..., [0, 2]] / flat[..., None]
@@ -42,25 +53,37 @@ def sample(number: int, vehicles: int = 3) -> Sample:
     flat_range = torch.minimum(wall, ground)
     at = places[:, None, None] + flat_range[..., None] * way
     azimuth = torch.atan2(at[..., 0], at[..., 1])
-    rgb = .5 + .3 * torch.stack([(azimuth * k + number).sin() for k in (1, 2, 5)], 1) * torch.where(wall < ground, 1.0, .5)[:, None]
+    rgb = (
+        0.5
+        + 0.3
+        * torch.stack([(azimuth * k + number).sin() for k in (1, 2, 5)], 1)
+        * torch.where(wall < ground, 1.0, 0.5)[:, None]
+    )
     for a in range(vehicles):
         for b in set(range(vehicles)) - {a}:
             apart = places[b] - places[a]
             beside, ahead = (way[a] * apart.flip(0) * torch.tensor([1.0, -1])).sum(-1), (way[a] * apart).sum(-1)
-            pillar = (beside.abs() < .8) & (ahead > 0) & (ahead < flat_range[a]) & (world[a, ..., 1].abs() * ahead < 1.5 * (1 - world[a, ..., 1] ** 2).sqrt())
+            pillar = (
+                (beside.abs() < 0.8)
+                & (ahead > 0)
+                & (ahead < flat_range[a])
+                & (world[a, ..., 1].abs() * ahead < 1.5 * (1 - world[a, ..., 1] ** 2).sqrt())
+            )
             flat_range[a] = torch.where(pillar, ahead, flat_range[a])
             rgb[a] = torch.where(pillar, 1 - b / 8, rgb[a])
     mask = (RAYS[..., 1] > -.5).float().expand(vehicles, -1, -1).clone()
     mask[:, :, : 4 + number % 8] = 0
     pose_to_main = rigid_inverse(poses[:1]) @ poses
-    return Sample(f"yard/{number}", tuple("abcd"[:vehicles]), rgb, flat_range / flat * mask, mask, mask, mask.long(), pose_to_main)
+    return Sample(f"yard/{number}", tuple("abcd"[:vehicles]), rgb, flat_range / flat * mask, mask, mask, mask.long(),
+                  pose_to_main)
 
 
 @pytest.fixture(scope="module")
 def samples() -> list[Sample]: return [sample(n, 2 + n % 2) for n in range(8)]
 
 
-def config(**changes) -> CoopConfig: return CoopConfig(**{"steps": 6, "batch_size": 2, "log_every_steps": 1, "ema_decay": .9, "model": SMALL, **changes})
+def config(**changes) -> CoopConfig:
+    return CoopConfig(**{"steps": 6, "batch_size": 2, "log_every_steps": 1, "ema_decay": .9, "model": SMALL, **changes})
 
 
 # ---- rolling
@@ -73,7 +96,8 @@ def test_rolling_a_view_rolls_its_outputs_and_turns_its_pose_and_nothing_else(sa
     with torch.no_grad(): before, after = predict(model, [part]), predict(model, [roll_sample(part, columns)])
     for view, k in enumerate(columns):
         for name in ("range_m", "mask_logits", "confidence"):
-            torch.testing.assert_close(getattr(after, name)[0, view], getattr(before, name)[0, view].roll(k, -1), atol=1e-5, rtol=1e-4)
+            torch.testing.assert_close(getattr(after, name)[0, view], getattr(before, name)[0, view].roll(k, -1),
+                                       atol=1e-5, rtol=1e-4)
     turns = column_turns(columns, 128).float()
     expected = rigid_inverse(turns[:1]) @ before.pose_to_main[0] @ turns
     torch.testing.assert_close(after.pose_to_main[0], expected, atol=1e-3, rtol=1e-4)
@@ -84,9 +108,12 @@ def test_the_trunk_itself_is_equivariant_between_multiples_of_sixteen_columns(sa
     views, present = batch["rgb_srgb"][batch["present"]], batch["present"]
     with torch.no_grad(): straight, shifted = model.trunk(views, present), model.trunk(views.roll(48, -1), present)
     for name, columns, along in (("log_unit", 48, -1), ("mask_logits", 48, -1), ("columns", 6, 1)):
-        torch.testing.assert_close(getattr(shifted, name), getattr(straight, name).roll(columns, along), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(getattr(shifted, name), getattr(straight, name).roll(columns, along), atol=1e-4,
+                                   rtol=1e-3)
     with torch.no_grad(): between = model.trunk(views.roll(3, -1), present)
-    assert (between.log_unit - straight.log_unit.roll(3, -1)).abs().max() > 1e-3, "with strides this cannot hold: is the test looking at anything?"
+    assert (between.log_unit - straight.log_unit.roll(3, -1)).abs().max() > 1e-3, (
+        "with strides this cannot hold: is the test looking at anything?"
+    )
 
 
 def test_a_view_finds_the_same_heading_wherever_its_panorama_was_cut(samples):
@@ -115,9 +142,12 @@ def test_a_lone_vehicle_is_seen_and_teaches_no_pose():
 def test_every_parameter_gets_a_gradient(samples, pose):
     settings = config(model=replace(SMALL, pose=pose))
     model, batch = make_model(CAMERA, settings), make_batch(samples[:4])
-    coop_loss(model, predict_batch(model, batch), Batch(batch, CAMERA), settings.loss, torch.Generator().manual_seed(0))["loss"].backward()
-    dead = {name for name, parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().max() > 0}
-    columns = {f"trunk.{name}" for name in ("narrow.weight", "narrow.bias", "stand.weight", "stand.bias", "level.weight", "level.bias")}
+    coop_loss(model, predict_batch(model, batch), Batch(batch, CAMERA), settings.loss,
+              torch.Generator().manual_seed(0))["loss"].backward()
+    dead = {name for name,
+            parameter in model.named_parameters() if parameter.grad is None or not parameter.grad.abs().max() > 0}
+    columns = {f"trunk.{name}"
+               for name in ("narrow.weight", "narrow.bias", "stand.weight", "stand.bias", "level.weight", "level.bias")}
     assert dead == (columns if pose == "pooled" else set()), "only who looks at whom needs columns"
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters() if parameter.grad is not None)
 
@@ -158,7 +188,8 @@ def in_world(size: int) -> list:
         place.bind(("127.0.0.1", 0))
         port = place.getsockname()[1]
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    ranks = [context.Process(target=as_rank, args=(World(rank, size, rank, port=port, timeout_s=120.0), pipes[rank][1])) for rank in range(size)]
+    ranks = [context.Process(target=as_rank, args=(World(rank, size, rank, port=port, timeout_s=120.0), pipes[rank][1]))
+             for rank in range(size)]
     for rank in ranks: rank.start()
     for _, theirs in pipes: theirs.close()
     answers = [ours.recv() for ours, _ in pipes]
@@ -172,7 +203,8 @@ def test_worlds_of_one_two_and_three_take_the_same_steps_at_the_same_rates_on_th
     for size in (2, 3):
         answers = in_world(size)
         assert all(isinstance(answer, tuple) for answer in answers), answers
-        for number, whole in enumerate(batches): assert sorted(i for _, own in answers for i in own[number]) == sorted(whole)
+        for number, whole in enumerate(batches):
+            assert sorted(i for _, own in answers for i in own[number]) == sorted(whole)
         theirs = answers[0][0]
         assert [r["step"] for r in theirs] == [r["step"] for r in records]
         assert [r["learning_rate"] for r in theirs] == [r["learning_rate"] for r in records]
@@ -187,14 +219,18 @@ def test_a_run_that_was_interrupted_goes_on_to_the_same_weights_to_the_last_bit(
     train_coop(straight, samples, CAMERA, settings, tmp_path / "straight", quiet=True)
     def stop(step, records):
         if step == 3: signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt): train_coop(halves, samples, CAMERA, settings, tmp_path / "halves", after_step=stop, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        train_coop(halves, samples, CAMERA, settings, tmp_path / "halves", after_step=stop, quiet=True)
     assert read_checkpoint(latest_path(tmp_path / "halves"))["step"] == 4
     halves = make_model(CAMERA, replace(settings, seed=0))
     result = train_coop(halves, samples, CAMERA, settings, tmp_path / "halves", resume=True, quiet=True)
     assert result.resumed_from == 4
     assert all(torch.equal(a, b) for a, b in zip(straight.parameters(), halves.parameters()))
-    assert torch.equal(torch.as_tensor(read_scalars(tmp_path / "straight")["loss"]), torch.as_tensor(read_scalars(tmp_path / "halves")["loss"]))
-    with pytest.raises(KiloError): train_coop(halves, samples, CAMERA, replace(settings, batch_size=3), tmp_path / "halves", resume=True, quiet=True)
+    assert torch.equal(torch.as_tensor(read_scalars(tmp_path / "straight")["loss"]),
+                       torch.as_tensor(read_scalars(tmp_path / "halves")["loss"]))
+    with pytest.raises(KiloError):
+        train_coop(halves, samples, CAMERA, replace(settings, batch_size=3), tmp_path / "halves", resume=True,
+                   quiet=True)
 
 
 # ---- incident 21: one pipeline
@@ -224,8 +260,9 @@ def test_what_is_logged_is_a_term_or_says_its_unit(samples):
     ratios = {"range_abs_rel", "mask_iou", "pose_found", "found_looks", "found_turns"}
     units = ("_m", "_deg", "_percent", "_term")
     assert [name for name in values if name != "loss" and not name.endswith(units) and name not in ratios] == []
-    beside = {"pose_term": "pose_translation_m", "log_range_term": "range_error_m", "points_term": "points_error_m", "scale_term": "scale_error_percent",
-              "bearings_term": "bearing_error_deg", "distances_term": "distance_error_m", "turns_term": "turn_error_deg"}
+    beside = {"pose_term": "pose_translation_m", "log_range_term": "range_error_m", "points_term": "points_error_m",
+              "scale_term": "scale_error_percent", "bearings_term": "bearing_error_deg",
+              "distances_term": "distance_error_m", "turns_term": "turn_error_deg"}
     for term, metric in beside.items():
         assert term in values and metric in values
 
@@ -242,17 +279,20 @@ def test_a_quaternion_and_its_negative_are_the_same_pose(samples):
     settings = config(model=replace(SMALL, pose="pooled"))
     model, batch = make_model(CAMERA, settings), make_batch(samples[:2])
     seen = predict_batch(model, batch)
-    terms = [coop_loss(model, seen._replace(quats=sign * seen.quats), Batch(batch, CAMERA), LossConfig())["pose_term"] for sign in (1, -1)]
+    terms = [coop_loss(model, seen._replace(quats=sign * seen.quats), Batch(batch, CAMERA), LossConfig())["pose_term"]
+             for sign in (1, -1)]
     torch.testing.assert_close(*terms)
 
 
 # ---- looks and poses
 
 def test_the_true_table_costs_least_and_measures_at_the_truth_have_no_error():
-    poses = planar_pose(Planar(torch.tensor([.4, -2.9]), torch.tensor([[3.0, 4], [-5, 6]])), torch.zeros(2, 2), torch.zeros(2))
+    poses = planar_pose(Planar(torch.tensor([.4, -2.9]), torch.tensor([[3.0, 4], [-5, 6]])), torch.zeros(2, 2),
+                        torch.zeros(2))
     true = true_measures(poses, 32)
     torch.testing.assert_close(true.log_range.exp(), poses[:, [0, 2], 3].norm(dim=1))
-    torch.testing.assert_close(wrapped(true.first - true.second + 16 - true.turn, 32), torch.zeros(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(wrapped(true.first - true.second + 16 - true.turn, 32), torch.zeros(2), atol=1e-4,
+                               rtol=0)
     right, wrong = torch.zeros(2, 2, 32, 32)
     for p in range(2):
         for i in (-1, 0):
@@ -286,7 +326,9 @@ def test_four_vehicles_find_one_another_although_one_pair_mistook_a_stranger():
 
 def test_a_town_in_a_mirror_is_still_one_town(samples):
     part, other = samples[1], mirrored(samples[1])
-    assert torch.equal(mirrored(other).rgb_srgb, part.rgb_srgb) and torch.equal(mirrored(other).pose_to_main, part.pose_to_main)
+    assert torch.equal(mirrored(other).rgb_srgb, part.rgb_srgb) and torch.equal(
+        mirrored(other).pose_to_main, part.pose_to_main
+    )
     true, back = (true_measures(one.pose_to_main[1:], 32) for one in (part, other))
     torch.testing.assert_close(wrapped(true.first + back.first, 32), torch.zeros(2), atol=1e-4, rtol=0)
     torch.testing.assert_close(wrapped(true.turn + back.turn, 32), torch.zeros(2), atol=1e-4, rtol=0)
@@ -299,16 +341,27 @@ def test_whoever_predicts_the_truth_scores_perfectly_and_the_trivial_predictor_d
     def truth(part):
         batch = collate(part)
         seen = predict(make_model(CAMERA, config()), part)
-        return seen._replace(range_m=batch["range_m"].clamp(min=.1), mask_logits=batch["mask"] - .5, pose_to_main=batch["pose_to_main"])
+        return seen._replace(range_m=batch["range_m"].clamp(min=.1), mask_logits=batch["mask"] - .5,
+                             pose_to_main=batch["pose_to_main"])
     results, rows = evaluate(truth, samples, CAMERA, trivial_predictor(samples))
-    assert results["pose_translation_median_m"] == 0 and results["mask_iou"] == 1 and results["range_abs_rel"] < 1e-6 and results["chamfer_m"] < .05
-    assert results["pose_translation_median_m_trivial"] > 1 and results["mask_iou_trivial"] < .99 and results["range_abs_rel_trivial"] > .02
+    assert (
+        results["pose_translation_median_m"] == 0
+        and results["mask_iou"] == 1
+        and results["range_abs_rel"] < 1e-6
+        and results["chamfer_m"] < 0.05
+    )
+    assert (
+        results["pose_translation_median_m_trivial"] > 1
+        and results["mask_iou_trivial"] < 0.99
+        and results["range_abs_rel_trivial"] > 0.02
+    )
     assert len(rows) == results["samples"] == 8 and results["pairs"] == sum(len(s.vehicles) - 1 for s in samples)
 
 
 def test_bad_settings_are_one_sentence():
-    for make in (lambda: ModelConfig(pose="magic"), lambda: ModelConfig(widths=(8, 16, 16, 30)), lambda: ModelConfig(precision="float8"),
-                 lambda: LossConfig(mask=-1.0), lambda: LossConfig(exclude=1.0), lambda: CoopModel(PanoramaOptions(120, 32).camera()),
+    for make in (lambda: ModelConfig(pose="magic"), lambda: ModelConfig(widths=(8, 16, 16, 30)),
+                 lambda: ModelConfig(precision="float8"), lambda: LossConfig(mask=-1.0),
+                 lambda: LossConfig(exclude=1.0), lambda: CoopModel(PanoramaOptions(120, 32).camera()),
                  lambda: evaluate(lambda part: None, [], CAMERA, None)):
         with pytest.raises(KiloError): make()
 

@@ -13,7 +13,15 @@ import torch
 
 from kilonb.distill.oracle import ask_oracle
 from kilonb.distill.space import space_of_teacher, space_of_views
-from kilonb.distill.student import DistillConfig, Distillation, distill, evaluate, load_student, make_student, save_student
+from kilonb.distill.student import (
+    DistillConfig,
+    Distillation,
+    distill,
+    evaluate,
+    load_student,
+    make_student,
+    save_student,
+)
 from kilonb.distill.targets import RayPool, targets_from_images, targets_from_teacher
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.core.errors import KiloError
@@ -28,7 +36,8 @@ from kilonb.training.guards import TrainingStopped
 from kilonb.training.loop import LoopConfig
 
 COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
-SMALL = ["-p", "steps=60", "-p", "rays=512", "-p", "occupancy_resolution=48", "-p", "march_step_m=0.02", "-p", "cell_size_m=0.3"]
+SMALL = ["-p", "steps=60", "-p", "rays=512", "-p", "occupancy_resolution=48", "-p", "march_step_m=0.02", "-p",
+         "cell_size_m=0.3"]
 REAL = os.environ.get("KILONB_DATA")
 SHAPE = KiloNeRFConfig(cell_size=0.3, position_frequencies=5, density_bias=2.0)
 
@@ -53,7 +62,8 @@ def small(**loop) -> DistillConfig:
 
 
 def run_cli(*arguments, environment=None) -> subprocess.CompletedProcess:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=280, env={**os.environ, **(environment or {})}, check=False)
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=280,
+                          env={**os.environ, **(environment or {})}, check=False)
 
 
 # ---- the library
@@ -70,14 +80,16 @@ def test_a_student_leaves_the_blank_page_far_behind(lesson):
 
 def test_incident_1_a_student_of_fog_is_stopped_with_the_blank_score(lesson):
     target, grid = lesson
-    student = make_student(grid, KiloNeRFConfig(cell_size=0.3, density_bias=-300.0), 0.02)         # dead: no gradient brings it back
+    # dead: no gradient brings it back
+    student = make_student(grid, KiloNeRFConfig(cell_size=0.3, density_bias=-300.0), 0.02)
     with pytest.raises(TrainingStopped, match=r"alpha collapsed.*blank score \(12\.0 dB"):
         distill(student, RayPool([target], grid, 0.02), small(steps=100), blank_db=12.0, quiet=True)
 
 
 def test_incident_4_the_schedule_ends_with_the_run(lesson, tmp_path):
     target, grid = lesson
-    result = distill(make_student(grid, SHAPE, 0.02), RayPool([target], grid, 0.02), small(steps=40), tmp_path, quiet=True)
+    result = distill(make_student(grid, SHAPE, 0.02), RayPool([target], grid, 0.02), small(steps=40), tmp_path,
+                     quiet=True)
     assert result.records[-1]["learning_rate"] < 0.02 * 5e-3 and result.records[-1]["step"] == 40
 
 
@@ -91,7 +103,8 @@ def test_incident_6_what_is_rendered_are_the_averaged_weights_and_it_says_so(les
     assert torch.equal(fresh.field.networks, student.field.networks) and torch.equal(fresh.occupied, student.occupied)
     save_student(student, tmp_path / "student.pt", "averaged")
     again, weights = load_student(tmp_path / "student.pt")
-    assert weights == "averaged" and torch.equal(again.render(target.camera).rgb_premultiplied, student.render(target.camera).rgb_premultiplied)
+    assert weights == "averaged" and torch.equal(again.render(target.camera).rgb_premultiplied,
+                                                 student.render(target.camera).rgb_premultiplied)
 
 
 def test_incident_7_only_the_named_views_are_scored(lesson, brickyard):
@@ -118,12 +131,14 @@ class Interrupting(RayPool):
 
 @pytest.mark.parametrize("at", [20, 50])
 def test_a_resumed_student_is_the_unbroken_one_to_the_bit(lesson, tmp_path, at):
-    """Also when the occupancy was refreshed before the break (step 32) or is refreshed after it (steps 32 and 64 of 80 at most)."""
+    """Also when the occupancy was refreshed before the break (step 32) or is refreshed after it (steps 32 and 64 of 80
+    at most)."""
     target, grid = lesson
     unbroken = make_student(grid, SHAPE, 0.02)
     whole = distill(unbroken, RayPool([target], grid, 0.02), small(), tmp_path / "whole", quiet=True)
     with pytest.raises(KeyboardInterrupt):
-        distill(make_student(grid, SHAPE, 0.02), Interrupting([target], grid, 0.02, at=at), small(), tmp_path / "broken", quiet=True)
+        distill(make_student(grid, SHAPE, 0.02), Interrupting([target], grid, 0.02, at=at), small(),
+                tmp_path / "broken", quiet=True)
     assert latest_path(tmp_path / "broken").is_file() and not final_path(tmp_path / "broken").exists()
     resumed = make_student(grid, SHAPE, 0.02)
     rest = distill(resumed, RayPool([target], grid, 0.02), small(), tmp_path / "broken", resume=True, quiet=True)
@@ -135,9 +150,12 @@ def test_a_resumed_student_is_the_unbroken_one_to_the_bit(lesson, tmp_path, at):
 def test_resuming_with_other_settings_is_refused(lesson, tmp_path):
     target, grid = lesson
     pool = RayPool([target], grid, 0.02)
-    with pytest.raises(KeyboardInterrupt): distill(make_student(grid, SHAPE, 0.02), Interrupting([target], grid, 0.02, at=5), small(), tmp_path, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        distill(make_student(grid, SHAPE, 0.02), Interrupting([target], grid, 0.02, at=5), small(), tmp_path,
+                quiet=True)
     changed = DistillConfig(rays=256, loop=small().loop)
-    with pytest.raises(KiloError, match=r"distill\.rays"): distill(make_student(grid, SHAPE, 0.02), pool, changed, tmp_path, resume=True, quiet=True)
+    with pytest.raises(KiloError, match=r"distill\.rays"):
+        distill(make_student(grid, SHAPE, 0.02), pool, changed, tmp_path, resume=True, quiet=True)
 
 
 def test_the_occupancy_only_ever_shrinks_to_what_rays_need(lesson):
@@ -172,46 +190,62 @@ def test_the_oracle_trusts_the_marcher(brickyard):
 
 
 def test_thread_pools_do_not_spin_against_each_other():
-    """Two spinning pools made training five times slower; importing the package first is enough, and a choice made outside stays."""
+    """Two spinning pools made training five times slower; importing the package first is enough, and a choice made
+    outside stays."""
     code = "import os, kilonb; print(os.environ['OMP_WAIT_POLICY'])"
     clean = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
-        assert subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True, check=True).stdout.strip() == expected
+        assert subprocess.run([sys.executable, "-c", code], env=clean | given, capture_output=True, text=True,
+                              check=True).stdout.strip() == expected
 
 
 # ---- the command line
 
 def test_the_experiment_runs_on_a_dataset_of_ones_own(brickyard, tmp_path):
-    done = run_cli("run", "single_view_overfit", "--data", f"blender:{brickyard}", "-p", "frame=1", *SMALL, "--out", tmp_path / "run", "--json")
+    done = run_cli("run", "single_view_overfit", "--data", f"blender:{brickyard}", "-p", "frame=1", *SMALL, "--out",
+                   tmp_path / "run", "--json")
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.strip().splitlines()[-1])
-    assert set(line) == {"run", "ok", "results", "gates"} and line["ok"] is False          # sixty steps cannot reach the gates
+    # sixty steps cannot reach the gates
+    assert set(line) == {"run", "ok", "results", "gates"} and line["ok"] is False
     assert {"psnr_srgb_white_db", "psnr_srgb_foreground_db", "psnr_blank_white_db", "train_s"} <= set(line["results"])
-    assert line["gates"]["psnr_srgb_white_db"]["verdict"] == "red" and line["gates"]["psnr_srgb_white_db"]["baseline"] == line["results"]["psnr_blank_white_db"]
-    for name in ("notebook.ipynb", "index.html", "results.json", "metrics.csv", "parameters.json", "environment.json", "student.pt",
-                 "figures/target_student_error.png", "figures/alpha.png", "checkpoints/final.pt"):
+    assert (
+        line["gates"]["psnr_srgb_white_db"]["verdict"] == "red"
+        and line["gates"]["psnr_srgb_white_db"]["baseline"] == line["results"]["psnr_blank_white_db"]
+    )
+    for name in ("notebook.ipynb", "index.html", "results.json", "metrics.csv", "parameters.json", "environment.json",
+                 "student.pt", "figures/target_student_error.png", "figures/alpha.png", "checkpoints/final.pt"):
         assert (tmp_path / "run" / name).is_file(), name
     assert read_run(tmp_path / "run").parameters["frame"] == 1
 
 
 def test_ctrl_c_in_training_keeps_a_checkpoint_and_the_run_resumes(brickyard, tmp_path):
     folder = tmp_path / "run"
-    call = [*COMMAND, "run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "-p", "steps=400", "--out", str(folder)]
-    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    call = [*COMMAND, "run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "-p", "steps=400",
+            "--out", str(folder)]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               start_new_session=True)
     deadline = time.monotonic() + 200
     table = folder / "metrics.csv"
-    while time.monotonic() < deadline and not (table.is_file() and len(table.read_text().splitlines()) > 2): time.sleep(0.05)
+    while time.monotonic() < deadline and not (table.is_file() and len(table.read_text().splitlines()) > 2):
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130, output
-    assert (folder / "checkpoints/latest.pt").is_file() and not (folder / "results.json").exists() and not list(folder.rglob("*.part"))
-    done = run_cli("run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "-p", "steps=400", "--out", folder, "--resume", "--json")
+    assert (
+        (folder / "checkpoints/latest.pt").is_file()
+        and not (folder / "results.json").exists()
+        and not list(folder.rglob("*.part"))
+    )
+    done = run_cli("run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "-p", "steps=400", "--out",
+                   folder, "--resume", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.strip().splitlines()[-1])["results"]["steps"] == 400
 
 
 def test_the_same_notebook_runs_cell_by_cell_as_in_jupyterlab(brickyard):
-    """No papermill, no command line: the notebook with its own parameters cell (made small), which makes a run folder for itself."""
+    """No papermill, no command line: the notebook with its own parameters cell (made small), which makes a run folder
+    for itself."""
     import shutil
 
     import nbformat
@@ -220,20 +254,28 @@ def test_the_same_notebook_runs_cell_by_cell_as_in_jupyterlab(brickyard):
     path = checkout_root() / "nbs/experiments/single_view_overfit.ipynb"
     notebook = nbformat.read(path, 4)
     cell = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
-    small = {"data": f'"blender:{brickyard}"', "steps": 40, "rays": 256, "occupancy_resolution": 48, "march_step_m": 0.02, "cell_size_m": 0.3}
+    small = {"data": f'"blender:{brickyard}"', "steps": 40, "rays": 256, "occupancy_resolution": 48,
+             "march_step_m": 0.02, "cell_size_m": 0.3}
     for name, value in small.items():
         cell.source, found = re.subn(rf"^({name}: \w+ = )\S+", rf"\g<1>{value}", cell.source, flags=re.MULTILINE)
         assert found == 1, name
-    NotebookClient(notebook, kernel_name="python3", timeout=200, resources={"metadata": {"path": str(path.parent)}}).execute()
-    printed = "".join(output.get("text", "") for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs)
+    NotebookClient(notebook, kernel_name="python3", timeout=200,
+                   resources={"metadata": {"path": str(path.parent)}}).execute()
+    printed = "".join(output.get("text", "") for cell in notebook.cells if cell.cell_type == "code"
+                      for output in cell.outputs)
     folder = Path(re.search(r"^/.*single_view_overfit/\S+$", printed, re.MULTILINE)[0])
     try: assert read_run(folder).status == "finished" and "The student is" in printed
     finally: shutil.rmtree(folder)
 
 
 def refused(brickyard, tmp_path, *arguments) -> str:
-    done = run_cli("run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "--out", tmp_path / "run", *arguments)
-    assert done.returncode not in (0, 130) and not (tmp_path / "run" / "results.json").exists() and not (tmp_path / "run" / "student.pt").exists()
+    done = run_cli("run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "--out", tmp_path / "run",
+                   *arguments)
+    assert (
+        done.returncode not in (0, 130)
+        and not (tmp_path / "run" / "results.json").exists()
+        and not (tmp_path / "run" / "student.pt").exists()
+    )
     sentences = [line for line in done.stderr.splitlines() if line.startswith("kilonb: ")]
     assert len(sentences) == 1 and "Traceback" not in done.stderr, done.stderr
     return sentences[0]
@@ -260,9 +302,11 @@ def test_depth_from_images_is_a_contradiction(brickyard, tmp_path):
 # ---- the real thing
 
 @pytest.mark.slow
-@pytest.mark.skipif(not REAL or not (Path(REAL) / "lego_400").is_dir(), reason="set KILONB_DATA to the folder that holds lego_400")
+@pytest.mark.skipif(not REAL or not (Path(REAL) / "lego_400").is_dir(),
+                    reason="set KILONB_DATA to the folder that holds lego_400")
 def test_lego_passes_thirty_decibels_within_seconds():
-    """A sixth of the gate's schedule on the real images: far above the diary's 19.2 dB. The gate itself is the experiment's."""
+    """A sixth of the gate's schedule on the real images: far above the diary's 19.2 dB. The gate itself is the
+    experiment's."""
     scene = load_blender(Path(REAL) / "lego_400", "train")
     targets = targets_from_images(scene)
     grid = space_of_views(targets, 128)

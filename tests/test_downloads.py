@@ -64,7 +64,8 @@ def server():
 def letters(server): return {"letters": page(how="http", base_url=f"http://127.0.0.1:{server.server_port}/")}
 
 
-def everything(folder: Path) -> set[str]: return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+def everything(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_all_files_come_once(server, letters, tmp_path):
@@ -74,7 +75,9 @@ def test_all_files_come_once(server, letters, tmp_path):
     assert sorted(server.asked) == sorted(CONTENT)
 
 
-@pytest.mark.parametrize("fault, told", [("404", "404"), ("cut", "broke off"), ("silent cut", "another sha256"), ("forged", "another sha256")])
+@pytest.mark.parametrize("fault, told",
+                         [("404", "404"), ("cut", "broke off"), ("silent cut", "another sha256"),
+                          ("forged", "another sha256")])
 def test_a_bad_transfer_keeps_what_was_right_and_nothing_else(server, letters, tmp_path, fault, told):
     server.faults["train/b.bin"] = fault
     with pytest.raises(KiloError, match=told) as caught: get("letters", tmp_path, manifests=letters, retries=0)
@@ -109,7 +112,8 @@ def test_a_damaged_file_is_fetched_again_and_kept_until_then(server, letters, tm
 
 def test_no_server_and_no_place_are_one_sentence_each(server, letters, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(KiloError, match="Cannot fetch letters into"): get("letters", tmp_path / "file" / "x", manifests=letters)
+    with pytest.raises(KiloError, match="Cannot fetch letters into"):
+        get("letters", tmp_path / "file" / "x", manifests=letters)
     gone = {"letters": page(how="http", base_url="http://127.0.0.1:9/")}
     with pytest.raises(KiloError, match="cannot be reached"): get("letters", tmp_path / "x", manifests=gone, retries=0)
 
@@ -125,18 +129,21 @@ SETUP = "import os\nfrom setuptools import setup\nopen(os.environ['KILONB_TEST_M
 
 @pytest.fixture
 def index(tmp_path, monkeypatch):
-    """A folder of archives in place of a package index, and a mark that the archive's own setup.py leaves when it runs."""
+    """A folder of archives in place of a package index, and a mark that the archive's own setup.py leaves when it
+    runs."""
     folder = tmp_path / "index"
     folder.mkdir()
     archive = folder / "kilonb_test_letters-1.0.tar.gz"
     metadata = b"Metadata-Version: 2.1\nName: kilonb-test-letters\nVersion: 1.0\n"
     with tarfile.open(archive, "w:gz") as tar:
-        for name, data in {"PKG-INFO": metadata, "setup.py": SETUP.encode(), **{f"weights/{Path(path).name}": data for path, data in CONTENT.items()}}.items():
+        for name, data in {"PKG-INFO": metadata, "setup.py": SETUP.encode(),
+                           **{f"weights/{Path(path).name}": data for path, data in CONTENT.items()}}.items():
             entry = tarfile.TarInfo(f"kilonb_test_letters-1.0/{name}")
             entry.size = len(data)
             tar.addfile(entry, io.BytesIO(data))
     for name in [name for name in os.environ if name.startswith("PIP_")]: monkeypatch.delenv(name)
-    for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "KILONB_TEST_MARK": str(tmp_path / "mark")}.items():
+    for name, value in {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder),
+                        "KILONB_TEST_MARK": str(tmp_path / "mark")}.items():
         monkeypatch.setenv(name, value)
     return archive
 
@@ -156,12 +163,14 @@ def test_a_source_distribution_gives_its_members_only_without_any_network(index,
 def test_an_archive_with_another_checksum_is_refused_before_its_code_runs(index, tmp_path):
     letters = sdist(index)
     forged = replace(letters, fetch=replace(letters.fetch, sha256="0" * 64))
-    with pytest.raises(KiloError, match="pip could not download") as caught: get("letters", tmp_path / "out", manifests={"letters": forged})
+    with pytest.raises(KiloError, match="pip could not download") as caught:
+        get("letters", tmp_path / "out", manifests={"letters": forged})
     assert "\n" not in str(caught.value) and not everything(tmp_path / "out") and not (tmp_path / "mark").exists()
 
 
 def test_a_package_that_is_not_there_is_one_sentence(index, tmp_path):
     letters = sdist(index)
     index.unlink()
-    with pytest.raises(KiloError, match=r"kilonb-test-letters==1\.0") as caught: get("letters", tmp_path / "out", manifests={"letters": letters})
+    with pytest.raises(KiloError, match=r"kilonb-test-letters==1\.0") as caught:
+        get("letters", tmp_path / "out", manifests={"letters": letters})
     assert "\n" not in str(caught.value) and not everything(tmp_path / "out")

@@ -1,4 +1,5 @@
-"""From a checkpoint to a score: frames on disk, what belongs together, the ruler first, the worst view, and a page to look at it."""
+"""From a checkpoint to a score: frames on disk, what belongs together, the ruler first, the worst view, and a page to
+look at it."""
 import html
 import json
 import math
@@ -15,12 +16,18 @@ import numpy as np
 import pytest
 import torch
 
-from kilonb.distill.diagnostics import GradientRatios, alpha_report, folder_differences, frame_difference, gradient_norms, transmittance_report
-from kilonb.distill.evaluation import check_agreement, disagreements, evaluate_frames, summarise_runs, target_picture
-from kilonb.distill.frames import (
-    PowerMeter, RenderedFrame, camera_digest, choose_frames, named_cameras, open_source, read_frame, read_frames, recomposite, recomposite_folder,
-    render_frames, source_of_gaussians, source_of_student, write_frame,
+from kilonb.distill.diagnostics import (
+    GradientRatios,
+    alpha_report,
+    folder_differences,
+    frame_difference,
+    gradient_norms,
+    transmittance_report,
 )
+from kilonb.distill.evaluation import check_agreement, disagreements, evaluate_frames, summarise_runs, target_picture
+from kilonb.distill.frames import (PowerMeter, RenderedFrame, camera_digest, choose_frames, named_cameras, open_source,
+                                   read_frame, read_frames, recomposite, recomposite_folder, render_frames,
+                                   source_of_gaussians, source_of_student, write_frame)
 from kilonb.distill.gallery import Entry, contact_sheet, ranked, triptych, write_gallery
 from kilonb.distill.losses import ResponseLossConfig
 from kilonb.distill.student import DistillConfig, Distillation, distill, make_student, save_student
@@ -44,7 +51,8 @@ SIZE = 40
 
 @pytest.fixture(scope="module")
 def ball():
-    shell = torch.nn.functional.normalize(torch.randn(1200, 3, generator=torch.Generator().manual_seed(0)), dim=-1) * 0.6
+    shell = torch.nn.functional.normalize(torch.randn(1200, 3, generator=torch.Generator().manual_seed(0)),
+                                          dim=-1) * 0.6
     return gaussians_from_points(shell, (shell * 4).sin() / 2 + 0.5, sh_degree=0, opacity=0.9, scale=0.8)
 
 
@@ -56,7 +64,8 @@ def cameras():
 @pytest.fixture(scope="module")
 def photos(ball, cameras):
     """What a camera saw: the teacher's pictures, a tenth too dark."""
-    return [replace(target, rgb_premultiplied=target.rgb_premultiplied * 0.9, source="image") for target in targets_from_teacher(ball, cameras)]
+    return [replace(target, rgb_premultiplied=target.rgb_premultiplied * 0.9, source="image")
+            for target in targets_from_teacher(ball, cameras)]
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +79,8 @@ def student(grid): return make_student(grid, SHAPE, step=0.05)
 @pytest.fixture(scope="module")
 def frames(student, cameras, tmp_path_factory):
     """A folder with all five frames of the student."""
-    return render_frames(source_of_student(student, "averaged"), cameras, tmp_path_factory.mktemp("frames"), quiet=True).frames
+    return render_frames(source_of_student(student, "averaged"), cameras, tmp_path_factory.mktemp("frames"),
+                         quiet=True).frames
 
 
 def sentence(error: pytest.ExceptionInfo) -> str:
@@ -90,23 +100,37 @@ def test_an_interrupted_render_goes_on_and_ends_as_the_unbroken_one(student, cam
         if len(calls) == 3: raise KeyboardInterrupt
         return source.render(camera, chunk_rays)
 
-    with pytest.raises(KeyboardInterrupt): render_frames(replace(source, render=interrupted), cameras, tmp_path, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        render_frames(replace(source, render=interrupted), cameras, tmp_path, quiet=True)
     assert len(read_frames(tmp_path).missing()) == 3 and not (tmp_path / "render_stats.json").exists()
     (tmp_path / ".test_r_2.npz.0123abcd.part").write_bytes(b"what a killed writer leaves")
     (tmp_path / "test_r_1.npz").write_bytes((tmp_path / "test_r_1.npz").read_bytes()[:-300])
     calls.clear()
-    done = render_frames(replace(source, render=lambda *a: calls.append(a) or source.render(*a)), cameras, tmp_path, quiet=True)
-    assert done.kept == 1 and len(calls) == 4, "the whole frame is kept, the damaged one and the three missing ones are made"
+    done = render_frames(replace(source, render=lambda *a: calls.append(a) or source.render(*a)), cameras, tmp_path,
+                         quiet=True)
+    assert done.kept == 1 and len(calls) == 4, (
+        "the whole frame is kept, the damaged one and the three missing ones are made"
+    )
     for name in frames.names:
         one, two = done.frames.read(name), frames.read(name)
-        assert torch.equal(one.rgb_premultiplied, two.rgb_premultiplied) and torch.equal(one.expected_depth, two.expected_depth)
+        assert torch.equal(one.rgb_premultiplied, two.rgb_premultiplied) and torch.equal(
+            one.expected_depth, two.expected_depth
+        )
         assert one.identity == two.identity
 
 
 def test_statistics_leave_out_the_first_frame_and_claim_no_power_on_a_cpu(frames):
     statistics = json.loads((frames.folder / "render_stats.json").read_text())
-    assert statistics["frames"] == 5 and statistics["frames_timed"] == 4 and statistics["frames_per_s"] == pytest.approx(1 / statistics["seconds_per_frame"])
-    assert statistics["power_w"] is None and statistics["peak_memory_of"] == "process" and statistics["samples_per_ray"] > 0
+    assert (
+        statistics["frames"] == 5
+        and statistics["frames_timed"] == 4
+        and statistics["frames_per_s"] == pytest.approx(1 / statistics["seconds_per_frame"])
+    )
+    assert (
+        statistics["power_w"] is None
+        and statistics["peak_memory_of"] == "process"
+        and statistics["samples_per_ray"] > 0
+    )
     assert statistics["weights"] == "averaged" and statistics["names"] == frames.names
     with PowerMeter(lambda: 250.0, 0.001) as meter: pass
     assert meter.mean_w == 250.0
@@ -127,17 +151,25 @@ def test_a_folder_takes_only_frames_of_its_own_render(change, student, ball, cam
 
 
 def test_ranges_add_up_in_the_order_of_the_dataset(student, cameras, tmp_path):
-    for chosen in (choose_frames(5, 3), choose_frames(5, 0, 3, 2)): outcome = render_frames(source_of_student(student), cameras, tmp_path, chosen, quiet=True)
-    assert outcome.names == ["test/r_0", "test/r_2"] and outcome.frames.names == ["test/r_0", "test/r_2", "test/r_3", "test/r_4"]
+    for chosen in (choose_frames(5, 3), choose_frames(5, 0, 3, 2)):
+        outcome = render_frames(source_of_student(student), cameras, tmp_path, chosen, quiet=True)
+    assert outcome.names == ["test/r_0", "test/r_2"] and outcome.frames.names == [
+        "test/r_0",
+        "test/r_2",
+        "test/r_3",
+        "test/r_4",
+    ]
     assert [entry["index"] for entry in outcome.frames.frames.values()] == [0, 2, 3, 4] and not outcome.frames.missing()
 
 
 def test_any_resolution_and_chunks_change_no_picture(student, cameras, tmp_path):
     """Chunks bound the memory, not the result; another size keeps the field of view."""
     whole = render_frames(source_of_student(student), cameras, tmp_path / "a", [0], dtype="float32", quiet=True)
-    parts = render_frames(source_of_student(student), cameras, tmp_path / "b", [0], dtype="float32", chunk_rays=77, quiet=True)
+    parts = render_frames(source_of_student(student), cameras, tmp_path / "b", [0], dtype="float32", chunk_rays=77,
+                          quiet=True)
     small = render_frames(source_of_student(student), cameras, tmp_path / "c", [0], resolution=(20, 30), quiet=True)
-    torch.testing.assert_close(parts.frames.read("test/r_0").rgb_premultiplied, whole.frames.read("test/r_0").rgb_premultiplied, atol=1e-5, rtol=0)
+    torch.testing.assert_close(parts.frames.read("test/r_0").rgb_premultiplied,
+                               whole.frames.read("test/r_0").rgb_premultiplied, atol=1e-5, rtol=0)
     assert small.frames.read("test/r_0").alpha.shape == (30, 20)
     assert camera_digest(named_cameras(cameras, resolution=SIZE)[0].camera) == camera_digest(cameras[0][1])
 
@@ -149,18 +181,22 @@ def test_incident_2_straight_and_premultiplied_files_give_the_same_picture_and_s
     write_frame(tmp_path / "premultiplied.npz", frame, "float32")
     alpha = frame.alpha[..., None]
     straight = torch.where(alpha > 0, frame.rgb_premultiplied / alpha.clamp(min=1e-6), 0.0)
-    np.savez(tmp_path / "straight.npz", rgb_straight=straight.numpy(), alpha=frame.alpha.numpy(), alpha_convention="straight", colour_space="srgb")
+    np.savez(tmp_path / "straight.npz", rgb_straight=straight.numpy(), alpha=frame.alpha.numpy(),
+             alpha_convention="straight", colour_space="srgb")
     for background in ("white", "black", "#204060", 0.5, (0.1, 0.9, 0.3)):
         pictures = [recomposite(tmp_path / f"{name}.npz", background) for name in ("premultiplied", "straight")]
         torch.testing.assert_close(*pictures, atol=1e-5, rtol=0)
-    assert [read_frame(tmp_path / f"{name}.npz").stored for name in ("premultiplied", "straight")] == ["premultiplied", "straight"]
+    assert [read_frame(tmp_path / f"{name}.npz").stored for name in ("premultiplied", "straight")] == [
+        "premultiplied",
+        "straight",
+    ]
     white, black = (recomposite(frame, b) for b in ("white", "black"))
     torch.testing.assert_close(white - black, (1 - alpha).expand(-1, -1, 3), atol=1e-5, rtol=0)
 
 
 def test_incident_2_straight_colours_under_a_premultiplied_name_are_refused(tmp_path):
-    np.savez(tmp_path / "x.npz", rgb_premultiplied=np.full((8, 8, 3), 0.9, np.float32), alpha=np.full((8, 8), 0.3, np.float32),
-             alpha_convention="premultiplied", colour_space="srgb")
+    np.savez(tmp_path / "x.npz", rgb_premultiplied=np.full((8, 8, 3), 0.9, np.float32),
+             alpha=np.full((8, 8), 0.3, np.float32), alpha_convention="premultiplied", colour_space="srgb")
     with pytest.raises(KiloError) as error: read_frame(tmp_path / "x.npz")
     assert "straight, not premultiplied" in sentence(error)
 
@@ -185,26 +221,35 @@ def trained_run(grid, photos, tmp_path_factory):
 def test_incident_6_the_averaged_weights_are_rendered_by_default_and_the_source_says_so(trained_run, cameras):
     folder, pupil = trained_run
     latest = folder / "checkpoints" / "latest.pt"
-    sources = {"run": open_source(folder), "saved": open_source(folder / "student.pt"), "checkpoint": open_source(latest)}
+    sources = {"run": open_source(folder), "saved": open_source(folder / "student.pt"),
+               "checkpoint": open_source(latest)}
     camera, expected = cameras[0][1], pupil.render(cameras[0][1])
     for source in sources.values():
         assert source.weights == "averaged" and "averaged weights" in str(source)
         assert torch.equal(source.render(camera, None).rgb_premultiplied, expected.rgb_premultiplied)
     raw = open_source(latest, weights="raw")
-    assert raw.weights == "raw" and not torch.equal(raw.render(camera, None).rgb_premultiplied, expected.rgb_premultiplied)
+    assert raw.weights == "raw" and not torch.equal(raw.render(camera, None).rgb_premultiplied,
+                                                    expected.rgb_premultiplied)
 
 
 def test_incident_6_frames_of_raw_weights_are_not_scored_as_averaged_ones(trained_run, photos, tmp_path):
     folder, _ = trained_run
-    raw = render_frames(open_source(folder / "checkpoints" / "latest.pt", "raw"), photos, tmp_path, [0], quiet=True).frames
-    assert disagreements(raw, weights=None) == [] and len(found := disagreements(raw)) == 1 and "raw weights, averaged ones were meant" in found[0]
-    with pytest.raises(KiloError, match="raw weights"): evaluate_frames(tmp_path, photos[:1], weights="averaged", quiet=True)
+    raw = render_frames(open_source(folder / "checkpoints" / "latest.pt", "raw"), photos, tmp_path, [0],
+                        quiet=True).frames
+    assert (
+        disagreements(raw, weights=None) == []
+        and len(found := disagreements(raw)) == 1
+        and "raw weights, averaged ones were meant" in found[0]
+    )
+    with pytest.raises(KiloError, match="raw weights"):
+        evaluate_frames(tmp_path, photos[:1], weights="averaged", quiet=True)
     assert evaluate_frames(tmp_path, photos[:1], quiet=True).weights == "raw"
 
 
 def test_a_checkpoint_of_another_config_is_refused(trained_run, grid, tmp_path):
     latest = trained_run[0] / "checkpoints" / "latest.pt"
-    with pytest.raises(KiloError) as error: open_source(latest, like=make_student(grid, replace(SHAPE, hidden=8), step=0.05))
+    with pytest.raises(KiloError) as error:
+        open_source(latest, like=make_student(grid, replace(SHAPE, hidden=8), step=0.05))
     assert "of another config" in sentence(error)
     (tmp_path / "checkpoints").mkdir()
     shutil.copy(latest, tmp_path / "checkpoints" / "latest.pt")
@@ -218,19 +263,30 @@ def test_a_checkpoint_of_another_config_is_refused(trained_run, grid, tmp_path):
 def test_incident_7_exactly_the_given_views_are_scored_and_listed(frames, photos, capsys):
     """36 frames were averaged where one was meant."""
     one = evaluate_frames(frames, photos[3:4])
-    assert one.names == ["test/r_3"] and one.results()["test_views"] == 1 and "1 frame: test/r_3" in capsys.readouterr().out
+    assert (
+        one.names == ["test/r_3"]
+        and one.results()["test_views"] == 1
+        and "1 frame: test/r_3" in capsys.readouterr().out
+    )
     assert one.means() == one.scores["test/r_3"]
     all_views = evaluate_frames(frames, photos, quiet=True)
-    assert all_views.means()["psnr_srgb_white_db"] == pytest.approx(sum(s["psnr_srgb_white_db"] for s in all_views.scores.values()) / 5)
-    assert "score by name" in disagreements(frames, names=["test/r_3"])[0] and "test/r_9" in disagreements(frames, names=[*frames.names, "test/r_9"])[0]
+    assert all_views.means()["psnr_srgb_white_db"] == pytest.approx(
+        sum(s["psnr_srgb_white_db"] for s in all_views.scores.values()) / 5
+    )
+    assert (
+        "score by name" in disagreements(frames, names=["test/r_3"])[0]
+        and "test/r_9" in disagreements(frames, names=[*frames.names, "test/r_9"])[0]
+    )
 
 
 @pytest.mark.parametrize("what", ["frames", "size", "camera", "checkpoint", "stale", "convention", "unfinished"])
 def test_each_disagreement_is_one_sentence(what, frames, photos, ball, student, cameras, tmp_path):
     other = None
     if what == "frames": found = disagreements(frames, photos[:4])
-    if what == "size": found = disagreements(frames, [replace(p, camera=p.camera.resized(80, 80), **doubled(p)) for p in photos])
-    if what == "camera": found = disagreements(frames, [replace(p, camera=photos[i - 1].camera) for i, p in enumerate(photos)])
+    if what == "size":
+        found = disagreements(frames, [replace(p, camera=p.camera.resized(80, 80), **doubled(p)) for p in photos])
+    if what == "camera":
+        found = disagreements(frames, [replace(p, camera=photos[i - 1].camera) for i, p in enumerate(photos)])
     if what == "checkpoint":
         other = render_frames(source_of_gaussians(ball), cameras, tmp_path, quiet=True).frames
         assert disagreements(frames, other) == []
@@ -238,7 +294,8 @@ def test_each_disagreement_is_one_sentence(what, frames, photos, ball, student, 
     if what == "stale":
         save_student(student, tmp_path / "student.pt", "averaged")
         found = disagreements(frames, checkpoint=tmp_path / "student.pt")
-    if what == "convention": found = disagreements(frames, replace(frames, folder=tmp_path, alpha_convention="straight"))
+    if what == "convention":
+        found = disagreements(frames, replace(frames, folder=tmp_path, alpha_convention="straight"))
     if what == "unfinished":
         shutil.copytree(frames.folder, tmp_path / "x")
         (tmp_path / "x/test_r_2.npz").unlink()
@@ -264,27 +321,37 @@ def test_incident_1_a_student_of_nothing_scores_the_blank_page_beside_which_it_s
     evaluation = evaluate_frames(source, photos[:2], quiet=True)
     for name, scores in evaluation.scores.items():
         photo = next(p for p in photos if p.name == name)
-        assert scores["psnr_srgb_white_db"] == scores["psnr_blank_white_db"] == blank_baseline_db(target_picture(photo)) and scores["leak_mean"] == 1
+        assert (
+            scores["psnr_srgb_white_db"] == scores["psnr_blank_white_db"] == blank_baseline_db(target_picture(photo))
+            and scores["leak_mean"] == 1
+        )
     assert "psnr_blank_white_db" in evaluation.table() and "test_psnr_blank_white_db" in evaluation.results()
 
 
 def test_the_ruler_is_checked_before_anything_is_rendered(student, photos):
     calls, source = [], source_of_student(student)
     bad = replace(photos[0], rgb_premultiplied=photos[0].rgb_premultiplied + 0.6)
-    with pytest.raises(KiloError): evaluate_frames(replace(source, render=lambda *a: calls.append(a)), [bad], quiet=True)
+    with pytest.raises(KiloError):
+        evaluate_frames(replace(source, render=lambda *a: calls.append(a)), [bad], quiet=True)
     with pytest.raises(KiloError, match="Self-check: lpips_vgg"):
-        evaluate_frames(replace(source, render=lambda *a: calls.append(a)), photos, lpips={"lpips_vgg": lambda a, b: 0.4}, quiet=True)
+        evaluate_frames(replace(source, render=lambda *a: calls.append(a)), photos,
+                        lpips={"lpips_vgg": lambda a, b: 0.4}, quiet=True)
     assert not calls
 
 
 def test_a_teacher_is_perfect_against_itself_and_the_gap_is_the_students_own(frames, ball, photos, cameras, tmp_path):
     write_ply(tmp_path / "teacher.ply", ball)
     itself = evaluate_frames(tmp_path / "teacher.ply", cameras[:2], teacher=tmp_path / "teacher.ply", quiet=True)
-    assert all(s["psnr_vs_teacher_db"] == math.inf for s in itself.scores.values()) and "psnr_srgb_white_db" not in itself.means()
+    assert all(s["psnr_vs_teacher_db"] == math.inf
+               for s in itself.scores.values()) and "psnr_srgb_white_db" not in itself.means()
     results = evaluate_frames(frames, photos[:2], teacher=ball, quiet=True).results()
-    assert results["test_gap_to_teacher_db"] == pytest.approx(results["test_teacher_psnr_srgb_white_db"] - results["test_psnr_srgb_white_db"])
+    assert results["test_gap_to_teacher_db"] == pytest.approx(results["test_teacher_psnr_srgb_white_db"]
+                                                              - results["test_psnr_srgb_white_db"])
     taught = evaluate_frames(frames, targets_from_teacher(ball, cameras[:2]), quiet=True)
-    assert taught.means()["psnr_vs_teacher_db"] == pytest.approx(results["test_psnr_vs_teacher_db"]) and "psnr_srgb_white_db" not in taught.means()
+    assert (
+        taught.means()["psnr_vs_teacher_db"] == pytest.approx(results["test_psnr_vs_teacher_db"])
+        and "psnr_srgb_white_db" not in taught.means()
+    )
 
 
 def test_lpips_is_taken_on_every_kth_view_and_the_results_say_on_how_many(frames, photos):
@@ -293,19 +360,25 @@ def test_lpips_is_taken_on_every_kth_view_and_the_results_say_on_how_many(frames
         asked.append(one)
         return (one - two).abs().mean().item()
     evaluation = evaluate_frames(frames, photos, lpips={"lpips_vgg": distance}, lpips_every=2, quiet=True)
-    assert evaluation.lpips_views == ["test/r_0", "test/r_2", "test/r_4"] and evaluation.results()["test_lpips_views"] == 3
+    assert evaluation.lpips_views == ["test/r_0", "test/r_2",
+                                      "test/r_4"] and evaluation.results()["test_lpips_views"] == 3
     assert len(asked) == 4, "three views, and the ruler once"
     values = [evaluation.scores[name]["lpips_vgg"] for name in evaluation.lpips_views]
-    assert evaluation.results()["test_lpips_vgg"] == pytest.approx(sum(values) / 3) and "LPIPS on 3 of 5 views" in evaluation.table()
+    assert (
+        evaluation.results()["test_lpips_vgg"] == pytest.approx(sum(values) / 3)
+        and "LPIPS on 3 of 5 views" in evaluation.table()
+    )
 
 
 def test_a_black_background_shows_what_white_hides(photos):
     """White fog on white scores like nothing at all; on black it does not."""
     half = torch.full((SIZE, SIZE), 0.5)
-    fog = lambda camera, _: SimpleNamespace(rgb_premultiplied=half[..., None].expand(-1, -1, 3), alpha=half, expected_depth=0 * half)
+    fog = lambda camera, _: SimpleNamespace(rgb_premultiplied=half[..., None].expand(-1, -1, 3), alpha=half,
+                                            expected_depth=0 * half)
     source = replace(source_of_gaussians(gaussians_from_points(torch.rand(9, 3), torch.rand(9, 3))), render=fog)
     scores = evaluate_frames(source, photos[:1], background="black", quiet=True).scores["test/r_0"]
-    assert scores["psnr_srgb_white_db"] == pytest.approx(scores["psnr_blank_white_db"], abs=1e-4) and scores["psnr_srgb_black_db"] < 9
+    assert scores["psnr_srgb_white_db"] == pytest.approx(scores["psnr_blank_white_db"],
+                                                         abs=1e-4) and scores["psnr_srgb_black_db"] < 9
     assert scores["halo_mean"] == pytest.approx(0.5) and scores["haze_mean"] == pytest.approx(0.5)
 
 
@@ -316,9 +389,11 @@ def break_frame(path: Path, **changes) -> None:
     np.savez(path, **{name: value for name, value in content.items() if value is not None})
 
 
-@pytest.mark.parametrize("damage, told", [
-    ("missing", "is missing"), ("cut", "cut off"), ("text", "not an .npz"), ("size", "frames.json says"), ("foreign", "was not rendered from"), ("nan", "NaN"),
-    ("convention", "alpha convention"), ("unnamed", "has no 'alpha_convention'"), ("linear", "colour space"), ("manifest", "damaged"), ("none", "frames.json")])
+@pytest.mark.parametrize("damage, told",
+                         [("missing", "is missing"), ("cut", "cut off"), ("text", "not an .npz"),
+                          ("size", "frames.json says"), ("foreign", "was not rendered from"), ("nan", "NaN"),
+                          ("convention", "alpha convention"), ("unnamed", "has no 'alpha_convention'"),
+                          ("linear", "colour space"), ("manifest", "damaged"), ("none", "frames.json")])
 def test_a_broken_frame_is_told_in_one_sentence(damage, told, frames, photos, tmp_path):
     folder = shutil.copytree(frames.folder, tmp_path / "x")
     path = folder / "test_r_0.npz"
@@ -326,7 +401,8 @@ def test_a_broken_frame_is_told_in_one_sentence(damage, told, frames, photos, tm
     if damage == "missing": path.unlink()
     if damage == "cut": path.write_bytes(path.read_bytes()[:-400])
     if damage == "text": path.write_text("not a picture")
-    if damage == "size": break_frame(path, alpha=half, rgb_premultiplied=half[..., None].repeat(3, -1), expected_depth=half)
+    if damage == "size":
+        break_frame(path, alpha=half, rgb_premultiplied=half[..., None].repeat(3, -1), expected_depth=half)
     if damage == "foreign": break_frame(path, identity="0" * 16)
     if damage == "nan": break_frame(path, alpha=np.full((SIZE, SIZE), np.nan, np.float32))
     if damage == "convention": break_frame(path, alpha_convention="associated")
@@ -347,7 +423,9 @@ def test_nan_in_a_render_is_named_and_not_written(grid, cameras, photos, tmp_pat
     assert "NaN" in sentence(error)
 
 
-@pytest.mark.parametrize("asked", ["no views", "no frames", "twice", "nothing to compare", "no such file", "not a checkpoint", "no such frame", "bad colour"])
+@pytest.mark.parametrize("asked",
+                         ["no views", "no frames", "twice", "nothing to compare", "no such file", "not a checkpoint",
+                          "no such frame", "bad colour"])
 def test_an_impossible_request_is_told_in_one_sentence(asked, frames, photos, cameras, student, tmp_path):
     (tmp_path / "x.pt").write_bytes(b"PK\x03\x04 no checkpoint")
     calls = {
@@ -373,13 +451,22 @@ def test_halo_and_leak_say_on_which_side_of_the_silhouette_the_fault_is(photos):
     fat, thin, fog = (alpha_report(a, alpha) for a in (grown, alpha * 0.6, alpha.clamp(min=0.2)))
     assert fat["halo_mean"] > 0.5 and fat["haze_mean"] == 0 and fat["leak_mean"] < 0.01
     assert thin["halo_mean"] == 0 and thin["leak_mean"] == pytest.approx(0.4, abs=0.01)
-    assert fog["halo_mean"] == pytest.approx(0.2) and fog["haze_mean"] == pytest.approx(0.2) and fog["alpha_background_p50"] == pytest.approx(0.2)
+    assert (
+        fog["halo_mean"] == pytest.approx(0.2)
+        and fog["haze_mean"] == pytest.approx(0.2)
+        and fog["alpha_background_p50"] == pytest.approx(0.2)
+    )
 
 
 def test_transmittance_counts_every_ray_once(student, photos):
     report = transmittance_report(student, photos[0].camera, photos[0].alpha)
-    assert report.ends_object.sum() == (photos[0].alpha >= 0.99).sum() and report.ends_background.sum() == (photos[0].alpha == 0).sum()
-    assert 0 <= report.thickness_m < 0.5 and set(report.numbers()) == {"surface_thickness_m", "object_rays_leaking", "background_rays_blocked"}
+    assert report.ends_object.sum() == (photos[0].alpha
+                                        >= 0.99).sum() and report.ends_background.sum() == (photos[0].alpha == 0).sum()
+    assert 0 <= report.thickness_m < 0.5 and set(report.numbers()) == {
+        "surface_thickness_m",
+        "object_rays_leaking",
+        "background_rays_blocked",
+    }
 
 
 def test_gradient_norms_are_those_of_autograd_and_leave_the_graph_and_grad_alone(student, photos, grid):
@@ -406,9 +493,13 @@ def test_differences_of_folders_are_signed_and_sorted(frames, ball, cameras, tmp
     other = render_frames(source_of_gaussians(ball), cameras[:4], tmp_path, quiet=True).frames
     with pytest.raises(KiloError, match="Only one of the two folders"): folder_differences(frames, other)
     rows = folder_differences(frames, other, names=other.names)
-    assert [row["psnr_db"] for row in rows.values()] == sorted(row["psnr_db"] for row in rows.values()) and set(rows) == set(other.names)
+    assert [row["psnr_db"] for row in rows.values()] == sorted(row["psnr_db"] for row in rows.values()) and set(
+        rows
+    ) == set(other.names)
     one, two = torch.rand(2, 12, 12, 3)
-    assert torch.equal(frame_difference(one, two).signed, -frame_difference(two, one).signed) and frame_difference(one, two).psnr_db == psnr_srgb_db(one, two)
+    assert torch.equal(frame_difference(one, two).signed, -frame_difference(two, one).signed) and frame_difference(
+        one, two
+    ).psnr_db == psnr_srgb_db(one, two)
 
 
 # ---- many runs
@@ -417,8 +508,12 @@ def test_a_summary_reads_what_runs_wrote_and_shows_the_unfinished(tmp_path):
     for i, status in enumerate(("finished", "failed")):
         folder = tmp_path / "toy" / str(i)
         folder.mkdir(parents=True)
-        (folder / "status.json").write_text(json.dumps({"status": status, "experiment": "toy", "started": f"2026-01-0{i + 1}T00:00:00"}))
-        (folder / "results.json").write_text(json.dumps({"results": {"test_psnr_srgb_white_db": 30.5 + i, "test_lpips_vgg": "nan"}, "gates": {}}))
+        (folder
+         / "status.json").write_text(json.dumps({"status": status, "experiment": "toy",
+                                                 "started": f"2026-01-0{i + 1}T00:00:00"}))
+        (folder
+         / "results.json").write_text(json.dumps({"results": {"test_psnr_srgb_white_db": 30.5 + i,
+                                                              "test_lpips_vgg": "nan"}, "gates": {}}))
     table = summarise_runs(tmp_path)
     assert table.rows[0][:4] == ["toy/0", "", "", 30.5] and table.rows[1][2:4] == ["failed", None]
     assert "30.5" in table.text() and "| toy/0 |" in table.markdown() and "<td" in table._repr_html_()
@@ -428,9 +523,12 @@ def test_a_summary_reads_what_runs_wrote_and_shows_the_unfinished(tmp_path):
 # ---- pictures
 
 def toy_entries(count: int = 4) -> list[Entry]:
-    generator, target = torch.Generator().manual_seed(0), torch.rand(32, 32, 3, generator=torch.Generator().manual_seed(1))
-    students = [(target + 0.05 * (i + 1) * torch.randn(32, 32, 3, generator=generator)).clamp(0, 1) for i in range(count)]
-    scores = [{"psnr_srgb_white_db": psnr_srgb_db(s, target), "lpips_vgg": 0.5 - 0.1 * i} for i, s in enumerate(students)]
+    generator, target = torch.Generator().manual_seed(0), torch.rand(32, 32, 3,
+                                                                     generator=torch.Generator().manual_seed(1))
+    students = [(target + 0.05 * (i + 1) * torch.randn(32, 32, 3, generator=generator)).clamp(0, 1)
+                for i in range(count)]
+    scores = [{"psnr_srgb_white_db": psnr_srgb_db(s, target), "lpips_vgg": 0.5 - 0.1 * i} for i,
+              s in enumerate(students)]
     return [Entry(f"test/r_{i}", target, s, score) for i, (s, score) in enumerate(zip(students, scores))]
 
 
@@ -476,11 +574,13 @@ addEventListener("load", () => setTimeout(() => {
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
 def test_the_gallery_sorts_enlarges_and_blinks_in_a_browser_without_a_network(tmp_path):
     entries = toy_entries()
-    page = write_gallery(tmp_path / "gallery.html", [*entries, replace(entries[0], name=HOSTILE, scores={"lpips_vgg": 0.05})], f"toys {HOSTILE}", HOSTILE)
+    page = write_gallery(tmp_path / "gallery.html",
+                         [*entries, replace(entries[0], name=HOSTILE, scores={"lpips_vgg": 0.05})], f"toys {HOSTILE}",
+                         HOSTILE)
     page.write_text(page.read_text(encoding="utf-8").replace("<title>", PROBE + "<title>", 1), encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--host-resolver-rules=MAP * ~NOTFOUND",
-               "--window-size=390,800", "--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=6000", "--dump-dom",
-               page.as_uri()]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+               "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=390,800", "--enable-logging=stderr",
+               f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=6000", "--dump-dom", page.as_uri()]
     seen = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     told = json.loads(html.unescape(re.search(r"<title>(\{.*?\})</title>", seen.stdout).group(1)))
     order = ["test/r_3", "test/r_2", "test/r_1", "test/r_0"]
@@ -497,22 +597,31 @@ def test_the_gallery_sorts_enlarges_and_blinks_in_a_browser_without_a_network(tm
 
 @pytest.mark.slow
 def test_render_and_rank_by_its_command(tmp_path):
-    """A given student and two views: frames, statistics, scores against photographs and teacher, sheet and gallery are in the run's folder."""
+    """A given student and two views: frames, statistics, scores against photographs and teacher, sheet and gallery are
+    in the run's folder."""
     teacher = write_brickyard(tmp_path / "yard", width=64, height=64, train=1, test=3, count=4_000)
     space = occupancy_from_gaussians(teacher.means, teacher.quats, teacher.scales, teacher.opacities, 32)
     save_student(make_student(space, replace(SHAPE, cell_size=0.5), step=0.05), tmp_path / "student.pt", "averaged")
-    command = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())", "run", "render_and_rank",
-               "--data", f"blender:{tmp_path / 'yard'}", "--out", str(tmp_path / "run"),
-               "-p", f"student={tmp_path / 'student.pt'}", "-p", "frames=0,2", "-p", "lpips_every=2", "-p", "background=black"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=560, env={**os.environ, "MPLBACKEND": "Agg"}, check=False)
+    command = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())", "run",
+               "render_and_rank", "--data", f"blender:{tmp_path / 'yard'}", "--out", str(tmp_path / "run"), "-p",
+               f"student={tmp_path / 'student.pt'}", "-p", "frames=0,2", "-p", "lpips_every=2", "-p",
+               "background=black"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=560, env={**os.environ, "MPLBACKEND": "Agg"},
+                          check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     record = read_run(tmp_path / "run")
-    assert record.results["test_views"] == 2 and record.results["weights"] == "averaged" and "2 frames: test/r_0, test/r_2" in done.stdout
-    for name in ("psnr_srgb_white_db", "psnr_blank_white_db", "psnr_srgb_black_db", "psnr_vs_teacher_db", "ssim_white", "halo_mean"):
+    assert (
+        record.results["test_views"] == 2
+        and record.results["weights"] == "averaged"
+        and "2 frames: test/r_0, test/r_2" in done.stdout
+    )
+    for name in ("psnr_srgb_white_db", "psnr_blank_white_db", "psnr_srgb_black_db", "psnr_vs_teacher_db", "ssim_white",
+                 "halo_mean"):
         assert isinstance(record.results[f"test_{name}"], float), name
     assert record.baselines["test_psnr_srgb_white_db"] == record.results["test_psnr_blank_white_db"]
     assert read_frames(tmp_path / "run/frames").names == ["test/r_0", "test/r_2"]
-    for name in ("frames/render_stats.json", "evaluation.json", "gallery.html", "figures/worst.png", "figures/worst_view.png"):
+    for name in ("frames/render_stats.json", "evaluation.json", "gallery.html", "figures/worst.png",
+                 "figures/worst_view.png"):
         assert (tmp_path / "run" / name).is_file(), name
     scene = load_blender(tmp_path / "yard", "test")
     again = evaluate_frames(tmp_path / "run/frames", targets_from_images([scene[0], scene[2]]), quiet=True)
@@ -523,9 +632,11 @@ def test_render_and_rank_by_its_command(tmp_path):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_frames_rendered_on_a_gpu_are_those_of_the_cpu_and_its_memory_is_told(frames, student, cameras, tmp_path):
     save_student(student, tmp_path / "student.pt", "averaged")
-    outcome = render_frames(open_source(tmp_path / "student.pt", device="cuda"), cameras, tmp_path / "frames", [0, 1], quiet=True)
+    outcome = render_frames(open_source(tmp_path / "student.pt", device="cuda"), cameras, tmp_path / "frames", [0, 1],
+                            quiet=True)
     assert outcome.statistics["peak_memory_of"] == "gpu" and outcome.statistics["peak_memory_mb"] > 0
-    for name in outcome.names: assert psnr_srgb_db(recomposite(outcome.frames.read(name)), recomposite(frames.read(name))) > 45
+    for name in outcome.names:
+        assert psnr_srgb_db(recomposite(outcome.frames.read(name)), recomposite(frames.read(name))) > 45
 
 
 def test_a_frame_without_depth_is_a_frame(tmp_path):

@@ -1,4 +1,5 @@
-"""The notebooks of nbs/explore as people use them: opened in JupyterLab, run, played with; and as a page, where a picture stands in for the widget."""
+"""The notebooks of nbs/explore as people use them: opened in JupyterLab, run, played with; and as a page, where a
+picture stands in for the widget."""
 import base64
 import io
 import json
@@ -32,7 +33,9 @@ def write_toy_run(outputs: Path, name: str, rate: float) -> Path:
     run = open_run("toy", outputs / "toy" / name, {"learning_rate": rate, "width": 32})
     losses = np.exp(-rate * np.arange(500)) + 0.2 * np.random.default_rng(3).random(500)
     (run.folder / "rays").mkdir()
-    (run.folder / "rays" / "metrics.csv").write_text("step,elapsed_s,loss\n" + "".join(f"{k},{k * 0.01},{value}\n" for k, value in enumerate(losses)))
+    (run.folder / "rays" / "metrics.csv").write_text("step,elapsed_s,loss\n"
+                                                     + "".join(f"{k},{k * 0.01},{value}\n" for k,
+                                                               value in enumerate(losses)))
     figure, ax = plt.subplots(figsize=(3, 2))
     ax.plot(losses)
     run.save_figure(figure, "loss")
@@ -44,7 +47,8 @@ def write_toy_run(outputs: Path, name: str, rate: float) -> Path:
 def write_toy_sweep(folder: Path) -> Path:
     """24 runs: the largest learning rate fails, one run waits, the results of one are damaged."""
     plan, status = [], []
-    grid = [(rate, network, seed) for seed in (0, 1, 2) for network in ("mlp", "hash") for rate in (1e-3, 3e-3, 1e-2, 3e-1)]
+    grid = [(rate, network, seed) for seed in (0, 1, 2) for network in ("mlp", "hash")
+            for rate in (1e-3, 3e-3, 1e-2, 3e-1)]
     for k, (rate, network, seed) in enumerate(grid):
         name, varied = f"{k:03d}-{k * 7919:08x}", {"learning_rate": rate, "network": network, "seed": seed}
         plan.append({"name": name, "parameters": varied, "varied": varied})
@@ -53,10 +57,15 @@ def write_toy_sweep(folder: Path) -> Path:
         if k == 20: continue
         run = open_run("toy", folder / name, varied, seed=seed)
         if rate > 0.1: run.__exit__(KiloError, KiloError("The loss is <nan>: lower the learning rate."), None)
-        else: run.finish({"psnr_db": 24 - 6 * (math.log10(rate) + 2.4) ** 2 + 2 * (network == "hash") + 0.3 * seed}, [Gate("psnr_db", at_least=20.0)])
+        else:
+            run.finish({"psnr_db": 24 - 6 * (math.log10(rate) + 2.4) ** 2 + 2 * (network == "hash") + 0.3 * seed},
+                       [Gate("psnr_db", at_least=20.0)])
     (folder / plan[1]["name"] / "results.json").write_text("{")
-    write_json(folder / "sweep.json", {"sweep": folder.name, "experiment": "toy", "varied": ["learning_rate", "network", "seed"], "runs": plan})
-    write_json(folder / "status.json", {"kind": "sweep", "sweep": folder.name, "experiment": "toy", "status": "interrupted", "runs": status})
+    write_json(folder / "sweep.json",
+               {"sweep": folder.name, "experiment": "toy", "varied": ["learning_rate", "network", "seed"],
+                "runs": plan})
+    write_json(folder / "status.json",
+               {"kind": "sweep", "sweep": folder.name, "experiment": "toy", "status": "interrupted", "runs": status})
     return folder
 
 
@@ -84,13 +93,16 @@ def small(name: str, outputs: Path) -> dict:
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory, outputs):
     """A function that opens a notebook with its parameters in the module's one JupyterLab."""
-    with open_lab(tmp_path_factory.mktemp("jupyter"), {"KILONB_OUTPUTS": str(outputs)}) as lab, open_browser() as browser:
+    with open_lab(tmp_path_factory.mktemp("jupyter"),
+                  {"KILONB_OUTPUTS": str(outputs)}) as lab, open_browser() as browser:
         def open_notebook(name: str) -> Notebook:
             notebook = json.loads(SHELF[name].read_text(encoding="utf-8"))
-            tagged = next(i for i, cell in enumerate(notebook["cells"]) if "parameters" in cell["metadata"].get("tags", []))
+            tagged = next(i for i,
+                          cell in enumerate(notebook["cells"]) if "parameters" in cell["metadata"].get("tags", []))
             own = {"run_dir": str(lab.root / "run")} if name == "orbit" else {}
             given = "\n".join(f"{key} = {value!r}" for key, value in {**small(name, outputs), **own}.items())
-            cell = {"cell_type": "code", "id": "injected", "metadata": {}, "source": given, "outputs": [], "execution_count": None}
+            cell = {"cell_type": "code", "id": "injected", "metadata": {}, "source": given, "outputs": [],
+                    "execution_count": None}
             notebook["cells"].insert(tagged + 1, cell)
             (lab.root / f"{name}.ipynb").write_text(json.dumps(notebook), encoding="utf-8")
             return Notebook(browser, lab, f"{name}.ipynb")
@@ -118,11 +130,16 @@ def react_runs(notebook: Notebook, outputs: Path) -> None:
     table = page.locator(".kilonb-table")
     assert ODD in table.inner_text() and table.locator("b[onclick]").count() == 0, "a run's name is text"
     assert "toy/damaged" in page.locator(".kilonb-explorer").inner_text(), "the damaged run is named"
-    assert page.locator(".kilonb-runs option").count() >= 3 and page.locator(".kilonb-runs option", has_text="toy/late").count() == 0
-    notebook.wait_until("() => [...document.querySelectorAll('.kilonb-shown img')].filter(image => image.naturalWidth > 50).length === 3")
+    assert (
+        page.locator(".kilonb-runs option").count() >= 3
+        and page.locator(".kilonb-runs option", has_text="toy/late").count() == 0
+    )
+    notebook.wait_until("() => [...document.querySelectorAll('.kilonb-shown img')].filter(image => "
+                        "image.naturalWidth > 50).length === 3")
     write_toy_run(outputs, "late", 0.02)
     page.locator(".kilonb-refresh").click()
-    notebook.wait_until("() => [...document.querySelectorAll('.kilonb-runs option')].some(option => option.textContent.includes('toy/late'))")
+    notebook.wait_until("() => [...document.querySelectorAll('.kilonb-runs option')].some(option => "
+                        "option.textContent.includes('toy/late'))")
     page.locator(".kilonb-filter input").fill("quick")
     page.locator(".kilonb-runs select").select_option(label="✔ toy/quick")
     notebook.wait_until("() => document.querySelectorAll('.kilonb-table th').length === 2")
@@ -138,7 +155,8 @@ def react_sweeps(notebook: Notebook, outputs: Path) -> None:
     notebook.move_slider(".kilonb-share", 15, "ArrowLeft")
     notebook.wait_until(f"() => ({rows})() > 0 && ({rows})() <= 6")
     dimensions = "document.querySelector('.kilonb-explorer .js-plotly-plot')._fullData[0].dimensions"
-    assert page.evaluate(f"() => {dimensions}.filter(d => d.constraintrange).map(d => d.label)") == ["psnr_db"], "the figure shows the slider's brush"
+    assert page.evaluate(f"() => {dimensions}.filter(d => "
+                         "d.constraintrange).map(d => d.label)") == ["psnr_db"], "the figure shows the slider's brush"
     page.locator(".kilonb-clear").click()
     notebook.wait_until(f"all => ({rows})() === all", everything)
     place = page.locator(".kilonb-explorer .parcoords .axis-brush").first.bounding_box()
@@ -149,7 +167,11 @@ def react_sweeps(notebook: Notebook, outputs: Path) -> None:
     page.mouse.up()
     notebook.wait_until(f"all => ({rows})() > 0 && ({rows})() < all", everything)
     told = page.locator(".kilonb-failures")
-    assert "lower the learning rate" in told.inner_text() and "is left out" in told.inner_text() and told.locator("nan").count() == 0
+    assert (
+        "lower the learning rate" in told.inner_text()
+        and "is left out" in told.inner_text()
+        and told.locator("nan").count() == 0
+    )
 
 
 def react_orbit(notebook: Notebook, outputs: Path) -> None:
@@ -169,7 +191,9 @@ REACTIONS = {"run_browser": react_runs, "sweep_explorer": react_sweeps, "orbit":
 @needs_chromium
 @pytest.mark.parametrize("name", SHELF)
 def test_an_explorer_opens_in_jupyterlab_runs_and_reacts_to_a_slider(name, opened, outputs):
-    assert name in REACTIONS, f"nbs/explore/{name}.ipynb has no reaction here: say what must change when its slider moves"
+    assert name in REACTIONS, (
+        f"nbs/explore/{name}.ipynb has no reaction here: say what must change when its slider moves"
+    )
     notebook = opened(name)
     try:
         notebook.run_all()
@@ -185,7 +209,8 @@ def pictures(page: Path) -> list:
     from PIL import Image
 
     inside = page.read_text(encoding="utf-8").split('<div class="notebook">', 1)[1]
-    return [Image.open(io.BytesIO(base64.b64decode(data))) for data in re.findall(r'src="data:image/png;base64,([^"]+)"', inside)]
+    return [Image.open(io.BytesIO(base64.b64decode(data)))
+            for data in re.findall(r'src="data:image/png;base64,([^"]+)"', inside)]
 
 
 @pytest.mark.parametrize("name", SHELF)
@@ -193,12 +218,15 @@ def test_the_page_of_an_explorer_has_a_picture_where_the_widget_would_be(name, o
     record = run_notebook(read_notebook(SHELF[name]), small(name, outputs), run_dir=tmp_path / "run")
     page = write_page(record.folder)
     shown = pictures(page)
-    assert shown and shown[0].width >= 400 and len(shown[0].convert("RGB").getcolors(1 << 24)) > 20, "a picture with something on it"
+    assert shown and shown[0].width >= 400 and len(shown[0].convert("RGB").getcolors(1 << 24)) > 20, (
+        "a picture with something on it"
+    )
     assert "widget-view" not in page.read_text(encoding="utf-8") and record.status == "finished"
 
 
 def execute_here(name: str, given: dict) -> dict:
-    """The notebook's variables after its cells ran in this process with these parameters, as by hand and without a front end."""
+    """The notebook's variables after its cells ran in this process with these parameters, as by hand and without a
+    front end."""
     scope = {"__annotations__": {}, "__builtins__": __builtins__}
     for cell in json.loads(SHELF[name].read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code": exec("".join(cell["source"]), scope)
@@ -206,7 +234,8 @@ def execute_here(name: str, given: dict) -> dict:
     return scope
 
 
-@pytest.mark.parametrize("name, way", [("run_browser", "kilonb run single_view_overfit"), ("sweep_explorer", "kilonb sweep FILE")])
+@pytest.mark.parametrize("name, way",
+                         [("run_browser", "kilonb run single_view_overfit"), ("sweep_explorer", "kilonb sweep FILE")])
 def test_with_nothing_to_explore_a_notebook_says_how_to_get_it(name, way, tmp_path, capsys):
     execute_here(name, {"outputs": str(tmp_path / "none"), "run_dir": str(tmp_path / "run")})
     record = read_run(tmp_path / "run")
@@ -223,7 +252,8 @@ def test_looking_makes_no_run(name, outputs):
 
 def test_a_spike_of_one_step_in_a_long_run_is_still_drawn(tmp_path):
     run = open_run("toy", tmp_path / "toy" / "long")
-    run.metrics.write_text("step,elapsed_s,loss\n" + "".join(f"{k},{k},{1000.0 if k == 33_333 else 1.0}\n" for k in range(50_000)))
+    run.metrics.write_text("step,elapsed_s,loss\n"
+                           + "".join(f"{k},{k},{1000.0 if k == 33_333 else 1.0}\n" for k in range(50_000)))
     run.finish({})
     drawn = RunBrowser(tmp_path).drawn()
     assert len(drawn[0].y) < 5000 and drawn[0].y.max() == 1000 and drawn[0].x[drawn[0].y.argmax()] == 33_333

@@ -5,7 +5,14 @@ import signal
 import pytest
 import torch
 
-from kilonb.distill.features import FeatureConfig, FeatureTerm, TeacherAdapter, linear_cka, random_axes, teacher_features
+from kilonb.distill.features import (
+    FeatureConfig,
+    FeatureTerm,
+    TeacherAdapter,
+    linear_cka,
+    random_axes,
+    teacher_features,
+)
 from kilonb.distill.space import space_of_teacher
 from kilonb.distill.student import DistillConfig, distill, make_student
 from kilonb.distill.targets import RayPool, targets_from_teacher
@@ -26,7 +33,9 @@ STEP = 0.03
 def ball(count: int = 400, sh_degree: int = 1, seed: int = 0) -> Gaussians:
     """Gaussians of every shape, size, turn and opacity in a ball of radius one."""
     draw = torch.Generator().manual_seed(seed)
-    means = torch.nn.functional.normalize(torch.randn(count, 3, generator=draw), dim=-1) * torch.rand(count, 1, generator=draw) ** (1 / 3)
+    means = torch.nn.functional.normalize(torch.randn(count, 3, generator=draw), dim=-1) * torch.rand(
+        count, 1, generator=draw
+    ) ** (1 / 3)
     made = gaussians_from_points(means, torch.rand(count, 3, generator=draw), sh_degree, opacity=0.5)
     made.quats = torch.randn(count, 4, generator=draw)
     made.log_scales = torch.rand(count, 3, generator=draw) * 3 - 5
@@ -36,7 +45,8 @@ def ball(count: int = 400, sh_degree: int = 1, seed: int = 0) -> Gaussians:
 
 
 def settings(**changed) -> DistillConfig:
-    loop = {"steps": 24, "learning_rate": 5e-3, "warmup_steps": 4, "log_every_steps": 2, "checkpoint_every_steps": 10, "checkpoint_every_seconds": None}
+    loop = {"steps": 24, "learning_rate": 5e-3, "warmup_steps": 4, "log_every_steps": 2, "checkpoint_every_steps": 10,
+            "checkpoint_every_seconds": None}
     return DistillConfig(rays=128, loop=LoopConfig(**loop | changed))
 
 
@@ -46,7 +56,11 @@ def lesson():
     teacher = build_brickyard(count=4_000)
     space = space_of_teacher(teacher, 32)
     cameras = [(f"view {n}", camera) for n, camera in enumerate(orbit_cameras(2, 4.0, 30.0, width=32, height=32))]
-    return GaussianLookup(teacher, minimum_scale=STEP / 2), space, RayPool(targets_from_teacher(teacher, cameras), space, STEP)
+    return (
+        GaussianLookup(teacher, minimum_scale=STEP / 2),
+        space,
+        RayPool(targets_from_teacher(teacher, cameras), space, STEP),
+    )
 
 
 class Interrupting:
@@ -66,7 +80,8 @@ class Interrupting:
 @pytest.mark.parametrize("profile", ["gaussian", "splat"])
 def test_no_gaussian_is_lost_in_the_cells(resolution, profile):
     gaussians, draw = ball(), torch.Generator().manual_seed(1)
-    points = torch.cat([torch.rand(200, 3, generator=draw) * 3 - 1.5, gaussians.means[:200] + 0.03 * torch.randn(200, 3, generator=draw)])
+    points = torch.cat([torch.rand(200, 3, generator=draw) * 3 - 1.5,
+                        gaussians.means[:200] + 0.03 * torch.randn(200, 3, generator=draw)])
     density, distance = all_pairs(gaussians, points, profile=profile)
     reach = (2 * (255 * gaussians.opacities.double().clamp(min=1 / 255)).log()).clamp(max=9).sqrt()
     inside = ~((distance - reach).abs() < 1e-3).any(1)
@@ -78,12 +93,14 @@ def test_no_gaussian_is_lost_in_the_cells(resolution, profile):
 def test_lookup_and_baked_voxels_are_the_same_field():
     gaussians = ball(60)
     gaussians.log_scales = gaussians.log_scales.clamp(min=-3)
-    field = bake_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, torch.ones(60, 3), resolution=96)
+    field = bake_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, torch.ones(60, 3),
+                           resolution=96)
     thinnest = (field.box[1] - field.box[0]).max().item() / 96 / 2
     grid = field.occupancy()
     centres = grid.centres()[::9, ::9, ::9].reshape(-1, 3)
     visible = gaussians.subset(gaussians.opacities > 0.5)
-    baked = bake_gaussians(visible.means, visible.quats, visible.scales, visible.opacities, torch.ones(len(visible), 3), resolution=96, box=field.box)
+    baked = bake_gaussians(visible.means, visible.quats, visible.scales, visible.opacities, torch.ones(len(visible), 3),
+                           resolution=96, box=field.box)
     sigma = GaussianLookup(visible, minimum_scale=thinnest).density(centres)
     assert sigma.max() > 1
     torch.testing.assert_close(sigma, baked(centres, None)[0], rtol=2e-3, atol=1e-2 * sigma.max().item())
@@ -98,7 +115,8 @@ def test_compiled_and_plain_queries_agree():
     plain = lookup.on("cpu")
     answers, expected = lookup(points, directions), plain.density_and_colour(points, directions)
     for one, other in ((answers, expected), (lookup.features(points, table), plain.features(points, table))):
-        for a, b in zip(one, other): assert torch.isclose(a, b, rtol=1e-3, atol=1e-4).float().mean() > 0.998      # rims of footprints aside
+        for a, b in zip(one, other):
+            assert torch.isclose(a, b, rtol=1e-3, atol=1e-4).float().mean() > 0.998      # rims of footprints aside
     assert (lookup.nearest(points)[0] == plain.nearest(points)[0]).float().mean() > 0.998
     assert len(lookup.density(points[:0])) == 0 and lookup.features(points[:0], table)[0].shape == (0, 11)
 
@@ -121,7 +139,8 @@ def test_a_splat_is_as_opaque_as_the_rasteriser_says():
     one.log_scales = torch.full((1, 3), math.log(0.2))
     aside, along = torch.tensor([0.0, 0.1, 0.2, 0.4]), torch.linspace(-0.7, 0.7, 2801)
     points = torch.stack(torch.broadcast_tensors(aside[:, None], along, torch.zeros(1, 1)), -1).reshape(-1, 3)
-    alpha = -torch.expm1(-GaussianLookup(one, profile="splat").density(points).reshape(4, -1).sum(1) * (along[1] - along[0]))
+    alpha = -torch.expm1(-GaussianLookup(one, profile="splat").density(points).reshape(4, -1).sum(1)
+                         * (along[1] - along[0]))
     torch.testing.assert_close(alpha, 0.9 * torch.exp(-0.5 * (aside / 0.2) ** 2), atol=0.01, rtol=0)
 
 
@@ -130,7 +149,8 @@ def test_a_splat_is_as_opaque_as_the_rasteriser_says():
 def test_features_of_a_ply_are_those_of_its_gaussians(tmp_path):
     gaussians = ball(sh_degree=3)
     write_ply(tmp_path / "teacher.ply", gaussians)
-    torch.testing.assert_close(teacher_features(read_ply(tmp_path / "teacher.ply"), sh_degree=3), teacher_features(gaussians), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(teacher_features(read_ply(tmp_path / "teacher.ply"), sh_degree=3),
+                               teacher_features(gaussians), rtol=1e-5, atol=1e-5)
 
 
 def test_cka_sees_what_is_shared_and_nothing_else():
@@ -146,7 +166,8 @@ def test_every_adapter_is_reproducible_and_whole_in_its_state():
     gaussians = ball(sh_degree=3)
     features = teacher_features(gaussians)
     for kind in ("pca", "orthogonal", "linear"):
-        make = lambda seed, kind=kind: TeacherAdapter(features, gaussians.opacities, 20, kind, torch.Generator().manual_seed(seed))
+        make = lambda seed, kind=kind: TeacherAdapter(features, gaussians.opacities, 20, kind,
+                                                      torch.Generator().manual_seed(seed))
         one, same, other = make(0), make(0), make(1)
         assert torch.equal(one(features), same(features)) and one.trainable == (kind == "linear")
         other.load_state_dict(one.state_dict())
@@ -156,12 +177,14 @@ def test_every_adapter_is_reproducible_and_whole_in_its_state():
 @pytest.mark.parametrize("adapter", ["pca", "linear"])
 def test_a_resumed_run_with_features_is_the_unbroken_one_to_the_bit(lesson, tmp_path, adapter):
     lookup, space, pool = lesson
-    config = FeatureConfig(channels=8, cosine_weight=0.1, l2_weight=0.1, adapter=adapter, cka_every=3, projector_alone=0.2, freeze=0.8)
+    config = FeatureConfig(channels=8, cosine_weight=0.1, l2_weight=0.1, adapter=adapter, cka_every=3,
+                           projector_alone=0.2, freeze=0.8)
 
     def run(folder, rays, resume=False):
         student = make_student(space, SHAPE, STEP)
         term = FeatureTerm(lookup, student.field.feature_width, 24, config)
-        return student, term, distill(student, rays, settings(), tmp_path / folder, terms=[term], resume=resume, quiet=True)
+        return student, term, distill(student, rays, settings(), tmp_path / folder, terms=[term], resume=resume,
+                                      quiet=True)
 
     unbroken, whole_term, whole = run("whole", pool)
     with pytest.raises(KeyboardInterrupt): run("broken", Interrupting(pool, at=11))
@@ -169,15 +192,18 @@ def test_a_resumed_run_with_features_is_the_unbroken_one_to_the_bit(lesson, tmp_
     assert rest.resumed_from == 11
     for name, value in unbroken.state_dict().items(): assert torch.equal(value, resumed.state_dict()[name]), name
     for part in ("projector", "adapter"):
-        for name, value in whole_term.state_dict()[part].items(): assert torch.equal(value, term.state_dict()[part][name]), name
-    timeless = lambda result: [{name: value for name, value in record.items() if name != "elapsed_s"} for record in result.records]
+        for name, value in whole_term.state_dict()[part].items():
+            assert torch.equal(value, term.state_dict()[part][name]), name
+    timeless = lambda result: [{name: value for name, value in record.items() if name != "elapsed_s"}
+                               for record in result.records]
     assert timeless(whole) == timeless(rest)
 
 
 def test_the_frozen_projector_does_not_move_and_the_student_goes_on(lesson):
     lookup, space, pool = lesson
     student = make_student(space, SHAPE, STEP)
-    term = FeatureTerm(lookup, student.field.feature_width, 24, FeatureConfig(channels=8, freeze=0.5, cosine_weight=0.1, l2_weight=0.1))
+    term = FeatureTerm(lookup, student.field.feature_width, 24,
+                       FeatureConfig(channels=8, freeze=0.5, cosine_weight=0.1, l2_weight=0.1))
     seen, own = [], term.after_step
 
     def watched(step):
@@ -186,7 +212,8 @@ def test_the_frozen_projector_does_not_move_and_the_student_goes_on(lesson):
 
     term.after_step = watched
     distill(student, pool, settings(), terms=[term], quiet=True)
-    assert not torch.equal(seen[10][0], seen[11][0]) and all(torch.equal(seen[11][0], weights) for weights, _ in seen[12:])
+    assert not torch.equal(seen[10][0], seen[11][0]) and all(torch.equal(seen[11][0], weights) for weights,
+                                                             _ in seen[12:])
     assert not torch.equal(seen[12][1], seen[20][1])
 
 
@@ -201,8 +228,11 @@ def test_the_projector_learns_at_its_own_rate():
 def test_every_logged_step_has_the_term_s_values(lesson):
     lookup, space, pool = lesson
     term = FeatureTerm(lookup, SHAPE.hidden, 24, FeatureConfig(channels=8, cka_every=6))
-    records = distill(make_student(space, SHAPE, STEP), pool, settings(log_every_steps=1), terms=[term], quiet=True).records
-    always = {f"features_{name}" for name in ("loss", "cosine_similarity", "l2", "kept", "cosine_weight", "l2_weight", "projector_gradient_norm")}
+    records = distill(make_student(space, SHAPE, STEP), pool, settings(log_every_steps=1), terms=[term],
+                      quiet=True).records
+    always = {f"features_{name}"
+              for name in ("loss", "cosine_similarity", "l2", "kept", "cosine_weight", "l2_weight",
+                           "projector_gradient_norm")}
     assert len(records) == 24 and all(always <= set(record) for record in records)
     assert [record["step"] for record in records if "features_cka" in record] == [1, 7, 13, 19]
 

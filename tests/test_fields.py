@@ -17,9 +17,13 @@ from kilonb.core.errors import KiloError
 BOX = torch.tensor([[-0.6, -0.4, -0.4], [0.6, 0.4, 0.5]])
 GRID = OccupancyGrid(BOX, torch.ones(6, 4, 4, dtype=torch.bool))
 CONFIGS = {
-    "kilonerf": KiloNeRFConfig(cell_size=0.4, position_frequencies=3, direction_frequencies=2, hidden=16, density_bias=1.0),
+    "kilonerf": KiloNeRFConfig(
+        cell_size=0.4, position_frequencies=3, direction_frequencies=2, hidden=16, density_bias=1.0
+    ),
     "mlp": MLPConfig(position_frequencies=3, direction_frequencies=2, hidden=16, layers=2, density_bias=1.0),
-    "hashgrid": HashGridConfig(levels=4, log2_table=8, base_resolution=4, finest_resolution=32, hidden=16, features=8, density_bias=1.0),
+    "hashgrid": HashGridConfig(
+        levels=4, log2_table=8, base_resolution=4, finest_resolution=32, hidden=16, features=8, density_bias=1.0
+    ),
 }
 OVER_A_BOX = {"mlp": MLPField, "hashgrid": HashGridField}
 KINDS = pytest.mark.parametrize("kind", CONFIGS)
@@ -38,10 +42,13 @@ def make(kind: str, seed: int = 0):
 def samples(count: int = 3000, seed: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions inside BOX and unit directions."""
     generator = torch.Generator().manual_seed(seed)
-    return BOX[0] + torch.rand(count, 3, generator=generator) * (BOX[1] - BOX[0]), normalize(torch.randn(count, 3, generator=generator), dim=-1)
+    return BOX[0] + torch.rand(count, 3, generator=generator) * (BOX[1] - BOX[0]), normalize(
+        torch.randn(count, 3, generator=generator), dim=-1
+    )
 
 
-def camera(size: int = 20): return orbit_cameras(1, 2.0, 20.0, torch.zeros(3), torch.tensor([0.0, 0, 1]), size, size, 38.0)[0]
+def camera(size: int = 20):
+    return orbit_cameras(1, 2.0, 20.0, torch.zeros(3), torch.tensor([0.0, 0, 1]), size, size, 38.0)[0]
 
 
 def loss_of(field, positions, directions):
@@ -58,7 +65,9 @@ def test_one_interface(kind):
     assert sigma.shape == (3000,) and rgb.shape == (3000, 3) and sigma.dtype == rgb.dtype == torch.float32
     assert (sigma > 0).all() and rgb.min() >= -0.0011 and rgb.max() <= 1.0011
     features = field.features(positions[:40])
-    assert features.shape == (40, field.feature_width) and torch.equal(features, field.features(positions[:40], directions[:40]))
+    assert features.shape == (40, field.feature_width) and torch.equal(
+        features, field.features(positions[:40], directions[:40])
+    )
     with pytest.raises(FrozenInstanceError): field.config.hidden = 3
 
 
@@ -75,7 +84,8 @@ def test_no_samples_are_no_special_case(kind):
 @KINDS
 def test_geometry_looks_the_same_from_all_sides_and_colour_does_not(kind):
     field, (positions, directions) = make(kind), samples()
-    with torch.no_grad(): (sigma, rgb), (other_sigma, other_rgb) = field(positions, directions), field(positions, -directions)
+    with torch.no_grad():
+        (sigma, rgb), (other_sigma, other_rgb) = field(positions, directions), field(positions, -directions)
     assert torch.equal(sigma, other_sigma) and (rgb - other_rgb).abs().max() > 1e-3
 
 
@@ -99,7 +109,8 @@ def test_every_parameter_gets_a_gradient(kind):
     loss_of(field, *samples(20_000)).backward()
     for name, parameter in field.named_parameters():
         live = (parameter.grad != 0).double().mean().item()
-        assert live > (0.97 if kind == "hashgrid" and name == "table" else 0.99), f"{1 - live:.1%} of {name} is idle"       # an unlucky ReLU, an unlucky hash
+        # an unlucky ReLU, an unlucky hash
+        assert live > (0.97 if kind == "hashgrid" and name == "table" else 0.99), f"{1 - live:.1%} of {name} is idle"
 
 
 @KINDS
@@ -107,24 +118,29 @@ def test_features_teach_the_geometry_and_nothing_behind_it(kind):
     """A loss on features moves what lies before the direction, and leaves density's and colour's last layers alone."""
     field, (positions, _) = make(kind), samples(2000)
     field.features(positions).square().sum().backward()
-    if kind == "mlp": reached = {name.split(".")[0] for name, p in field.named_parameters() if p.grad is not None and (p.grad != 0).any()}
+    if kind == "mlp":
+        reached = {name.split(".")[0] for name,
+                   p in field.named_parameters() if p.grad is not None and (p.grad != 0).any()}
     else:
         grad = field.networks.grad if kind == "kilonerf" else field.network.grad[None]
         reached = {name for name, (start, _, end) in field.layout.offsets.items() if (grad[:, start:end] != 0).any()}
-    assert reached == {"kilonerf": {"first", "second", "feature"}, "mlp": {"trunk", "feature"}, "hashgrid": {"first", "feature"}}[kind]
+    assert reached == {"kilonerf": {"first", "second", "feature"}, "mlp": {"trunk", "feature"},
+                       "hashgrid": {"first", "feature"}}[kind]
     assert kind != "hashgrid" or (field.table.grad != 0).any()
 
 
 @KINDS
 def test_a_field_agrees_with_its_twin_in_double_precision(kind):
-    """Values to float32's rounding; gradients too, but for units so close to zero that rounding decides whether they are on."""
+    """Values to float32's rounding; gradients too, but for units so close to zero that rounding decides whether they
+    are on."""
     field, (positions, directions) = make(kind), samples()
     ours = torch.autograd.grad(loss_of(field, positions, directions), list(field.parameters()))
     with torch.no_grad(): values, few = field(positions, directions), field.features(positions[:50])
     twin = field.double()
     exact = torch.autograd.grad(loss_of(twin, positions.double(), directions.double()), list(twin.parameters()))
     with torch.no_grad():
-        for one, two in zip(values, twin(positions.double(), directions.double())): torch.testing.assert_close(one.double(), two, atol=1e-3, rtol=1e-4)
+        for one, two in zip(values, twin(positions.double(), directions.double())):
+            torch.testing.assert_close(one.double(), two, atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(few.double(), twin.features(positions[:50].double()), atol=1e-4, rtol=1e-4)
     for one, two in zip(ours, exact): assert (one - two).norm() < 2e-3 * two.norm()
 
@@ -133,7 +149,8 @@ def test_a_field_agrees_with_its_twin_in_double_precision(kind):
 def test_a_twin_s_gradients_are_those_of_differences(kind):
     field, (positions, directions) = make(kind).double(), samples(4)
     parameters, inputs = list(field.parameters()), (positions.double(), directions.double())
-    if kind == "kilonerf":                                          # thousands of numbers: the sum of all slopes along a few directions instead
+    # thousands of numbers: the sum of all slopes along a few directions instead
+    if kind == "kilonerf":
         towards = torch.randn(3, *parameters[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         start = parameters[0].detach().clone()
         def along(t):
@@ -149,7 +166,9 @@ def test_a_saved_field_looks_the_same(kind):
     field, other = make(kind, 0), make(kind, 1)
     first, different = (render_image(f, camera(), GRID, 0.05).rgb_premultiplied for f in (field, other))
     other.load_state_dict(field.state_dict())
-    assert not torch.equal(first, different) and torch.equal(first, render_image(other, camera(), GRID, 0.05).rgb_premultiplied)
+    assert not torch.equal(first, different) and torch.equal(
+        first, render_image(other, camera(), GRID, 0.05).rgb_premultiplied
+    )
     assert build_config(type(field.config), asdict(field.config)) == field.config
     assert all(isinstance(getattr(field.config, f.name), (int, float, bool, str)) for f in fields(field.config))
 
@@ -166,7 +185,9 @@ def test_training_is_the_same_twice_to_the_last_bit(kind):
         return [p.detach().clone() for p in field.parameters()]
 
     first, second = trained(), trained()
-    assert all(torch.equal(a, b) for a, b in zip(first, second)) and not torch.equal(first[0], next(make(kind).parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second)) and not torch.equal(
+        first[0], next(make(kind).parameters())
+    )
 
 
 @KINDS
@@ -176,11 +197,13 @@ def test_making_a_field_leaves_everybody_s_random_numbers_alone(kind):
     assert torch.equal(before, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(("config", "wrong"), [
-    (KiloNeRFConfig, {"cell_size": 0.0}), (KiloNeRFConfig, {"hidden": 0}), (MLPConfig, {"layers": 0}), (MLPConfig, {"direction_frequencies": -1}),
-    (HashGridConfig, {"levels": 0}), (HashGridConfig, {"log2_table": 60}), (HashGridConfig, {"base_resolution": 64, "finest_resolution": 32}),
-    (HashGridConfig, {"features": 0}), (HashGridConfig, {"density_scale": 0.0}),
-], ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value))
+@pytest.mark.parametrize(("config", "wrong"),
+                         [(KiloNeRFConfig, {"cell_size": 0.0}), (KiloNeRFConfig, {"hidden": 0}),
+                          (MLPConfig, {"layers": 0}), (MLPConfig, {"direction_frequencies": -1}),
+                          (HashGridConfig, {"levels": 0}), (HashGridConfig, {"log2_table": 60}),
+                          (HashGridConfig, {"base_resolution": 64, "finest_resolution": 32}),
+                          (HashGridConfig, {"features": 0}), (HashGridConfig, {"density_scale": 0.0})],
+                         ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value))
 def test_a_bad_shape_is_refused_in_one_sentence(config, wrong):
     with pytest.raises(KiloError) as refused: config(**wrong)
     message = str(refused.value)

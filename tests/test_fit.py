@@ -14,7 +14,18 @@ from kilonb.core.errors import KiloError
 from kilonb.metrics.perceptual import lpips_available
 from kilonb.scenes.blender import BlenderScene, load_blender
 from kilonb.scenes.brickyard import write_brickyard
-from kilonb.splats.fit import Fit, FitConfig, Teacher, Views, change_set, fit_teacher, grow_and_prune, held_out_scores, initial_gaussians, photometric_loss
+from kilonb.splats.fit import (
+    Fit,
+    FitConfig,
+    Teacher,
+    Views,
+    change_set,
+    fit_teacher,
+    grow_and_prune,
+    held_out_scores,
+    initial_gaussians,
+    photometric_loss,
+)
 from kilonb.splats.fit import relocate_and_grow, render_teacher, scene_extent
 from kilonb.splats.gaussians import Gaussians
 from kilonb.splats.mcmc import draw_sources, exploration_noise, share_out
@@ -54,25 +65,34 @@ def sampled(scene, held_out):
 
 def floater(gaussians: Gaussians) -> Gaussians:
     """A hazy red ball in the air beside the vehicle, where every silhouette is empty for some view."""
-    return Gaussians(torch.tensor([[0, -.2, .98]]), torch.tensor([[1.0, 0, 0, 0]]), torch.full((1, 3), -2.3), torch.tensor([0.5]),
-                     torch.nn.functional.pad(torch.tensor([[[1.7, -1.7, -1.7]]]), (0, 0, 0, gaussians.sh.shape[1] - 1)))
+    return Gaussians(
+        torch.tensor([[0, -0.2, 0.98]]),
+        torch.tensor([[1.0, 0, 0, 0]]),
+        torch.full((1, 3), -2.3),
+        torch.tensor([0.5]),
+        torch.nn.functional.pad(torch.tensor([[[1.7, -1.7, -1.7]]]), (0, 0, 0, gaussians.sh.shape[1] - 1)),
+    )
 
 
 def test_a_short_fit_learns_and_its_background_is_empty(scene, held_out, tmp_path):
-    """Held-out views well above the blank score (incident 1: both are printed), alpha outside all but zero, and what is on disk is what came out."""
+    """Held-out views well above the blank score (incident 1: both are printed), alpha outside all but zero, and what is
+    on disk is what came out."""
     result = fit_teacher(scene, CONFIG, tmp_path / "run", held_out=held_out, quiet=True)
     final = result.evaluations[-1]
     assert final["step"] == 300 and final["psnr_srgb_white_db"] > final["psnr_blank_white_db"] + 15, final
     assert final["psnr_srgb_white_db"] > 25 and final["background_alpha"] < .005, final
     assert result.evaluations[0]["psnr_srgb_white_db"] < final["psnr_srgb_white_db"]
-    assert len(result.gaussians) <= CONFIG.maximum_count and len({record["count"] for record in result.records}) > 2, "the set never changed"
+    assert len(result.gaussians) <= CONFIG.maximum_count and len({record["count"] for record in result.records}) > 2, (
+        "the set never changed"
+    )
     stored = read_ply(tmp_path / "run/teacher.ply")
     assert all(torch.equal(a, b) for a, b in zip(stored.parameters().values(), result.gaussians.parameters().values()))
     assert (tmp_path / "run/evaluations.json").is_file() and (tmp_path / "run/metrics.csv").is_file()
 
 
 def test_a_floater_beside_the_object_fades(scene):
-    """The old way multiplies the rendering by the mask, and the loss does not see what floats beside the object; ours does, and removes it."""
+    """The old way multiplies the rendering by the mask, and the loss does not see what floats beside the object; ours
+    does, and removes it."""
     views = Views(scene)
     begin = Gaussians.concatenate([initial_gaussians(views, SHORT), floater(initial_gaussians(views, SHORT))])
     teacher = Teacher(begin, SHORT, 4.8)
@@ -83,12 +103,14 @@ def test_a_floater_beside_the_object_fades(scene):
         rendered, _, _ = render_teacher(teacher.gaussians(), camera, background, 0)
         target = colour + (1 - alpha) * background
         solid = (alpha > 0).float()
-        for name, loss in (("masked", ((rendered - target) * solid).abs().mean()), ("seen", photometric_loss(rendered, target, 0.0))):
+        for name, loss in (("masked", ((rendered - target) * solid).abs().mean()),
+                           ("seen", photometric_loss(rendered, target, 0.0))):
             slope = torch.autograd.grad(loss, teacher["logit_opacities"], retain_graph=True)[0][-1].item()
             if name == "masked": masked += abs(slope)
             else: seen += slope
     assert seen > 10 * masked, "its opacity is pushed down by the background, hardly at all by the object"
-    result = fit_teacher(scene, replace(SHORT, steps=150, grow_until=0.1, grow_from=0.0, prune_opacity=0.0), initial=begin, quiet=True)
+    result = fit_teacher(scene, replace(SHORT, steps=150, grow_until=0.1, grow_from=0.0, prune_opacity=0.0),
+                         initial=begin, quiet=True)
     assert begin.opacities[-1] > .6 and result.gaussians.opacities[len(begin) - 1] < .1
 
 
@@ -108,41 +130,53 @@ class StopAt:
 
 
 def test_a_stopped_fit_with_noise_ends_in_the_same_numbers(scene, tmp_path):
-    """Noise and the choice of who is copied come from the seed and the step: stopped between, at and after relocations, nothing is drawn twice or skipped."""
+    """Noise and the choice of who is copied come from the seed and the step: stopped between, at and after relocations,
+    nothing is drawn twice or skipped."""
     whole = fit_teacher(scene, SAMPLED, quiet=True)
     for stop in (7, 15, 22):
         folder = tmp_path / str(stop)
         with pytest.raises(KeyboardInterrupt), StopAt(stop): fit_teacher(scene, SAMPLED, folder, quiet=True)
         resumed = fit_teacher(scene, SAMPLED, folder, resume=True, quiet=True)
         assert resumed.resumed_from == stop and len(resumed.gaussians) == len(whole.gaussians) == SAMPLED.maximum_count
-        for name, tensor in whole.gaussians.parameters().items(): assert torch.equal(tensor, resumed.gaussians.parameters()[name]), (stop, name)
-    assert not torch.equal(whole.gaussians.means, fit_teacher(scene, replace(SAMPLED, noise_rate=0.0), quiet=True).gaussians.means), "there was no noise"
+        for name, tensor in whole.gaussians.parameters().items():
+            assert torch.equal(tensor, resumed.gaussians.parameters()[name]), (stop, name)
+    assert not torch.equal(whole.gaussians.means,
+                           fit_teacher(scene, replace(SAMPLED, noise_rate=0.0),
+                                       quiet=True).gaussians.means), "there was no noise"
 
 
 @pytest.mark.parametrize("stop", [3, 15, 22, 30, 59])
 def test_a_stopped_fit_ends_in_the_same_numbers(scene, unbroken, tmp_path, stop):
-    """Stopped before, at, between and after changes of the set: parameters to the bit, and each record but for its clock."""
+    """Stopped before, at, between and after changes of the set: parameters to the bit, and each record but for its
+    clock."""
     with pytest.raises(KeyboardInterrupt), StopAt(stop): fit_teacher(scene, SHORT, tmp_path, quiet=True)
     resumed = fit_teacher(scene, SHORT, tmp_path, resume=True, quiet=True)
     assert resumed.resumed_from == stop and resumed.finished
-    for name, tensor in unbroken.gaussians.parameters().items(): assert torch.equal(tensor, resumed.gaussians.parameters()[name]), name
-    timeless = [[{k: v for k, v in record.items() if k != "elapsed_s"} for record in run.records] for run in (unbroken, resumed)]
+    for name, tensor in unbroken.gaussians.parameters().items():
+        assert torch.equal(tensor, resumed.gaussians.parameters()[name]), name
+    timeless = [[{k: v for k, v in record.items() if k != "elapsed_s"} for record in run.records]
+                for run in (unbroken, resumed)]
     assert timeless[0] == timeless[1]
 
 
 def test_a_fit_that_is_stopped_twice_keeps_its_evaluations(scene, held_out, tmp_path):
     for stop in (35, 10):
-        with pytest.raises(KeyboardInterrupt), StopAt(stop): fit_teacher(scene, SHORT, tmp_path, resume=tmp_path.joinpath("metrics.csv").exists(), quiet=True)
+        with pytest.raises(KeyboardInterrupt), StopAt(stop):
+            fit_teacher(scene, SHORT, tmp_path, resume=tmp_path.joinpath("metrics.csv").exists(), quiet=True)
     resumed = fit_teacher(scene, SHORT, tmp_path, resume=True, quiet=True, held_out=held_out)
     assert resumed.resumed_from == 45 and [e["step"] for e in resumed.evaluations] == [60]
     again = fit_teacher(scene, SHORT, tmp_path, resume=True, quiet=True, held_out=held_out)
-    assert again.resumed_from == 60 and again.evaluations == resumed.evaluations, "a finished fit has nothing left to do"
-    assert all(torch.equal(a, b) for a, b in zip(again.gaussians.parameters().values(), resumed.gaussians.parameters().values()))
+    assert again.resumed_from == 60 and again.evaluations == resumed.evaluations, (
+        "a finished fit has nothing left to do"
+    )
+    assert all(torch.equal(a, b) for a,
+               b in zip(again.gaussians.parameters().values(), resumed.gaussians.parameters().values()))
 
 
 def test_a_resumed_fit_with_other_settings_is_refused(scene, tmp_path):
     with pytest.raises(KeyboardInterrupt), StopAt(5): fit_teacher(scene, SHORT, tmp_path, quiet=True)
-    with pytest.raises(KiloError, match="grow_gradient"): fit_teacher(scene, replace(SHORT, grow_gradient=1e-3), tmp_path, resume=True, quiet=True)
+    with pytest.raises(KiloError, match="grow_gradient"):
+        fit_teacher(scene, replace(SHORT, grow_gradient=1e-3), tmp_path, resume=True, quiet=True)
     with pytest.raises(KiloError, match="already holds a run"): fit_teacher(scene, SHORT, tmp_path, quiet=True)
 
 
@@ -153,7 +187,8 @@ def test_another_seed_is_another_fit(scene, unbroken):
 
 @pytest.mark.parametrize("config", [SHORT, SAMPLED], ids=lambda config: config.strategy)
 def test_every_parameter_is_trained(scene, config):
-    """Incident 24: a part without gradient looks like one that converged. After the warm-up each group, the harmonics too, has one."""
+    """Incident 24: a part without gradient looks like one that converged. After the warm-up each group, the harmonics
+    too, has one."""
     views = Views(scene)
     teacher = Teacher(initial_gaussians(views, config), config, scene_extent(views.cameras))
     fit = Fit(teacher, views, None)
@@ -161,11 +196,14 @@ def test_every_parameter_is_trained(scene, config):
     for group in teacher.optimizer.param_groups:
         gradient = group["params"][0].grad
         assert torch.isfinite(gradient).all() and (gradient != 0).float().mean() > .2, group["name"]
-    assert (fit.meta["means2d"].grad != 0).any(), "densification would wait for a gradient that never comes (incident 17)"
+    assert (fit.meta["means2d"].grad != 0).any(), (
+        "densification would wait for a gradient that never comes (incident 17)"
+    )
 
 
 def test_changing_the_set_never_mixes_rows(scene):
-    """The moments of a gaussian must stay its own: after a change each kept row has the value and the moments it had."""
+    """The moments of a gaussian must stay its own: after a change each kept row has the value and the moments it
+    had."""
     views = Views(scene)
     teacher = Teacher(initial_gaussians(views, SHORT), SHORT, 4.8)
     fit = Fit(teacher, views, None)
@@ -176,13 +214,16 @@ def test_changing_the_set_never_mixes_rows(scene):
         teacher.optimizer.step()
     keep = torch.randperm(len(teacher), generator=generator)[:700].sort().values
     rows = {g["name"]: g["params"][0].detach()[keep].clone() for g in teacher.optimizer.param_groups}
-    kept = {g["name"]: teacher.optimizer.state[g["params"][0]]["exp_avg"][keep].clone() for g in teacher.optimizer.param_groups}
+    kept = {g["name"]: teacher.optimizer.state[g["params"][0]]["exp_avg"][keep].clone()
+            for g in teacher.optimizer.param_groups}
     change_set(teacher, keep, {g["name"]: g["params"][0].detach()[:5] for g in teacher.optimizer.param_groups})
     for group in teacher.optimizer.param_groups:
         parameter, name = group["params"][0], group["name"]
         moments = teacher.optimizer.state[parameter]
-        assert len(parameter) == 705 and torch.equal(parameter.detach()[:700], rows[name]) and torch.equal(moments["exp_avg"][:700], kept[name])
-        assert (moments["exp_avg"][700:] == 0).all() and (moments["exp_avg_sq"][700:] == 0).all() and moments["step"] == 3
+        assert len(parameter) == 705 and torch.equal(parameter.detach()[:700],
+                                                     rows[name]) and torch.equal(moments["exp_avg"][:700], kept[name])
+        assert (moments["exp_avg"][700:] == 0).all() and (moments["exp_avg_sq"][700:]
+                                                          == 0).all() and moments["step"] == 3
     assert len(teacher.optimizer.state) == 6, "the moments of replaced parameters would leak"
 
 
@@ -193,14 +234,23 @@ def test_the_count_stays_below_its_cap(scene, room):
     teacher = Teacher(initial_gaussians(Views(scene), config), config, 4.8)
     teacher.gradient, teacher.seen = torch.rand(len(teacher)) + 1, torch.ones(len(teacher))
     change = grow_and_prune(teacher, 15)
-    assert len(teacher) <= config.maximum_count and change["cloned"] + change["split"] == room and change["count"] == len(teacher)
+    assert (
+        len(teacher) <= config.maximum_count
+        and change["cloned"] + change["split"] == room
+        and change["count"] == len(teacher)
+    )
 
 
 def test_mcmc_learns_within_its_budget(sampled):
-    """The count is the budget that was given: reached by the growth, never exceeded; and what is learned is the scene, with an empty background."""
+    """The count is the budget that was given: reached by the growth, never exceeded; and what is learned is the scene,
+    with an empty background."""
     final, counts = sampled.evaluations[-1], [record["count"] for record in sampled.records]
     assert final["psnr_srgb_white_db"] > final["psnr_blank_white_db"] + 12 and final["background_alpha"] < .01, final
-    assert counts == sorted(counts) and counts[0] < 1300 < counts[-1] and len(sampled.gaussians) == SAMPLED.maximum_count >= max(counts)
+    assert (
+        counts == sorted(counts)
+        and counts[0] < 1300 < counts[-1]
+        and len(sampled.gaussians) == SAMPLED.maximum_count >= max(counts)
+    )
     assert [set(e) >= {"step", "train_s", "count"} for e in sampled.evaluations] == [True] * 4
     assert all(one["train_s"] < other["train_s"] for one, other in zip(sampled.evaluations, sampled.evaluations[1:]))
 
@@ -214,7 +264,8 @@ def with_dead(gaussians: Gaussians, share: float) -> tuple[Gaussians, torch.Tens
 
 @pytest.mark.parametrize("growth", [0.0, 0.2])
 def test_relocation_revives_the_dead_and_leaves_the_picture(scene, sampled, growth):
-    """The strategy's promise: a fifth of the set may move, and grow, without the loss noticing. Plain copies of the same ones are the control."""
+    """The strategy's promise: a fifth of the set may move, and grow, without the loss noticing. Plain copies of the
+    same ones are the control."""
     views = Views(scene)
     faded, dead = with_dead(sampled.gaussians, .2)
     config = replace(SAMPLED, initial_count=1, maximum_count=10_000, growth=growth, scatter=0.0)
@@ -222,21 +273,28 @@ def test_relocation_revives_the_dead_and_leaves_the_picture(scene, sampled, grow
     change = relocate_and_grow(teacher, 15, torch.Generator().manual_seed(0))
     alive = faded.opacities > config.prune_opacity
     assert change["relocated"] == int((~alive).sum()) >= int(dead.sum()) > 0
-    assert change["count"] == len(teacher) and len(faded) * (1 + growth) <= len(teacher) <= len(faded) * (1 + growth) + 1
-    assert (teacher.gaussians().opacities <= config.prune_opacity).float().mean() < .01 < (~alive).float().mean(), "the dead are dead still"
-    sources = draw_sources(torch.where(alive, faded.opacities, 0), len(teacher) - int(alive.sum()), torch.Generator().manual_seed(0))
+    assert (
+        change["count"] == len(teacher) and len(faded) * (1 + growth) <= len(teacher) <= len(faded) * (1 + growth) + 1
+    )
+    assert (teacher.gaussians().opacities
+            <= config.prune_opacity).float().mean() < .01 < (~alive).float().mean(), "the dead are dead still"
+    sources = draw_sources(torch.where(alive, faded.opacities, 0), len(teacher) - int(alive.sum()),
+                           torch.Generator().manual_seed(0))
     plain = Gaussians.concatenate([faded.subset(alive), faded.subset(sources)])
 
     def distance_db(gaussians: Gaussians) -> float:
         """PSNR of its views against those before."""
-        with torch.no_grad(): pictures = [[render_teacher(g, camera, torch.ones(3), 3)[0] for camera in views.cameras[:4]] for g in (faded, gaussians)]
+        with torch.no_grad():
+            pictures = [[render_teacher(g, camera, torch.ones(3), 3)[0] for camera in views.cameras[:4]]
+                        for g in (faded, gaussians)]
         return -10 * (torch.stack(pictures[0]) - torch.stack(pictures[1])).square().mean().log10().item()
 
     assert distance_db(teacher.gaussians()) > distance_db(plain) + 6 and distance_db(teacher.gaussians()) > 30
 
 
 def test_relocated_gaussians_start_without_a_past(scene):
-    """The moments of whoever held the row before would throw the newcomer, and its original, far off; everybody else keeps theirs."""
+    """The moments of whoever held the row before would throw the newcomer, and its original, far off; everybody else
+    keeps theirs."""
     views = Views(scene)
     faded, _ = with_dead(initial_gaussians(views, SAMPLED), .01)
     teacher = Teacher(faded, replace(SAMPLED, growth=0.0), 4.8)
@@ -249,13 +307,21 @@ def test_relocated_gaussians_start_without_a_past(scene):
     relocate_and_grow(teacher, 15, torch.Generator().manual_seed(0))
     after, now = teacher.optimizer.state[teacher["logit_opacities"]]["exp_avg"], teacher["logit_opacities"].detach()
     shared = now[:len(kept)] != values[kept]
-    assert 0 < shared.sum() <= len(values) - len(kept) and (after[len(kept):] == 0).all() and (after[:len(kept)][shared] == 0).all()
+    assert (
+        0 < shared.sum() <= len(values) - len(kept)
+        and (after[len(kept) :] == 0).all()
+        and (after[: len(kept)][shared] == 0).all()
+    )
     assert torch.equal(after[:len(kept)][~shared], before[kept][~shared]) and (before[kept] != 0).float().mean() > .5
 
 
 def test_sharing_keeps_what_a_line_of_sight_loses():
-    """Equation 9 by experiment: the composite of all copies along a line through the centre, integrated, is that of the one they replace."""
-    logits, sources = torch.logit(torch.tensor([.05, .5, .95, .999], dtype=torch.float64)), torch.tensor([0, 1, 1, 2, 2, 2, 2, 2, 3])
+    """Equation 9 by experiment: the composite of all copies along a line through the centre, integrated, is that of the
+    one they replace."""
+    logits, sources = (
+        torch.logit(torch.tensor([0.05, 0.5, 0.95, 0.999], dtype=torch.float64)),
+        torch.tensor([0, 1, 1, 2, 2, 2, 2, 2, 3]),
+    )
     shared, scales, drawn = share_out(logits, torch.zeros(4, 3, dtype=torch.float64), sources)
     x = torch.linspace(-15, 15, 60_001, dtype=torch.float64)
     for k in range(4):
@@ -277,11 +343,13 @@ def test_noise_moves_the_faint_and_spares_the_solid():
     assert faint > 20 * weak > 0 and solid == 0 and length[0] > 3 * length[1] > 100 * length[2]
 
 
-@pytest.mark.parametrize(("settings", "words"), [
-    (dict(strategy="mcmc", reset_opacity_steps=300), "reset_opacity_steps is set to 300, but only the strategy 'default'"),
-    (dict(strategy="mcmc", grow_gradient=1e-3), "grow_gradient"), (dict(noise_rate=10.0), "noise_rate is set to 10.0, but only the strategy 'mcmc'"),
-    (dict(strategy="annealing"), "'default' or 'mcmc' is expected"), (dict(strategy="mcmc", scatter=-1.0), "scatter is -1.0"),
-])
+@pytest.mark.parametrize(("settings", "words"),
+                         [(dict(strategy="mcmc", reset_opacity_steps=300),
+                           "reset_opacity_steps is set to 300, but only the strategy 'default'"),
+                          (dict(strategy="mcmc", grow_gradient=1e-3), "grow_gradient"),
+                          (dict(noise_rate=10.0), "noise_rate is set to 10.0, but only the strategy 'mcmc'"),
+                          (dict(strategy="annealing"), "'default' or 'mcmc' is expected"),
+                          (dict(strategy="mcmc", scatter=-1.0), "scatter is -1.0")])
 def test_settings_that_contradict_each_other_are_refused(settings, words):
     with pytest.raises(KiloError, match=words): FitConfig(**settings)
 
@@ -289,9 +357,11 @@ def test_settings_that_contradict_each_other_are_refused(settings, words):
 def test_the_blank_score_is_what_nothing_scores(held_out):
     """Incident 1: 6 to 9 dB looked like a start and was an empty picture."""
     views = Views(held_out)
-    nothing = Gaussians(torch.zeros(1, 3), torch.tensor([[1.0, 0, 0, 0]]), torch.full((1, 3), -5.0), torch.tensor([-20.0]), torch.zeros(1, 1, 3))
+    nothing = Gaussians(torch.zeros(1, 3), torch.tensor([[1.0, 0, 0, 0]]), torch.full((1, 3), -5.0),
+                        torch.tensor([-20.0]), torch.zeros(1, 1, 3))
     scores = held_out_scores(nothing, views)
-    assert abs(scores["psnr_srgb_white_db"] - scores["psnr_blank_white_db"]) < 1e-5 and 5 < scores["psnr_blank_white_db"] < 12
+    assert abs(scores["psnr_srgb_white_db"]
+               - scores["psnr_blank_white_db"]) < 1e-5 and 5 < scores["psnr_blank_white_db"] < 12
 
 
 def test_pictures_and_poses_that_do_not_belong_together_are_refused(scene):
@@ -312,9 +382,12 @@ class Shot:
 
 def test_pictures_of_different_sizes_or_with_nan_are_refused(scene, folder):
     small = load_blender(folder, "train", 32)
-    with pytest.raises(KiloError, match="camera of 32x32 pixels, but the first view's camera has 64x64"): Views([scene[0], small[1]])
-    with pytest.raises(KiloError, match=r"shape \[64, 64, 3\]"): Views([scene[0], Shot(scene[1].camera, scene[1].rgba_straight()[..., :3])])
-    with pytest.raises(KiloError, match="'made' holds NaN"): Views([scene[0], Shot(scene[1].camera, torch.full((64, 64, 4), torch.nan))])
+    with pytest.raises(KiloError, match="camera of 32x32 pixels, but the first view's camera has 64x64"):
+        Views([scene[0], small[1]])
+    with pytest.raises(KiloError, match=r"shape \[64, 64, 3\]"):
+        Views([scene[0], Shot(scene[1].camera, scene[1].rgba_straight()[..., :3])])
+    with pytest.raises(KiloError, match="'made' holds NaN"):
+        Views([scene[0], Shot(scene[1].camera, torch.full((64, 64, 4), torch.nan))])
 
 
 @pytest.mark.parametrize("initial", ["hull", "box"])
@@ -329,31 +402,38 @@ def test_cameras_that_see_nothing_are_refused(scene, initial):
     words = "12 of 12 views show the object but see none of the 1200 gaussians"
     with pytest.raises(KiloError, match=words): fit_teacher(scene, config, initial=begin, quiet=True)
     flip = torch.diag(torch.tensor([1.0, -1, -1, 1]))
-    turned = [Shot(replace(frame.camera, camera_to_world=frame.camera.camera_to_world @ flip), frame.rgba_straight()) for frame in scene]
+    turned = [Shot(replace(frame.camera, camera_to_world=frame.camera.camera_to_world @ flip), frame.rgba_straight())
+              for frame in scene]
     with pytest.raises(KiloError, match="12 of 12 cameras look away"): fit_teacher(turned, config, quiet=True)
 
 
 def test_a_start_from_broken_gaussians_is_refused(scene):
     begin = initial_gaussians(Views(scene), SHORT)
-    with pytest.raises(KiloError, match="degree 3, but sh_degree is 1"): fit_teacher(scene, replace(SHORT, sh_degree=1), initial=begin, quiet=True)
+    with pytest.raises(KiloError, match="degree 3, but sh_degree is 1"):
+        fit_teacher(scene, replace(SHORT, sh_degree=1), initial=begin, quiet=True)
     begin.sh[7, 2, 1] = torch.nan
-    with pytest.raises(KiloError, match="1 of 1200 gaussians have a value in sh that is not finite, the first is number 7"):
+    with pytest.raises(KiloError,
+                       match="1 of 1200 gaussians have a value in sh that is not finite, the first is number 7"):
         fit_teacher(scene, SHORT, initial=begin, quiet=True)
 
 
 def test_an_object_that_fades_stops_the_fit_with_a_sentence(scene):
-    """Incident 1: a model that renders background only runs on for hours and its score looks like a number. Ours stops and says so."""
+    """Incident 1: a model that renders background only runs on for hours and its score looks like a number. Ours stops
+    and says so."""
     faint = initial_gaussians(Views(scene), SHORT)
     faint.logit_opacities = torch.full_like(faint.logit_opacities, -12.0)
     stuck = replace(SHORT, steps=400, opacity_rate=1e-9)
     for strategy in ("default", "mcmc"):
-        with pytest.raises(TrainingStopped, match="every gaussian"): fit_teacher(scene, replace(stuck, strategy=strategy), initial=faint, quiet=True)
-    with pytest.raises(TrainingStopped, match="alpha collapsed"): fit_teacher(scene, replace(stuck, grow_until=0.1), initial=faint, quiet=True)
+        with pytest.raises(TrainingStopped, match="every gaussian"):
+            fit_teacher(scene, replace(stuck, strategy=strategy), initial=faint, quiet=True)
+    with pytest.raises(TrainingStopped, match="alpha collapsed"):
+        fit_teacher(scene, replace(stuck, grow_until=0.1), initial=faint, quiet=True)
 
 
 def test_a_start_from_a_box_works_too(scene, held_out):
     """Where silhouettes are useless a random start must still learn."""
-    result = fit_teacher(scene, replace(SHORT, initial="box", initial_count=2500, maximum_count=4000, steps=150), held_out=held_out, quiet=True)
+    result = fit_teacher(scene, replace(SHORT, initial="box", initial_count=2500, maximum_count=4000, steps=150),
+                         held_out=held_out, quiet=True)
     assert result.evaluations[-1]["psnr_srgb_white_db"] > result.evaluations[-1]["psnr_blank_white_db"] + 6
 
 
@@ -366,7 +446,8 @@ def test_the_same_fit_runs_on_a_gpu(scene, held_out):
 
 @pytest.mark.slow
 def test_the_experiment_fits_inspects_and_inspects_again_what_it_wrote(tmp_path):
-    """One command fits a teacher with its gates in results.json; the PLY that it leaves can be turned around by the same command."""
+    """One command fits a teacher with its gates in results.json; the PLY that it leaves can be turned around by the
+    same command."""
     def run(out: str, *arguments: str) -> dict:
         kilonb = "import sys; from kilonb.cli.main import main; sys.exit(main())"
         command = [sys.executable, "-c", kilonb, "run", "teacher", "--out", str(tmp_path / out), "--json", *arguments]
@@ -375,15 +456,22 @@ def test_the_experiment_fits_inspects_and_inspects_again_what_it_wrote(tmp_path)
         return json.loads(done.stdout.strip().splitlines()[-1])
 
     small = ("-p", "orbit_views=3", "-p", "orbit_width=100")
-    fitted = run("fitted", "-p", "steps=150", "-p", "resolution=64", "-p", "initial_count=2000", "-p", "maximum_count=4000", "-p", "strategy=mcmc",
-                 "-p", "test_views=0", "-p", "lpips_every=3", *small)
+    fitted = run("fitted", "-p", "steps=150", "-p", "resolution=64", "-p", "initial_count=2000", "-p",
+                 "maximum_count=4000", "-p", "strategy=mcmc", "-p", "test_views=0", "-p", "lpips_every=3", *small)
     results = fitted["results"]
-    assert results["test_psnr_srgb_white_db"] > results["psnr_blank_white_db"] + 12 and results["steps"] == 150 and results["fit_s"] > 0
+    assert (
+        results["test_psnr_srgb_white_db"] > results["psnr_blank_white_db"] + 12
+        and results["steps"] == 150
+        and results["fit_s"] > 0
+    )
     assert results["views"] == 8 and results["test_psnr_srgb_white_db"] == results["psnr_srgb_white_db"]
-    assert results["lpips_views"] == (3 if lpips_available() else 0) and ("test_lpips_vgg" in results) == lpips_available()
+    assert results["lpips_views"] == (3 if lpips_available()
+                                      else 0) and ("test_lpips_vgg" in results) == lpips_available()
     assert fitted["gates"]["background_alpha_mean"]["verdict"] == "green"
     tables = json.loads((tmp_path / "fitted/results.json").read_text())["tables"]
-    assert len(tables["views"]) == 8 and all({"train_s", "count", "psnr_srgb_white_db"} <= set(row) for row in tables["evaluations"])
-    for picture in ("fit", "worst_view", "around", "gaussians"): assert (tmp_path / f"fitted/figures/{picture}.png").stat().st_size < 150_000
+    assert len(tables["views"]) == 8 and all({"train_s", "count", "psnr_srgb_white_db"} <= set(row)
+                                             for row in tables["evaluations"])
+    for picture in ("fit", "worst_view", "around", "gaussians"):
+        assert (tmp_path / f"fitted/figures/{picture}.png").stat().st_size < 150_000
     looked = run("looked", "-p", f"ply={tmp_path / 'fitted/teacher.ply'}", "-p", "up=-y", *small)
     assert looked["results"]["count"] == fitted["results"]["count"] and "psnr_srgb_white_db" not in looked["results"]

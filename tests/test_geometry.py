@@ -11,11 +11,13 @@ from kilonb.geometry.transforms import check_rigid, quat_multiply, quat_to_rotma
 from kilonb.core.errors import KiloError
 
 
-def random_quats(count: int = 2000) -> torch.Tensor: return torch.randn(count, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+def random_quats(count: int = 2000) -> torch.Tensor:
+    return torch.randn(count, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 def test_incident_25_every_quaternion_gives_a_rotation_and_comes_back():
-    """A wrong quaternion-to-matrix helper survived for weeks: R R^T = I, det R = 1, the round trip, and an independent implementation."""
+    """A wrong quaternion-to-matrix helper survived for weeks: R R^T = I, det R = 1, the round trip, and an independent
+    implementation."""
     quats = random_quats()
     rotmats = quat_to_rotmat(quats)
     torch.testing.assert_close(rotmats @ rotmats.mT, torch.eye(3, dtype=torch.float64).expand_as(rotmats))
@@ -23,7 +25,8 @@ def test_incident_25_every_quaternion_gives_a_rotation_and_comes_back():
     back = rotmat_to_quat(rotmats)
     unit = torch.nn.functional.normalize(quats, dim=-1)
     torch.testing.assert_close((back * unit).sum(-1).abs(), torch.ones(len(quats), dtype=torch.float64))
-    np.testing.assert_allclose(rotmats.numpy(), Rotation.from_quat(quats.numpy(), scalar_first=True).as_matrix(), atol=1e-12)
+    np.testing.assert_allclose(rotmats.numpy(), Rotation.from_quat(quats.numpy(), scalar_first=True).as_matrix(),
+                               atol=1e-12)
 
 
 def test_incident_25_the_scalar_comes_first():
@@ -42,7 +45,8 @@ def test_incident_25_half_turns_do_not_divide_by_zero(axis):
 
 def test_quaternion_products_compose_like_matrices():
     first, second = random_quats(), random_quats().flip(0)
-    torch.testing.assert_close(quat_to_rotmat(quat_multiply(first, second)), quat_to_rotmat(first) @ quat_to_rotmat(second))
+    torch.testing.assert_close(quat_to_rotmat(quat_multiply(first, second)),
+                               quat_to_rotmat(first) @ quat_to_rotmat(second))
 
 
 def test_gradients_of_rotations_match_finite_differences():
@@ -72,7 +76,8 @@ def test_points_behind_a_camera_have_no_pixel():
 
 
 def test_blender_poses_look_where_blender_looks():
-    """The Blender camera looks along its own -z with y up; flipping rows instead of columns would move the camera itself."""
+    """The Blender camera looks along its own -z with y up; flipping rows instead of columns would move the camera
+    itself."""
     pose = orbit_cameras(1, 4.0)[0].camera_to_world
     gl = blender_to_opencv(pose)
     torch.testing.assert_close(-gl[:3, 2], pose[:3, 2])
@@ -80,10 +85,10 @@ def test_blender_poses_look_where_blender_looks():
     torch.testing.assert_close(rigid_inverse(gl) @ gl, torch.eye(4), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("matrix", "words"), [
-    (torch.eye(3), "4x4"), (torch.diag(torch.tensor([2.0, 2, 2, 1])), "not rigid"), (torch.diag(torch.tensor([1.0, 1, -1, 1])), "mirrors"),
-    (torch.full((4, 4), torch.nan), "not finite"),
-])
+@pytest.mark.parametrize(("matrix", "words"),
+                         [(torch.eye(3), "4x4"), (torch.diag(torch.tensor([2.0, 2, 2, 1])), "not rigid"),
+                          (torch.diag(torch.tensor([1.0, 1, -1, 1])), "mirrors"),
+                          (torch.full((4, 4), torch.nan), "not finite")])
 def test_a_matrix_that_is_no_pose_is_refused_in_a_sentence(matrix, words):
     with pytest.raises(KiloError, match=words): check_rigid(matrix, "the pose of frame 3")
 
@@ -95,16 +100,22 @@ def test_an_impossible_lens_is_refused():
 def test_resizing_keeps_what_the_camera_sees():
     camera: PinholeCamera = orbit_cameras(3, 4.0, width=100, height=80)[1]
     points = torch.randn(50, 3, generator=torch.Generator().manual_seed(0)) * 0.4
-    torch.testing.assert_close(camera.resized(50, 40).project(points)[0] * 2, camera.project(points)[0], atol=1e-3, rtol=0)
+    torch.testing.assert_close(camera.resized(50, 40).project(points)[0] * 2, camera.project(points)[0], atol=1e-3,
+                               rtol=0)
 
 
 def test_the_focus_moves_with_the_cameras_and_every_camera_sees_its_ball():
-    """Found from the poses alone, it must follow them; a ball that one camera cuts would let a hull reach where nothing speaks against it."""
+    """Found from the poses alone, it must follow them; a ball that one camera cuts would let a hull reach where nothing
+    speaks against it."""
     target = torch.tensor([1.3, -.4, .7])
-    cameras = orbit_cameras(7, 3.0, 35, target=target, width=90, height=60) + orbit_cameras(3, 5.0, -10, target=target, width=60, height=60)
+    cameras = orbit_cameras(7, 3.0, 35, target=target, width=90, height=60) + orbit_cameras(
+        3, 5.0, -10, target=target, width=60, height=60
+    )
     centre, radius = focus(cameras)
     torch.testing.assert_close(centre, target, atol=1e-5, rtol=0)
-    ball = centre + .999 * radius * torch.nn.functional.normalize(torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
+    ball = centre + 0.999 * radius * torch.nn.functional.normalize(
+        torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)), dim=-1
+    )
     for camera in cameras:
         pixels, depth = camera.project(ball)
         assert (depth > 0).all() and (pixels > 0).all() and (pixels < torch.tensor([camera.width, camera.height])).all()

@@ -13,12 +13,12 @@ import pytest
 
 from kilonb.core.errors import KiloError
 from kilonb.core.hashing import hash_file, hash_folder
-from kilonb.data.manifests import (
-    Fetch, FileRecord, Maker, Manifest, checkout, fingerprint, load_manifests, make, read_records, resolve_data, verify, weights_folder,
-)
+from kilonb.data.manifests import (Fetch, FileRecord, Maker, Manifest, checkout, fingerprint, load_manifests, make,
+                                   read_records, resolve_data, verify, weights_folder)
 
 PAGES = checkout() / "data_manifests"
-REAL = sorted(name for name, manifest in load_manifests().items() if not manifest.synthetic and manifest.kind != "weights")
+REAL = sorted(name for name,
+              manifest in load_manifests().items() if not manifest.synthetic and manifest.kind != "weights")
 
 MAKER = '''
 import time
@@ -39,7 +39,8 @@ def toy(tmp_path, monkeypatch):
     (tmp_path / "code" / "toy_maker.py").write_text(MAKER)
     monkeypatch.syspath_prepend(str(tmp_path / "code"))
     monkeypatch.delitem(sys.modules, "toy_maker", raising=False)
-    return {"toy": Manifest("toy", "Text files", "blender", "ours", "Apache-2.0", "flat", maker=Maker("toy_maker:write", {"count": 2}))}
+    return {"toy": Manifest("toy", "Text files", "blender", "ours", "Apache-2.0", "flat",
+                            maker=Maker("toy_maker:write", {"count": 2}))}
 
 
 def data_root() -> Path:
@@ -89,11 +90,14 @@ def test_a_replaced_list_of_checksums_does_not_vouch_for_replaced_data(tmp_path)
     (folder / "a.bin").write_bytes(b"genuine")
 
     def listing() -> None:
-        (folder / "MANIFEST.json").write_text(json.dumps({"files": {"a.bin": {"bytes": 7, "sha256": hash_file(folder / "a.bin")}}}))
+        (folder / "MANIFEST.json").write_text(
+            json.dumps({"files": {"a.bin": {"bytes": 7, "sha256": hash_file(folder / "a.bin")}}})
+        )
 
     listing()
     pin = FileRecord((folder / "MANIFEST.json").stat().st_size, hash_file(folder / "MANIFEST.json"))
-    manifest = Manifest("data", "t", "opv2v", "s", "l", "y", checksums="MANIFEST.json", files={"MANIFEST.json": pin}, fetch=Fetch("by hand", "copy"))
+    manifest = Manifest("data", "t", "opv2v", "s", "l", "y", checksums="MANIFEST.json", files={"MANIFEST.json": pin},
+                        fetch=Fetch("by hand", "copy"))
     assert verify(manifest, tmp_path).ok
     (folder / "a.bin").write_bytes(b"forgery")
     assert verify(manifest, tmp_path).wrong_sha256 == ("a.bin",)
@@ -114,7 +118,9 @@ def test_a_replaced_list_of_checksums_does_not_vouch_for_replaced_data(tmp_path)
 def test_a_slip_in_a_page_is_one_sentence(tmp_path, slip, told):
     shutil.copy(PAGES / "lego_400.yaml", tmp_path), shutil.copy(PAGES / "lego_400.sha256", tmp_path)
     page = (PAGES / "brickyard.yaml").read_text()
-    (tmp_path / "brickyard.yaml").write_text("".join(line for line in page.splitlines(True) if not line.startswith(slip.partition(":")[0] + ":")) + slip)
+    (tmp_path
+     / "brickyard.yaml").write_text("".join(line for line in page.splitlines(True)
+                                            if not line.startswith(slip.partition(":")[0] + ":")) + slip)
     with pytest.raises(KiloError, match=told) as caught: load_manifests(tmp_path)
     assert "\n" not in str(caught.value)
 
@@ -129,7 +135,9 @@ def test_a_stand_in_is_made_once_and_then_reused(toy, tmp_path, capsys):
     stamp = first.path.stat().st_mtime_ns
     assert resolve_data("toy", tmp_path / "cache", manifests=toy) == first and first.path.stat().st_mtime_ns == stamp
     assert capsys.readouterr().out == "" and verify(toy["toy"], first.path).ok
-    assert first.path.name == f"toy-{fingerprint(toy['toy'].maker)}" and [path.name for path in (tmp_path / "cache").iterdir()] == [first.path.name]
+    assert first.path.name == f"toy-{fingerprint(toy['toy'].maker)}" and [
+        path.name for path in (tmp_path / "cache").iterdir()
+    ] == [first.path.name]
 
 
 def test_other_parameters_or_other_code_are_other_data(toy, tmp_path):
@@ -149,14 +157,17 @@ def test_a_changed_comment_in_the_maker_does_not_change_the_data(toy, tmp_path):
 
 
 def test_the_same_parameters_make_the_same_bytes(toy, tmp_path):
-    assert hash_folder(make("toy", tmp_path / "one", manifests=toy)) == hash_folder(make("toy", tmp_path / "two", manifests=toy))
+    assert hash_folder(make("toy", tmp_path / "one", manifests=toy)) == hash_folder(
+        make("toy", tmp_path / "two", manifests=toy)
+    )
     assert hash_folder(make("toy", tmp_path / "three", manifests=toy, seed=1)) != hash_folder(tmp_path / "one")
 
 
 def test_a_maker_that_is_killed_leaves_nothing_that_is_later_read(toy, tmp_path):
     """Incident 15: a killed writer leaves no half dataset under a name that a reader takes."""
     code = ("import sys; sys.path.insert(0, sys.argv[1])\nfrom kilonb.data.manifests import *\n"
-            "toy = {'toy': Manifest('toy', 't', 'blender', 's', 'l', 'y', maker=Maker('toy_maker:write', {'count': 2}))}\n"
+            "toy = {'toy': Manifest('toy', 't', 'blender', 's', 'l', 'y', "
+            "maker=Maker('toy_maker:write', {'count': 2}))}\n"
             "make('toy', sys.argv[2], manifests=toy, count=100, pause_s=0.1)")
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "code"), str(tmp_path / "out" / "toy")])
     deadline = time.monotonic() + 30
@@ -171,14 +182,17 @@ def test_a_maker_that_is_killed_leaves_nothing_that_is_later_read(toy, tmp_path)
 
 def _make_in_process(code: str, folder: str, results) -> None:
     sys.path.insert(0, code)
-    toy = {"toy": Manifest("toy", "t", "blender", "s", "l", "y", maker=Maker("toy_maker:write", {"count": 4, "pause_s": 0.05}))}
+    toy = {"toy": Manifest("toy", "t", "blender", "s", "l", "y",
+                           maker=Maker("toy_maker:write", {"count": 4, "pause_s": 0.05}))}
     results.put(hash_folder(make("toy", folder, manifests=toy)))
 
 
 def test_two_processes_that_make_the_same_both_finish_with_the_same(toy, tmp_path):
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
-    processes = [context.Process(target=_make_in_process, args=(str(tmp_path / "code"), str(tmp_path / "out" / "toy"), results)) for _ in range(2)]
+    processes = [context.Process(target=_make_in_process,
+                                 args=(str(tmp_path / "code"), str(tmp_path / "out" / "toy"), results))
+                 for _ in range(2)]
     for process in processes: process.start()
     digests = {results.get(timeout=60) for _ in processes}
     for process in processes: process.join(30)
@@ -209,7 +223,9 @@ def test_named_real_data_is_found_under_the_root(tmp_path):
     assert (lego.kind, lego.path, lego.name) == ("blender", (root / "lego_400").resolve(), "lego_400")
     assert lego.sha256 == resolve_data(f"blender:{root / 'lego_400'}").sha256
     playbot = resolve_data("playbot", tmp_path, root)
-    assert playbot.path.is_file() and playbot.sha256 == load_manifests()["playbot"].files["playbot_lod3_inria.ply"].sha256
+    assert (
+        playbot.path.is_file() and playbot.sha256 == load_manifests()["playbot"].files["playbot_lod3_inria.ply"].sha256
+    )
 
 
 @pytest.mark.parametrize("text, told", [

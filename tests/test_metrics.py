@@ -31,8 +31,10 @@ from kilonb.metrics.images import (
 from kilonb.metrics.perceptual import FILES, MISSING, find_weights, load_network, lpips_available, lpips_metrics
 
 DATA = os.environ.get("KILONB_DATA")
-needs_lego = pytest.mark.skipif(not DATA or not (Path(DATA) / "lego_400").is_dir(), reason="KILONB_DATA names no folder with lego_400")
-needs_lpips = pytest.mark.skipif(not lpips_available(), reason="the LPIPS weights are not installed: kilonb data get lpips")
+needs_lego = pytest.mark.skipif(not DATA or not (Path(DATA) / "lego_400").is_dir(),
+                                reason="KILONB_DATA names no folder with lego_400")
+needs_lpips = pytest.mark.skipif(not lpips_available(),
+                                 reason="the LPIPS weights are not installed: kilonb data get lpips")
 
 
 def pair(height=37, width=53, seed=0, noise=0.1, dtype=torch.float32):
@@ -47,7 +49,8 @@ def pair(height=37, width=53, seed=0, noise=0.1, dtype=torch.float32):
 def lego(index=0, split="train"):
     from PIL import Image
 
-    return torch.from_numpy(np.asarray(Image.open(Path(DATA) / "lego_400" / split / f"r_{index}.png")).astype(np.float32) / 255)
+    return torch.from_numpy(np.asarray(Image.open(Path(DATA) / "lego_400" / split
+                                                  / f"r_{index}.png")).astype(np.float32) / 255)
 
 
 # ---- peers
@@ -61,7 +64,8 @@ def test_psnr_and_ssim_agree_with_torchmetrics(noise):
     assert abs(psnr_srgb_db(prediction, target) - theirs) < 1e-4                     # torchmetrics computes in float32
     batch = [image.permute(2, 0, 1)[None] for image in (prediction, target)]
     options = {"data_range": 1.0, "sigma": 1.5, "kernel_size": 11, "k1": 0.01, "k2": 0.03, "return_full_image": True}
-    theirs = structural_similarity_index_measure(*batch, **options)[1][..., 5:-5, 5:-5].mean().item()    # torchmetrics reflects the border; we leave it out
+    # torchmetrics reflects the border; we leave it out
+    theirs = structural_similarity_index_measure(*batch, **options)[1][..., 5:-5, 5:-5].mean().item()
     assert abs(ssim(prediction, target) - theirs) < 1e-5
 
 
@@ -91,7 +95,8 @@ def test_ssim_has_a_gradient_that_points_to_the_target():
 
 def test_transfer_functions_hit_the_standards_values():
     """8-bit codes and their light, from the formula of IEC 61966-2-1 in plain Python."""
-    for code, light in ((0, 0.0), (10, 0.003035269835488375), (128, 0.21586050011389926), (188, 0.5028864580325687), (255, 1.0)):
+    for code, light in ((0, 0.0), (10, 0.003035269835488375), (128, 0.21586050011389926), (188, 0.5028864580325687),
+                        (255, 1.0)):
         assert srgb_to_linear(torch.tensor(code / 255, dtype=torch.float64)).item() == pytest.approx(light, abs=1e-12)
         assert linear_to_srgb(torch.tensor(light, dtype=torch.float64)).item() * 255 == pytest.approx(code, abs=1e-4)
 
@@ -141,7 +146,8 @@ def test_incident_2_a_real_image_of_straight_alpha_is_recognised(index):
 
 
 def test_incident_2_bright_gaussians_are_not_taken_for_straight_colour():
-    """Spherical harmonics may push a highlight above 1; on white the screen clips it, and so do we, to the same pixel."""
+    """Spherical harmonics may push a highlight above 1; on white the screen clips it, and so do we, to the same
+    pixel."""
     alpha = torch.linspace(0, 1, 64)[:, None].expand(64, 64)
     bright = alpha[..., None] * torch.tensor([1.3, 1.0, 0.4])
     scores = evaluate_image(bright, alpha, torch.minimum(bright, alpha[..., None]), alpha)
@@ -150,7 +156,9 @@ def test_incident_2_bright_gaussians_are_not_taken_for_straight_colour():
 
 def test_incident_2_the_spaces_are_named_and_differ():
     prediction, target = pair()
-    assert psnr_linear_db(prediction, target) == pytest.approx(psnr_srgb_db(srgb_to_linear(prediction.double()), srgb_to_linear(target.double())))
+    assert psnr_linear_db(prediction,
+                          target) == pytest.approx(psnr_srgb_db(srgb_to_linear(prediction.double()),
+                                                                srgb_to_linear(target.double())))
     assert abs(psnr_linear_db(prediction, target) - psnr_srgb_db(prediction, target)) > 0.3
 
 
@@ -172,12 +180,14 @@ def test_incident_16_a_masked_psnr_divides_by_pixels_times_three():
     mask = torch.zeros(target.shape[:2]); mask[5:20, 8:30] = 1
     inside = psnr_srgb_db(prediction[5:20, 8:30], target[5:20, 8:30])
     assert foreground_psnr_db(prediction, target, mask) == pytest.approx(inside, abs=1e-9)
-    by_pixels = -10 * math.log10((mask[..., None].double() * (prediction.double() - target.double()) ** 2).sum().item() / mask.sum().item())
+    by_pixels = -10 * math.log10((mask[..., None].double() * (prediction.double() - target.double()) ** 2).sum().item()
+                                 / mask.sum().item())
     assert inside - by_pixels == pytest.approx(4.771, abs=1e-3)
 
 
 def test_the_mean_of_views_is_the_mean_of_their_decibels():
-    table = evaluation_table({"a": {"psnr_srgb_white_db": 20.0}, "b": {"psnr_srgb_white_db": 40.0}, "c": {"psnr_srgb_white_db": math.nan}})
+    table = evaluation_table({"a": {"psnr_srgb_white_db": 20.0}, "b": {"psnr_srgb_white_db": 40.0},
+                              "c": {"psnr_srgb_white_db": math.nan}})
     assert table.splitlines()[-1].split() == ["mean", "30.00"]
 
 
@@ -189,7 +199,8 @@ def test_lpips_heads_are_those_torchmetrics_ships(net):
     """Another package's copy of the lpips 0.1.4 heads, bit for bit."""
     import torchmetrics.functional.image.lpips as peer
 
-    theirs = torch.load(Path(peer.__file__).parent / "lpips_models" / f"{net}.pth", weights_only=True, map_location="cpu")
+    theirs = torch.load(Path(peer.__file__).parent / "lpips_models" / f"{net}.pth", weights_only=True,
+                        map_location="cpu")
     ours = load_network(net, find_weights()).heads
     assert all(torch.equal(head, theirs[f"lin{i}.model.1.weight"].reshape(-1)) for i, head in enumerate(ours))
 
@@ -233,4 +244,5 @@ def test_one_turned_bit_in_the_weights_is_refused(tmp_path):
 def test_nothing_heavy_is_imported_before_it_is_needed():
     heavy = ["torchmetrics", "pytorch_msssim", "matplotlib", "pooch", "torchvision", "fastcore", "nbdev"]
     code = f"import sys, json, kilonb.metrics.images, kilonb.metrics.perceptual; print(json.dumps([name for name in {heavy} if name in sys.modules]))"
-    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) == []
+    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                     check=True).stdout) == []

@@ -29,9 +29,11 @@ from kilonb.training.checkpoints import latest_path
 from kilonb.training.loop import LoopConfig
 
 COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
-TINY = ["-p", "cells=6", "-p", "march_steps=60", "-p", "voxels=48", "-p", "rays=512", "-p", "points_steps=20", "-p", "test_views=2", "-p", "resolution=48"]
+TINY = ["-p", "cells=6", "-p", "march_steps=60", "-p", "voxels=48", "-p", "rays=512", "-p", "points_steps=20", "-p",
+        "test_views=2", "-p", "resolution=48"]
 LOOP = LoopConfig(steps=60, learning_rate=5e-3, warmup_steps=5, ema_decay=0.95, log_every_steps=10)
-TEACHING = TeachingConfig(cells=8, march_steps=80, voxels=64, points=PointsConfig(bank=60_000, points=8192, loop=replace(LOOP, steps=60, ema_decay=None)),
+TEACHING = TeachingConfig(cells=8, march_steps=80, voxels=64,
+                          points=PointsConfig(bank=60_000, points=8192, loop=replace(LOOP, steps=60, ema_decay=None)),
                           rays=DistillConfig(rays=1024, first_refresh=20, refresh_weight=0.005, loop=LOOP))
 
 
@@ -60,13 +62,20 @@ def mean_db(student, lesson) -> dict[str, float]:
 
 def test_unseen_views_are_far_above_the_blank_page(taught, lesson):
     scores = mean_db(taught.student, lesson)
-    assert scores["psnr_srgb_white_db"] > scores["psnr_blank_white_db"] + 10 and scores["psnr_vs_teacher_db"] > 20, scores
+    assert scores["psnr_srgb_white_db"] > scores["psnr_blank_white_db"] + 10 and scores["psnr_vs_teacher_db"] > 20, (
+        scores
+    )
 
 
 def test_points_alone_already_show_the_scene_and_rays_sharpen_it(taught, lesson):
-    short = replace(TEACHING, rays=replace(TEACHING.rays, loop=replace(LOOP, steps=2, warmup_steps=1, learning_rate=1e-6)))
+    short = replace(TEACHING,
+                    rays=replace(TEACHING.rays, loop=replace(LOOP, steps=2, warmup_steps=1, learning_rate=1e-6)))
     points = mean_db(teach(lesson, short, quiet=True).student, lesson)
-    assert points["psnr_blank_white_db"] + 6 < points["psnr_srgb_white_db"] < mean_db(taught.student, lesson)["psnr_srgb_white_db"]
+    assert (
+        points["psnr_blank_white_db"] + 6
+        < points["psnr_srgb_white_db"]
+        < mean_db(taught.student, lesson)["psnr_srgb_white_db"]
+    )
 
 
 def test_the_space_is_what_the_cameras_see_and_loses_nothing_of_it(lesson):
@@ -74,7 +83,8 @@ def test_the_space_is_what_the_cameras_see_and_loses_nothing_of_it(lesson):
     everything = space_of_teacher(lesson.teacher, 64)
     volume = lambda g: g.occupied.sum() * g.voxel_size.prod()
     assert volume(grid) < volume(everything) and step == pytest.approx((grid.box[1] - grid.box[0]).max().item() / 80)
-    assert teach(lesson, replace(TEACHING, rays=replace(TEACHING.rays, loop=replace(LOOP, steps=1, warmup_steps=0))), quiet=True).lost_alpha < 0.01
+    assert teach(lesson, replace(TEACHING, rays=replace(TEACHING.rays, loop=replace(LOOP, steps=1, warmup_steps=0))),
+                 quiet=True).lost_alpha < 0.01
 
 
 def test_a_teacher_marched_as_a_field_is_the_teacher(lesson):
@@ -93,7 +103,8 @@ def test_a_teacher_marched_as_a_field_is_the_teacher(lesson):
 @pytest.mark.parametrize("stage", ["points", "rays"])
 def test_a_teaching_that_is_interrupted_ends_in_the_same_bits(lesson, taught, tmp_path, stage):
     """Stopped in the middle of a stage (here by its time limit), and resumed."""
-    part = replace(TEACHING.points, loop=replace(TEACHING.points.loop, time_limit_s=1e-3)) if stage == "points" else TEACHING.points
+    part = replace(TEACHING.points,
+                   loop=replace(TEACHING.points.loop, time_limit_s=1e-3)) if stage == "points" else TEACHING.points
     rays = replace(TEACHING.rays, loop=replace(LOOP, time_limit_s=1e-3)) if stage == "rays" else TEACHING.rays
     if stage == "points":
         from kilonb.distill.points import distill_points
@@ -106,7 +117,8 @@ def test_a_teaching_that_is_interrupted_ends_in_the_same_bits(lesson, taught, tm
     assert latest_path(tmp_path / "points" if stage == "points" else tmp_path).is_file()
     again = teach(lesson, TEACHING, tmp_path, resume=True, quiet=True)
     assert again.rays.steps == LOOP.steps
-    for name, value in taught.student.state_dict().items(): assert torch.equal(value, again.student.state_dict()[name]), name
+    for name, value in taught.student.state_dict().items():
+        assert torch.equal(value, again.student.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("kind, network", [("mlp", {"hidden": 32, "layers": 2}), ("hashgrid", {"levels": 6})])
@@ -116,11 +128,13 @@ def test_the_controls_learn_the_same_lesson_and_survive_their_file(lesson, tmp_p
     assert scores["psnr_srgb_white_db"] > scores["psnr_blank_white_db"] + 5, scores
     save_student(one.student, tmp_path / "student.pt", one.weights)
     again, _ = load_student(tmp_path / "student.pt")
-    assert again.field.kind == kind and torch.equal(again.render(lesson.test[0][1]).alpha, one.student.render(lesson.test[0][1]).alpha)
+    assert again.field.kind == kind and torch.equal(again.render(lesson.test[0][1]).alpha,
+                                                    one.student.render(lesson.test[0][1]).alpha)
 
 
 def test_a_trial_foretells_how_many_steps_fit(lesson, taught):
-    """In ten times the time that a run of so many steps took, about ten times as many; within five, for other work comes and goes."""
+    """In ten times the time that a run of so many steps took, about ten times as many; within five, for other work
+    comes and goes."""
     assert 1 / 5 < steps_in(10 * taught.rays.seconds, lesson, TEACHING) / (10 * taught.rays.steps) < 5
 
 
@@ -134,7 +148,9 @@ def test_a_jump_at_the_walls_is_found(taught, lesson):
     cells = taught.student.field.cells
     inside = cells.lower + cells.cell_size * (torch.rand(100, 3) * 0.8 + 0.1)
     assert (wall_distance(cells, inside) > 0.09).all()
-    jump = lambda: Continuity(taught.student, points=4000)(0, taught.student, batch, None, torch.Generator().manual_seed(0))["continuity_colour_jump"].item()
+    jump = lambda: Continuity(taught.student, points=4000)(
+        0, taught.student, batch, None, torch.Generator().manual_seed(0)
+    )["continuity_colour_jump"].item()
     from kilonb.distill.targets import RayPool
 
     batch = RayPool(targets, taught.student.grid, taught.student.step).sample(64, 0.7, torch.Generator().manual_seed(0))
@@ -181,7 +197,8 @@ def test_a_teacher_with_nan_is_named(lesson, tmp_path):
 def test_a_checkpoint_of_another_config_is_one_sentence(lesson, taught, tmp_path):
     """A run is not resumed with another field, and a student's file whose config was changed is not loaded."""
     teach(lesson, TEACHING, tmp_path / "run", quiet=True)
-    with pytest.raises(KiloError) as refusal: teach(lesson, replace(TEACHING, network={"hidden": 16}), tmp_path / "run", resume=True, quiet=True)
+    with pytest.raises(KiloError) as refusal:
+        teach(lesson, replace(TEACHING, network={"hidden": 16}), tmp_path / "run", resume=True, quiet=True)
     assert "\n" not in str(refusal.value)
     from kilonb.training.checkpoints import read_checkpoint, write_checkpoint
 
@@ -193,28 +210,33 @@ def test_a_checkpoint_of_another_config_is_one_sentence(lesson, taught, tmp_path
 
 
 def test_views_of_different_sizes_are_named(brickyard, tmp_path):
-    mixed = [*load_blender(brickyard, "train").subset(range(3)), *load_blender(brickyard, "train", 32).subset(range(3, 6))]
+    mixed = [*load_blender(brickyard, "train").subset(range(3)),
+             *load_blender(brickyard, "train", 32).subset(range(3, 6))]
     from kilonb.splats.fit import FitConfig
 
-    with pytest.raises(KiloError, match="size"): lesson_from_views(mixed, [], FitConfig(steps=5, initial_count=100), tmp_path)
+    with pytest.raises(KiloError, match="size"):
+        lesson_from_views(mixed, [], FitConfig(steps=5, initial_count=100), tmp_path)
 
 
 # ---- the experiments
 
 def run_cli(experiment, brickyard, folder, *arguments) -> subprocess.CompletedProcess:
     call = [*COMMAND, "run", experiment, "--data", f"blender:{brickyard}", *TINY, "--out", folder, "--json", *arguments]
-    return subprocess.run(list(map(str, call)), capture_output=True, text=True, timeout=280, env={**os.environ, "MPLBACKEND": "Agg"}, check=False)
+    return subprocess.run(list(map(str, call)), capture_output=True, text=True, timeout=280,
+                          env={**os.environ, "MPLBACKEND": "Agg"}, check=False)
 
 
-EXPERIMENTS = {
-    "multi_view_response": (["-p", "steps=30", "-p", "lpips_every=9"],
-                            {"test_psnr_srgb_white_db", "test_psnr_vs_teacher_db", "test_gap_to_teacher_db", "seam_ratio", "total_s"}),
-    "dir_l_sweep": (["-p", "steps=20", "-p", "frequencies=0,2"], {"adopted_frequencies", "L0_colour_loss", "L2_psnr_srgb_foreground_db", "verdict"}),
-    "ablations": (["-p", "steps=20", "-p", "only=no points first,opacity target 0.18"],
-                  {"whole_test_psnr_db", "no_points_first_change_db", "opacity_target_018_change_db"}),
-    "multi_view_features": (["-p", "time_limit_s=1", "-p", "policy=off"], {"feature_gain_db", "features_cka", "response_test_psnr_srgb_white_db"}),
-    "students": (["-p", "time_limit_s=0.5"], {"kilonerf_frames_per_s", "mlp_size_mb", "hashgrid_test_psnr_srgb_white_db"}),
-}
+EXPERIMENTS = {"multi_view_response": (["-p", "steps=30", "-p", "lpips_every=9"],
+                                       {"test_psnr_srgb_white_db", "test_psnr_vs_teacher_db", "test_gap_to_teacher_db",
+                                        "seam_ratio", "total_s"}),
+               "dir_l_sweep": (["-p", "steps=20", "-p", "frequencies=0,2"],
+                               {"adopted_frequencies", "L0_colour_loss", "L2_psnr_srgb_foreground_db", "verdict"}),
+               "ablations": (["-p", "steps=20", "-p", "only=no points first,opacity target 0.18"],
+                             {"whole_test_psnr_db", "no_points_first_change_db", "opacity_target_018_change_db"}),
+               "multi_view_features": (["-p", "time_limit_s=1", "-p", "policy=off"],
+                                       {"feature_gain_db", "features_cka", "response_test_psnr_srgb_white_db"}),
+               "students": (["-p", "time_limit_s=0.5"],
+                            {"kilonerf_frames_per_s", "mlp_size_mb", "hashgrid_test_psnr_srgb_white_db"})}
 
 
 @pytest.mark.slow

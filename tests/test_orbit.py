@@ -16,8 +16,9 @@ from PIL import Image
 
 from kilonb.distill.orbit_widget import Looker, NewestWins, Orbit, drag_speed, encode_picture
 from kilonb.distill.student import make_student, save_student
-from kilonb.distill.viewing import (CHANNELS, OrbitPose, Sight, ViewSettings, cells_of_sight, newest_student, normals_of, paint, pose_around,
-                                    render_student_view, render_teacher_view, see_student, see_teacher, view_sheet)
+from kilonb.distill.viewing import (CHANNELS, OrbitPose, Sight, ViewSettings, cells_of_sight, newest_student,
+                                    normals_of, paint, pose_around, render_student_view, render_teacher_view,
+                                    see_student, see_teacher, view_sheet)
 from kilonb.fields.hashgrid import HashGridConfig
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.mlp import MLPConfig
@@ -28,16 +29,16 @@ from kilonb.splats.gaussians import gaussians_from_points
 
 NOTEBOOK = Path(__file__).resolve().parents[1] / "nbs" / "explore" / "orbit.ipynb"
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
-CONFIGS = {
-    "kilonerf": KiloNeRFConfig(cell_size=0.3, position_frequencies=3, hidden=16, density_bias=2.0),
-    "mlp": MLPConfig(position_frequencies=3, hidden=16, layers=2, density_bias=2.0),
-    "hashgrid": HashGridConfig(levels=4, log2_table=8, base_resolution=4, finest_resolution=32, hidden=16, features=8, density_bias=2.0),
-}
+CONFIGS = {"kilonerf": KiloNeRFConfig(cell_size=0.3, position_frequencies=3, hidden=16, density_bias=2.0),
+           "mlp": MLPConfig(position_frequencies=3, hidden=16, layers=2, density_bias=2.0),
+           "hashgrid": HashGridConfig(levels=4, log2_table=8, base_resolution=4, finest_resolution=32, hidden=16,
+                                      features=8, density_bias=2.0)}
 
 
 @pytest.fixture(scope="module")
 def ball():
-    shell = torch.nn.functional.normalize(torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)), dim=-1) * 0.6
+    shell = torch.nn.functional.normalize(torch.randn(2000, 3, generator=torch.Generator().manual_seed(0)),
+                                          dim=-1) * 0.6
     return gaussians_from_points(shell, (shell * 4).sin() / 2 + 0.5, sh_degree=0, opacity=0.95, scale=0.9)
 
 
@@ -57,7 +58,8 @@ def camera(ball): return pose_around(ball).camera(48, 40)
 
 def plane(camera, facing, distance=3.0):
     """The sight of an opaque plane `distance` in front of a camera; facing: [3] its normal in the camera's frame."""
-    local = torch.stack([(camera.pixel_centres()[:, 0] - camera.cx) / camera.fx, (camera.pixel_centres()[:, 1] - camera.cy) / camera.fy,
+    local = torch.stack([(camera.pixel_centres()[:, 0] - camera.cx) / camera.fx,
+                         (camera.pixel_centres()[:, 1] - camera.cy) / camera.fy,
                          torch.ones(camera.width * camera.height)], -1)
     depth = (distance * facing[2] / (local @ facing)).reshape(camera.height, camera.width)
     return Sight(torch.ones(*depth.shape, 3), torch.ones_like(depth), depth, None, camera, 0.0)
@@ -67,9 +69,12 @@ def plane(camera, facing, distance=3.0):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 @pytest.mark.parametrize("channel", CHANNELS)
-def test_every_channel_of_every_kind_of_student_is_a_picture_of_the_size_asked_for(ball, students, camera, channel, kind):
+def test_every_channel_of_every_kind_of_student_is_a_picture_of_the_size_asked_for(
+    ball, students, camera, channel, kind
+):
     settings = ViewSettings(56, 40, 24, channel)
-    for view in (render_student_view(students[kind], camera, settings, ball), render_teacher_view(ball, camera, settings, students[kind])):
+    for view in (render_student_view(students[kind], camera, settings, ball),
+                 render_teacher_view(ball, camera, settings, students[kind])):
         assert view.image.shape == (40, 56, 3) and view.image.dtype == np.uint8 and view.image.std() > 0
         numbers, bar = view.statistics, view.statistics["bar"]
         assert numbers["rays"] == 56 * 40 and numbers["milliseconds"] > 0
@@ -119,11 +124,13 @@ def test_normals_are_unit_and_face_the_camera_and_nothing_else_has_one(ball, stu
 def test_a_cell_has_one_colour_and_a_colour_one_cell(student, camera):
     sight, settings = see_student(student, camera), ViewSettings(48, 40, 24, "cells")
     cells, image = cells_of_sight(sight, student), paint(sight, settings, student).image
-    corner = ((camera.unproject(camera.pixel_centres(), sight.expected_depth.flatten()) - student.field.cells.lower) / 0.3).floor().long().reshape(40, 48, 3)
+    corner = ((camera.unproject(camera.pixel_centres(), sight.expected_depth.flatten()) - student.field.cells.lower)
+              / 0.3).floor().long().reshape(40, 48, 3)
     seen = [number for number in cells.unique().tolist() if number >= 0]
     assert len(seen) > 6
     for number in seen:
-        assert len(np.unique(image[cells.numpy() == number], axis=0)) == 1 and len(corner[cells == number].unique(dim=0)) == 1
+        assert len(np.unique(image[cells.numpy() == number],
+                             axis=0)) == 1 and len(corner[cells == number].unique(dim=0)) == 1
     assert len({tuple(image[cells.numpy() == number][0]) for number in seen}) == len(seen)
     assert (image[cells.numpy() < 0] == 255).all()
 
@@ -133,8 +140,10 @@ def test_the_colours_of_cells_do_not_change_with_the_view(ball, student):
     colours = {}
     for azimuth in range(0, 360, 45):
         sight = see_student(student, replace(pose_around(ball), azimuth_deg=float(azimuth)).camera(40, 40))
-        cells, image = cells_of_sight(sight, student).numpy(), paint(sight, ViewSettings(40, 40, 24, "cells"), student).image
-        for number in np.unique(cells[cells >= 0]): colours.setdefault(int(number), set()).add(tuple(image[cells == number][0].tolist()))
+        cells, image = cells_of_sight(sight, student).numpy(), paint(sight, ViewSettings(40, 40, 24, "cells"),
+                                                                     student).image
+        for number in np.unique(cells[cells >= 0]):
+            colours.setdefault(int(number), set()).add(tuple(image[cells == number][0].tolist()))
     assert len(colours) > 20 and all(len(found) == 1 for found in colours.values())
 
 
@@ -146,7 +155,9 @@ def test_the_earlier_rays_end_the_fewer_samples_they_cost_and_the_lost_light_is_
     whole, earlier = sights[1e-4], None
     for stop, sight in sights.items():
         assert earlier is None or (sight.samples <= earlier.samples).all()
-        assert (whole.alpha - sight.alpha).abs().max() <= stop + 1e-5 and (whole.rgb_premultiplied - sight.rgb_premultiplied).abs().max() <= stop + 1e-5
+        assert (whole.alpha - sight.alpha).abs().max() <= stop + 1e-5 and (
+            whole.rgb_premultiplied - sight.rgb_premultiplied
+        ).abs().max() <= stop + 1e-5
         earlier = sight
     assert sights[0.3].samples.sum() < 0.7 * whole.samples.sum()
 
@@ -165,7 +176,8 @@ def test_nothing_to_see_is_no_special_case(ball, student):
     away = OrbitPose(radius=3.0, target=(50.0, 0.0, 0.0)).camera(32, 24)
     for channel in CHANNELS:
         settings = ViewSettings(32, 24, 16, channel)
-        for view in (render_student_view(student, away, settings, ball), render_teacher_view(ball, away, settings, student)):
+        for view in (render_student_view(student, away, settings, ball),
+                     render_teacher_view(ball, away, settings, student)):
             assert view.image.shape == (24, 32, 3) and len(np.unique(view.image.reshape(-1, 3), axis=0)) == 1
 
 
@@ -180,21 +192,29 @@ def test_a_pose_sees_its_target_in_the_middle_from_its_distance_with_up_upwards(
         assert depth[0].item() == pytest.approx(2.5, abs=1e-4) and pixel[1, 1] < pixel[0, 1]
 
 
-@pytest.mark.parametrize("wrong", [dict(width=0), dict(channel="heat"), dict(stop=1.5), dict(drag_width=999), dict(background="nowhere"),
-                                   dict(depth_range=(2.0, 2.0))])
+@pytest.mark.parametrize("wrong",
+                         [dict(width=0), dict(channel="heat"), dict(stop=1.5), dict(drag_width=999),
+                          dict(background="nowhere"), dict(depth_range=(2.0, 2.0))])
 def test_bad_settings_are_named_in_one_sentence(wrong):
     with pytest.raises(KiloError) as error: ViewSettings(**wrong)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 200 and str(next(iter(wrong.values()))).split(",")[0].strip("()") in str(error.value)
+    assert (
+        "\n" not in str(error.value)
+        and len(str(error.value)) < 200
+        and str(next(iter(wrong.values()))).split(",")[0].strip("()") in str(error.value)
+    )
 
 
-@pytest.mark.parametrize("wrong", [dict(radius=0.0), dict(elevation_deg=120.0), dict(target=(0.0, float("nan"), 0.0)), dict(field_of_view_deg=1.0)])
+@pytest.mark.parametrize("wrong",
+                         [dict(radius=0.0), dict(elevation_deg=120.0), dict(target=(0.0, float("nan"), 0.0)),
+                          dict(field_of_view_deg=1.0)])
 def test_bad_poses_are_named_in_one_sentence(wrong):
     with pytest.raises(KiloError, match=r"expected|not a finite"): OrbitPose(**wrong)
 
 
 @pytest.mark.parametrize("channel", ["cells", "error", "samples"])
 def test_a_channel_without_what_it_needs_says_what(ball, camera, channel):
-    with pytest.raises(KiloError, match=f"'{channel}' needs"): paint(see_teacher(ball, camera), ViewSettings(48, 40, 24, channel))
+    with pytest.raises(KiloError, match=f"'{channel}' needs"):
+        paint(see_teacher(ball, camera), ViewSettings(48, 40, 24, channel))
 
 
 # Requests
@@ -247,15 +267,20 @@ def test_a_failure_is_told_and_the_next_request_is_answered():
 def test_a_drag_is_small_and_a_release_is_whole(ball, student):
     looker = Looker(ball, student, pose_around(ball), ViewSettings(120, 90, 40))
     for full, size in ((False, (40, 30)), (True, (120, 90))):
-        message, buffers = [*looker.look({"full": full, "number": 7, "view": "a", "settings": {"difference": True}})][-1]
-        assert [Image.open(io.BytesIO(packed)).size for packed in buffers] == [size] * 3 and (message["number"], message["view"]) == (7, "a")
+        message, buffers = [*looker.look({"full": full, "number": 7, "view": "a",
+                                          "settings": {"difference": True}})][-1]
+        assert [Image.open(io.BytesIO(packed)).size for packed in buffers] == [size] * 3 and (
+            message["number"],
+            message["view"],
+        ) == (7, "a")
         assert [about["type"] for about in message["pictures"]] == ["image/png" if full else "image/jpeg"] * 3
         json.dumps(message)
 
 
-@pytest.mark.parametrize("request_", [{"pose": {"radius": -1}}, {"pose": {"radius": "far"}}, {"pose": 3}, {"pose": {"nowhere": 1}}, {"pose": {"target": [1]}},
-                                      {"settings": {"channel": "<b>"}}, {"settings": {"stop": "low"}}, {"settings": {"drag_width": 10**9}},
-                                      {"settings": {"drag_width": 3.5}}, {"settings": 7}])
+@pytest.mark.parametrize("request_",
+                         [{"pose": {"radius": -1}}, {"pose": {"radius": "far"}}, {"pose": 3}, {"pose": {"nowhere": 1}},
+                          {"pose": {"target": [1]}}, {"settings": {"channel": "<b>"}}, {"settings": {"stop": "low"}},
+                          {"settings": {"drag_width": 10**9}}, {"settings": {"drag_width": 3.5}}, {"settings": 7}])
 def test_a_request_that_makes_no_sense_is_refused_in_a_sentence(ball, student, request_):
     looker = Looker(ball, student, pose_around(ball), ViewSettings(40, 40, 24))
     with pytest.raises(KiloError): [*looker.look(request_)]
@@ -269,7 +294,8 @@ def test_a_picture_survives_the_wire():
 def test_the_benchmark_drives_what_a_drag_drives(ball, student):
     looker = Looker(ball, student, pose_around(ball), ViewSettings(60, 60, 30))
     speed = drag_speed(looker, 3)
-    assert speed["pictures_per_s"] == pytest.approx(1000 / speed["picture_ms"], rel=3) and speed["teacher_ms"] > 0 and speed["student_ms"] > 0
+    assert speed["pictures_per_s"] == pytest.approx(1000 / speed["picture_ms"],
+                                                    rel=3) and speed["teacher_ms"] > 0 and speed["student_ms"] > 0
     assert drag_speed(Looker(ball, student, looker.home, looker.settings, ("student",)), 2)["teacher_ms"] == 0
     with pytest.raises(KiloError, match="at least 1"): drag_speed(looker, 0)
 
@@ -293,14 +319,17 @@ def test_the_output_carries_a_picture_beside_the_widget(orbit):
 
 def test_nothing_of_python_s_reaches_the_page_as_html(orbit):
     """The title is a trait that the page sets as text; its script writes no HTML at all."""
-    forbidden = ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http://", "https://", "import(")
+    forbidden = ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http://", "https://",
+                 "import(")
     assert not any(word in str(orbit._esm) for word in forbidden)
     assert "http" not in str(orbit._css)
 
 
 def test_the_page_has_the_hooks_that_tests_hold_on_to(orbit):
     script = str(orbit._esm)
-    assert all(hook in script for hook in ("kilonb-orbit", "dataset.frames", '"rays while dragging"', '"early termination"', '"field of view"', '"channel"'))
+    assert all(hook in script
+               for hook in ("kilonb-orbit", "dataset.frames", '"rays while dragging"', '"early termination"',
+                            '"field of view"', '"channel"'))
 
 
 def test_what_is_set_from_python_is_checked_and_shown(orbit):
@@ -309,7 +338,8 @@ def test_what_is_set_from_python_is_checked_and_shown(orbit):
     orbit.send = lambda message, buffers=None: sent.append((message, buffers))
     orbit._handle_custom_msg({"kind": "look", "number": 1, "view": "a", "full": False}, [])
     (message, buffers), = sent
-    assert message["width"] == 32 and all(about["bar"]["unit"] == "m" for about in message["pictures"]) and len(buffers) == 2
+    assert message["width"] == 32 and all(about["bar"]["unit"] == "m"
+                                          for about in message["pictures"]) and len(buffers) == 2
     for name, value in (("channel", "heat"), ("stop", 0.0), ("drag_width", 97)):
         with pytest.raises(KiloError): setattr(orbit, name, value)
     orbit.pose = replace(orbit.pose, azimuth_deg=10.0)
@@ -318,7 +348,8 @@ def test_what_is_set_from_python_is_checked_and_shown(orbit):
 
 def test_the_pose_is_where_the_page_is(orbit):
     orbit.send = lambda *_: None
-    orbit._handle_custom_msg({"kind": "look", "number": 1, "full": False, "pose": {"azimuth_deg": 99.0, "target": [0.1, 0.2, 0.3]}}, [])
+    orbit._handle_custom_msg({"kind": "look", "number": 1, "full": False,
+                              "pose": {"azimuth_deg": 99.0, "target": [0.1, 0.2, 0.3]}}, [])
     assert orbit.pose.azimuth_deg == 99.0 and orbit.pose.target == (0.1, 0.2, 0.3)
 
 
@@ -332,7 +363,8 @@ def test_a_closed_orbit_lets_go_and_says_so(ball, student):
 
 @pytest.mark.parametrize("wrong", ["teacher", "student"])
 def test_teacher_and_student_are_not_mistaken_for_each_other(ball, student, wrong):
-    with pytest.raises(KiloError, match=f"^{wrong} is of type"): Orbit(*((student, student) if wrong == "teacher" else (ball, ball)))
+    with pytest.raises(KiloError, match=f"^{wrong} is of type"):
+        Orbit(*((student, student) if wrong == "teacher" else (ball, ball)))
 
 
 # On paper
@@ -346,7 +378,8 @@ def finished(tmp_path_factory, student, ball):
     write_ply(folder / "ball.ply", ball)
     save_student(student, folder / "student.pt", "raw")
     shutil.copy(NOTEBOOK, folder / "orbit.ipynb")
-    values = {"data": f"ply:{folder / 'ball.ply'}", "student": folder / "student.pt", "width": 64, "drag_width": 32, "pictures": 3}
+    values = {"data": f"ply:{folder / 'ball.ply'}", "student": folder / "student.pt", "width": 64, "drag_width": 32,
+              "pictures": 3}
     start = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
     given = [part for name, value in values.items() for part in ("-p", f"{name}={value}")]
     command = [*start, "run", str(folder / "orbit.ipynb"), *given, "--out", str(folder / "run")]
@@ -358,7 +391,8 @@ def finished(tmp_path_factory, student, ball):
 def widgets(folder):
     """The outputs of an executed notebook that hold a widget."""
     cells = json.loads((folder / "notebook.ipynb").read_text())["cells"]
-    return [output["data"] for cell in cells for output in cell.get("outputs", []) if WIDGET_VIEW in output.get("data", {})]
+    return [output["data"] for cell in cells for output in cell.get("outputs", [])
+            if WIDGET_VIEW in output.get("data", {})]
 
 
 def test_the_executed_notebook_shows_a_picture_where_the_widget_would_be(finished):
@@ -368,13 +402,20 @@ def test_the_executed_notebook_shows_a_picture_where_the_widget_would_be(finishe
 
 def test_the_run_page_shows_it_too_and_loads_nothing(finished):
     page, (data,) = (finished / "index.html").read_text(), widgets(finished)
-    assert "".join(data["image/png"].split()) in page.replace("\n", "") and "widget-view" not in page and "unpkg" not in page
+    assert "".join(data["image/png"].split()) in page.replace("\n",
+                                                              "") and "widget-view" not in page and "unpkg" not in page
 
 
 def test_the_run_has_its_speed_as_a_gate(finished):
     results = json.loads((finished / "results.json").read_text())
-    assert results["gates"]["drag_pictures_per_s"]["at_least"] == 8 and results["results"]["drag_student_alone_pictures_per_s"] > 0
-    assert results["tables"]["early_termination"][0]["samples_per_ray"] >= results["tables"]["early_termination"][-1]["samples_per_ray"]
+    assert (
+        results["gates"]["drag_pictures_per_s"]["at_least"] == 8
+        and results["results"]["drag_student_alone_pictures_per_s"] > 0
+    )
+    assert (
+        results["tables"]["early_termination"][0]["samples_per_ray"]
+        >= results["tables"]["early_termination"][-1]["samples_per_ray"]
+    )
 
 
 def test_the_sheet_has_all_there_is_to_see(ball, student, camera):

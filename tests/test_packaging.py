@@ -70,7 +70,8 @@ def test_importing_kilonb_is_instant():
     """A script, and the command line with it, pays for what it uses. The best of five: the machine may be busy."""
     code = ("import time\nstart = time.perf_counter()\nimport kilonb\ntook = time.perf_counter() - start\nimport sys\n"
             "print(took, *sorted({'torch', 'numpy', 'numba', 'yaml'} & set(sys.modules)))")
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split() for _ in range(5)]
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+            for _ in range(5)]
     assert all(run[1:] == [] for run in runs) and min(float(run[0]) for run in runs) < 0.1
 
 
@@ -81,7 +82,8 @@ def test_the_version_is_written_once():
 # --- installing
 
 def test_every_requirement_and_what_it_brings_is_pinned():
-    """An unpinned package would make tomorrow's fresh clone another one than today's. CUDA's own packages come with torch's CUDA build and are pinned by it."""
+    """An unpinned package would make tomorrow's fresh clone another one than today's. CUDA's own packages come with
+    torch's CUDA build and are pinned by it."""
     pinned, todo, seen = pins(), [*requirements("requirements", "dev_requirements"), Requirement("setuptools")], set()
     while todo:
         requirement = todo.pop()
@@ -92,13 +94,16 @@ def test_every_requirement_and_what_it_brings_is_pinned():
         assert requirement.specifier.contains(pinned[key[0]], prereleases=True)
         for text in importlib.metadata.requires(key[0]) or []:
             brought = Requirement(text)
-            if brought.marker is None or any(brought.marker.evaluate({"extra": extra}) for extra in ("", *key[1])): todo.append(brought)
+            if brought.marker is None or any(brought.marker.evaluate({"extra": extra}) for extra in ("", *key[1])):
+                todo.append(brought)
     assert pinned["torch"] == "2.13.0" and "spconv" not in pinned
-    if sys.version_info[:2] == (3, 11): assert set(pinned) - {name for name, _ in seen} <= {"wheel"}, "constraints.txt pins what nothing needs"
+    if sys.version_info[:2] == (3, 11):
+        assert set(pinned) - {name for name, _ in seen} <= {"wheel"}, "constraints.txt pins what nothing needs"
 
 
 def test_requirements_are_what_the_package_imports():
-    """What is imported is asked for by name, not met by accident; what is asked for is imported, or was asked for by the project's owner."""
+    """What is imported is asked for by name, not met by accident; what is asked for is imported, or was asked for by
+    the project's owner."""
     sources = [path for path in (ROOT / "kilonb").rglob("*.py")]
     trees = [node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     modules = {alias.name for node in trees if isinstance(node, ast.Import) for alias in node.names}
@@ -113,17 +118,22 @@ def test_requirements_are_what_the_package_imports():
 
 
 def make(folder: Path, *arguments: str, python: str = "./fake-python") -> subprocess.CompletedProcess:
-    environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
-    return subprocess.run(["make", f"PYTHON={python}", *arguments], cwd=folder, capture_output=True, text=True, env=environment)
+    environment = {name: value for name,
+                   value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+    return subprocess.run(["make", f"PYTHON={python}", *arguments], cwd=folder, capture_output=True, text=True,
+                          env=environment)
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder that `make` takes for a checkout, with an interpreter that writes down what it is asked and fails where a file `broken` lies."""
+    """A folder that `make` takes for a checkout, with an interpreter that writes down what it is asked and fails where
+    a file `broken` lies."""
     for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py"): shutil.copy(ROOT / name, tmp_path)
     fake = tmp_path / "fake-python"
-    fake.write_text('#!/bin/sh\necho "$*" >>asked\ncase "$*" in\n  *version_info*) [ ! -e old ];;\n  *python_version*) echo 3.9.2;;\n'
-                    '  *venv*) mkdir -p .venv/bin && cp fake-python .venv/bin/python;;\n  *pip*) echo "Collecting a"; [ ! -e broken ];;\nesac\n')
+    fake.write_text(
+        '#!/bin/sh\necho "$*" >>asked\ncase "$*" in\n  *version_info*) [ ! -e old ];;\n  *python_version*) echo 3.9.2;;\n'
+        '  *venv*) mkdir -p .venv/bin && cp fake-python .venv/bin/python;;\n  *pip*) echo "Collecting a"; [ ! -e broken ];;\nesac\n'
+    )
     fake.chmod(0o755)
     return tmp_path
 
@@ -137,7 +147,12 @@ def asked(folder: Path) -> list[str]:
 def test_an_environment_half_made_is_made_anew(checkout):
     (checkout / "broken").touch()
     failed = make(checkout, ".venv/.complete")
-    assert failed.returncode and not (checkout / ".venv/.complete").exists() and "install.log" in failed.stdout and asked(checkout) == ["venv", "pip"]
+    assert (
+        failed.returncode
+        and not (checkout / ".venv/.complete").exists()
+        and "install.log" in failed.stdout
+        and asked(checkout) == ["venv", "pip"]
+    )
     (checkout / "broken").unlink()
     assert make(checkout, ".venv/.complete").returncode == 0 and asked(checkout) == ["venv", "pip", "pip"]
 
@@ -154,7 +169,8 @@ def test_an_old_python_is_told_in_one_sentence(checkout):
     (checkout / "old").touch()
     done = make(checkout, "demo")
     assert done.returncode and not (checkout / ".venv").exists()
-    assert done.stdout == "KiloNB needs Python 3.11 or newer, and ./fake-python is 3.9.2: install one, or name one by make PYTHON=...\n"
+    assert (done.stdout == "KiloNB needs Python 3.11 or newer, and ./fake-python is 3.9.2: install one, or name "
+            "one by make PYTHON=...\n")
     absent = make(checkout, "demo", python="no-such-python")
     assert absent.returncode and absent.stdout.count("\n") == 1
     assert absent.stdout.startswith("KiloNB needs Python 3.11 or newer, and there is no 'no-such-python'")
@@ -172,17 +188,21 @@ def test_the_front_page_is_in_step_with_its_notebook():
     assert tool("readme").readme_text() == README, "run make readme and commit README.md"
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "nbs" / "index.ipynb"], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "nbs" / "index.ipynb"],
+                         ids=lambda path: path.name)
 def test_links_and_pictures_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
-    if path.suffix == ".ipynb": text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown")
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"]
+                         if cell["cell_type"] == "markdown")
     links = re.findall(r"\]\((?![a-z]+:|#)([^)\s]+)\)", text)
     assert links or path.name == "CONTRIBUTING.md"
     for link in links: assert (path.parent / link).exists(), link
 
 
 def test_links_move_with_the_page():
-    moved = tool("readme").relocate("![a](figures/a.png) [b](../B.md) [c](https://c.org/d) [e](#e)\n```\n[f](g)\n```\n", "nbs")
+    moved = tool("readme").relocate("![a](figures/a.png) [b](../B.md) [c](https://c.org/d) [e](#e)\n```\n[f](g)\n```\n",
+                                    "nbs")
     assert moved == "![a](nbs/figures/a.png) [b](B.md) [c](https://c.org/d) [e](#e)\n```\n[f](g)\n```\n"
 
 
@@ -192,8 +212,9 @@ def test_clearing_a_notebook_keeps_its_parameters_tag(tmp_path):
     from nbdev.config import get_config
 
     path = tmp_path / "tagged.ipynb"
-    cell = {"cell_type": "code", "id": "a1b2c3d4", "metadata": {"tags": ["parameters"], "scrolled": True}, "source": ["steps: int = 3"],
-            "execution_count": 7, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["x"]}]}
+    cell = {"cell_type": "code", "id": "a1b2c3d4", "metadata": {"tags": ["parameters"], "scrolled": True},
+            "source": ["steps: int = 3"], "execution_count": 7,
+            "outputs": [{"output_type": "stream", "name": "stdout", "text": ["x"]}]}
     path.write_text(json.dumps({"cells": [cell], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     assert tool("export").clear_outputs(path) and not tool("export").clear_outputs(path)
     notebook = json.loads(path.read_text())
@@ -214,7 +235,8 @@ def test_commands_on_the_front_page_exist(tmp_path):
     from kilonb.runs.notebooks import find_notebook, read_notebook, split_assignment, typed_values
 
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {"kilonb run single_view_overfit --data blender:PATH -p frame=0", "make demo", "make test"} <= set(commands())
+    assert {"kilonb run single_view_overfit --data blender:PATH -p frame=0", "make demo",
+            "make test"} <= set(commands())
     for command in commands():
         words = [word for word in shlex.split(command) if not word.startswith("PIP_")]
         if words[0] == "make": assert words[1] in targets, command
@@ -229,14 +251,17 @@ def test_the_script_on_the_front_page_runs(tmp_path):
     """End to end on a tiny scene, with its settings made small: which data, how many steps, how many rays in each."""
     script, = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     kilonb.write_brickyard(tmp_path / "tiny", width=48, height=48, train=6, test=1, count=4000)
-    for setting, small in (('"brickyard"', repr(f"blender:{tmp_path / 'tiny'}")), ("steps=2000", "steps=60"), ("rays=4096", "rays=512")):
+    for setting, small in (('"brickyard"', repr(f"blender:{tmp_path / 'tiny'}")), ("steps=2000", "steps=60"),
+                           ("rays=4096", "rays=512")):
         assert script.count(setting) == 1
         script = script.replace(setting, small)
     assert len([line for line in script.splitlines() if line]) <= 12, "a dozen lines"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (scores,) = ast.literal_eval(done.stdout.splitlines()[-1]).values()
-    assert math.isfinite(scores["psnr_srgb_white_db"]) and scores["psnr_srgb_white_db"] > scores["psnr_blank_white_db"] + 3
+    assert (
+        math.isfinite(scores["psnr_srgb_white_db"]) and scores["psnr_srgb_white_db"] > scores["psnr_blank_white_db"] + 3
+    )
     kilonb.load_student(tmp_path / "student.pt")
 
 
@@ -258,7 +283,10 @@ def test_a_kept_run_names_no_place_and_reads_like_a_run(finished, tmp_path):
 
     folder = tool("keep").keep(finished, tmp_path / "kept")
     assert folder == tmp_path / "kept" / "tiny" / "blender-lego"
-    for path in folder.iterdir(): assert str(tmp_path) not in path.read_text() and not re.search(rf"\b{re.escape(platform.node())}\b", path.read_text())
+    for path in folder.iterdir():
+        assert str(tmp_path) not in path.read_text() and not re.search(
+            rf"\b{re.escape(platform.node())}\b", path.read_text()
+        )
     assert results_table(tmp_path / "kept") == results_table(tmp_path / "runs")
     assert "41.2" in results_table(tmp_path / "kept")
 
@@ -270,9 +298,11 @@ def test_only_finished_runs_and_small_pictures_are_kept(finished, tmp_path, monk
     with pytest.raises(KiloError, match="150001 bytes"): keep.keep_picture(finished, "large")
     assert keep.keep_picture(finished, "small").read_bytes() == b"0" * 10
     kilonb.open_run("tiny", tmp_path / "runs" / "tiny" / "two")
-    with pytest.raises(KiloError, match="only a finished run"): keep.keep(kilonb.read_run(tmp_path / "runs" / "tiny" / "two"), tmp_path / "kept")
+    with pytest.raises(KiloError, match="only a finished run"):
+        keep.keep(kilonb.read_run(tmp_path / "runs" / "tiny" / "two"), tmp_path / "kept")
 
 
 def test_kept_runs_in_the_checkout_name_no_place():
     for path in (ROOT / "nbs" / "results").glob("*/*/*.json"):
-        assert not re.search(r'"/|"host"|"command"', path.read_text(encoding="utf-8")), f"{path.name} names a place on a machine"
+        assert not re.search(r'"/|"host"|"command"',
+                             path.read_text(encoding="utf-8")), f"{path.name} names a place on a machine"

@@ -1,4 +1,5 @@
-"""Checks of panorama data: what is wrong is named, counted and turns a check red; what is right stays green; pages open without a network."""
+"""Checks of panorama data: what is wrong is named, counted and turns a check red; what is right stays green; pages open
+without a network."""
 import json
 import math
 import shutil
@@ -11,12 +12,20 @@ import torch
 import yaml
 from PIL import Image
 
-from kilonb.coop.checks import (
-    CHECKS, Check, FrameMeasures, check_frame, checks_for, compare_with_truth, draw_frames, judge, measure_frame, overlap_differences, run_checks, stitch_frame,
-    true_panorama, worst_verdict,
-)
+from kilonb.coop.checks import (CHECKS, Check, FrameMeasures, check_frame, checks_for, compare_with_truth, draw_frames,
+                                judge, measure_frame, overlap_differences, run_checks, stitch_frame, true_panorama,
+                                worst_verdict)
 from kilonb.coop.dataset import PanoramaOptions
-from kilonb.coop.previews import Cloud, panorama_cloud, poses_to_first, thin, write_cloud_page, write_panorama, write_panorama_page, write_previews
+from kilonb.coop.previews import (
+    Cloud,
+    panorama_cloud,
+    poses_to_first,
+    thin,
+    write_cloud_page,
+    write_panorama,
+    write_panorama_page,
+    write_previews,
+)
 from kilonb.coop.stitch import Stitcher
 from kilonb.geometry.cameras import camera_from_angle
 from kilonb.geometry.transforms import carla_pose_to_matrix, transform_points
@@ -39,7 +48,8 @@ def town(tmp_path_factory) -> Path:
     """Two vehicles at one instant, with depth and LiDAR."""
     folder = tmp_path_factory.mktemp("checks") / "opv2v"
     built = build_town(TownConfig(connected=2, cars=8, people=8, duration_s=2), seed=0)
-    write_opv2v(folder, built, 2, 1, 280, 210, lidar=SpinningLidar(tuple(np.linspace(-25, 5, 24).tolist()), 400, 0.0, far_m=120.0), samples=2)
+    write_opv2v(folder, built, 2, 1, 280, 210,
+                lidar=SpinningLidar(tuple(np.linspace(-25, 5, 24).tolist()), 400, 0.0, far_m=120.0), samples=2)
     return folder
 
 
@@ -73,7 +83,8 @@ def turn(folder: Path, camera: str, degrees: float) -> None:
     """Give a camera of every vehicle another yaw, in `cords` and in `extrinsic`, which agree as before."""
     def change(record):
         record[camera]["cords"][4] += degrees
-        record[camera]["extrinsic"] = (torch.linalg.inv(carla_pose_to_matrix(*record[camera]["cords"])) @ carla_pose_to_matrix(*record["lidar_pose"])).tolist()
+        record[camera]["extrinsic"] = (torch.linalg.inv(carla_pose_to_matrix(*record[camera]["cords"]))
+                                       @ carla_pose_to_matrix(*record["lidar_pose"])).tolist()
     for path in folder.glob("train/*/*/"): rewrite(folder, path.name, change)
 
 
@@ -100,10 +111,16 @@ def test_the_notes_crop_and_their_one_mask_would_have_been_red():
 
 
 def test_the_worst_verdict_counts_and_not_run_is_not_green():
-    assert worst_verdict(["green", "red", "not run"]) == "red" and worst_verdict(["green", "not run"]) == "green" and worst_verdict(["not run"]) == "not run"
-    line = judge(Check("x_m", "a length", at_most=1.0), "", [FrameMeasures("a", "", missing={"x_m": "there is no ruler"})])
+    assert (
+        worst_verdict(["green", "red", "not run"]) == "red"
+        and worst_verdict(["green", "not run"]) == "green"
+        and worst_verdict(["not run"]) == "not run"
+    )
+    line = judge(Check("x_m", "a length", at_most=1.0), "",
+                 [FrameMeasures("a", "", missing={"x_m": "there is no ruler"})])
     assert line.verdict == "not run" and line.value is None and "there is no ruler" in line.sentence
-    for wrong in (lambda: Check("x", "x"), lambda: Check("x", "x", 1, 2, over="worst"), lambda: Check("x", "x", 1, over="mean")):
+    for wrong in (lambda: Check("x", "x"), lambda: Check("x", "x", 1, 2, over="worst"),
+                  lambda: Check("x", "x", 1, over="mean")):
         with pytest.raises(KiloError): wrong()
 
 
@@ -113,7 +130,8 @@ def test_a_median_forgives_one_frame_and_a_worst_does_not():
     assert (median.verdict, worst.verdict) == ("green", "red") and "Outside: c." in worst.sentence
 
 
-# ------------------------------------------------------------------------------------------------------------ wrong rigs
+# ------------------------------------------------------------------------------------------------------------ wrong
+# rigs
 
 def test_a_camera_turned_by_three_degrees_turns_red_through_its_neighbour(copy):
     turn(copy, "camera1", 3)
@@ -144,11 +162,13 @@ def test_incident_range_written_as_z_depth_turns_red(copy):
     stretch = np.sqrt(1 + ((u - width / 2) / focal) ** 2 + ((v - height / 2) / focal) ** 2)
     for path in copy.glob("train/*/*/*_depth*.png"):
         depth = np.asarray(Image.open(path)).astype(np.float64)
-        Image.fromarray(np.where(depth == 65535, 65535, np.clip(depth * stretch, 0, 65534)).astype(np.uint16)).save(path)
+        Image.fromarray(np.where(depth == 65535, 65535,
+                                 np.clip(depth * stretch, 0, 65534)).astype(np.uint16)).save(path)
     assert {"lidar_difference_share", "overlap_difference_share"} <= reds(check(copy))
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------- bad
+# input
 
 def small_depth(folder: Path) -> None:
     path = file(folder, "201", "_depth0.png")
@@ -163,18 +183,28 @@ def nan_depth(folder: Path) -> None:
     np.save(path.with_suffix(".npy"), depth)
 
 
-def without_cameras(*numbers: int): return lambda folder: [file(folder, "201", f"_camera{k}.png").unlink() for k in numbers]
+def without_cameras(*numbers: int):
+    return lambda folder: [file(folder, "201", f"_camera{k}.png").unlink() for k in numbers]
 
 
-def cut_short(ending: str): return lambda folder: file(folder, "201", ending).write_bytes(file(folder, "201", ending).read_bytes()[:5000])
+def cut_short(ending: str):
+    return lambda folder: file(folder, "201", ending).write_bytes(file(folder, "201", ending).read_bytes()[:5000])
 
 
 DAMAGE = {
     "a missing camera": (without_cameras(1), "camera1 was left out: the picture 000060_camera1.png is missing", True),
     "one camera only": (without_cameras(1, 2, 3), "only one camera, camera0, is left", True),
     "no camera at all": (without_cameras(0, 1, 2, 3), "no camera of it can be used", False),
-    "an unreadable yaml": (lambda folder: file(folder, "201", ".yaml").write_text("camera0: [1, 2"), "000060.yaml is not YAML", False),
-    "a vehicle without pose": (lambda folder: rewrite(folder, "201", lambda record: record.pop("true_ego_pos")), "the vehicle has no pose", False),
+    "an unreadable yaml": (
+        lambda folder: file(folder, "201", ".yaml").write_text("camera0: [1, 2"),
+        "000060.yaml is not YAML",
+        False,
+    ),
+    "a vehicle without pose": (
+        lambda folder: rewrite(folder, "201", lambda record: record.pop("true_ego_pos")),
+        "the vehicle has no pose",
+        False,
+    ),
     "depth of another size": (small_depth, "the depth is 140x105, but the picture 280x210", True),
     "NaN depth": (nan_depth, "the depth holds 1400 NaN", True),
     "a picture cut short": (cut_short("_camera2.png"), "camera2.png", True),
@@ -203,23 +233,34 @@ def test_a_missing_camera_leaves_a_hole_in_the_horizon(copy):
 def test_when_nothing_can_be_opened_everything_else_is_not_run(copy):
     for path in copy.glob("train/*/*/*.yaml"): path.write_text("[")
     report = check(copy)
-    assert reds(report) == {"problems_share"} and report.count("not run") == len(OPV2V) - 1 and len(report.problems) == 2
+    assert (
+        reds(report) == {"problems_share"} and report.count("not run") == len(OPV2V) - 1 and len(report.problems) == 2
+    )
 
 
 def test_without_depth_and_lidar_what_needs_them_is_not_run_and_says_why(copy):
     for path in [*copy.glob("train/*/*/*_depth*.png"), *copy.glob("train/*/*/*.pcd")]: path.unlink()
     report = check(copy)
     lines = {line.check.measure: line for line in report.verdicts}
-    for name in ("overlap_difference_share", "mask_share", "range_median_m", "own_body_share", "depth_difference_share", "seam_ratio"):
+    for name in ("overlap_difference_share", "mask_share", "range_median_m", "own_body_share", "depth_difference_share",
+                 "seam_ratio"):
         assert lines[name].verdict == "not run" and "there is no depth" in lines[name].sentence
-    assert lines["lidar_difference_share"].verdict == "not run" and "no LiDAR" in lines["lidar_difference_share"].sentence
-    assert lines["seam_flat_ratio"].value is not None and lines["coverage_share"].verdict == "green" and not report.problems
+    assert (
+        lines["lidar_difference_share"].verdict == "not run" and "no LiDAR" in lines["lidar_difference_share"].sentence
+    )
+    assert (
+        lines["seam_flat_ratio"].value is not None
+        and lines["coverage_share"].verdict == "green"
+        and not report.problems
+    )
 
 
 def test_frames_are_drawn_by_the_seed_and_broken_ones_are_not_replaced(copy):
     file(copy, "202", ".yaml").write_text("[")
     scene = load_opv2v(copy)
-    assert draw_frames(scene, 1, 5) == draw_frames(scene, 1, 5) and {draw_frames(scene, 1, seed)[0][1] for seed in range(8)} == {0, 1}
+    assert draw_frames(scene, 1, 5) == draw_frames(scene, 1,
+                                                   5) and {draw_frames(scene, 1, seed)[0][1]
+                                                           for seed in range(8)} == {0, 1}
     seed = next(seed for seed in range(8) if scene.entries[draw_frames(scene, 1, seed)[0][1]].vehicle == "202")
     report = run_checks(scene, OPTIONS, 1, seed)
     assert len(report.frames) == 1 and report.value("problems_share") == 1
@@ -231,14 +272,19 @@ def test_any_rig_can_be_checked_and_a_frame_without_pictures_is_a_problem(tmp_pa
     cameras = {"only": camera_from_angle(pose, 64, 48, math.radians(90))}
     Image.new("RGB", (64, 48), (90, 120, 60)).save(tmp_path / "only.png")
     problems, body = [], torch.eye(4, dtype=torch.float64)
-    frames = [SurroundFrame(name, cameras, body, {"only": tmp_path / f}, problems=problems) for name, f in (("a", "only.png"), ("b", "gone.png"))]
+    frames = [SurroundFrame(name, cameras, body, {"only": tmp_path / f}, problems=problems) for name,
+              f in (("a", "only.png"), ("b", "gone.png"))]
     scene = SurroundScene(tmp_path, frames, problems)
     report = run_checks(scene, PanoramaOptions(), 5)
-    assert [bool(frame.values) for frame in report.frames] == [True, False] and {"problems_share", "horizon_share"} <= reds(report)
+    assert [bool(frame.values) for frame in report.frames] == [True, False] and {
+        "problems_share",
+        "horizon_share",
+    } <= reds(report)
     assert "no picture of it can be read" in report.problems[-1]
 
 
-# ------------------------------------------------------------------------------------------------------------- the truth
+# ------------------------------------------------------------------------------------------------------------- the
+# truth
 
 def test_with_depth_a_panorama_is_what_an_eye_at_its_centre_would_have_seen(stitched):
     made = stitched[0]
@@ -246,7 +292,11 @@ def test_with_depth_a_panorama_is_what_an_eye_at_its_centre_would_have_seen(stit
     own = torch.from_numpy(made.tile.classes == 3)
     far = Stitcher([view.camera for view in made.views], made.panorama.camera)([view.rgb_srgb for view in made.views])
     near, flat = (compare_with_truth(panorama, truth, own) for panorama in (made.panorama, far))
-    assert near["psnr_srgb_db"] > 25 and near["psnr_srgb_db"] > flat["psnr_srgb_db"] + 6 and near["range_abs_rel_median"] < .01
+    assert (
+        near["psnr_srgb_db"] > 25
+        and near["psnr_srgb_db"] > flat["psnr_srgb_db"] + 6
+        and near["range_abs_rel_median"] < 0.01
+    )
     assert math.isnan(flat["range_abs_rel_median"]) and flat["covered_share"] == pytest.approx(.858, abs=.005)
 
 
@@ -259,7 +309,10 @@ def test_a_scenario_that_boxtown_did_not_make_has_no_truth(copy):
 def test_every_check_is_measured_by_something(stitched):
     measures = measure_frame(stitched[0])
     assert set(measures.values) | set(measures.missing) == {c.measure for c in CHECKS if c.over != "split"}
-    assert {pair.first for pair in overlap_differences(stitched[0].panorama, stitched[0].names)} == {"camera1", "camera2"}
+    assert {pair.first for pair in overlap_differences(stitched[0].panorama, stitched[0].names)} == {
+        "camera1",
+        "camera2",
+    }
     assert check_frame(load_opv2v(stitched[0].frame.entry.folder.parents[2]), "train", 0, OPTIONS)[0].problems == ()
 
 
@@ -268,7 +321,8 @@ def test_every_check_is_measured_by_something(stitched):
 def test_pictures_and_arrays_are_written_whole(stitched, tmp_path):
     made = stitched[0]
     paths = write_panorama(tmp_path, made.panorama, made.tile.classes)
-    assert sorted(path.name for path in paths) == ["panorama.png", "panorama_mask.npy", "panorama_range_m.npy", "panorama_rgb.npy", "panorama_source.npy"]
+    assert sorted(path.name for path in paths) == ["panorama.png", "panorama_mask.npy", "panorama_range_m.npy",
+                                                   "panorama_rgb.npy", "panorama_source.npy"]
     assert np.array_equal(np.load(tmp_path / "panorama_range_m.npy"), made.panorama.range_m.numpy())
     assert Image.open(tmp_path / "panorama.png").size == (504, 4 * (126 + 14)) and not list(tmp_path.glob(".*"))
 
@@ -309,7 +363,8 @@ def opened(chromium, path: Path):
     page, errors, asked = context.new_page(), [], []
     page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
     page.on("pageerror", lambda error: errors.append(str(error)))
-    page.on("request", lambda request: None if request.url.startswith(("data:", "blob:")) else asked.append(request.url))
+    page.on("request",
+            lambda request: None if request.url.startswith(("data:", "blob:")) else asked.append(request.url))
     page.goto(path.as_uri())
     page.wait_for_selector("body[data-drawn=yes]", timeout=120_000)
     assert asked == [path.as_uri()]
@@ -322,9 +377,12 @@ HOSTILE = "<img src=x onerror=alert(1)></script><b>SIZE</b>"
 @browser_only
 def test_the_panorama_page_zooms_together_and_tells_range_and_angles_offline(chromium, stitched, tmp_path):
     made = stitched[0]
-    path = write_panorama_page(tmp_path / "panorama.html", made.panorama, [HOSTILE, *made.names[1:]], HOSTILE, made.tile.classes)
+    path = write_panorama_page(tmp_path / "panorama.html", made.panorama, [HOSTILE, *made.names[1:]], HOSTILE,
+                               made.tile.classes)
     page, errors = opened(chromium, path)
-    assert page.title() == HOSTILE and page.locator("h1").text_content() == HOSTILE and page.locator("h1 b").count() == 0
+    assert (
+        page.title() == HOSTILE and page.locator("h1").text_content() == HOSTILE and page.locator("h1 b").count() == 0
+    )
     assert f"This file is {path.stat().st_size / 1e6:.1f} MB" in page.content()
     axis = "const l = plot._fullLayout, b = plot.getBoundingClientRect(), x = l['xaxis' + n], y = l['yaxis' + n];"
     at = "([n, c, r]) => { " + axis + " return [b.left + x._offset + x.d2p(c), b.top + y._offset + y.d2p(r)]; }"
@@ -333,11 +391,16 @@ def test_the_panorama_page_zooms_together_and_tells_range_and_angles_offline(chr
     for n in ("", "2"):
         page.mouse.move(*page.evaluate(at, [n, column, row]))
         told = page.locator("#tip").text_content()
-        assert f"{made.panorama.range_m[row, column]:.2f} m" in told and f"{math.degrees(azimuth):.1f}°" in told and f"{math.degrees(elevation):.1f}°" in told
+        assert (
+            f"{made.panorama.range_m[row, column]:.2f} m" in told
+            and f"{math.degrees(azimuth):.1f}°" in told
+            and f"{math.degrees(elevation):.1f}°" in told
+        )
     a, b = (page.evaluate(at, ["", *place]) for place in ((100, 30), (200, 60)))
     page.mouse.move(*a), page.mouse.down(), page.mouse.move(*b, steps=5), page.mouse.up()
     page.wait_for_function("plot._fullLayout.xaxis.range[1] < 260")
-    ranges = page.evaluate("['', '2', '3'].map(n => [...plot._fullLayout['xaxis' + n].range, ...plot._fullLayout['yaxis' + n].range])")
+    ranges = page.evaluate("['', '2', '3'].map(n => [...plot._fullLayout['xaxis' + n].range, "
+                           "...plot._fullLayout['yaxis' + n].range])")
     assert ranges[0] == ranges[1] == ranges[2] and ranges[0][0] > 60
     assert not errors
     page.context.close()
@@ -350,11 +413,16 @@ def test_the_cloud_page_switches_poses_and_colours_offline(chromium, stitched, t
     moved[1, 0, 3] += 2
     path = write_cloud_page(tmp_path / "cloud.html", clouds, {"true": true, "predicted": moved}, HOSTILE, most=2000)
     page, errors = opened(chromium, path)
-    assert "of " + f"{sum(len(c.points) for c in clouds):,} points" in page.locator("p").first.text_content() and page.locator("h1 b").count() == 0
+    assert (
+        "of " + f"{sum(len(c.points) for c in clouds):,} points" in page.locator("p").first.text_content()
+        and page.locator("h1 b").count() == 0
+    )
     first = page.evaluate("plot.data[1].y[0]")
     page.select_option("#poses", "predicted")
     page.wait_for_selector("body[data-poses=predicted]")
-    assert page.evaluate("plot.data[1].y[0]") == pytest.approx(first - 2, abs=1e-3), "x of OpenCV is to the right, y of the page to the left"
+    assert page.evaluate("plot.data[1].y[0]") == pytest.approx(first - 2, abs=1e-3), (
+        "x of OpenCV is to the right, y of the page to the left"
+    )
     assert page.evaluate("Array.isArray(plot.data[0].marker.color)")
     page.select_option("#colours", "vehicle")
     page.wait_for_selector("body[data-colours=vehicle]")
@@ -366,17 +434,29 @@ def test_the_cloud_page_switches_poses_and_colours_offline(chromium, stitched, t
 def test_previews_say_what_they_wrote_and_why_there_are_no_points(copy, tmp_path):
     for path in [*copy.glob("train/*/*/*_depth*.png"), *copy.glob("train/*/*/*.pcd")]: path.unlink()
     summary = write_previews(tmp_path / "a", [stitch_frame(load_opv2v(copy)[0], OPTIONS)], "flat", check(copy))
-    assert "no points" in summary["note"] and not (tmp_path / "a" / "cloud.html").exists() and (tmp_path / "a" / "views" / "camera3.png").is_file()
+    assert (
+        "no points" in summary["note"]
+        and not (tmp_path / "a" / "cloud.html").exists()
+        and (tmp_path / "a" / "views" / "camera3.png").is_file()
+    )
     written = json.loads((tmp_path / "a" / "summary.json").read_text())
-    assert written["files"] == {name: (tmp_path / "a" / name).stat().st_size for name in written["files"]} and written["checks"]["data"] == "the town"
+    assert written["files"] == {name: (tmp_path / "a" / name).stat().st_size
+                                for name in written["files"]} and written["checks"]["data"] == "the town"
 
 
 def test_the_experiment_runs_on_a_folder_and_leaves_pages_and_gates(town, tmp_path):
     notebook = read_notebook(Path(__file__).parents[1] / "nbs" / "experiments" / "panorama_checks.ipynb")
-    parameters = {"data": f"opv2v:{town}", "width": 504, "height": 126, "samples": 1, "timing_repeats": 1, "truth_frames": 1, "points": 2000}
+    parameters = {"data": f"opv2v:{town}", "width": 504, "height": 126, "samples": 1, "timing_repeats": 1,
+                  "truth_frames": 1, "points": 2000}
     record = run_notebook(notebook, parameters, run_dir=tmp_path / "run")
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert record and results["gates"]["coverage_share"]["verdict"] == "green" and results["results"]["data_verdict"] == "green"
+    assert (
+        record
+        and results["gates"]["coverage_share"]["verdict"] == "green"
+        and results["results"]["data_verdict"] == "green"
+    )
     truth, cost = {"truth_psnr_srgb_db", "truth_range_abs_rel_median"}, {"stitch_far_field_ms", "stitch_depth_aware_ms"}
     assert truth | cost | {"overlap_difference_share", "checks_red"} <= set(results["gates"])
-    assert list((tmp_path / "run").glob("previews/*/cloud.html")) and list((tmp_path / "run").glob("figures/panorama_*.png"))
+    assert list((tmp_path / "run").glob("previews/*/cloud.html")) and list(
+        (tmp_path / "run").glob("figures/panorama_*.png")
+    )

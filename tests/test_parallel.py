@@ -1,4 +1,5 @@
-"""One run on several processes: the same samples, rates and losses as on one, and all end together, however one of them ends."""
+"""One run on several processes: the same samples, rates and losses as on one, and all end together, however one of them
+ends."""
 
 import json
 import math
@@ -33,9 +34,8 @@ from kilonb.splats.gaussians import gaussians_from_points
 from kilonb.training.checkpoints import final_path, latest_path, read_checkpoint
 from kilonb.training.guards import TrainingStopped
 from kilonb.training.loop import LoopConfig, train
-from kilonb.training.parallel import (
-    ALONE, DistributedSteps, World, agree, average_gradients, epoch_indices, first_goes_ahead, gather_rows, join, share, share_weight, world_from_environment,
-)
+from kilonb.training.parallel import (ALONE, DistributedSteps, World, agree, average_gradients, epoch_indices,
+                                      first_goes_ahead, gather_rows, join, share, share_weight, world_from_environment)
 from kilonb.training.scalars import read_scalars
 
 QUIET = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
@@ -77,7 +77,8 @@ class Ranks:
     def run(self, function, size: int, *arguments, timeout_s: float = 60.0, patience_s: float = 120.0) -> list:
         """What `function(world, *arguments)` returns on each of `size` ranks; its error as text; None where it died."""
         port, answers = free_port(), []
-        for rank in range(size): self.pipes[rank].send((function, World(rank, size, rank, port=port, timeout_s=timeout_s), arguments))
+        for rank in range(size):
+            self.pipes[rank].send((function, World(rank, size, rank, port=port, timeout_s=timeout_s), arguments))
         for rank in range(size):
             try:
                 assert self.pipes[rank].poll(patience_s), f"rank {rank} of {size} has not answered in {patience_s} s"
@@ -108,23 +109,29 @@ def ranks():
 # ---- a problem that is quick
 
 def toy(world, folder=None, resume=False, batch=10, stop_at=None, how=None, seed=None, **settings):
-    """Train a small network on `batch` points a step; on the last rank something happens in step `stop_at`. Returns records and weights, or an error's text."""
+    """Train a small network on `batch` points a step; on the last rank something happens in step `stop_at`. Returns
+    records and weights, or an error's text."""
     torch.manual_seed(world.rank if seed is None else seed)                # the first rank's weights are everybody's
     model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     unused = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([*model.parameters(), unused], lr=1e-2)
-    config = LoopConfig(**{"steps": 40, "warmup_steps": 5, "gradient_clip": 0.5, "ema_decay": 0.9, "log_every_steps": 7, **settings})
+    config = LoopConfig(**{"steps": 40, "warmup_steps": 5, "gradient_clip": 0.5, "ema_decay": 0.9, "log_every_steps": 7,
+                           **settings})
 
     def step_function(step, generator):
         if step == stop_at and world.rank == world.size - 1: how(step)
         points = torch.rand(batch, 2, generator=generator, dtype=torch.float64)[share(batch, world)]
-        noise = 0.1 * torch.randn(batch, 1, dtype=torch.float64)[share(batch, world)]                                 # from the global generator
-        return {"loss": (model(points) - (3 * points[:, :1]).sin() - noise).square().mean(), "share": share_weight(batch, world), "rank": float(world.rank)}
+        # from the global generator
+        noise = 0.1 * torch.randn(batch, 1, dtype=torch.float64)[share(batch, world)]
+        return {"loss": (model(points) - (3 * points[:, :1]).sin() - noise).square().mean(),
+                "share": share_weight(batch, world), "rank": float(world.rank)}
 
-    try: result = train(step_function, optimizer, config, model=model, folder=folder, resume=resume, quiet=True, world=world)
+    try:
+        result = train(step_function, optimizer, config, model=model, folder=folder, resume=resume, quiet=True,
+                       world=world)
     except KeyboardInterrupt: return "KeyboardInterrupt"
-    return {"records": result.records, "weights": [p.detach() for p in model.parameters()], "average": result.averaged.average, "from": result.resumed_from,
-            "steps": result.steps}
+    return {"records": result.records, "weights": [p.detach() for p in model.parameters()],
+            "average": result.averaged.average, "from": result.resumed_from, "steps": result.steps}
 
 
 def press_ctrl_c(step): os.kill(os.getpid(), signal.SIGINT)
@@ -179,7 +186,10 @@ def test_records_are_means_over_the_shares(ranks):
 
 def test_only_the_first_rank_writes(ranks, tmp_path, alone):
     ranks.run(toy, 2, tmp_path / "run")
-    assert list(read_scalars(tmp_path / "run")["step"]) == [r["step"] for r in alone["records"]] and final_path(tmp_path / "run").is_file()
+    assert (
+        list(read_scalars(tmp_path / "run")["step"]) == [r["step"] for r in alone["records"]]
+        and final_path(tmp_path / "run").is_file()
+    )
     assert len(list((tmp_path / "run").glob("events.out.tfevents.*"))) == 1
 
 
@@ -197,14 +207,17 @@ def test_a_resumed_run_of_two_ends_in_the_same_bits(ranks, tmp_path):
     whole = ranks.run(toy, 2)[0]
     ranks.run(toy, 2, tmp_path / "run", False, 10, 25, press_ctrl_c)
     parts = ranks.run(toy, 2, tmp_path / "run", True)[1]
-    assert all(torch.equal(a, b) for a, b in zip(whole["weights"], parts["weights"])) and column(whole, "loss").equal(column(parts, "loss"))
+    assert all(torch.equal(a, b) for a, b in zip(whole["weights"], parts["weights"])) and column(whole, "loss").equal(
+        column(parts, "loss")
+    )
 
 
-@pytest.mark.parametrize(("how", "first", "last"), [
-    (divide_by_zero, "KiloError: Rank 1 failed, and all stopped with it: ZeroDivisionError: in a step", "ZeroDivisionError: in a step"),
-    (stop_by_guard, "TrainingStopped: Rank 1: the alpha collapsed at step 12.", "TrainingStopped: the alpha collapsed at step 12."),
-    (interrupt_inside, "KeyboardInterrupt", "KeyboardInterrupt"),
-])
+@pytest.mark.parametrize(("how", "first", "last"),
+                         [(divide_by_zero, "KiloError: Rank 1 failed, and all stopped with it: "
+                           "ZeroDivisionError: in a step", "ZeroDivisionError: in a step"),
+                          (stop_by_guard, "TrainingStopped: Rank 1: the alpha collapsed at step 12.",
+                           "TrainingStopped: the alpha collapsed at step 12."),
+                          (interrupt_inside, "KeyboardInterrupt", "KeyboardInterrupt")])
 def test_what_ends_one_rank_ends_all_at_the_same_step(ranks, tmp_path, how, first, last):
     answers = ranks.run(toy, 2, tmp_path / "run", False, 10, 12, how)
     assert answers[0] == first and last in answers[1]
@@ -224,7 +237,12 @@ def test_a_rank_that_dies_ends_the_others_with_one_sentence(ranks):
     began = time.monotonic()
     answers = ranks.run(toy, 3, None, False, 10, 5, die)
     assert answers[2] is None and time.monotonic() - began < 30
-    for answer in answers[:2]: assert "lost touch with the other ranks at" in answer and answer.startswith("KiloError: Rank") and "\n" not in answer
+    for answer in answers[:2]:
+        assert (
+            "lost touch with the other ranks at" in answer
+            and answer.startswith("KiloError: Rank")
+            and "\n" not in answer
+        )
 
 
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(ranks):
@@ -233,14 +251,19 @@ def test_a_rank_that_hangs_ends_the_others_within_the_timeout(ranks):
 
 
 def test_a_rank_that_does_not_come_is_missed_in_one_sentence():
-    with pytest.raises(KiloError, match=r"Rank 0 waited 0\.5 s at 127.*not all 2 ranks came"): join(World(0, 2, port=free_port(), timeout_s=0.5))
+    with pytest.raises(KiloError, match=r"Rank 0 waited 0\.5 s at 127.*not all 2 ranks came"):
+        join(World(0, 2, port=free_port(), timeout_s=0.5))
 
 
 def test_a_folder_that_the_first_rank_cannot_use_ends_all(ranks, tmp_path):
     """A folder that holds a run is refused on rank 0 alone; the others hear why."""
     ranks.run(toy, 1, tmp_path / "run")
     answers = ranks.run(toy, 2, tmp_path / "run")
-    assert "already holds a run" in answers[0] and answers[1].startswith("KiloError: Rank 0 failed, and all stopped with it:") and "already holds" in answers[1]
+    assert (
+        "already holds a run" in answers[0]
+        and answers[1].startswith("KiloError: Rank 0 failed, and all stopped with it:")
+        and "already holds" in answers[1]
+    )
 
 
 def drifting(world, folder):
@@ -251,13 +274,15 @@ def drifting(world, folder):
         if step == 3 and world.rank == 1: model.bias.data += 1e-6
 
     step_function = lambda step, generator: {"loss": model(torch.rand(4, 2, generator=generator)).square().mean()}
-    train(step_function, torch.optim.SGD(model.parameters(), lr=0.1), LoopConfig(steps=8, warmup_steps=0, checkpoint_every_steps=3), model=model,
-          folder=folder, after_step=after, quiet=True, world=world)
+    train(step_function, torch.optim.SGD(model.parameters(), lr=0.1),
+          LoopConfig(steps=8, warmup_steps=0, checkpoint_every_steps=3), model=model, folder=folder, after_step=after,
+          quiet=True, world=world)
 
 
 def test_ranks_that_drift_apart_are_told_which_and_when(ranks, tmp_path):
     """At the next checkpoint, which is not written."""
-    assert all("Rank 1 has other weights than rank 0 (after step 6)" in answer for answer in ranks.run(drifting, 2, tmp_path / "run"))
+    assert all("Rank 1 has other weights than rank 0 (after step 6)" in answer
+               for answer in ranks.run(drifting, 2, tmp_path / "run"))
     assert read_checkpoint(latest_path(tmp_path / "run"))["step"] == 3
 
 
@@ -273,7 +298,8 @@ class Cloud(nn.Module):
         if step % 10 != 9 or len(self.means) >= 16: return
         means = nn.Parameter(torch.cat([self.means.data, self.means.data + 0.01]))
         state = self.optimizer.state.pop(self.means)
-        self.optimizer.state[means] = {key: value if value.ndim == 0 else torch.zeros_like(means) for key, value in state.items()}
+        self.optimizer.state[means] = {key: value if value.ndim == 0 else torch.zeros_like(means) for key,
+                                       value in state.items()}
         self.means = self.optimizer.param_groups[0]["params"][0] = means
 
 
@@ -287,8 +313,8 @@ def splitting(world, wrong=False):
     def after(step, records):
         if not (wrong and world.rank): cloud.split(step, records)
 
-    train(step_function, cloud.optimizer, LoopConfig(steps=50, learning_rate=0.05, warmup_steps=0, ema_decay=0.9), model=cloud, after_step=after, quiet=True,
-          world=world)
+    train(step_function, cloud.optimizer, LoopConfig(steps=50, learning_rate=0.05, warmup_steps=0, ema_decay=0.9),
+          model=cloud, after_step=after, quiet=True, world=world)
     return cloud.means.detach()
 
 
@@ -310,7 +336,8 @@ def uneven(world, count):
     inputs = torch.randn(count, 4, generator=generator, dtype=torch.float64)
     mine = share(count, world)
     loss = (inputs[mine] @ weights).sin().mean()
-    if world.rank == world.size - 1: loss = loss + half.sum() / share_weight(count, world)                           # a gradient on one rank only
+    if world.rank == world.size - 1:
+        loss = loss + half.sum() / share_weight(count, world)                           # a gradient on one rank only
     loss.backward()
     average_gradients([weights, half, none], world, share_weight(count, world))
     return weights.grad, half.grad.float(), none.grad
@@ -337,7 +364,8 @@ def of_whole_batch(world):
 
 def test_a_loss_that_is_no_mean_has_the_gradient_of_the_whole(ranks):
     for size, expected in product((2, 3), [of_whole_batch(ALONE)]):
-        for gradient in ranks.run(of_whole_batch, size): torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
+        for gradient in ranks.run(of_whole_batch, size):
+            torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=0)
 
 
 def wrong_shares(world): average_gradients([nn.Parameter(torch.ones(1))], world, 0.9)
@@ -353,22 +381,28 @@ def test_what_the_ranks_do_wrong_is_said(ranks):
     assert all("shares sum to 1.8; expected 1" in answer for answer in ranks.run(wrong_shares, 2))
     assert all("out of step" in answer for answer in ranks.run(different_ways, 2))
     answers = ranks.run(ahead, 2)
-    assert answers == ["KiloError: the teacher has no gaussians.", "KiloError: Rank 0 failed, and all stopped with it: the teacher has no gaussians."]
+    assert answers == ["KiloError: the teacher has no gaussians.",
+                       "KiloError: Rank 0 failed, and all stopped with it: the teacher has no gaussians."]
     with pytest.raises(KiloError, match="batch of 2 cannot be shared by 3"): share(2, World(0, 3))
     with pytest.raises(KiloError, match="call join"): agree(World(0, 2), "nowhere")
-    with pytest.raises(KiloError, match="MASTER_PORT is not set"): world_from_environment({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"})
+    with pytest.raises(KiloError, match="MASTER_PORT is not set"):
+        world_from_environment({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here"})
 
 
 # ---- epochs
 
-@pytest.mark.parametrize(("count", "batch", "steps"), [(23, 7, None), (40, 8, None), (5, 8, 3), (100, 5, 13), (6, 6, None)])
+@pytest.mark.parametrize(("count", "batch", "steps"),
+                         [(23, 7, None), (40, 8, None), (5, 8, 3), (100, 5, 13), (6, 6, None)])
 def test_incident_20_an_epoch_has_the_same_steps_and_batches_at_every_world_size(count, batch, steps):
     whole = {epoch: epoch_indices(count, epoch, 1, batch, ALONE, steps) for epoch in range(3)}
     assert whole[0][0].tolist() != whole[1][0].tolist()
     for size in (1, 2, 3, 4, 5):
         parts = [DistributedSteps(count, batch, 1, World(rank, size), steps) for rank in range(size)]
-        assert {len(part) for part in parts} == {steps or count // batch} and sum(part.weight for part in parts) == pytest.approx(1)
-        for epoch, inside in product(range(3), range(len(parts[0]))):                                             # from any place: nothing before it is needed
+        assert {len(part) for part in parts} == {steps or count // batch} and sum(
+            part.weight for part in parts
+        ) == pytest.approx(1)
+        # from any place: nothing before it is needed
+        for epoch, inside in product(range(3), range(len(parts[0]))):
             step = epoch * len(parts[0]) + inside
             dealt = torch.full((batch,), -1)
             for rank, part in enumerate(parts): dealt[rank::size] = part.batch_of(step)
@@ -391,11 +425,12 @@ def epochs(world):
 
     def step_function(step, generator):
         x = data[batches.batch_of(step)]
-        return {"loss": (model(x) - 2 * x).square().mean(), "share": batches.weight, "epoch": float(batches.place(step)[0])}
+        return {"loss": (model(x) - 2 * x).square().mean(), "share": batches.weight,
+                "epoch": float(batches.place(step)[0])}
 
     config = LoopConfig(steps=4 * len(batches), learning_rate=0.1, warmup_steps=2, log_every_steps=1)
-    return {"records": train(step_function, torch.optim.SGD(model.parameters(), lr=0.1), config, quiet=True, world=world).records,
-            "weights": [p.detach() for p in model.parameters()]}
+    return {"records": train(step_function, torch.optim.SGD(model.parameters(), lr=0.1), config, quiet=True,
+                             world=world).records, "weights": [p.detach() for p in model.parameters()]}
 
 
 def test_incident_20_the_schedule_is_the_same_at_world_sizes_1_2_and_3(ranks):
@@ -410,36 +445,58 @@ def lesson():
     generator = torch.Generator().manual_seed(0)
     shell = nn.functional.normalize(torch.randn(1500, 3, generator=generator), dim=-1) * 0.6
     ball = gaussians_from_points(shell, (shell * 4).sin() / 2 + 0.5, sh_degree=0, opacity=0.9, scale=1.0)
-    return Lesson(ball, [], [(f"view_{i}", camera) for i, camera in enumerate(cameras_around(ball, 6, 40, upward("z")))], [], [], 0.0, "built")
+    return Lesson(ball, [],
+                  [(f"view_{i}", camera) for i, camera in enumerate(cameras_around(ball, 6, 40, upward("z")))], [], [],
+                  0.0, "built")
 
 
 STUDENT = TeachingConfig(
-    cells=4, march_steps=60, voxels=32, targets="teacher", network={"position_frequencies": 4, "direction_frequencies": 2, "hidden": 16},
-    points=PointsConfig(bank=20_000, points=1001, loop=LoopConfig(steps=15, learning_rate=1e-2, warmup_steps=3, log_every_steps=5)),
-    rays=DistillConfig(rays=301, first_refresh=8, refresh_weight=0.01, loss=ResponseLossConfig(depth_weight=0.05),
-                       loop=LoopConfig(steps=30, learning_rate=5e-3, warmup_steps=5, ema_decay=0.9, gradient_clip=1.0, log_every_steps=5)))
+    cells=4,
+    march_steps=60,
+    voxels=32,
+    targets="teacher",
+    network={"position_frequencies": 4, "direction_frequencies": 2, "hidden": 16},
+    points=PointsConfig(
+        bank=20_000, points=1001, loop=LoopConfig(steps=15, learning_rate=1e-2, warmup_steps=3, log_every_steps=5)
+    ),
+    rays=DistillConfig(
+        rays=301,
+        first_refresh=8,
+        refresh_weight=0.01,
+        loss=ResponseLossConfig(depth_weight=0.05),
+        loop=LoopConfig(
+            steps=30, learning_rate=5e-3, warmup_steps=5, ema_decay=0.9, gradient_clip=1.0, log_every_steps=5
+        ),
+    ),
+)
 
 
 def student(world, folder=None, resume=False, time_limit_s=None, ratios=False):
     """Space, points and rays, with every term that ranks can share."""
-    terms = lambda student, teacher: alpha_terms(None, AlphaBandConfig(patience=4, decay=0.5), 30) + ([GradientRatios(ResponseLossConfig())] if ratios else [])
+    terms = lambda student, teacher: alpha_terms(None, AlphaBandConfig(patience=4, decay=0.5),
+                                                 30) + ([GradientRatios(ResponseLossConfig())] if ratios else [])
     config = replace(STUDENT, rays=replace(STUDENT.rays, loop=replace(STUDENT.rays.loop, time_limit_s=time_limit_s)))
     taught = teach(lesson(), config, folder, terms=terms, resume=resume, quiet=True, world=world)
-    return {"records": taught.rays.records, "points": taught.points.records, "weights": [p.detach() for p in taught.student.parameters()],
-            "occupied": taught.student.occupied, "from": taught.rays.resumed_from}
+    return {"records": taught.rays.records, "points": taught.points.records,
+            "weights": [p.detach() for p in taught.student.parameters()], "occupied": taught.student.occupied,
+            "from": taught.rays.resumed_from}
 
 
 def test_a_student_of_two_ranks_is_the_student_of_one(ranks, tmp_path):
-    """Rays that do not divide, occupancy that is refreshed at steps 8 and 16, quantiles over the batch, walls between cells, depth, a clip and an average."""
+    """Rays that do not divide, occupancy that is refreshed at steps 8 and 16, quantiles over the batch, walls between
+    cells, depth, a clip and an average."""
     [one], two = ranks.run(student, 1), ranks.run(student, 2)
     assert isinstance(two[0], dict), two[0]
     for answer in two:
         assert_same_run({**one, "weights": []}, {**answer, "weights": []})
-        for name in ("colour_loss", "depth_loss", "continuity_term", "alpha_band_halo_quantile", "samples_per_ray", "ray_alpha_foreground", "gradient_norm"):
-            torch.testing.assert_close(column(one, name), column(answer, name), rtol=2e-3, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        for name in ("colour_loss", "depth_loss", "continuity_term", "alpha_band_halo_quantile", "samples_per_ray",
+                     "ray_alpha_foreground", "gradient_norm"):
+            torch.testing.assert_close(column(one, name), column(answer, name), rtol=2e-3, atol=1e-6, msg=lambda text,
+                                       name=name: f"{name}: {text}")
         losses = [torch.tensor([record["loss"] for record in records]) for records in (one["points"], answer["points"])]
         torch.testing.assert_close(*losses, rtol=1e-4, atol=0)
-    assert all(torch.equal(a, b) for a, b in zip(two[0]["weights"], two[1]["weights"])) and torch.equal(two[0]["occupied"], two[1]["occupied"])
+    assert all(torch.equal(a, b) for a,
+               b in zip(two[0]["weights"], two[1]["weights"])) and torch.equal(two[0]["occupied"], two[1]["occupied"])
     assert (one["occupied"] ^ two[0]["occupied"]).float().mean() < 1e-3
 
 
@@ -454,7 +511,8 @@ def test_a_student_begun_by_two_ranks_is_finished_by_one(ranks, tmp_path):
 
 
 def test_a_term_that_looks_at_single_samples_is_refused(ranks):
-    for answer in ranks.run(student, 2, None, False, None, True): assert "The term 'gradients' looks at single samples, which 2 ranks do not have" in answer
+    for answer in ranks.run(student, 2, None, False, None, True):
+        assert "The term 'gradients' looks at single samples, which 2 ranks do not have" in answer
 
 
 # ---- notebooks
@@ -488,9 +546,11 @@ if not world.first: raise SystemExit""", """run.finish({"loss": result.records[-
 
 @pytest.fixture
 def experiment(tmp_path) -> Path:
-    cell = lambda i, source: {"cell_type": "code", "id": f"cell-{i}", "metadata": {"tags": ["parameters"]} if i == 0 else {}, "source": source,
+    cell = lambda i, source: {"cell_type": "code", "id": f"cell-{i}",
+                              "metadata": {"tags": ["parameters"]} if i == 0 else {}, "source": source,
                               "execution_count": None, "outputs": []}
-    content = {"cells": [cell(i, source) for i, source in enumerate(CELLS)], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    content = {"cells": [cell(i, source) for i, source in enumerate(CELLS)], "metadata": {}, "nbformat": 4,
+               "nbformat_minor": 5}
     (tmp_path / "line.ipynb").write_text(json.dumps(content))
     return tmp_path / "line.ipynb"
 
@@ -500,13 +560,22 @@ def test_torchrun_runs_one_notebook_on_all_ranks(experiment, tmp_path):
     """As a person types it. Rank 0 is the run; rank 1 keeps its notebook and log inside, and is not listed."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, **QUIET, "KILONB_OUTPUTS": str(tmp_path / "outputs")}
-    done = subprocess.run([*torchrun, "-m", "kilonb.batch.launch", str(experiment), "-p", "steps=24"], env=environment, capture_output=True, text=True,
-                          timeout=280, check=False)
+    done = subprocess.run([*torchrun, "-m", "kilonb.batch.launch", str(experiment), "-p", "steps=24"], env=environment,
+                          capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
     [record] = list_runs(tmp_path / "outputs")
-    assert record.status == FINISHED and record.results["ranks"] == 2 and record.parameters["steps"] == 24 and str(record.folder) in done.stdout
+    assert (
+        record.status == FINISHED
+        and record.results["ranks"] == 2
+        and record.parameters["steps"] == 24
+        and str(record.folder) in done.stdout
+    )
     other = record.folder / "ranks" / "1"
-    assert read_status(other)["status"] == FINISHED and (other / "notebook.ipynb").is_file() and (other / "log.txt").is_file()
+    assert (
+        read_status(other)["status"] == FINISHED
+        and (other / "notebook.ipynb").is_file()
+        and (other / "log.txt").is_file()
+    )
     assert not (other / "results.json").exists() and not (other / "metrics.csv").exists()
     assert "training 24/24" in done.stdout and done.stdout.count("training 24/24") == 1
 
@@ -519,20 +588,31 @@ def test_torchrun_runs_one_notebook_on_all_ranks(experiment, tmp_path):
 def test_a_rank_that_fails_leaves_one_sentence_and_a_failed_run(experiment, tmp_path, monkeypatch, how, sentence):
     for name, value in QUIET.items(): monkeypatch.setenv(name, value)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with pytest.raises(RunFailed, match=sentence) as failed: launch(str(experiment), {"steps": 24, "how": how}, 2, outputs=tmp_path / "outputs")
+    with pytest.raises(RunFailed, match=sentence) as failed:
+        launch(str(experiment), {"steps": 24, "how": how}, 2, outputs=tmp_path / "outputs")
     record = read_run(failed.value.folder)
-    assert record.status == "failed" and str(failed.value) == record.error and "\n" not in record.error and not record.results
+    assert (
+        record.status == "failed"
+        and str(failed.value) == record.error
+        and "\n" not in record.error
+        and not record.results
+    )
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     if how == "fail":                                                       # and goes on, alone or not
         resumed = launch(str(experiment), {"steps": 24}, 2, run_dir=record.folder, resume=True)
-        assert resumed.status == FINISHED and read_checkpoint(final_path(resumed.folder))["step"] == 24 and math.isfinite(resumed.results["loss"])
+        assert (
+            resumed.status == FINISHED
+            and read_checkpoint(final_path(resumed.folder))["step"] == 24
+            and math.isfinite(resumed.results["loss"])
+        )
 
 
 @pytest.mark.slow
 def test_a_folder_in_use_is_refused_and_stays_as_it_is(experiment, tmp_path):
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "thesis.txt").write_text("mine")
-    with pytest.raises(KiloError, match="exists and is not empty"): launch(str(experiment), {"steps": 24}, 2, run_dir=tmp_path / "used")
+    with pytest.raises(KiloError, match="exists and is not empty"):
+        launch(str(experiment), {"steps": 24}, 2, run_dir=tmp_path / "used")
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["thesis.txt"]
 
 

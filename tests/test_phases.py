@@ -1,9 +1,17 @@
-"""What steers a run while it goes: the alpha target and guard, phases and their gates, averages, and the order of experiments."""
+"""What steers a run while it goes: the alpha target and guard, phases and their gates, averages, and the order of
+experiments."""
 import pytest
 import torch
 from torch import nn
 
-from kilonb.distill.alpha import AlphaBand, AlphaBandConfig, OpacityTarget, OpacityTargetConfig, alpha_terms, check_alpha_settings
+from kilonb.distill.alpha import (
+    AlphaBand,
+    AlphaBandConfig,
+    OpacityTarget,
+    OpacityTargetConfig,
+    alpha_terms,
+    check_alpha_settings,
+)
 from kilonb.distill.losses import Term
 from kilonb.distill.phases import Condition, Phase, PhasePlan, phased
 from kilonb.distill.student import DistillConfig, distill, make_student
@@ -32,7 +40,9 @@ def lesson():
     shell = nn.functional.normalize(torch.randn(600, 3, generator=torch.Generator().manual_seed(0)), dim=-1) * 0.6
     ball = gaussians_from_points(shell, (shell * 4).sin() / 2 + 0.5, sh_degree=0, opacity=0.95, scale=0.8)
     grid = occupancy_from_gaussians(ball.means, ball.quats, ball.scales, ball.opacities, 16)
-    return targets_from_teacher(ball, [(f"view_{i}", c) for i, c in enumerate(orbit_cameras(2, 3.0, 30, width=24, height=24))]), grid
+    return targets_from_teacher(
+        ball, [(f"view_{i}", c) for i, c in enumerate(orbit_cameras(2, 3.0, 30, width=24, height=24))]
+    ), grid
 
 
 class Interrupting(RayPool):
@@ -48,7 +58,8 @@ class Interrupting(RayPool):
 
 
 class Projector(Term):
-    """A term with parameters of its own, as features have: they follow the mean colour of the rays, and pull at the student a little."""
+    """A term with parameters of its own, as features have: they follow the mean colour of the rays, and pull at the
+    student a little."""
 
     name = "features"
 
@@ -56,7 +67,8 @@ class Projector(Term):
         self.layer = nn.Linear(4, 3)
         with torch.no_grad(): self.layer.weight.fill_(0.1), self.layer.bias.zero_()
 
-    def parameter_groups(self, learning_rate): return [{"params": list(self.layer.parameters()), "lr": learning_rate / 2, "name": "projector"}]
+    def parameter_groups(self, learning_rate):
+        return [{"params": list(self.layer.parameters()), "lr": learning_rate / 2, "name": "projector"}]
 
     def __call__(self, step, student, batch, seen, generator):
         noise = 0.01 * torch.randn(len(batch.alpha), 3, generator=generator)
@@ -70,9 +82,11 @@ class Projector(Term):
 
 BAND = AlphaBandConfig(minimum=0.95, halo=0.001, patience=3, decay=0.5)
 LOOKS = Phase("looks", {"opacity": 1.0, "alpha_band": 0.0, "features": 0.0}, share=0.25)
-ALONE = Phase("alone", {"opacity": 1.0, "alpha_band": 1.0, "features": 1.0}, share=0.25, frozen=["student"], needs=["features"])
-BOTH = Phase("both", {"opacity": 0.0, "alpha_band": 1.0, "features": 0.5}, gates=[Condition("features_error", at_most=10.0, patience=2)], maximum_wait=0.2,
-             if_blocked="stop", needs=["features"])
+ALONE = Phase("alone", {"opacity": 1.0, "alpha_band": 1.0, "features": 1.0}, share=0.25, frozen=["student"],
+              needs=["features"])
+BOTH = Phase("both", {"opacity": 0.0, "alpha_band": 1.0, "features": 0.5},
+             gates=[Condition("features_error", at_most=10.0, patience=2)], maximum_wait=0.2, if_blocked="stop",
+             needs=["features"])
 
 
 class Session:
@@ -93,7 +107,8 @@ class Session:
         return distill(self.student, self.pool, self.config, folder, terms=self.terms, resume=resume, quiet=True)
 
 
-def without_clock(records): return [{name: value for name, value in record.items() if name != "elapsed_s"} for record in records]
+def without_clock(records):
+    return [{name: value for name, value in record.items() if name != "elapsed_s"} for record in records]
 
 
 def contents(folder): return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -104,14 +119,17 @@ def batch_of(student_alpha, target_alpha):
     wanted, alpha = torch.tensor(target_alpha), torch.tensor(student_alpha, requires_grad=True)
     nothing = torch.zeros(len(wanted), 3)
     unknown = torch.zeros_like(wanted)
-    return RayBatch(Rays(nothing, nothing), nothing, wanted, unknown), RayRender(nothing, alpha, unknown, torch.zeros(0), None)
+    return RayBatch(Rays(nothing, nothing), nothing, wanted, unknown), RayRender(
+        nothing, alpha, unknown, torch.zeros(0), None
+    )
 
 
 # ---- a run that is stopped and resumed
 
 @pytest.mark.parametrize("stop_at", [9, 10, 19, 21, 33])
 def test_a_resumed_run_goes_through_its_phases_to_the_same_bits(lesson, tmp_path, stop_at):
-    """Stopped just before and after phases change (steps 10 and 20), while the guard's weight moves, and while SWA averages (from 24)."""
+    """Stopped just before and after phases change (steps 10 and 20), while the guard's weight moves, and while SWA
+    averages (from 24)."""
     whole = Session(lesson)
     expected = whole.run(tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt): Session(lesson).run(tmp_path / "parts", stop_at=stop_at)
@@ -119,9 +137,12 @@ def test_a_resumed_run_goes_through_its_phases_to_the_same_bits(lesson, tmp_path
     parts = Session(lesson)
     result = parts.run(tmp_path / "parts", resume=True)
     assert result.resumed_from == stop_at and without_clock(result.records) == without_clock(expected.records)
-    for name, value in whole.student.state_dict().items(): assert torch.equal(value, parts.student.state_dict()[name]), name
-    for name, value in whole.projector.state_dict().items(): assert torch.equal(value, parts.projector.state_dict()[name]), name
-    assert parts.plan.history == whole.plan.history == ["Step 10: phase 'alone' begins.", "Step 20: phase 'both' begins."]
+    for name, value in whole.student.state_dict().items():
+        assert torch.equal(value, parts.student.state_dict()[name]), name
+    for name, value in whole.projector.state_dict().items():
+        assert torch.equal(value, parts.projector.state_dict()[name]), name
+    assert parts.plan.history == whole.plan.history == ["Step 10: phase 'alone' begins.",
+                                                        "Step 20: phase 'both' begins."]
     assert expected.records[-1]["alpha_band_weight_effective"] > 0                    # the guard was at work
 
 
@@ -137,9 +158,11 @@ def test_incident_8_a_distillation_is_fresh_or_resumed_never_appended(lesson, tm
 def test_another_plan_or_another_guard_is_not_resumed(lesson, tmp_path):
     with pytest.raises(KeyboardInterrupt): Session(lesson).run(tmp_path / "run", stop_at=15)
     shorter = Phase("looks", LOOKS.weights, share=0.2)
-    with pytest.raises(KiloError, match="resume with the same plan"): Session(lesson, (shorter, ALONE, BOTH)).run(tmp_path / "run", resume=True)
+    with pytest.raises(KiloError, match="resume with the same plan"):
+        Session(lesson, (shorter, ALONE, BOTH)).run(tmp_path / "run", resume=True)
     other = AlphaBandConfig(minimum=0.95, halo=0.001, patience=3, decay=0.5, cap=0.15)
-    with pytest.raises(KiloError, match=r"alpha_band cap = 0\.12, this one has 0\.15"): Session(lesson, band=other).run(tmp_path / "run", resume=True)
+    with pytest.raises(KiloError, match=r"alpha_band cap = 0\.12, this one has 0\.15"):
+        Session(lesson, band=other).run(tmp_path / "run", resume=True)
 
 
 # ---- phases
@@ -160,8 +183,10 @@ def test_what_is_frozen_stands_still_and_moves_again(lesson):
 
     Looking(lesson).run()
     moved = lambda which, first, last: not torch.equal(seen[first][which], seen[last][which])
-    assert moved(0, 1, 10) and not moved(0, 10, 20) and moved(0, 20, 40)              # the student: frozen in steps 10..20
-    assert not moved(1, 1, 10) and moved(1, 10, 20) and moved(1, 20, 40)              # the projector: off in steps 0..10
+    # the student: frozen in steps 10..20
+    assert moved(0, 1, 10) and not moved(0, 10, 20) and moved(0, 20, 40)
+    # the projector: off in steps 0..10
+    assert not moved(1, 1, 10) and moved(1, 10, 20) and moved(1, 20, 40)
 
 
 def test_phase_and_effective_weights_are_in_the_log(lesson, tmp_path):
@@ -170,25 +195,33 @@ def test_phase_and_effective_weights_are_in_the_log(lesson, tmp_path):
     assert list(log["phase_index"]) == [0.0] * 10 + [1.0] * 10 + [2.0] * 20
     assert list(log["features_phase_weight"]) == [0.0] * 10 + [1.0] * 10 + [0.5] * 20
     assert list(log["features_weight_effective"][10:]) == [0.1] * 10 + [0.05] * 20
-    torch.testing.assert_close(torch.tensor(log["features_term"][10:]), torch.tensor(log["features_weight_effective"][10:] * log["features_error"][10:]))
+    torch.testing.assert_close(torch.tensor(log["features_term"][10:]),
+                               torch.tensor(log["features_weight_effective"][10:] * log["features_error"][10:]))
 
 
 @pytest.mark.parametrize("ending", ["stop", "go on"])
 def test_a_gate_blocks_its_phase_and_says_how_it_ended(lesson, tmp_path, ending):
-    never = Phase("both", BOTH.weights, gates=[Condition("phase_colour_error", at_most=0.0)], maximum_wait=0.2, if_blocked=ending, needs=["features"])
+    never = Phase("both", BOTH.weights, gates=[Condition("phase_colour_error", at_most=0.0)], maximum_wait=0.2,
+                  if_blocked=ending, needs=["features"])
     session = Session(lesson, (LOOKS, ALONE, never), checkpoint_every_steps=1)
     if ending == "stop":
-        with pytest.raises(TrainingStopped, match="at step 28: phase 'both' has waited 8 steps for phase_colour_error <= 0"): session.run(tmp_path / "run")
+        with pytest.raises(TrainingStopped,
+                           match="at step 28: phase 'both' has waited 8 steps for phase_colour_error <= 0"):
+            session.run(tmp_path / "run")
         assert read_checkpoint(latest_path(tmp_path / "run"))["step"] == 27
     else:
         records = session.run(tmp_path / "run").records
-        assert session.said[-1] == "Step 28: phase 'both' begins, though it has waited 8 steps for phase_colour_error <= 0."
+        assert (
+            session.said[-1]
+            == "Step 28: phase 'both' begins, though it has waited 8 steps for phase_colour_error <= 0."
+        )
         assert records[-1]["phase_index"] == 2 and max(record["phase_waiting_steps"] for record in records) > 0
 
 
 def test_a_gate_needs_as_many_checks_in_a_row_as_it_says():
     gate = Condition("loss", at_most=1.0, patience=3)
-    plan = PhasePlan([Phase("a", {}, steps=2), Phase("b", {}, gates=[gate], maximum_wait=0.9, if_blocked="stop")], 100, [], say=lambda sentence: None)
+    plan = PhasePlan([Phase("a", {}, steps=2), Phase("b", {}, gates=[gate], maximum_wait=0.9, if_blocked="stop")], 100,
+                     [], say=lambda sentence: None)
     for step, loss in enumerate([0.5, 0.5, 2.0, 0.5, 0.5], 1): plan.weights(step, {"step": step, "loss": loss})
     plan.weights(5, {"step": 5, "loss": 0.5})                                         # a record is judged once
     assert plan.index == 0
@@ -200,30 +233,39 @@ def test_incident_9_an_empty_list_of_gates_is_no_gates(lesson):
     """Emptied on purpose, the list came back as the default and stopped a run that had no features."""
     open_phase = Phase("both", BOTH.weights, gates=[], needs=["features"])
     session = Session(lesson, (LOOKS, ALONE, open_phase))
-    assert session.plan.phases[2].gates == [] and session.run().records[-1]["phase_index"] == 2 and session.plan.began == 20
-    with pytest.raises(KiloError, match="must be a list, empty for none: got None"): Phase("both", BOTH.weights, gates=None)
+    assert (
+        session.plan.phases[2].gates == []
+        and session.run().records[-1]["phase_index"] == 2
+        and session.plan.began == 20
+    )
+    with pytest.raises(KiloError, match="must be a list, empty for none: got None"):
+        Phase("both", BOTH.weights, gates=None)
     assert PhasePlan([], 100, ["opacity"]).weights(50) == {"opacity": 1.0}
 
 
 def test_incident_9_without_features_their_phases_are_gone_and_it_says_so(lesson):
     session = Session(lesson, features=False)
-    assert session.said == ["Phase 'alone' is left out: this run has no features.", "Phase 'both' is left out: this run has no features."]
+    assert session.said == ["Phase 'alone' is left out: this run has no features.",
+                            "Phase 'both' is left out: this run has no features."]
     assert session.run().finished and [phase.name for phase in session.plan.phases] == ["looks"]
     assert all(parameter.requires_grad for parameter in session.student.parameters())
-    first = PhasePlan([ALONE, Phase("rest", {"opacity": 1.0, "alpha_band": 1.0, "features": 1.0}, gates=BOTH.gates, maximum_wait=0.1, if_blocked="stop")],
-                      100, ["opacity", "alpha_band"], say=lambda sentence: None)
+    first = PhasePlan([ALONE,
+                       Phase("rest", {"opacity": 1.0, "alpha_band": 1.0, "features": 1.0}, gates=BOTH.gates,
+                             maximum_wait=0.1, if_blocked="stop")], 100, ["opacity", "alpha_band"],
+                      say=lambda sentence: None)
     assert first.phase.name == "rest" and not first.phase.gates and len(first.history) == 2
 
 
-@pytest.mark.parametrize("phases, says", [
-    ([Phase("a", {"x": 1.0}, steps=100), Phase("b", {"x": 1.0})], "steps = 100: 'a' 100 steps; nothing is left for 'b'"),
-    ([Phase("a", {"x": 1.0}, share=0.9), Phase("b", {"x": 1.0}, gates=[Condition("v", at_most=1.0)], maximum_wait=0.1, if_blocked="stop")],
-     "waiting for 'b' up to 10"),
-    ([Phase("a", {}, share=0.5), Phase("b", {"x": 1.0})], "no weight for x"),
-    ([Phase("a", {"x": 1.0, "y": 1.0})], "Unknown term in the weights of phase 'a' 'y'"),
-    ([Phase("a", {"x": 1.0}), Phase("b", {"x": 1.0})], "'a' has no length"),
-    ([Phase("a", {"x": 1.0}, share=0.1), Phase("a", {"x": 1.0})], "same name"),
-])
+@pytest.mark.parametrize("phases, says",
+                         [([Phase("a", {"x": 1.0}, steps=100), Phase("b", {"x": 1.0})],
+                           "steps = 100: 'a' 100 steps; nothing is left for 'b'"),
+                          ([Phase("a", {"x": 1.0}, share=0.9),
+                            Phase("b", {"x": 1.0}, gates=[Condition("v", at_most=1.0)], maximum_wait=0.1,
+                                  if_blocked="stop")], "waiting for 'b' up to 10"),
+                          ([Phase("a", {}, share=0.5), Phase("b", {"x": 1.0})], "no weight for x"),
+                          ([Phase("a", {"x": 1.0, "y": 1.0})], "Unknown term in the weights of phase 'a' 'y'"),
+                          ([Phase("a", {"x": 1.0}), Phase("b", {"x": 1.0})], "'a' has no length"),
+                          ([Phase("a", {"x": 1.0}, share=0.1), Phase("a", {"x": 1.0})], "same name")])
 def test_a_plan_that_cannot_work_is_refused_before_a_step(phases, says):
     with pytest.raises(KiloError) as error: PhasePlan(phases, 100, ["x"])
     assert says in str(error.value) and "\n" not in str(error.value)
@@ -234,13 +276,16 @@ def test_freezing_everything_is_refused(lesson):
     terms = [OpacityTarget(OpacityTargetConfig(), 40)]
     plan = lambda name: PhasePlan([Phase("a", {"opacity": 1.0}, frozen=[name])], 40, ["opacity"])
     with pytest.raises(KiloError, match="nothing would learn"): phased(plan("student"), terms, session.student)
-    with pytest.raises(KiloError, match=r"Unknown name in frozen.*'studnt'"): phased(plan("studnt"), terms, session.student)
+    with pytest.raises(KiloError, match=r"Unknown name in frozen.*'studnt'"):
+        phased(plan("studnt"), terms, session.student)
     with pytest.raises(KiloError, match="made for the terms"): phased(PhasePlan([], 40, ["features"]), terms)
 
 
 def test_a_gate_on_a_value_that_nothing_logs_names_the_nearest(lesson):
-    wrong = Phase("both", BOTH.weights, gates=[Condition("feature_error", at_most=1.0)], maximum_wait=0.1, if_blocked="stop", needs=["features"])
-    with pytest.raises(KiloError, match="'feature_error': did you mean 'features_error'"): Session(lesson, (LOOKS, ALONE, wrong)).run()
+    wrong = Phase("both", BOTH.weights, gates=[Condition("feature_error", at_most=1.0)], maximum_wait=0.1,
+                  if_blocked="stop", needs=["features"])
+    with pytest.raises(KiloError, match="'feature_error': did you mean 'features_error'"):
+        Session(lesson, (LOOKS, ALONE, wrong)).run()
 
 
 # ---- the alpha guard
@@ -252,7 +297,8 @@ def guarded(alphas, config=CALM, band=None):
     """The guard's weight at each step, when the object's rays have these alphas."""
     band, weights = band or AlphaBand(config, 10_000), []
     for step, alpha in enumerate(alphas):
-        weights.append(band(step, None, *batch_of([alpha, 0.0], [1.0, 0.0]), None)["alpha_band_weight_effective"].item())
+        weights.append(band(step, None, *batch_of([alpha, 0.0], [1.0, 0.0]),
+                            None)["alpha_band_weight_effective"].item())
         band.after_step(step)
     return weights
 
@@ -277,7 +323,11 @@ def test_the_guard_watches_the_background_too():
     for step in range(5):
         values = band(step, None, *batch_of([1.0, 0.3], [1.0, 0.0]), None)
         band.after_step(step)
-    assert values["alpha_band_weight_effective"] > 0 and values["alpha_band_halo_quantile"] == pytest.approx(0.3) and values["alpha_band_leak_quantile"] == 0
+    assert (
+        values["alpha_band_weight_effective"] > 0
+        and values["alpha_band_halo_quantile"] == pytest.approx(0.3)
+        and values["alpha_band_leak_quantile"] == 0
+    )
 
 
 def test_a_batch_without_object_rays_tells_the_guard_nothing():
@@ -298,10 +348,22 @@ def test_the_guard_s_state_goes_through_a_checkpoint():
 
 def test_incident_10_contradictions_are_refused_naming_both_settings():
     refusals = {
-        lambda: check_alpha_settings(OpacityTargetConfig(end=0.95), AlphaBandConfig(minimum=0.5, maximum=0.9)): ("end = 0.95", "maximum = 0.9"),
-        lambda: check_alpha_settings(OpacityTargetConfig(weight=0.35), AlphaBandConfig()): ("weight = 0.35", "cap = 0.12"),
-        lambda: check_alpha_settings(OpacityTargetConfig(start=0.05, end=0.05, side="both"), None, 0.1): ("end = 0.05", "alpha_floor = 0.1"),
-        lambda: alpha_terms(OpacityTargetConfig(end=0.5, side="both"), AlphaBandConfig(minimum=0.9), 1000): ("end = 0.5", "minimum = 0.9"),
+        lambda: check_alpha_settings(OpacityTargetConfig(end=0.95), AlphaBandConfig(minimum=0.5, maximum=0.9)): (
+            "end = 0.95",
+            "maximum = 0.9",
+        ),
+        lambda: check_alpha_settings(OpacityTargetConfig(weight=0.35), AlphaBandConfig()): (
+            "weight = 0.35",
+            "cap = 0.12",
+        ),
+        lambda: check_alpha_settings(OpacityTargetConfig(start=0.05, end=0.05, side="both"), None, 0.1): (
+            "end = 0.05",
+            "alpha_floor = 0.1",
+        ),
+        lambda: alpha_terms(OpacityTargetConfig(end=0.5, side="both"), AlphaBandConfig(minimum=0.9), 1000): (
+            "end = 0.5",
+            "minimum = 0.9",
+        ),
         lambda: AlphaBandConfig(minimum=0.9, maximum=0.5): ("minimum = 0.9", "maximum = 0.5"),
         lambda: AlphaBandConfig(weight=0.2, cap=0.12): ("weight = 0.2", "cap = 0.12"),
         lambda: OpacityTargetConfig(warmup=0.8, ramp=0.3): ("warmup = 0.8", "ramp = 0.3"),
@@ -318,12 +380,15 @@ def test_incident_10_the_logged_weight_is_the_one_at_work(lesson, tmp_path):
     views, grid = lesson
     student = make_student(grid, SHAPE, 0.05)
     loop = LoopConfig(30, 5e-3, warmup_steps=4, log_every_steps=1)
-    distill(student, RayPool(views, grid, 0.05), DistillConfig(128, loop=loop), tmp_path, terms=alpha_terms(OpacityTargetConfig(), BAND, 30), quiet=True)
+    distill(student, RayPool(views, grid, 0.05), DistillConfig(128, loop=loop), tmp_path,
+            terms=alpha_terms(OpacityTargetConfig(), BAND, 30), quiet=True)
     log = {name: torch.tensor(values) for name, values in read_scalars(tmp_path).items()}
     assert len(log["step"]) == 30 and log["alpha_band_weight_effective"].max() > 0
-    torch.testing.assert_close(log["alpha_band_term"], log["alpha_band_weight_effective"] * log["alpha_band_penalty"], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(log["alpha_band_term"], log["alpha_band_weight_effective"] * log["alpha_band_penalty"],
+                               rtol=1e-4, atol=1e-9)
     gap = (log["opacity_target"] - log["opacity_measured"]).clamp(min=0)
-    torch.testing.assert_close(log["opacity_term"], log["opacity_weight_effective"] * gap.square(), rtol=1e-3, atol=1e-8)
+    torch.testing.assert_close(log["opacity_term"], log["opacity_weight_effective"] * gap.square(), rtol=1e-3,
+                               atol=1e-8)
 
 
 # ---- SWA
@@ -342,18 +407,21 @@ def test_swa_is_the_mean_of_the_snapshots_also_over_a_resume(tmp_path):
             if snapshots is not None: snapshots.append(model.weight.detach().clone())
 
         config = LoopConfig(40, 0.1, warmup_steps=2, swa_from=0.75, log_every_steps=10)
-        return model, train(step_function, optimizer, config, model=model, folder=folder, resume=resume, after_step=keep, quiet=True)
+        return model, train(step_function, optimizer, config, model=model, folder=folder, resume=resume,
+                            after_step=keep, quiet=True)
 
     snapshots = []
     model, result = session(tmp_path / "whole", snapshots=snapshots)
-    torch.testing.assert_close(result.averaged.average["weight"], torch.stack(snapshots[30:]).mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(result.averaged.average["weight"], torch.stack(snapshots[30:]).mean(0), rtol=0,
+                               atol=1e-6)
     assert not torch.equal(result.averaged.average["weight"], model.weight) and result.averaged.taken["weight"] == 10
     for stop_at in (12, 35):
         with pytest.raises(KeyboardInterrupt): session(tmp_path / f"parts{stop_at}", stop_at=stop_at)
         _, again = session(tmp_path / f"parts{stop_at}", resume=True)
         assert torch.equal(again.averaged.average["weight"], result.averaged.average["weight"])
     reader = nn.Linear(3, 2)
-    assert load_weights(final_path(tmp_path / "whole"), reader) == "averaged weights (SWA of the last 10 steps) of step 40"
+    assert load_weights(final_path(tmp_path / "whole"),
+                        reader) == "averaged weights (SWA of the last 10 steps) of step 40"
     assert torch.equal(reader.weight, result.averaged.average["weight"])
     assert load_weights(latest_path(tmp_path / "parts12"), reader).startswith("averaged")
 
@@ -361,17 +429,21 @@ def test_swa_is_the_mean_of_the_snapshots_also_over_a_resume(tmp_path):
 def test_a_run_that_ends_before_swa_begins_has_no_average(tmp_path):
     model = nn.Linear(2, 1)
     config = LoopConfig(40, 0.1, warmup_steps=0, swa_from=0.5, time_limit_s=1e-9)
-    result = train(lambda step, generator: {"loss": model(torch.ones(2)).square().sum()}, torch.optim.SGD(model.parameters(), lr=0.1), config,
-                   model=model, folder=tmp_path, quiet=True)
-    assert result.averaged is None and load_weights(latest_path(tmp_path), model) == "raw weights of step 1 (its average begins after step 20)"
-    with pytest.raises(KiloError, match="begins after step 20"): load_weights(latest_path(tmp_path), model, weights="averaged")
+    result = train(lambda step, generator: {"loss": model(torch.ones(2)).square().sum()},
+                   torch.optim.SGD(model.parameters(), lr=0.1), config, model=model, folder=tmp_path, quiet=True)
+    assert result.averaged is None and load_weights(latest_path(tmp_path),
+                                                    model) == "raw weights of step 1 (its average begins after step 20)"
+    with pytest.raises(KiloError, match="begins after step 20"):
+        load_weights(latest_path(tmp_path), model, weights="averaged")
 
 
 def test_the_student_gets_the_equal_average_but_not_of_its_space(lesson, tmp_path):
     session = Session(lesson, phases=())
     result = session.run(tmp_path)
-    assert torch.equal(session.student.field.networks, result.averaged.average["field.networks"]) and "occupied" not in result.averaged.average
-    assert not torch.equal(session.student.field.networks, read_checkpoint(final_path(tmp_path))["model"]["field.networks"])
+    assert torch.equal(session.student.field.networks,
+                       result.averaged.average["field.networks"]) and "occupied" not in result.averaged.average
+    assert not torch.equal(session.student.field.networks,
+                           read_checkpoint(final_path(tmp_path))["model"]["field.networks"])
 
 
 # ---- the order of experiments
@@ -389,22 +461,31 @@ def test_the_policy_unlocks_by_measured_numbers_only(tmp_path):
     assert states() == ["open", "locked", "locked", "locked"]
     leave_run(tmp_path, "single_view_overfit", psnr_srgb_white_db=45.0, status="failed")
     leave_run(tmp_path, "single_view_overfit", psnr_srgb_white_db=float("nan"))
-    assert states()[0] == "open" and read_policy(tmp_path).of("single_view_overfit").missing().endswith("is not a number")
+    assert states()[0] == "open" and read_policy(tmp_path).of("single_view_overfit").missing().endswith(
+        "is not a number"
+    )
     leave_run(tmp_path, "single_view_overfit", psnr_srgb_white_db=45.0)
     leave_run(tmp_path, "multi_view_response", test_psnr_srgb_white_db=25.0, test_lpips_vgg=0.25)
     assert states() == ["passed", "open", "locked", "locked"] and "0.06 too high" in read_policy(tmp_path).table()
     leave_run(tmp_path, "multi_view_response", test_psnr_srgb_white_db=25.0, test_lpips_vgg=0.15)
     assert states() == ["passed", "passed", "open", "locked"]
-    assert [s.state for s in read_policy(tmp_path, data="blender:lego_400").standings] == ["open", "locked", "locked", "locked"]
+    assert [s.state for s in read_policy(tmp_path, data="blender:lego_400").standings] == [
+        "open",
+        "locked",
+        "locked",
+        "locked",
+    ]
 
 
 def test_the_policy_warns_or_refuses_as_it_is_told(tmp_path, capsys):
     assert require_unlocked("multi_view_features", tmp_path, "off") and not capsys.readouterr().out
-    assert not require_unlocked("multi_view_features", tmp_path) and "single_view_overfit has no finished run" in capsys.readouterr().out
+    assert not require_unlocked("multi_view_features",
+                                tmp_path) and "single_view_overfit has no finished run" in capsys.readouterr().out
     with pytest.raises(KiloError, match=r"multi_view_features' is locked: .*multi_view_response has no finished run"):
         require_unlocked("multi_view_features", tmp_path, "enforce")
     assert require_unlocked(POLICY[0].experiment, tmp_path, "enforce")
-    with pytest.raises(KiloError, match="did you mean 'multi_view_features'"): require_unlocked("multi_view_feature", tmp_path)
+    with pytest.raises(KiloError, match="did you mean 'multi_view_features'"):
+        require_unlocked("multi_view_feature", tmp_path)
 
 
 def test_incident_9_a_stage_without_gates_is_passed_by_finishing(tmp_path):
@@ -414,7 +495,8 @@ def test_incident_9_a_stage_without_gates_is_passed_by_finishing(tmp_path):
     assert require_unlocked("two", tmp_path, "enforce", policy=policy)
 
 
-def direction(loss, psnr=30.0, spikes=0.0): return {"colour_loss": loss, "psnr_srgb_foreground_db": psnr, "alpha_spike_share": spikes}
+def direction(loss, psnr=30.0, spikes=0.0):
+    return {"colour_loss": loss, "psnr_srgb_foreground_db": psnr, "alpha_spike_share": spikes}
 
 
 @pytest.mark.parametrize("results, adopted", [
@@ -427,10 +509,15 @@ def direction(loss, psnr=30.0, spikes=0.0): return {"colour_loss": loss, "psnr_s
 ])
 def test_direction_frequencies_are_adopted_by_the_rule(results, adopted):
     verdict = adopt_direction_frequencies(results)
-    assert verdict.adopted == adopted and f"L = {adopted}" in verdict.sentence and [row["L"] for row in verdict.table] == sorted(results)
+    assert (
+        verdict.adopted == adopted
+        and f"L = {adopted}" in verdict.sentence
+        and [row["L"] for row in verdict.table] == sorted(results)
+    )
 
 
 def test_the_rule_refuses_what_was_not_measured():
     with pytest.raises(KiloError, match="at least two"): adopt_direction_frequencies({0: direction(0.01)})
-    with pytest.raises(KiloError, match="L = 2 hold no number 'colour_loss'"): adopt_direction_frequencies({0: direction(0.01), 2: direction(float("nan"))})
+    with pytest.raises(KiloError, match="L = 2 hold no number 'colour_loss'"):
+        adopt_direction_frequencies({0: direction(0.01), 2: direction(float("nan"))})
     assert spike_share([0.05] * 9 + [0.09] + [0.05] * 9) == pytest.approx(0.1)

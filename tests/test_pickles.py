@@ -27,9 +27,12 @@ def test_a_malicious_pickle_does_not_run(tmp_path, protocol):
 
 
 def test_no_permission_of_ours_lets_code_be_reached():
-    """What we allow are classes and functions that hold numbers; nothing that opens, imports, evaluates or fetches attributes."""
-    names = {f"{module}.{name}" for module, items in combine(ARRAYS, NUMPY_ARRAYS, PLAIN_OBJECTS).items() for name in items}
-    dangerous = {"eval", "exec", "getattr", "setattr", "open", "load", "loads", "__import__", "import_module", "system", "compile", "type", "object"}
+    """What we allow are classes and functions that hold numbers; nothing that opens, imports, evaluates or fetches
+    attributes."""
+    names = {f"{module}.{name}" for module,
+             items in combine(ARRAYS, NUMPY_ARRAYS, PLAIN_OBJECTS).items() for name in items}
+    dangerous = {"eval", "exec", "getattr", "setattr", "open", "load", "loads", "__import__", "import_module", "system",
+                 "compile", "type", "object"}
     assert not {name for name in names if name.rpartition(".")[2] in dangerous}
 
 
@@ -43,7 +46,11 @@ def test_the_installed_weights_open_and_name_arrays_only():
     folder = weights_folder("lpips", os.environ.get("KILONB_DATA"))
     if folder is None: pytest.skip("the weights are not installed: kilonb data get lpips")
     for name in ("alexnet", "vgg16"):
-        assert set(list_globals((folder / f"{name}.ckpt").read_bytes())) == {"numpy:dtype", "numpy:ndarray", "numpy.core.multiarray:_reconstruct"}
+        assert set(list_globals((folder / f"{name}.ckpt").read_bytes())) == {
+            "numpy:dtype",
+            "numpy:ndarray",
+            "numpy.core.multiarray:_reconstruct",
+        }
     tree = load_restricted(folder / "alexnet.ckpt")
     kernel = tree["AlexNet_0"]["Conv_0"]["kernel"]
     assert kernel.shape == (11, 11, 3, 64) and kernel.dtype == np.float32

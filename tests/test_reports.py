@@ -1,4 +1,5 @@
-"""What people open in the morning: the report of a sweep of 24 runs, in a real browser without a network. Needs Chromium (Debian: apt install chromium)."""
+"""What people open in the morning: the report of a sweep of 24 runs, in a real browser without a network. Needs
+Chromium (Debian: apt install chromium)."""
 import json
 import math
 import random
@@ -21,8 +22,8 @@ from kilonb.runs.folders import mark_run, open_run
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 browser_only = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
 HOSTILE = "</script><script>document.title = 'stolen'</script><img src=x onerror=\"document.title='stolen'\">' \u2028\u2029 &amp;"
-GATES = [Gate("test_psnr_srgb_white_db", at_least=29.0, notes=19.18, published=33.4, source="KiloNeRF, lego", baseline_result="test_psnr_blank_white_db"),
-         Gate("train_s", at_most=70.0)]
+GATES = [Gate("test_psnr_srgb_white_db", at_least=29.0, notes=19.18, published=33.4, source="KiloNeRF, lego",
+              baseline_result="test_psnr_blank_white_db"), Gate("train_s", at_most=70.0)]
 
 
 def leave_pictures(folder: Path, quality: float, dice: np.random.Generator) -> None:
@@ -40,13 +41,14 @@ def make_run(outputs: Path, name: str, number: int, values: dict, dice: np.rando
     (run.folder / "notebook.ipynb").write_text('{"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}')
     steps = np.arange(10, 4001, 10)
     loss = 0.2 * np.exp(-steps / (300 + 100 * number)) + 0.004 * dice.random(len(steps))
-    rows = "".join(f"{s},{s / 50},{a!r},{b!r}\n" for s, a, b in zip(steps.tolist(), loss.tolist(), (30 - 20 * loss).tolist()))
+    rows = "".join(f"{s},{s / 50},{a!r},{b!r}\n" for s, a,
+                   b in zip(steps.tolist(), loss.tolist(), (30 - 20 * loss).tolist()))
     run.metrics.write_text("step,elapsed_s,loss,train_psnr_db\n" + rows)
     if number in (4, 19): return mark_run(run.folder, "failed", f"ValueError: run {number} {HOSTILE}")
     quality = 28 + values["learning_rate"] * 100 + (values["kind"] == "kilonerf") + 0.2 * dice.normal()
     leave_pictures(run.folder, quality, dice)
-    run.finish({"test_psnr_srgb_white_db": quality, "test_psnr_blank_white_db": 9.2, "train_s": 40 + number + dice.random(),
-                "frames_per_s": 5 + 10 * dice.random(), "note": HOSTILE}, GATES)
+    run.finish({"test_psnr_srgb_white_db": quality, "test_psnr_blank_white_db": 9.2,
+                "train_s": 40 + number + dice.random(), "frames_per_s": 5 + 10 * dice.random(), "note": HOSTILE}, GATES)
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +61,9 @@ def outputs(tmp_path_factory) -> Path:
         plan.append({"name": f"{number:03d}-1f3a9c2b", "parameters": values, "varied": values})
         make_run(folder, plan[-1]["name"], number, values, dice)
     (folder / plan[7]["name"] / "results.json").write_text('{"experiment": "students", "resul')
-    write_json(folder / "sweep.json", {"sweep": "students_lr", "experiment": "students", "varied": ["learning_rate", "kind", "seed"], "runs": plan})
+    write_json(folder / "sweep.json",
+               {"sweep": "students_lr", "experiment": "students", "varied": ["learning_rate", "kind", "seed"],
+                "runs": plan})
     write_json(folder / "status.json", {"kind": "sweep", "status": "finished", "elapsed_s": 812.0, "runs": []})
     return root
 
@@ -74,7 +78,8 @@ def test_the_report_of_24_runs_is_small_and_names_what_went_wrong(report):
     assert "21 of 24 runs finished, 2 failed, 1 unreadable." in text
     assert text.count('class="failed" data-run') == 3 and "ValueError: run 4 " in text and "ValueError: run 19 " in text
     assert "007-1f3a9c2b/results.json is not JSON" in text, "the damaged file is named"
-    for shown in ("≥ 29", "19.18", "33.4 (KiloNeRF, lego)", ">9.2<"): assert shown in text, "the columns beside our number"
+    for shown in ("≥ 29", "19.18", "33.4 (KiloNeRF, lego)", ">9.2<"):
+        assert shown in text, "the columns beside our number"
     assert 'href="000-1f3a9c2b/notebook.ipynb"' in text
 
 
@@ -85,7 +90,11 @@ def test_nothing_that_a_run_wrote_becomes_markup(report):
     data = re.search(r'<script type="application/json" id="colouring">(.*?)</script>', text, re.DOTALL)[1]
     assert not set("<\u2028\u2029") & set(data) and HOSTILE in json.loads(data)["colours"]["kind"]
     script = re.search(r"<script>(.*)</script></body>", text, re.DOTALL)[1]
-    assert f'content="{policy_for(script)}"' in text and "'unsafe-inline'" not in policy_for(script).split("script-src")[1] and "unsafe-eval" not in text
+    assert (
+        f'content="{policy_for(script)}"' in text
+        and "'unsafe-inline'" not in policy_for(script).split("script-src")[1]
+        and "unsafe-eval" not in text
+    )
     assert not re.search(r"""\b(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
 
 
@@ -106,7 +115,8 @@ def test_a_limit_below_the_text_is_refused_and_leaves_no_file(outputs, tmp_path)
 def test_seeds_are_aggregated_with_their_spread(outputs, report):
     """By hand from the files: one condition of three seeds."""
     folders = [outputs / "sweeps" / "students_lr" / f"{i:03d}-1f3a9c2b" for i in (0, 1, 2)]
-    values = [json.loads((folder / "results.json").read_text())["results"]["test_psnr_srgb_white_db"] for folder in folders]
+    values = [json.loads((folder / "results.json").read_text())["results"]["test_psnr_srgb_white_db"]
+              for folder in folders]
     section = report.read_text(encoding="utf-8").split(">Conditions</h2>")[1].split("</section>")[0]
     assert f">{np.mean(values):.2f}<" in section and f" ± {np.std(values, ddof=1):.2f}<" in section
 
@@ -121,7 +131,9 @@ def test_a_damaged_plan_pictures_or_curves_cost_their_part_only(outputs, tmp_pat
     for path in one[2].images.values(): path.write_bytes(b"no picture")
     (copy / "status.json").write_text("\x00")
     text = report_html(copy, copy / "report.html")
-    for named in ("sweep.json", "001-1f3a9c2b/metrics.csv", "002-1f3a9c2b/pictures/pictures.json", one[2].images["target"].name): assert named in text, named
+    for named in ("sweep.json", "001-1f3a9c2b/metrics.csv", "002-1f3a9c2b/pictures/pictures.json",
+                  one[2].images["target"].name):
+        assert named in text, named
     assert "21 of 24 runs finished" in text and text.count('class="comparison"') == 5
 
 
@@ -131,44 +143,63 @@ def test_odd_results_do_not_stop_a_report(tmp_path, value):
         run = open_run("odd", tmp_path / "odd" / str(i), {"x": value if i else [1, {"a": HOSTILE}], "seed": i})
         run.finish({"psnr_db": result, "train_s": 1.0, "frames_per_s": result}, [Gate("psnr_db", at_least=20.0)])
         run.metrics.write_text(f"step,elapsed_s,loss\n1,0.1,{result if isinstance(result, float) else 'nan'}\n")
-    for target in (tmp_path / "odd", tmp_path / "odd" / "0", tmp_path): assert "<script>document" not in report_html(target, tmp_path / "r.html")
+    for target in (tmp_path / "odd", tmp_path / "odd" / "0", tmp_path):
+        assert "<script>document" not in report_html(target, tmp_path / "r.html")
 
 
 def test_a_run_an_experiment_several_runs_and_the_lab_have_reports(outputs, tmp_path):
     sweep = outputs / "sweeps" / "students_lr"
     run = write_report(sweep / "000-1f3a9c2b", tmp_path / "run.html").read_text(encoding="utf-8")
     assert "Run of students" in run and run.count('class="comparison"') == 3 and ">loss</text>" in run
-    several = write_report([sweep / "000-1f3a9c2b", sweep / "013-1f3a9c2b"], tmp_path / "two.html").read_text(encoding="utf-8")
+    several = write_report([sweep / "000-1f3a9c2b", sweep / "013-1f3a9c2b"],
+                           tmp_path / "two.html").read_text(encoding="utf-8")
     assert "2 of 2 runs finished" in several
     open_run("toy", outputs / "toy" / "a", {}).finish({"psnr_db": 10.0}, [Gate("psnr_db", at_least=20.0, notes=19.2)])
     lab = write_report(outputs=outputs).read_text(encoding="utf-8")
-    assert "0 of 1 experiments and data are green; not green: toy" in lab and "students_lr" in lab and 'href="sweeps/students_lr/report.html"' in lab
-    assert find_target("students_lr", outputs) == sweep.resolve() and find_target("toy", outputs) == (outputs / "toy").resolve()
+    assert (
+        "0 of 1 experiments and data are green; not green: toy" in lab
+        and "students_lr" in lab
+        and 'href="sweeps/students_lr/report.html"' in lab
+    )
+    assert (
+        find_target("students_lr", outputs) == sweep.resolve()
+        and find_target("toy", outputs) == (outputs / "toy").resolve()
+    )
     with pytest.raises(KiloError, match="There are no runs in"): write_report(tmp_path)
-    with pytest.raises(KiloError, match="did you mean 'train_s'"): write_report(sweep, tmp_path / "x.html", time="train_ss")
+    with pytest.raises(KiloError, match="did you mean 'train_s'"):
+        write_report(sweep, tmp_path / "x.html", time="train_ss")
 
 
 def test_the_pareto_front_is_what_brute_force_finds():
     dice = random.Random(1)
     for _ in range(300):
         directions = [dice.choice((-1, 1)) for _ in range(dice.choice((1, 2, 3)))]
-        points = [[dice.choice((math.nan, math.inf, dice.randint(0, 4), dice.random())) for _ in directions] for _ in range(dice.randint(0, 20))]
+        points = [[dice.choice((math.nan, math.inf, dice.randint(0, 4), dice.random())) for _ in directions]
+                  for _ in range(dice.randint(0, 20))]
         signed = [[d * v for d, v in zip(directions, point)] for point in points]
         real = [i for i, point in enumerate(signed) if not any(map(math.isnan, point))]
         beats = lambda a, b: all(x >= y for x, y in zip(a, b)) and a != b
-        assert pareto_front(points, directions) == [i for i in real if not any(beats(signed[j], signed[i]) for j in real)]
+        assert pareto_front(points,
+                            directions) == [i for i in real if not any(beats(signed[j], signed[i]) for j in real)]
 
 
 def test_thinning_a_curve_keeps_its_spikes():
     values = np.random.default_rng(2).normal(size=20_000)
     values[[77, 12_345]] = (50.0, -60.0)
     x, y = downsample(np.arange(20_000), values, 100)
-    assert len(x) <= 202 and y.max() == 50.0 and y.min() == -60.0 and set(x) >= {77, 12_345} and np.array_equal(values[x.astype(int)], y)
+    assert (
+        len(x) <= 202
+        and y.max() == 50.0
+        and y.min() == -60.0
+        and set(x) >= {77, 12_345}
+        and np.array_equal(values[x.astype(int)], y)
+    )
 
 
 def test_the_worst_pictures_come_first_and_a_missing_score_is_the_worst(tmp_path):
     picture = np.zeros((8, 8, 3))
-    for name, score in (("a", 30.0), ("b", 20.0), ("c", math.nan)): save_comparison(tmp_path, name, {"target": picture, "student": picture}, score, "psnr_db")
+    for name, score in (("a", 30.0), ("b", 20.0), ("c", math.nan)):
+        save_comparison(tmp_path, name, {"target": picture, "student": picture}, score, "psnr_db")
     assert [one.name for one in worst(read_comparisons(tmp_path), 2)] == ["c", "b"]
 
 
@@ -201,7 +232,8 @@ def test_a_report_opens_offline_without_errors_or_requests(chromium, report):
     page.wait_for_timeout(300)
     assert asked == [report.as_uri()] and not said
     assert page.title() == "students_lr", "no run's script has run"
-    assert page.evaluate("[...document.images].every(image => image.complete && image.naturalWidth >= 50)") and page.locator(".comparison").count() == 6
+    assert page.evaluate("[...document.images].every(image => image.complete && "
+                         "image.naturalWidth >= 50)") and page.locator(".comparison").count() == 6
     assert page.locator("svg.chart").count() >= 8
     page.context.close()
 
@@ -210,17 +242,24 @@ def test_a_report_opens_offline_without_errors_or_requests(chromium, report):
 def test_tables_sort_filter_and_choose(chromium, report):
     page, said, _ = opened(chromium, report)
     table = page.locator("table.runs")
-    values = lambda: page.eval_on_selector_all("table.runs tbody tr:not(.below)", "rows => rows.map(row => row.cells[5].dataset.v)")
+    values = lambda: page.eval_on_selector_all("table.runs tbody tr:not(.below)",
+                                               "rows => rows.map(row => row.cells[5].dataset.v)")
     head = table.get_by_role("button", name="test_psnr_srgb_white_db")
     head.click()
     down = [float(v) for v in values() if v]
-    assert len(down) == 21 and down == sorted(down, reverse=True) and values()[-3:] == ["", "", ""], "what has no number comes last"
+    assert len(down) == 21 and down == sorted(down, reverse=True) and values()[-3:] == ["", "", ""], (
+        "what has no number comes last"
+    )
     head.click()
     assert [float(v) for v in values() if v] == sorted(down)
-    below = page.eval_on_selector_all("tr.below", "rows => rows.every(row => row.previousElementSibling.classList.contains('failed'))")
+    below = page.eval_on_selector_all("tr.below", "rows => rows.every(row => "
+                                      "row.previousElementSibling.classList.contains('failed'))")
     assert below, "sentences stay with their runs"
     page.locator(".filter").fill("run 19")
-    assert page.locator("table.runs tbody tr:visible").count() == 2 and page.locator(".shown").inner_text() == "1 of 24 runs"
+    assert (
+        page.locator("table.runs tbody tr:visible").count() == 2
+        and page.locator(".shown").inner_text() == "1 of 24 runs"
+    )
     page.locator(".filter").fill("")
     page.locator('table.runs tr[data-run="003-1f3a9c2b"] td').nth(2).click()
     assert page.locator(".lines .mark.chosen").count() == 2 and "1 chosen" in page.locator("#clear").inner_text()
@@ -228,7 +267,10 @@ def test_tables_sort_filter_and_choose(chromium, report):
     assert page.locator(".chosen").count() == 0
     before = page.locator('.dots .mark[data-run="003-1f3a9c2b"]').first.evaluate("mark => mark.style.color")
     page.locator("#colour-by").select_option("kind")
-    assert page.locator('.dots .mark[data-run="003-1f3a9c2b"]').first.evaluate("mark => mark.style.color") != before and not said
+    assert (
+        page.locator('.dots .mark[data-run="003-1f3a9c2b"]').first.evaluate("mark => mark.style.color") != before
+        and not said
+    )
     page.context.close()
 
 
@@ -255,7 +297,10 @@ def test_two_pictures_are_swiped_and_blinked(chromium, report):
     page.keyboard.press("b")
     assert card.locator(".blink").get_attribute("aria-pressed") == "false"
     card.locator(".choose-right").select_option(label="error x 5")
-    assert card.locator("img.right").get_attribute("alt") == "error x 5" and card.locator("img.left").get_attribute("alt") == "target"
+    assert (
+        card.locator("img.right").get_attribute("alt") == "error x 5"
+        and card.locator("img.left").get_attribute("alt") == "target"
+    )
     rival = card.locator(".choose-left option").all_inner_texts()
     assert any("best run" in word for word in rival) and not said
     page.context.close()
@@ -264,12 +309,18 @@ def test_two_pictures_are_swiped_and_blinked(chromium, report):
 @browser_only
 @pytest.mark.parametrize("kind", ["sweep", "run", "lab"])
 def test_a_phone_scrolls_in_one_direction(chromium, outputs, report, tmp_path, kind):
-    path = {"sweep": report, "run": write_report(outputs / "sweeps" / "students_lr" / "000-1f3a9c2b", tmp_path / "run.html"),
+    path = {"sweep": report,
+            "run": write_report(outputs / "sweeps" / "students_lr" / "000-1f3a9c2b", tmp_path / "run.html"),
             "lab": write_report(outputs, tmp_path / "lab.html")}[kind]
     page, said, asked = opened(chromium, path, 360, 800, has_touch=True, is_mobile=True, device_scale_factor=2)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360 and page.evaluate("visualViewport.scale") == 1
-    assert page.evaluate("[...document.querySelectorAll('.wide')].some(box => box.scrollWidth > box.clientWidth)"), "wide tables scroll in their own box"
-    assert float(page.evaluate("getComputedStyle(document.body).fontSize").removesuffix("px")) >= 15 and not said and asked == [path.as_uri()]
+    assert page.evaluate("[...document.querySelectorAll('.wide')].some(box => box.scrollWidth > "
+                         "box.clientWidth)"), "wide tables scroll in their own box"
+    assert (
+        float(page.evaluate("getComputedStyle(document.body).fontSize").removesuffix("px")) >= 15
+        and not said
+        and asked == [path.as_uri()]
+    )
     page.context.close()
 
 
@@ -281,5 +332,9 @@ def test_a_script_that_was_smuggled_in_is_not_run(chromium, report, tmp_path):
     spoilt.write_text(report.read_text(encoding="utf-8").replace("<main>", f"<main>{added}", 1), encoding="utf-8")
     page, said, asked = opened(chromium, spoilt)
     page.wait_for_timeout(200)
-    assert page.title() == "students_lr" and asked == [spoilt.as_uri()] and any("Content Security Policy" in line for line in said)
+    assert (
+        page.title() == "students_lr"
+        and asked == [spoilt.as_uri()]
+        and any("Content Security Policy" in line for line in said)
+    )
     page.context.close()

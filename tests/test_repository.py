@@ -29,14 +29,16 @@ WITHOUT_TORCH = ("core", "data", "runs", "reports", "batch", "cli")
 def tracked() -> list[Path]:
     """Files that git holds; in an unpacked archive, all but the environment's and the outputs'."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode == 0: return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
+    if listed.returncode == 0:
+        return [ROOT / name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()]
     aside = {".venv", "outputs", "__pycache__", ".ruff_cache", "build", "dist"}
     return [path for path in ROOT.rglob("*") if path.is_file() and not aside & set(path.relative_to(ROOT).parts)]
 
 
 FILES = tracked()
 NOTEBOOKS = sorted(path for path in FILES if path.suffix == ".ipynb")
-LIBRARY = [path for path in NOTEBOOKS if path.relative_to(ROOT).parts[1:2] and path.relative_to(ROOT).parts[1] in LAYERS]
+LIBRARY = [path for path in NOTEBOOKS if path.relative_to(ROOT).parts[1:2]
+           and path.relative_to(ROOT).parts[1] in LAYERS]
 RUNNABLE = [path for path in NOTEBOOKS if path.parent.name in ("experiments", "benchmarks", "explore")]
 MODULES = sorted(path for path in FILES if path.suffix == ".py" and path.is_relative_to(PACKAGE))
 
@@ -57,12 +59,15 @@ def test_the_lists_are_not_empty():
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=name_of)
 def test_a_notebook_that_is_run_has_exactly_one_parameters_cell(path):
-    """Without the tag papermill's values are ignored and the run silently keeps its defaults; with two, one set wins unseen."""
+    """Without the tag papermill's values are ignored and the run silently keeps its defaults; with two, one set wins
+    unseen."""
     tagged = [cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
     assert len(tagged) == 1 and tagged[0]["cell_type"] == "code"
     assigned = ast.parse(source(tagged[0])).body
-    assert assigned and all(isinstance(line, ast.AnnAssign) and line.value is not None for line in assigned), "flat, typed, each with a default"
-    if path.parent.name == "experiments": assert {"run_dir", "data", "seed", "resume"} <= {line.target.id for line in assigned}
+    assert assigned and all(isinstance(line, ast.AnnAssign) and line.value is not None
+                            for line in assigned), "flat, typed, each with a default"
+    if path.parent.name == "experiments":
+        assert {"run_dir", "data", "seed", "resume"} <= {line.target.id for line in assigned}
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=name_of)
@@ -73,7 +78,10 @@ def test_a_notebook_that_is_run_exports_nothing(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name_of)
 def test_a_committed_notebook_carries_no_execution_noise(path):
     for number, cell in enumerate(cells(path)):
-        if cell["cell_type"] == "code": assert not cell["outputs"] and cell["execution_count"] is None, f"cell {number} carries outputs: run make export"
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"] and cell["execution_count"] is None, (
+                f"cell {number} carries outputs: run make export"
+            )
         assert set(cell["metadata"]) <= {"tags"}, f"cell {number} carries {set(cell['metadata'])}"
 
 
@@ -103,12 +111,14 @@ def imports(path: Path) -> list[tuple[str, list[str]]]:
         if isinstance(node, ast.Import): found += [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            found.append((".".join([*base, *([node.module] if node.module else [])]), [alias.name for alias in node.names]))
+            found.append((".".join([*base, *([node.module] if node.module else [])]),
+                          [alias.name for alias in node.names]))
     return found
 
 
 def packages_of(module: str, names: list[str]) -> set[str]:
-    """The packages that an import reaches: `kilonb.runs.gates`, `from kilonb import runs` and `from kilonb.runs import gates` alike."""
+    """The packages that an import reaches: `kilonb.runs.gates`, `from kilonb import runs` and `from kilonb.runs import
+    gates` alike."""
     if module == "kilonb": return {name for name in names if name in LAYERS}
     return {module.split(".")[1]} if module.startswith("kilonb.") else set()
 
@@ -119,20 +129,29 @@ def test_a_package_imports_only_from_lower_layers(path):
     assert package in LAYERS, f"the package {package} has no layer"
     for module, names in imports(path):
         for other in packages_of(module, names):
-            assert other == package or LAYERS.get(other, 99) < LAYERS[package], f"{name_of(path)} imports {module}, which is not in a lower layer"
+            assert other == package or LAYERS.get(other, 99) < LAYERS[package], (
+                f"{name_of(path)} imports {module}, which is not in a lower layer"
+            )
 
 
 def test_the_check_of_layers_sees_every_way_to_import():
-    assert packages_of("kilonb.distill.losses", ["x"]) == packages_of("kilonb.distill", ["losses"]) == packages_of("kilonb", ["distill"]) == {"distill"}
+    assert (
+        packages_of("kilonb.distill.losses", ["x"])
+        == packages_of("kilonb.distill", ["losses"])
+        == packages_of("kilonb", ["distill"])
+        == {"distill"}
+    )
     for other in (("kilonbx.core", ["a"]), ("torch", [])): assert not packages_of(*other)
 
 
 def edges() -> dict[str, set[str]]:
     """Module -> modules of the package that it imports, at any depth in the file."""
-    known = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES if path.name != "__init__.py"}
+    known = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in MODULES
+             if path.name != "__init__.py"}
     found = {}
     for name, path in known.items():
-        reached = {module for module, _ in imports(path)} | {f"{module}.{one}" for module, names in imports(path) for one in names}
+        reached = {module for module, _ in imports(path)} | {f"{module}.{one}" for module,
+                                                             names in imports(path) for one in names}
         found[name] = (reached & set(known)) - {name}
     return found
 
@@ -166,7 +185,8 @@ def test_the_package_reads_like_a_hand_written_one(path):
 
 def test_what_a_command_needs_at_once_imports_no_torch():
     """`kilonb --help` answers at once."""
-    modules = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES if path.parent.name in WITHOUT_TORCH and path.name != "__init__.py")
+    modules = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES
+                     if path.parent.name in WITHOUT_TORCH and path.name != "__init__.py")
     code = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\nprint(*sorted({{'torch', 'numba'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -182,13 +202,15 @@ def test_no_large_files():
 
 
 def test_outputs_stay_out_of_git():
-    assert not [name for path in FILES if (name := name_of(path)).startswith("outputs/") and name != "outputs/README.md"]
+    assert not [name for path in FILES if (name := name_of(path)).startswith("outputs/")
+                and name != "outputs/README.md"]
 
 
 def test_every_data_manifest_loads():
     from kilonb.data.manifests import load_manifests
 
-    assert {path.stem for path in FILES if path.suffix == ".yaml" and path.parent.name == "data_manifests"} <= set(load_manifests())
+    assert {path.stem for path in FILES if path.suffix == ".yaml"
+            and path.parent.name == "data_manifests"} <= set(load_manifests())
 
 
 def test_gates_of_every_experiment_can_be_listed_before_it_is_run(capfd, monkeypatch, tmp_path):

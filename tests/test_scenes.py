@@ -17,14 +17,22 @@ from PIL import Image
 from kilonb.geometry.cameras import PinholeCamera, orbit_cameras
 from kilonb.core.errors import KiloError
 from kilonb.scenes.blender import downscale, load_blender, read_rgba, scene_hash, write_blender
-from kilonb.scenes.brickyard import build_brickyard, hemisphere_cameras, passing_cameras, straight_picture, write_brickyard
+from kilonb.scenes.brickyard import (
+    build_brickyard,
+    hemisphere_cameras,
+    passing_cameras,
+    straight_picture,
+    write_brickyard,
+)
 from kilonb.splats.ply import read_ply
 
 REAL = os.environ.get("KILONB_DATA")
-needs_lego = pytest.mark.skipif(not REAL or not (Path(REAL) / "lego_400").is_dir(), reason="set KILONB_DATA to the folder that holds lego_400")
+needs_lego = pytest.mark.skipif(not REAL or not (Path(REAL) / "lego_400").is_dir(),
+                                reason="set KILONB_DATA to the folder that holds lego_400")
 
 
-def premultiplied(rgba: torch.Tensor) -> torch.Tensor: return torch.cat([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
+def premultiplied(rgba: torch.Tensor) -> torch.Tensor:
+    return torch.cat([rgba[..., :3] * rgba[..., 3:], rgba[..., 3:]], -1)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +72,7 @@ def pose(change):
 
 BROKEN = {
     "no folder": (lambda f: [p.unlink() for p in f.rglob("*") if p.is_file()], ["transforms_train.json", "missing"]),
-    "JSON cut": (lambda f: cut(f / "transforms_train.json", .6), ["transforms_train.json", "JSON"]),
+    "JSON cut": (lambda f: cut(f / "transforms_train.json", 0.6), ["transforms_train.json", "JSON"]),
     "JSON is a list": (lambda f: (f / "transforms_train.json").write_text("[]"), ["frames"]),
     "no frames": (lambda f: edit(f, lambda t: t["frames"].clear()), ["no frames"]),
     "no camera": (lambda f: edit(f, lambda t: t.pop("camera_angle_x")), ["camera_angle_x", "fl_x"]),
@@ -80,11 +88,14 @@ BROKEN = {
     "pose is text": (lambda f: edit(f, pose(lambda m: m[1].__setitem__(0, "x"))), ["frame 2", "4x4"]),
     "pose NaN": (lambda f: edit(f, pose(lambda m: m[1].__setitem__(3, math.nan))), ["frame 2", "not finite"]),
     "pose scaled": (lambda f: edit(f, pose(lambda m: m[0].__setitem__(0, 2.0))), ["frame 2", "not rigid"]),
-    "pose mirrored": (lambda f: edit(f, pose(lambda m: [row.__setitem__(0, -row[0]) for row in m])), ["frame 2", "mirrors"]),
+    "pose mirrored": (
+        lambda f: edit(f, pose(lambda m: [row.__setitem__(0, -row[0]) for row in m])),
+        ["frame 2", "mirrors"],
+    ),
     "last row": (lambda f: edit(f, pose(lambda m: m[3].__setitem__(3, 2.0))), ["frame 2", "last row"]),
     "picture missing": (lambda f: (f / "train/r_1.png").unlink(), ["r_1.png", "missing"]),
-    "picture cut": (lambda f: cut(f / "train/r_1.png", .7), ["r_1.png", "truncated"]),
-    "picture cut in its header": (lambda f: cut(f / "train/r_1.png", .005), ["r_1.png"]),
+    "picture cut": (lambda f: cut(f / "train/r_1.png", 0.7), ["r_1.png", "truncated"]),
+    "picture cut in its header": (lambda f: cut(f / "train/r_1.png", 0.005), ["r_1.png"]),
     "picture empty": (lambda f: (f / "train/r_1.png").write_bytes(b""), ["r_1.png"]),
     "picture is text": (lambda f: (f / "train/r_1.png").write_text("not a picture"), ["r_1.png"]),
     "no alpha": (lambda f: repaint(f / "train/r_1.png", "RGB"), ["r_1.png", "no alpha", "RGBA"]),
@@ -114,7 +125,8 @@ def test_damage_inside_a_picture_is_found_when_it_is_decoded(copy):
 
 @pytest.mark.parametrize("index", [-1, 4, 100])
 def test_a_frame_that_is_not_there_is_an_error_that_counts(brickyard, index):
-    with pytest.raises(KiloError, match=rf"Frame {index} is not there.*4 frames, 0 to 3"): load_blender(brickyard, "train")[index]
+    with pytest.raises(KiloError, match=rf"Frame {index} is not there.*4 frames, 0 to 3"):
+        load_blender(brickyard, "train")[index]
 
 
 def test_a_subset_holds_the_frames_that_were_asked_for(brickyard):
@@ -142,11 +154,13 @@ def test_poses_survive_the_round_trip_to_the_bit_and_focal_lengths_to_rounding(t
         assert abs(frame.camera.fx - camera.fx) < 1e-9 * camera.fx
     stored = json.loads((tmp_path / "transforms_train.json").read_text())["frames"][0]["transform_matrix"]
     looking = -torch.tensor(stored)[:3, 2]
-    assert torch.allclose(looking, cameras[0].camera_to_world[:3, 2]), "on disk the camera looks along minus z, OpenGL's way"
+    assert torch.allclose(looking,
+                          cameras[0].camera_to_world[:3, 2]), "on disk the camera looks along minus z, OpenGL's way"
 
 
 def test_off_centre_intrinsics_scale_with_the_resolution(tmp_path):
-    """A point must fall on the same place of the picture at any resolution; a centre left behind would shift it by pixels."""
+    """A point must fall on the same place of the picture at any resolution; a centre left behind would shift it by
+    pixels."""
     camera = PinholeCamera(orbit_cameras(1, 4.0, 20.0)[0].camera_to_world, 90.0, 95.0, 27.0, 13.5, 60, 30)
     write_blender(tmp_path, "train", [camera], [torch.rand(30, 60, 4)])
     point = torch.tensor([[.2, -.1, .3]])
@@ -156,7 +170,8 @@ def test_off_centre_intrinsics_scale_with_the_resolution(tmp_path):
 
 
 def test_the_alpha_on_disk_is_straight(brickyard):
-    """Incident 2: straight and premultiplied were mixed. Composited with its alpha, a stored picture is the render; composited as premultiplied, it is not."""
+    """Incident 2: straight and premultiplied were mixed. Composited with its alpha, a stored picture is the render;
+    composited as premultiplied, it is not."""
     frame, teacher = load_blender(brickyard, "test")[0], read_ply(brickyard / "teacher.ply")
     truth = premultiplied(straight_picture(teacher, frame.camera))
     stored = frame.rgba_straight()
@@ -187,11 +202,13 @@ def test_a_writer_that_fails_leaves_no_transforms_file(tmp_path):
     """The transforms file is written last; a reader never sees a split whose pictures are not all there."""
     cameras = orbit_cameras(3, 4.0, width=8, height=8)
     write_blender(tmp_path, "train", cameras, [torch.rand(8, 8, 4)] * 3)
-    with pytest.raises(KiloError, match="3 cameras but 2 pictures"): write_blender(tmp_path, "train", cameras, [torch.rand(8, 8, 4)] * 2)
+    with pytest.raises(KiloError, match="3 cameras but 2 pictures"):
+        write_blender(tmp_path, "train", cameras, [torch.rand(8, 8, 4)] * 2)
     assert not (tmp_path / "transforms_train.json").exists() and not list(tmp_path.rglob("*.part"))
 
 
-@pytest.mark.parametrize("picture", [torch.rand(8, 9, 4), torch.rand(8, 8, 3), torch.full((8, 8, 4), math.nan)], ids=["size", "channels", "NaN"])
+@pytest.mark.parametrize("picture", [torch.rand(8, 9, 4), torch.rand(8, 8, 3), torch.full((8, 8, 4), math.nan)],
+                         ids=["size", "channels", "NaN"])
 def test_a_wrong_picture_is_not_written(tmp_path, picture):
     with pytest.raises(KiloError): write_blender(tmp_path, "train", orbit_cameras(1, 4.0, width=8, height=8), [picture])
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.json"))
@@ -202,8 +219,10 @@ def test_a_wrong_picture_is_not_written(tmp_path, picture):
 
 def test_the_brickyard_is_the_same_everywhere(brickyard):
     """Same seed, same bits, in another process, too: a result on the stand-in can be compared between machines."""
-    code = "from kilonb.scenes.brickyard import build_brickyard as b; import hashlib; " \
-           "print(hashlib.sha256(b''.join(t.numpy().tobytes() for t in b(count=6_000).parameters().values())).hexdigest())"
+    code = (
+        "from kilonb.scenes.brickyard import build_brickyard as b; import hashlib; "
+        "print(hashlib.sha256(b''.join(t.numpy().tobytes() for t in b(count=6_000).parameters().values())).hexdigest())"
+    )
     elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     stored = read_ply(brickyard / "teacher.ply")
     assert hashlib.sha256(b"".join(t.numpy().tobytes() for t in stored.parameters().values())).hexdigest() == elsewhere
@@ -239,14 +258,16 @@ def test_the_brickyard_is_solid_and_its_background_empty():
 
 
 def test_the_brickyard_has_many_saturated_colours():
-    """Seen from around, each of the main colours covers some of the picture: a mix-up of channels or bricks would show."""
+    """Seen from around, each of the main colours covers some of the picture: a mix-up of channels or bricks would
+    show."""
     teacher = build_brickyard()
     pictures = torch.cat([straight_picture(teacher, camera).reshape(-1, 4) for camera in passing_cameras(4, 120, 120)])
     rgb = pictures[pictures[:, 3] > .9][:, :3]
     hue = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
     saturated = (rgb.amax(-1) - rgb.amin(-1)) > .3
     for name, corner in hue.items():
-        near = ((rgb / rgb.amax(-1, keepdim=True).clamp(min=1e-3) - torch.tensor(corner)).abs().amax(-1) < .5) & saturated
+        near = ((rgb / rgb.amax(-1, keepdim=True).clamp(min=1e-3) - torch.tensor(corner)).abs().amax(-1)
+                < .5) & saturated
         assert near.float().mean() > .01, f"{name} covers {near.float().mean():.2%}"
 
 
@@ -262,7 +283,8 @@ def test_every_camera_sees_the_whole_scene():
 
 
 def test_a_killed_writer_leaves_nothing_that_is_read(tmp_path):
-    """Incident 15: a half-written cache was read later. SIGKILL while pictures are being written: no folder of that name, and a second try succeeds."""
+    """Incident 15: a half-written cache was read later. SIGKILL while pictures are being written: no folder of that
+    name, and a second try succeeds."""
     target = tmp_path / "brickyard"
     code = f"from kilonb.scenes.brickyard import write_brickyard; write_brickyard({str(target)!r}, width=60, height=60, train=2000, test=1, count=5000)"
     writer = subprocess.Popen([sys.executable, "-c", code])
@@ -298,7 +320,8 @@ def test_a_folder_that_holds_something_is_left_alone(brickyard, tmp_path):
 
 @needs_lego
 def test_lego_is_read_with_its_published_camera():
-    """100 + 200 views of 400x400; the focal length is 400 / (2 tan(.3455556)); every camera is 4.03 from the origin and looks at it."""
+    """100 + 200 views of 400x400; the focal length is 400 / (2 tan(.3455556)); every camera is 4.03 from the origin and
+    looks at it."""
     root = Path(REAL) / "lego_400"
     scene = load_blender(root, "train")
     assert (len(scene), len(load_blender(root, "test"))) == (100, 200)
@@ -310,7 +333,8 @@ def test_lego_is_read_with_its_published_camera():
         assert depth > 4 and (pixels - 200).abs().max() < .1
     rgba = scene[0].rgba_straight()
     assert rgba.shape == (400, 400, 4) and .2 < rgba[..., 3].mean() < .3
-    assert (rgba[rgba[..., 3] == 0] == 0).float().mean() > .99, "straight alpha, black where nothing is but for a few rounded pixels"
+    assert (rgba[rgba[..., 3] == 0]
+            == 0).float().mean() > .99, "straight alpha, black where nothing is but for a few rounded pixels"
 
 
 @needs_lego
@@ -321,7 +345,10 @@ def test_lego_s_validation_split_names_its_missing_picture():
 @needs_lego
 def test_lego_downscaled_is_the_mean_of_its_pixels():
     root = Path(REAL) / "lego_400"
-    full, small = premultiplied(load_blender(root, "test")[7].rgba_straight()), premultiplied(load_blender(root, "test", resolution=100)[7].rgba_straight())
+    full, small = (
+        premultiplied(load_blender(root, "test")[7].rgba_straight()),
+        premultiplied(load_blender(root, "test", resolution=100)[7].rgba_straight()),
+    )
     assert torch.allclose(full.reshape(100, 4, 100, 4, 4).mean((1, 3)), small, atol=1e-5)
 
 

@@ -25,13 +25,16 @@ from kilonb.splats.threads import share, tickets
 
 REAL = os.environ.get("KILONB_DATA")
 PLAYBOT = Path(REAL or ".") / "splats" / "playbot_lod3_inria.ply"
-needs_playbot = pytest.mark.skipif(not REAL or not PLAYBOT.is_file(), reason="set KILONB_DATA to the folder that holds splats/playbot_lod3_inria.ply")
+needs_playbot = pytest.mark.skipif(not REAL or not PLAYBOT.is_file(),
+                                   reason="set KILONB_DATA to the folder that holds splats/playbot_lod3_inria.ply")
 WIDTH, HEIGHT = 61, 45
 NAMES = ("means", "quats", "scales", "opacities", "colors", "viewmats")
 
 
-def random_scene(seed: int, count: int = 70, cameras: int = 2, channels: int | None = None, sh_degree: int | None = None, per_camera: bool = False) -> dict:
-    """Gaussians in front of, behind and beside the cameras, at the picture's border, far larger than the picture, needles, and almost opaque ones."""
+def random_scene(seed: int, count: int = 70, cameras: int = 2, channels: int | None = None,
+                 sh_degree: int | None = None, per_camera: bool = False) -> dict:
+    """Gaussians in front of, behind and beside the cameras, at the picture's border, far larger than the picture,
+    needles, and almost opaque ones."""
     g = torch.Generator().manual_seed(seed)
     def normal(*shape): return torch.randn(*shape, generator=g)
     def uniform(*shape): return torch.rand(*shape, generator=g)
@@ -46,19 +49,25 @@ def random_scene(seed: int, count: int = 70, cameras: int = 2, channels: int | N
     colors = normal(*lead, (sh_degree + 1) ** 2, 3) * 0.4 if sh_degree is not None else uniform(*lead, channels)
     views = torch.stack([camera.world_to_camera for camera in orbit_cameras(cameras, radius=3.0, elevation_deg=10.0)])
     K = torch.tensor([[70.0, 0, 29], [0, 66, 24], [0, 0, 1]])
-    return dict(means=means, quats=normal(count, 4), scales=scales, opacities=opacities, colors=colors, viewmats=views, Ks=K.repeat(cameras, 1, 1))
+    return dict(means=means, quats=normal(count, 4), scales=scales, opacities=opacities, colors=colors, viewmats=views,
+                Ks=K.repeat(cameras, 1, 1))
 
 
 def undecided(scene: dict, antialiased: bool) -> torch.Tensor:
-    """Pixels [C, H, W] at which a threshold (1/255, 1e-4) is met to within rounding of float32, so that either answer is right."""
+    """Pixels [C, H, W] at which a threshold (1/255, 1e-4) is met to within rounding of float32, so that either answer
+    is right."""
     scene = {name: tensor.double() for name, tensor in scene.items()}
-    seen = project_gaussians(*(scene[name] for name in NAMES[:4]), scene["viewmats"], scene["Ks"], WIDTH, HEIGHT, antialiased=antialiased)
+    seen = project_gaussians(*(scene[name] for name in NAMES[:4]), scene["viewmats"], scene["Ks"], WIDTH, HEIGHT,
+                             antialiased=antialiased)
     x, y = torch.arange(WIDTH) + 0.5, torch.arange(HEIGHT) + 0.5
     close = []
     for camera in range(len(scene["viewmats"])):
         order = seen.depths[camera].argsort()
         order = order[(seen.radii[camera, order] > 0).all(1)]
-        dx, dy = seen.means2d[camera, order, 0, None, None] - x[None, None], seen.means2d[camera, order, 1, None, None] - y[None, :, None]
+        dx, dy = (
+            seen.means2d[camera, order, 0, None, None] - x[None, None],
+            seen.means2d[camera, order, 1, None, None] - y[None, :, None],
+        )
         a, b, c = (seen.conics[camera, order, k, None, None] for k in range(3))
         opacity = (scene["opacities"] * seen.compensations[camera])[order, None, None]
         alpha = (opacity * torch.exp(-0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy)).clamp(max=0.999)
@@ -67,8 +76,10 @@ def undecided(scene: dict, antialiased: bool) -> torch.Tensor:
     return torch.stack(close)
 
 
-def compare(scene: dict, seed: int = 0, sh_degree: int | None = None, backgrounds: torch.Tensor | None = None, **options) -> None:
-    """Colours and alphas within 1e-4, every gradient within 1e-3 of the float64 twin's, over the pixels that are decided."""
+def compare(scene: dict, seed: int = 0, sh_degree: int | None = None, backgrounds: torch.Tensor | None = None,
+            **options) -> None:
+    """Colours and alphas within 1e-4, every gradient within 1e-3 of the float64 twin's, over the pixels that are
+    decided."""
     decided = ~undecided(scene, options.get("rasterize_mode") == "antialiased")[..., None]
     assert decided.float().mean() > 0.9, "the scene leaves too little to compare"
     results = []
@@ -76,11 +87,16 @@ def compare(scene: dict, seed: int = 0, sh_degree: int | None = None, background
         leaves = {name: tensor.to(dtype).requires_grad_(name != "Ks") for name, tensor in scene.items()}
         behind = None if backgrounds is None else backgrounds.to(dtype).requires_grad_()
         twin_options = {name: value for name, value in options.items() if name != "packed" or draw is rasterize}
-        colors, alphas, _ = draw(**leaves, width=WIDTH, height=HEIGHT, sh_degree=sh_degree, backgrounds=behind, **twin_options)
+        colors, alphas, _ = draw(**leaves, width=WIDTH, height=HEIGHT, sh_degree=sh_degree, backgrounds=behind,
+                                 **twin_options)
         rng = torch.Generator().manual_seed(seed)
-        weights = torch.randn(colors.shape, generator=rng).to(dtype) * decided, torch.randn(alphas.shape, generator=rng).to(dtype) * decided
+        weights = (
+            torch.randn(colors.shape, generator=rng).to(dtype) * decided,
+            torch.randn(alphas.shape, generator=rng).to(dtype) * decided,
+        )
         wanted = [leaves[name] for name in NAMES] + ([behind] if behind is not None else [])
-        grads = torch.autograd.grad((colors * weights[0]).sum() + (alphas * weights[1]).sum(), wanted, allow_unused=True)
+        grads = torch.autograd.grad((colors * weights[0]).sum() + (alphas * weights[1]).sum(), wanted,
+                                    allow_unused=True)
         results.append((colors.detach(), alphas.detach(), grads))
     (colors, alphas, grads), (twin_colors, twin_alphas, twin_grads) = results
     scale = twin_colors.abs().amax((0, 1, 2)).clamp(min=1.0)
@@ -88,13 +104,16 @@ def compare(scene: dict, seed: int = 0, sh_degree: int | None = None, background
     assert ((alphas - twin_alphas).abs() * decided).max() < 1e-4
     for name, mine, theirs in zip((*NAMES, "backgrounds"), grads, twin_grads):
         if theirs is None or theirs.abs().max() == 0: assert mine is None or mine.abs().max() == 0, name
-        else: assert (mine - theirs).norm() < 1e-3 * theirs.norm(), f"{name}: {(mine - theirs).norm() / theirs.norm():.1e}"
+        else:
+            assert (mine
+                    - theirs).norm() < 1e-3 * theirs.norm(), f"{name}: {(mine - theirs).norm() / theirs.norm():.1e}"
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rasterize_mode", ["classic", "antialiased"])
 def test_colours_and_gradients_are_those_of_the_twin(seed, rasterize_mode):
-    compare(random_scene(seed, sh_degree=3), seed, sh_degree=3, backgrounds=torch.rand(2, 3), rasterize_mode=rasterize_mode)
+    compare(random_scene(seed, sh_degree=3), seed, sh_degree=3, backgrounds=torch.rand(2, 3),
+            rasterize_mode=rasterize_mode)
 
 
 @pytest.mark.parametrize("render_mode", ["RGB", "D", "ED", "RGB+D", "RGB+ED"])
@@ -111,7 +130,8 @@ def test_any_number_of_channels_is_that_of_the_twin(channels):
 @pytest.mark.parametrize("sh_degree", [None, 0, 1, 2])
 def test_colours_of_each_camera_are_those_of_the_twin(sh_degree):
     """[C, N, D] and [C, N, K, 3]; three cameras and three channels, so that no axis can be taken for another."""
-    compare(random_scene(7, count=40, cameras=3, channels=3, sh_degree=sh_degree, per_camera=True), 7, sh_degree=sh_degree)
+    compare(random_scene(7, count=40, cameras=3, channels=3, sh_degree=sh_degree, per_camera=True), 7,
+            sh_degree=sh_degree)
 
 
 def test_planes_and_clips_are_those_of_the_twin():
@@ -121,13 +141,16 @@ def test_planes_and_clips_are_those_of_the_twin():
 def test_a_lower_degree_ignores_the_higher_coefficients():
     scene = random_scene(2, sh_degree=3)
     cut = scene | {"colors": scene["colors"][:, :4]}
-    assert torch.equal(rasterize(**scene, width=WIDTH, height=HEIGHT, sh_degree=1)[0], rasterize(**cut, width=WIDTH, height=HEIGHT, sh_degree=1)[0])
+    assert torch.equal(rasterize(**scene, width=WIDTH, height=HEIGHT, sh_degree=1)[0],
+                       rasterize(**cut, width=WIDTH, height=HEIGHT, sh_degree=1)[0])
 
 
 def test_gaussians_that_cannot_be_drawn_leave_no_trace():
-    """Behind the camera, not a number, infinitely large, without extent: no NaN in the picture, none in another's gradient."""
+    """Behind the camera, not a number, infinitely large, without extent: no NaN in the picture, none in another's
+    gradient."""
     scene = random_scene(1, channels=3)
-    good, _, _ = rasterize(**{name: tensor[20:] if len(tensor) == 70 else tensor for name, tensor in scene.items()}, width=WIDTH, height=HEIGHT)
+    good, _, _ = rasterize(**{name: tensor[20:] if len(tensor) == 70 else tensor for name, tensor in scene.items()},
+                           width=WIDTH, height=HEIGHT)
     bad = {name: tensor.clone() for name, tensor in scene.items()}
     bad["means"][:5] = float("nan")
     bad["quats"][5:10] = float("nan")
@@ -144,7 +167,11 @@ def test_a_gaussian_that_fills_the_universe_fills_the_picture():
     scene = {name: tensor[:1] for name, tensor in random_scene(1, channels=3).items()}
     scene |= dict(means=torch.zeros(1, 3), scales=torch.full((1, 3), 1e12), opacities=torch.tensor([0.5]))
     colors, alphas, meta = rasterize(**scene, width=WIDTH, height=HEIGHT)
-    assert torch.allclose(alphas, torch.tensor(0.5)) and torch.allclose(colors, scene["colors"] * 0.5) and (meta["radii"] > 10 * WIDTH).all()
+    assert (
+        torch.allclose(alphas, torch.tensor(0.5))
+        and torch.allclose(colors, scene["colors"] * 0.5)
+        and (meta["radii"] > 10 * WIDTH).all()
+    )
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -154,7 +181,8 @@ def test_the_same_bits_from_run_to_run_and_on_any_number_of_threads(threads):
         leaves = Gaussians(**{name: tensor.clone().requires_grad_() for name, tensor in ball.parameters().items()})
         picture = render_gaussians(leaves, camera)
         (picture.rgb_premultiplied.square().sum() + picture.expected_depth.sum()).backward()
-        return [picture.rgb_premultiplied.detach(), picture.expected_depth.detach(), *(tensor.grad for tensor in leaves.parameters().values())]
+        return [picture.rgb_premultiplied.detach(), picture.expected_depth.detach(),
+                *(tensor.grad for tensor in leaves.parameters().values())]
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     expected = run()
@@ -181,7 +209,8 @@ def mark(counter, marks):
 
 
 def test_a_forked_child_draws_too():
-    """A data loader forks; the child has none of its parent's threads. (Torch's own cannot be used there: loaders set them to one, and so do we.)"""
+    """A data loader forks; the child has none of its parent's threads. (Torch's own cannot be used there: loaders set
+    them to one, and so do we.)"""
     ball, camera = benchmark_scene(500, 60, 40)
     expected, marks = render_gaussians(ball, camera).rgb_premultiplied, np.zeros(10_000, np.int64)
     share(mark, marks)
@@ -189,7 +218,8 @@ def test_a_forked_child_draws_too():
     if child == 0:
         share(mark, marks)
         torch.set_num_threads(1)
-        os._exit(0 if torch.equal(render_gaussians(ball, camera).rgb_premultiplied, expected) and (marks == 2).all() else 1)
+        os._exit(0 if torch.equal(render_gaussians(ball, camera).rgb_premultiplied, expected) and (marks == 2).all()
+                 else 1)
     deadline, ended = time.monotonic() + 60, (0, 0)
     while ended[0] == 0 and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -211,14 +241,15 @@ def test_inputs_of_other_kinds_are_taken():
 # -- gsplat as a peer --
 
 def test_projection_is_gsplat_s():
-    """gsplat's own torch reference: means, depths, conics, compensations where both see a gaussian; its boxes are those of opacity one."""
+    """gsplat's own torch reference: means, depths, conics, compensations where both see a gaussian; its boxes are those
+    of opacity one."""
     from gsplat.cuda._torch_impl import _fully_fused_projection
     scene = {name: tensor.double() for name, tensor in random_scene(9, count=400, channels=3).items()}
     scene["opacities"][:] = 1
     inputs = [scene[name] for name in NAMES[:4]]
     ours = project_gaussians(*inputs, scene["viewmats"], scene["Ks"], WIDTH, HEIGHT, antialiased=True)
-    radii, *theirs = _fully_fused_projection(scene["means"], covariances(scene["quats"], scene["scales"]), scene["viewmats"], scene["Ks"], WIDTH, HEIGHT,
-                                             calc_compensations=True)
+    radii, *theirs = _fully_fused_projection(scene["means"], covariances(scene["quats"], scene["scales"]),
+                                             scene["viewmats"], scene["Ks"], WIDTH, HEIGHT, calc_compensations=True)
     both = (ours.radii > 0).all(-1) & (radii > 0).all(-1)
     assert both.sum() > 100 and not ((ours.radii > 0).all(-1) & ~both).any()
     full = project_gaussians(*inputs, scene["viewmats"], scene["Ks"], WIDTH, HEIGHT).radii
@@ -241,14 +272,16 @@ def test_gsplat_s_strategy_densifies_on_our_meta(packed, absgrad):
     """The interface that densification needs: retain_grad and absgrad on means2d, radii, ids, sizes."""
     from gsplat.strategy import DefaultStrategy
     ball, camera = benchmark_scene(300, 60, 60, sh_degree=0)
-    raw = torch.nn.ParameterDict(dict(means=ball.means, quats=ball.quats, scales=ball.log_scales, opacities=ball.logit_opacities, sh=ball.sh))
+    raw = torch.nn.ParameterDict(dict(means=ball.means, quats=ball.quats, scales=ball.log_scales,
+                                      opacities=ball.logit_opacities, sh=ball.sh))
     optimizers = {name: torch.optim.Adam([tensor], 1e-2) for name, tensor in raw.items()}
-    strategy = DefaultStrategy(refine_start_iter=1, refine_every=2, grow_grad2d=1e-7, absgrad=absgrad, pause_refine_after_reset=0)
+    strategy = DefaultStrategy(refine_start_iter=1, refine_every=2, grow_grad2d=1e-7, absgrad=absgrad,
+                               pause_refine_after_reset=0)
     state = strategy.initialize_state(scene_scale=1.0)
     view, K = camera.world_to_camera[None], camera.K[None]
     for step in range(1, 5):
-        colors, _, meta = rasterize(raw["means"], raw["quats"], raw["scales"].exp(), raw["opacities"].sigmoid(), raw["sh"], view, K, 60, 60, sh_degree=0,
-                                    packed=packed, absgrad=absgrad)
+        colors, _, meta = rasterize(raw["means"], raw["quats"], raw["scales"].exp(), raw["opacities"].sigmoid(),
+                                    raw["sh"], view, K, 60, 60, sh_degree=0, packed=packed, absgrad=absgrad)
         strategy.step_pre_backward(raw, optimizers, state, step, meta)
         colors.square().sum().backward()
         strategy.step_post_backward(raw, optimizers, state, step, meta, packed=packed)
@@ -261,8 +294,15 @@ def test_cuda_tensors_are_handed_to_gsplat(monkeypatch):
     def rasterization(*arguments, **options): seen.update(options, count=len(arguments)); return "gsplat's answer"
     monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=rasterization))
     on_cuda = SimpleNamespace(is_cuda=True)
-    assert rasterize(on_cuda, *[None] * 6, 10, 10, render_mode="RGB+ED", camera_model="fisheye", with_ut=True) == "gsplat's answer"
-    assert seen["count"] == 9 and seen["render_mode"] == "RGB+ED" and seen["camera_model"] == "fisheye" and seen["with_ut"] and seen["packed"]
+    assert rasterize(on_cuda, *[None] * 6, 10, 10, render_mode="RGB+ED", camera_model="fisheye",
+                     with_ut=True) == "gsplat's answer"
+    assert (
+        seen["count"] == 9
+        and seen["render_mode"] == "RGB+ED"
+        and seen["camera_model"] == "fisheye"
+        and seen["with_ut"]
+        and seen["packed"]
+    )
 
 
 @pytest.mark.gpu
@@ -273,8 +313,10 @@ def test_cpu_and_gpu_draw_the_same(render_mode):
     decided = ~undecided(scene, False)[..., None]
     options = dict(width=WIDTH, height=HEIGHT, sh_degree=3, render_mode=render_mode, backgrounds=torch.rand(2, 3))
     ours, alphas, _ = rasterize(**scene, **options)
-    theirs, their_alphas, _ = rasterize(**{name: tensor.cuda() for name, tensor in scene.items()}, **options | {"backgrounds": options["backgrounds"].cuda()})
-    assert ((ours - theirs.cpu()).abs() * decided).max() < 1e-3 and ((alphas - their_alphas.cpu()).abs() * decided).max() < 1e-3
+    theirs, their_alphas, _ = rasterize(**{name: tensor.cuda() for name, tensor in scene.items()},
+                                        **options | {"backgrounds": options["backgrounds"].cuda()})
+    assert ((ours - theirs.cpu()).abs() * decided).max() < 1e-3 and ((alphas - their_alphas.cpu()).abs()
+                                                                     * decided).max() < 1e-3
 
 
 # -- files --
@@ -289,11 +331,14 @@ def test_the_playbot_file_comes_back_byte_for_byte(tmp_path):
 def test_the_playbot_is_upright_and_in_front_of_its_ground():
     """Its head is orange and white above dark ground: up is -y, and a mirrored axis would put it below."""
     robot = read_ply(PLAYBOT)
-    picture = render_gaussians(robot, viewing_camera(robot, 200, 200, azimuth_deg=270.0, up=(0.0, -1.0, 0.0)), background=torch.ones(3))
+    picture = render_gaussians(robot, viewing_camera(robot, 200, 200, azimuth_deg=270.0, up=(0.0, -1.0, 0.0)),
+                               background=torch.ones(3))
     covered = picture.alpha > 0.5
     assert 0.25 < covered.float().mean() < 0.8 and picture.expected_depth[covered].min() > 0.5
     rows = covered.float().mean(1)
-    assert rows[130:170].mean() > 3 * rows[40:90].mean() > 0.1, "the ground is wide and below, the robot narrow and above"
+    assert rows[130:170].mean() > 3 * rows[40:90].mean() > 0.1, (
+        "the ground is wide and below, the robot narrow and above"
+    )
     head = picture.rgb_premultiplied[40:90][covered[40:90]].mean(0)
     ground = picture.rgb_premultiplied[130:170][covered[130:170]].mean(0)
     assert head.mean() > 1.5 * ground.mean() and head[0] > head[2]

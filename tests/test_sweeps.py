@@ -47,8 +47,8 @@ def no_environment(monkeypatch, tmp_path):
 
 
 def write_notebook(folder: Path, *sources: str) -> None:
-    cells = [{"cell_type": "code", "metadata": {"tags": ["parameters"] if i == 0 else []}, "source": source, "id": f"c{i}",
-              "outputs": [], "execution_count": None} for i, source in enumerate(sources)]
+    cells = [{"cell_type": "code", "metadata": {"tags": ["parameters"] if i == 0 else []}, "source": source,
+              "id": f"c{i}", "outputs": [], "execution_count": None} for i, source in enumerate(sources)]
     (folder / "toy.ipynb").write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
 
 
@@ -59,7 +59,8 @@ def write_sweep(folder: Path, text: str) -> Path:
 
 def status_of(folder: Path) -> dict:
     try: return json.loads((folder / "outputs/sweeps/study/status.json").read_text())
-    except FileNotFoundError: return {"status": "not begun", "runs": [], "counts": {"finished": 0, "failed": 0, "running": 0}}
+    except FileNotFoundError:
+        return {"status": "not begun", "runs": [], "counts": {"finished": 0, "failed": 0, "running": 0}}
 
 
 def wait_for(folder: Path, condition, process: subprocess.Popen, seconds: float = 240.0) -> dict:
@@ -83,20 +84,26 @@ def test_a_night_with_a_failing_condition_a_killed_worker_and_ctrl_c(tmp_path):
     command = [*COMMAND, "sweep", str(file), "--workers", "2"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     def in_the_middle(status):
-        return any(run["status"] == "running" and ((run["progress"] or {}).get("stage") or {}).get("step", 0) in (2, 3, 4) for run in status["runs"][4:])
+        return any(run["status"] == "running"
+                   and ((run["progress"] or {}).get("stage") or {}).get("step", 0) in (2, 3, 4)
+                   for run in status["runs"][4:])
     status = wait_for(tmp_path, in_the_middle, first)
-    victim = next(run["name"] for run in status["runs"][4:] if run["status"] == "running" and run["progress"] and run["progress"]["stage"])
+    victim = next(run["name"] for run in status["runs"][4:] if run["status"] == "running" and run["progress"]
+                  and run["progress"]["stage"])
     token = next(path for path in (sweep / ".attempts").iterdir() if path.name.startswith(victim))
     os.kill(json.loads(token.read_text())["pid"], signal.SIGKILL)
-    wait_for(tmp_path, lambda status: any(run["name"] == victim and run["status"] == "finished" for run in status["runs"]), first)
-    status = wait_for(tmp_path, lambda status: status["counts"]["finished"] >= 9 and status["counts"]["running"] > 0, first)
+    wait_for(tmp_path,
+             lambda status: any(run["name"] == victim and run["status"] == "finished" for run in status["runs"]), first)
+    status = wait_for(tmp_path, lambda status: status["counts"]["finished"] >= 9 and status["counts"]["running"] > 0,
+                      first)
     assert next(run["attempt"] for run in status["runs"] if run["name"] == victim) == 2
     os.killpg(first.pid, signal.SIGINT)
     out, errors = first.communicate(timeout=120)
     assert first.returncode == 130 and "Traceback" not in out + errors, out + errors
     status = status_of(tmp_path)
     assert status["status"] == "interrupted" and status["counts"]["waiting"] > 0
-    done = {run["name"]: (sweep / run["name"] / "results.json").stat().st_mtime_ns for run in status["runs"] if run["status"] == "finished"}
+    done = {run["name"]: (sweep / run["name"] / "results.json").stat().st_mtime_ns for run in status["runs"]
+            if run["status"] == "finished"}
     begun = [run["name"] for run in status["runs"] if run["status"] == "interrupted"]
     assert all(read_run(sweep / name).status == "interrupted" for name in begun)
 
@@ -104,10 +111,15 @@ def test_a_night_with_a_failing_condition_a_killed_worker_and_ctrl_c(tmp_path):
     assert second.returncode == 1 and "Traceback" not in second.stdout + second.stderr, second.stdout + second.stderr
     status = status_of(tmp_path)
     counts = status["counts"]
-    assert counts["finished"] + counts["skipped"] == 22 and counts["skipped"] == len(done) and counts["failed"] == 2, counts
-    assert all(run["varied"]["rate"] == -1 and "the rate -1.0 is negative" in run["error"] for run in status["runs"] if run["status"] == "failed")
-    assert {name: (sweep / name / "results.json").stat().st_mtime_ns for name in done} == done, "what was done is left alone"
-    folders = [path for path in sweep.iterdir() if path.is_dir() and not path.name.startswith(".") and path.name != "slurm"]
+    assert counts["finished"] + counts["skipped"] == 22 and counts["skipped"] == len(done) and counts["failed"] == 2, (
+        counts
+    )
+    assert all(run["varied"]["rate"] == -1 and "the rate -1.0 is negative" in run["error"] for run in status["runs"]
+               if run["status"] == "failed")
+    assert {name: (sweep / name / "results.json").stat().st_mtime_ns
+            for name in done} == done, "what was done is left alone"
+    folders = [path for path in sweep.iterdir() if path.is_dir() and not path.name.startswith(".")
+               and path.name != "slurm"]
     assert len(folders) == 24, "a run, a folder"
     for run in status["runs"]:
         if run["status"] == "failed": continue
@@ -115,8 +127,11 @@ def test_a_night_with_a_failing_condition_a_killed_worker_and_ctrl_c(tmp_path):
         assert record.parameters["rate"] == run["varied"]["rate"] and record.parameters["seed"] == run["varied"]["seed"]
         assert record.results["sum"] == run["varied"]["rate"] * 28 + run["varied"]["seed"]
         repeated = len(steps) - 8
-        assert sorted({step for step, _ in steps}) == list(range(8)) and repeated <= (1 if run["name"] == victim or run["name"] in begun else 0)
-        assert len({pid for _, pid in steps}) <= (2 if run["name"] == victim or run["name"] in begun else 1), "no run was done twice"
+        assert sorted({step for step, _ in steps}) == list(range(8)) and repeated <= (
+            1 if run["name"] == victim or run["name"] in begun else 0
+        )
+        assert len({pid for _, pid in steps}) <= (2 if run["name"] == victim or run["name"] in begun
+                                                  else 1), "no run was done twice"
     assert "rate -1" in second.stdout or "-1" in second.stdout, "the failed condition is named"
 
 
@@ -124,16 +139,20 @@ def test_a_night_with_a_failing_condition_a_killed_worker_and_ctrl_c(tmp_path):
 def cluster(tmp_path):
     """A scheduler and two workers as processes of their own, on two loopback addresses."""
     environment = {**os.environ, "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
-    starter = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    processes = [subprocess.Popen([*starter, "--scheduler-file", str(tmp_path / "scheduler.json")], stderr=subprocess.DEVNULL, env=environment)]
+    starter = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
+               "--no-dashboard"]
+    processes = [subprocess.Popen([*starter, "--scheduler-file", str(tmp_path / "scheduler.json")],
+                                  stderr=subprocess.DEVNULL, env=environment)]
     deadline = time.monotonic() + 60
     while not (tmp_path / "scheduler.json").exists():
         assert time.monotonic() < deadline and processes[0].poll() is None
         time.sleep(0.1)
     address = json.loads((tmp_path / "scheduler.json").read_text())["address"]
     for host in ("127.0.0.1", "127.0.0.2"):
-        worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--host", host, "--nthreads", "1", "--no-dashboard", "--memory-limit", "0"]
-        processes.append(subprocess.Popen([*worker, "--local-directory", str(tmp_path / "scratch")], stderr=subprocess.DEVNULL, env=environment))
+        worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--host", host, "--nthreads", "1",
+                  "--no-dashboard", "--memory-limit", "0"]
+        processes.append(subprocess.Popen([*worker, "--local-directory", str(tmp_path / "scratch")],
+                                          stderr=subprocess.DEVNULL, env=environment))
     yield address
     for process in processes: process.terminate()
     for process in processes:
@@ -147,14 +166,17 @@ def test_two_hosts_and_one_machine_give_the_same_bits(tmp_path, cluster, monkeyp
     monkeypatch.setenv("KILONB_OUTPUTS", str(tmp_path / "there"))
     assert main(["sweep", str(file), "--scheduler", cluster]) == 0
     status = json.loads((tmp_path / "there/sweeps/study/status.json").read_text())
-    assert {run["worker"].split(":")[1] for run in status["runs"]} == {"//127.0.0.1", "//127.0.0.2"}, "both hosts were at work"
+    assert {run["worker"].split(":")[1] for run in status["runs"]} == {"//127.0.0.1", "//127.0.0.2"}, (
+        "both hosts were at work"
+    )
     monkeypatch.setenv("KILONB_OUTPUTS", str(tmp_path / "here"))
     assert main(["sweep", str(file), "--workers", "1"]) == 0
     def numbers(place):
         found = {}
         for path in sorted((tmp_path / place / "sweeps/study").glob("0*")):
             record = read_run(path)
-            found[path.name] = (record.results["loss"], record.results["weights"], (path / "metrics.csv").read_text().count("\n"))
+            found[path.name] = (record.results["loss"], record.results["weights"],
+                                (path / "metrics.csv").read_text().count("\n"))
         return found
     assert len(numbers("here")) == 4 and numbers("here") == numbers("there")
 
@@ -163,8 +185,10 @@ def test_slurm_is_the_same_code_path(tmp_path, monkeypatch):
     """An sbatch that starts the job's script on this machine stands in for SLURM."""
     commands = tmp_path / "bin"
     commands.mkdir()
-    (commands / "sbatch").write_text('#!/bin/sh\ncp "$1" "$JOBS/job.sh"\nsetsid sh "$JOBS/job.sh" >"$JOBS/job.log" 2>&1 </dev/null &\n'
-                                     'echo $! >"$JOBS/pid"\necho "Submitted batch job 7"\n')
+    (commands / "sbatch").write_text(
+        '#!/bin/sh\ncp "$1" "$JOBS/job.sh"\nsetsid sh "$JOBS/job.sh" >"$JOBS/job.log" 2>&1 </dev/null &\n'
+        'echo $! >"$JOBS/pid"\necho "Submitted batch job 7"\n'
+    )
     (commands / "scancel").write_text('#!/bin/sh\nkill -- "-$(cat "$JOBS/pid")" 2>/dev/null\nexit 0\n')
     for command in commands.iterdir(): command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}:{os.environ['PATH']}")
@@ -179,12 +203,14 @@ def test_slurm_is_the_same_code_path(tmp_path, monkeypatch):
     assert status["counts"]["finished"] == 2 and [run["results"]["sum"] for run in status["runs"]] == [28, 29]
 
 
-@pytest.mark.parametrize("text, told", [
-    ("grid: {rat: [1]}", "Unknown parameter of toy 'rat': did you mean 'rate'?"), ("grid: {rate: []}", "The grid of 'rate' is empty"),
-    ("grid: {}", "Nothing varies"), ("seed: 1", "did you mean 'seeds'?"), ("grid: {rate: [1, 1.0]}", "Runs 1 and 2 of the sweep are the same"),
-    ("grid: {rate: [fast]}", "Parameter 'rate'"), ("grid: [", "is not YAML"), ("grid: {data: ['opvv:x']}", "Unknown kind of data 'opvv'"),
-    ("seeds: 1\nresources: {cores: 4000}", "needs 4000 cores"),
-])
+@pytest.mark.parametrize("text, told",
+                         [("grid: {rat: [1]}", "Unknown parameter of toy 'rat': did you mean 'rate'?"),
+                          ("grid: {rate: []}", "The grid of 'rate' is empty"), ("grid: {}", "Nothing varies"),
+                          ("seed: 1", "did you mean 'seeds'?"),
+                          ("grid: {rate: [1, 1.0]}", "Runs 1 and 2 of the sweep are the same"),
+                          ("grid: {rate: [fast]}", "Parameter 'rate'"), ("grid: [", "is not YAML"),
+                          ("grid: {data: ['opvv:x']}", "Unknown kind of data 'opvv'"),
+                          ("seeds: 1\nresources: {cores: 4000}", "needs 4000 cores")])
 def test_a_bad_sweep_file_is_one_sentence_and_starts_nothing(capfd, tmp_path, text, told):
     write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
     code = main(["sweep", str(write_sweep(tmp_path, text))])
@@ -196,7 +222,8 @@ def test_a_bad_sweep_file_is_one_sentence_and_starts_nothing(capfd, tmp_path, te
 def test_what_is_missing_is_named(capfd, tmp_path):
     write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
     file = write_sweep(tmp_path, "seeds: 1")
-    for arguments, told in (([str(tmp_path / "none.yaml")], "Cannot read the sweep file"), ([str(file), "--slurm"], "There is no SLURM here"),
+    for arguments, told in (([str(tmp_path / "none.yaml")], "Cannot read the sweep file"),
+                            ([str(file), "--slurm"], "There is no SLURM here"),
                             ([str(file), "--scheduler", "tcp://127.0.0.1:9"], "No scheduler answers at"),
                             ([str(file), "--scheduler", "nonsense://x"], "No scheduler answers at")):
         capfd.readouterr()
@@ -218,25 +245,32 @@ def test_a_damaged_result_is_named_and_its_run_done_again_beside_it(capfd, tmp_p
     assert main(["sweep", str(file)]) == 0
     counts, names = status_of(tmp_path)["counts"], [run["name"] for run in status_of(tmp_path)["runs"]]
     assert counts["skipped"] == 1 and counts["finished"] == 1 and names == [f"{damaged.name}-2", whole.name]
-    assert (damaged / "results.json").read_text() == '{"results": {"sum"' and (whole / "results.json").stat().st_mtime_ns == before
+    assert (damaged / "results.json").read_text() == '{"results": {"sum"' and (
+        whole / "results.json"
+    ).stat().st_mtime_ns == before
     assert main(["sweep", str(file)]) == 0 and status_of(tmp_path)["counts"]["skipped"] == 2
 
 
 def test_a_sweep_is_run_by_one_process_at_a_time(tmp_path):
     write_notebook(tmp_path, PARAMETERS, OPEN, TRAIN, FINISH)
     file = write_sweep(tmp_path, "parameters: {pause_s: 0.5}\nseeds: 1")
-    first = subprocess.Popen([*COMMAND, "sweep", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    first = subprocess.Popen([*COMMAND, "sweep", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                             start_new_session=True)
     wait_for(tmp_path, lambda status: status["counts"]["running"] == 1, first)
     second = subprocess.run([*COMMAND, "sweep", str(file)], capture_output=True, text=True)
-    assert second.returncode == 2 and "is being run by another process" in second.stderr and second.stderr.count("\n") == 1
+    assert (
+        second.returncode == 2 and "is being run by another process" in second.stderr and second.stderr.count("\n") == 1
+    )
     assert first.wait(120) == 0 and status_of(tmp_path)["counts"]["finished"] == 1
 
 
 def test_a_full_disk_costs_the_runs_and_is_named(tmp_path):
     """No file may grow beyond a few kilobytes: what cannot be written is said, and no run is taken for finished."""
-    write_notebook(tmp_path, PARAMETERS, OPEN, "with open(run.folder / 'large.bin', 'wb') as file: file.write(bytes(300_000))", FINISH)
+    write_notebook(tmp_path, PARAMETERS, OPEN,
+                   "with open(run.folder / 'large.bin', 'wb') as file: file.write(bytes(300_000))", FINISH)
     file = write_sweep(tmp_path, "seeds: 2")
-    done = subprocess.run(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *COMMAND, "sweep", str(file)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *COMMAND, "sweep", str(file)],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     assert "File too large" in done.stdout
     status = status_of(tmp_path)

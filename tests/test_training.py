@@ -1,4 +1,5 @@
-"""What the training room promises across its modules: the same numbers after any stop, whole files after any death, one truth in both logs."""
+"""What the training room promises across its modules: the same numbers after any stop, whole files after any death, one
+truth in both logs."""
 
 import json
 import math
@@ -63,7 +64,9 @@ def run_problem(folder=None, resume=False, stop_at=None, optimizer="adam", seed=
         if step == stop_at: os.kill(os.getpid(), signal.SIGINT)
         return problem(step, generator)
 
-    try: return problem, train(step_function, problem.optimizer, config, model=problem.model, folder=folder, resume=resume, quiet=True)
+    try:
+        return problem, train(step_function, problem.optimizer, config, model=problem.model, folder=folder,
+                              resume=resume, quiet=True)
     except KeyboardInterrupt: return problem, None
 
 
@@ -82,7 +85,9 @@ def tensorboard_events(folder, name):
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
-@pytest.mark.parametrize("settings", [{}, {"ema_decay": 0.95}, {"gradient_clip": 0.1, "ema_decay": 0.95}, {"optimizer": "sgd", "checkpoint_every_steps": 4}])
+@pytest.mark.parametrize("settings",
+                         [{}, {"ema_decay": 0.95}, {"gradient_clip": 0.1, "ema_decay": 0.95},
+                          {"optimizer": "sgd", "checkpoint_every_steps": 4}])
 @pytest.mark.parametrize("stop_at", [0, 33, 88])
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path, settings, stop_at):
     whole, expected = run_problem(tmp_path / "whole", **settings)
@@ -92,7 +97,8 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, settings, stop_at):
     for name, value in whole.model.state_dict().items(): assert torch.equal(value, parts.model.state_dict()[name]), name
     assert without_clock(result.records) == without_clock(expected.records) and result.best == expected.best
     if "ema_decay" in settings:
-        for name, value in expected.averaged.average.items(): assert torch.equal(value, result.averaged.average[name]), name
+        for name, value in expected.averaged.average.items():
+            assert torch.equal(value, result.averaged.average[name]), name
     first, second = read_scalars(tmp_path / "whole"), read_scalars(tmp_path / "parts")
     assert all((first[name] == second[name]).all() for name in first if name != "elapsed_s")
 
@@ -115,7 +121,11 @@ def test_folder_or_not_the_numbers_are_the_same(tmp_path):
 def test_a_finished_run_resumes_to_itself(tmp_path):
     whole, expected = run_problem(tmp_path / "run")
     again, result = run_problem(tmp_path / "run", resume=True, seed=5)
-    assert result.steps == 90 and result.resumed_from == 90 and without_clock(result.records) == without_clock(expected.records)
+    assert (
+        result.steps == 90
+        and result.resumed_from == 90
+        and without_clock(result.records) == without_clock(expected.records)
+    )
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters()))
 
 
@@ -124,7 +134,8 @@ def test_time_limit_stops_and_a_longer_one_goes_on(tmp_path):
     assert first.steps == 1 and not first.finished and not final_path(tmp_path / "run").exists()
     whole, _ = run_problem()
     parts, result = run_problem(tmp_path / "run", resume=True, time_limit_s=1e9)
-    assert result.finished and all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), parts.model.parameters()))
+    assert result.finished and all(torch.equal(a, b) for a,
+                                   b in zip(whole.model.parameters(), parts.model.parameters()))
 
 
 # ---- real processes, real signals
@@ -141,14 +152,16 @@ SCRIPT = PROBLEM + textwrap.dedent('''
 
 
 def start(folder, delay):
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(delay)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, str(folder), str(delay)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     """The final checkpoint of the script's run, never stopped, in this process."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
-    run_problem(folder, steps=400, warmup_steps=10, log_every_steps=10, ema_decay=0.95, gradient_clip=1.0, checkpoint_every_steps=5)
+    run_problem(folder, steps=400, warmup_steps=10, log_every_steps=10, ema_decay=0.95, gradient_clip=1.0,
+                checkpoint_every_steps=5)
     return read_checkpoint(final_path(folder))
 
 
@@ -161,7 +174,8 @@ def test_a_stopped_process_resumes_to_the_same_bits(tmp_path, unbroken, how):
     time.sleep(0.3)
     process.send_signal(how)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == -how                          # Python's way to exit on an uncaught KeyboardInterrupt; a shell shows 130
+    # Python's way to exit on an uncaught KeyboardInterrupt; a shell shows 130
+    assert process.returncode == -how
     stopped = read_checkpoint(latest_path(tmp_path / "parts"))["step"]
     assert 0 < stopped < 400
     if how == signal.SIGINT:
@@ -175,7 +189,8 @@ def test_a_stopped_process_resumes_to_the_same_bits(tmp_path, unbroken, how):
     assert "\r" not in output and lines[-2].startswith("training 400/400  100%  loss") and len(lines) < 20
     parts, whole = read_checkpoint(final_path(tmp_path / "parts")), unbroken
     for group in ("model", "averaged"):
-        ours, theirs = (checkpoint[group]["average"] if group == "averaged" else checkpoint[group] for checkpoint in (parts, whole))
+        ours, theirs = (checkpoint[group]["average"] if group == "averaged" else checkpoint[group]
+                        for checkpoint in (parts, whole))
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     assert list(read_scalars(tmp_path / "parts")["step"]) == list(range(10, 401, 10))
     assert [step for step, _ in tensorboard_events(tmp_path / "parts", "loss")] == list(range(10, 401, 10))
@@ -188,7 +203,8 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
     path = latest_path(tmp_path / "run")
     whole = path.read_bytes()
     damaged = [whole[:size] for size in (0, 1, 100, len(whole) // 2, len(whole) - 1)]
-    for place in range(500, len(whole), len(whole) // 12): damaged.append(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
+    for place in range(500, len(whole), len(whole) // 12):
+        damaged.append(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
     refused = []
     for data in damaged:
         path.write_bytes(data)
@@ -196,7 +212,8 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
         except KiloError as error:
             refused.append(len(data))
             assert "\n" not in str(error) and str(path) in str(error)
-    assert len(refused) >= 15 and len([size for size in refused if size < len(whole)]) == 5   # every cut; a byte in the zip's padding may turn
+    # every cut; a byte in the zip's padding may turn
+    assert len(refused) >= 15 and len([size for size in refused if size < len(whole)]) == 5
     path.write_bytes(whole[: len(whole) // 2])
     before = (tmp_path / "run" / "metrics.csv").read_bytes()
     with pytest.raises(KiloError, match="cut off, damaged"): run_problem(tmp_path / "run", resume=True)
@@ -213,7 +230,8 @@ def test_a_turned_byte_in_a_weight_is_noticed(tmp_path):
     with pytest.raises(KiloError, match="damaged"): read_checkpoint(path)
 
 
-@pytest.mark.parametrize("key, change", [("steps", {"steps": 91}), ("ema_decay", {"ema_decay": 0.5}), ("seed", {"seed": 1})])
+@pytest.mark.parametrize("key, change",
+                         [("steps", {"steps": 91}), ("ema_decay", {"ema_decay": 0.5}), ("seed", {"seed": 1})])
 def test_another_configuration_is_refused_by_its_first_difference(tmp_path, key, change):
     run_problem(tmp_path / "run", stop_at=30)
     problem = Problem()  # noqa: F821
@@ -227,7 +245,8 @@ def test_another_model_is_refused(tmp_path):
     problem, other = Problem(), nn.Linear(2, 1)  # noqa: F821
     config = LoopConfig(steps=90, warmup_steps=10, log_every_steps=7)
     with pytest.raises(KiloError, match="does not fit this run"):
-        train(problem, torch.optim.Adam(other.parameters(), lr=1e-2), config, model=other, folder=tmp_path / "run", resume=True, quiet=True)
+        train(problem, torch.optim.Adam(other.parameters(), lr=1e-2), config, model=other, folder=tmp_path / "run",
+              resume=True, quiet=True)
 
 
 # ---- the incidents
@@ -239,7 +258,8 @@ def test_incident_1_alpha_collapse_stops_with_the_blank_score(tmp_path):
 
     guard = AlphaGuard(minimum=0.1, patience=3, warmup_steps=20, blank_db=9.37)
     with pytest.raises(TrainingStopped, match=r"ray alpha collapsed.*background only.*9\.4 dB") as stopped:
-        train(fog, problem.optimizer, LoopConfig(steps=500, log_every_steps=10), guards=[guard], folder=tmp_path / "run", quiet=True)
+        train(fog, problem.optimizer, LoopConfig(steps=500, log_every_steps=10), guards=[guard],
+              folder=tmp_path / "run", quiet=True)
     assert isinstance(stopped.value, KiloError) and read_scalars(tmp_path / "run")["step"][-1] == 50
 
 
@@ -248,7 +268,8 @@ def test_incident_1_a_healthy_alpha_is_left_alone():
 
     def rising(step, generator): return {**problem(step, generator), "ray_alpha_foreground": min(0.9, step / 100)}
 
-    result = train(rising, problem.optimizer, LoopConfig(steps=200, log_every_steps=10), guards=[AlphaGuard(warmup_steps=20)], quiet=True)
+    result = train(rising, problem.optimizer, LoopConfig(steps=200, log_every_steps=10),
+                   guards=[AlphaGuard(warmup_steps=20)], quiet=True)
     assert result.finished
 
 
@@ -260,8 +281,8 @@ def test_the_alpha_guard_remembers_its_misses_over_a_resume(tmp_path):
             if step == stop_at: os.kill(os.getpid(), signal.SIGINT)
             return {**problem(step, generator), "ray_alpha_foreground": 0.0}
 
-        train(fog, problem.optimizer, LoopConfig(steps=500, log_every_steps=10), guards=[AlphaGuard(patience=6, warmup_steps=0)],
-              folder=tmp_path / "run", resume=resume, quiet=True)
+        train(fog, problem.optimizer, LoopConfig(steps=500, log_every_steps=10),
+              guards=[AlphaGuard(patience=6, warmup_steps=0)], folder=tmp_path / "run", resume=resume, quiet=True)
 
     with pytest.raises(KeyboardInterrupt): session(False, stop_at=34)
     with pytest.raises(TrainingStopped, match="at step 60"): session(True)
@@ -269,19 +290,21 @@ def test_the_alpha_guard_remembers_its_misses_over_a_resume(tmp_path):
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "weight"])
 def test_nothing_that_is_not_finite_gets_into_a_checkpoint(tmp_path, what):
-    """A NaN loss, a NaN gradient under a finite loss, a weight poisoned from outside: the last good checkpoint stays."""
+    """A NaN loss, a NaN gradient under a finite loss, a weight poisoned from outside: the last good checkpoint
+    stays."""
     problem = Problem()  # noqa: F821
 
     def step_function(step, generator):
         values = problem(step, generator)
         if step >= 25 and what == "loss": values["loss"] = values["loss"] * math.nan
-        if step >= 25 and what == "gradient": values["loss"] = values["loss"] + (problem.model[0].weight * 0).sum().sqrt()
+        if step >= 25 and what == "gradient":
+            values["loss"] = values["loss"] + (problem.model[0].weight * 0).sum().sqrt()
         if step >= 25 and what == "weight": problem.model[4].bias.data.fill_(math.nan)
         return values
 
     with pytest.raises(TrainingStopped, match=r"at step \d+.*good checkpoint is kept"):
-        train(step_function, problem.optimizer, LoopConfig(steps=300, checkpoint_every_steps=4, log_every_steps=50), model=problem.model,
-              folder=tmp_path / "run", quiet=True)
+        train(step_function, problem.optimizer, LoopConfig(steps=300, checkpoint_every_steps=4, log_every_steps=50),
+              model=problem.model, folder=tmp_path / "run", quiet=True)
     kept = read_checkpoint(latest_path(tmp_path / "run"))
     assert kept["step"] == 24 and all(torch.isfinite(value).all() for value in kept["model"].values())
 
@@ -294,21 +317,24 @@ def test_incident_3_every_logged_step_is_in_both_logs(tmp_path):
     for name in set(scalars) - {"step"}:
         events = tensorboard_events(tmp_path / "run", name)
         assert [step for step, _ in events] == steps
-        assert all(abs(value - exact) <= 1e-6 * abs(exact) for (_, value), exact in zip(events, scalars[name]))    # TensorBoard keeps float32
+        # TensorBoard keeps float32
+        assert all(abs(value - exact) <= 1e-6 * abs(exact) for (_, value), exact in zip(events, scalars[name]))
 
 
 def test_incident_4_the_schedule_follows_the_run():
     for steps in (200, 20_000):
         schedule = LoopConfig(steps=steps).schedule()
         assert schedule.factor(steps - 1) == pytest.approx(0.01) and schedule.factor(steps // 2) > 0.4
-    with pytest.raises(KiloError, match="6000 steps long and the run 20000"): LoopConfig(steps=20_000, schedule_steps=6_000)
+    with pytest.raises(KiloError, match="6000 steps long and the run 20000"):
+        LoopConfig(steps=20_000, schedule_steps=6_000)
     assert LoopConfig(steps=20_000, schedule_steps=6_000, allow_schedule_mismatch=True).schedule().steps == 6_000
 
 
 def test_incident_4_the_logged_rate_is_the_schedules(tmp_path):
     _, result = run_problem(steps=100, log_every_steps=1)
     schedule = LoopConfig(steps=100, warmup_steps=10).schedule()
-    assert [record["learning_rate"] for record in result.records] == [pytest.approx(1e-2 * schedule.factor(step)) for step in range(100)]
+    assert [record["learning_rate"] for record in result.records] == [pytest.approx(1e-2 * schedule.factor(step))
+                                                                      for step in range(100)]
 
 
 def test_incident_6_averaged_weights_are_the_default_and_named(tmp_path):
@@ -331,7 +357,8 @@ def test_incident_8_a_run_is_fresh_or_resumed_never_appended(tmp_path):
 def test_incident_8_rows_after_the_checkpoint_are_dropped(tmp_path):
     """Killed long after its last checkpoint, a run has logged steps that it will compute again."""
     _, _ = run_problem(tmp_path / "run", stop_at=30, log_every_steps=1)
-    with (tmp_path / "run" / "metrics.csv").open("a") as file: file.write("32,1.0,0.5,0.1,0.01\n33,1.0,0.5,0.1,0.01\n34,1.0,0.")
+    with (tmp_path / "run" / "metrics.csv").open("a") as file:
+        file.write("32,1.0,0.5,0.1,0.01\n33,1.0,0.5,0.1,0.01\n34,1.0,0.")
     run_problem(tmp_path / "run", resume=True, log_every_steps=1)
     assert list(read_scalars(tmp_path / "run")["step"]) == list(range(1, 91))
 
@@ -357,7 +384,9 @@ class Cloud(nn.Module):
         old, group = self.means, self.optimizer.param_groups[0]
         self.means = nn.Parameter(means)
         state = self.optimizer.state.pop(old, None)
-        if state: self.optimizer.state[self.means] = {key: value if value.ndim == 0 else torch.zeros_like(means) for key, value in state.items()}
+        if state:
+            self.optimizer.state[self.means] = {key: value if value.ndim == 0 else torch.zeros_like(means) for key,
+                                                value in state.items()}
         group["params"] = [self.means]
 
     def split(self, step, records):
@@ -384,16 +413,19 @@ def test_replaced_parameters_are_trained_averaged_and_resumed(tmp_path):
             if step == stop_at: os.kill(os.getpid(), signal.SIGINT)
             return cloud(step, generator)
 
-        config = LoopConfig(steps=240, warmup_steps=5, learning_rate=1.0, ema_decay=0.9, gradient_clip=1.0, log_every_steps=10)
+        config = LoopConfig(steps=240, warmup_steps=5, learning_rate=1.0, ema_decay=0.9, gradient_clip=1.0,
+                            log_every_steps=10)
         options = {"stateful": {"size": Size(cloud)}, "after_step": cloud.split, "resume": resume, "quiet": True}
         result = train(step_function, cloud.optimizer, config, model=cloud, folder=folder, **options)
         return cloud, result
 
     whole, expected = session(tmp_path / "whole")
-    assert len(whole.means) == 16 and (whole.means - torch.linspace(-1, 1, 16)).abs().max() < 0.1     # the new parameters learned
+    # the new parameters learned
+    assert len(whole.means) == 16 and (whole.means - torch.linspace(-1, 1, 16)).abs().max() < 0.1
     with pytest.raises(KeyboardInterrupt): session(tmp_path / "parts", stop_at=50)
     parts, result = session(tmp_path / "parts", resume=True)
-    assert torch.equal(whole.means, parts.means) and torch.equal(expected.averaged.average["means"], result.averaged.average["means"])
+    assert torch.equal(whole.means, parts.means) and torch.equal(expected.averaged.average["means"],
+                                                                 result.averaged.average["means"])
     assert without_clock(expected.records) == without_clock(result.records)
 
 
@@ -407,8 +439,12 @@ def test_an_error_in_a_step_closes_the_logs_and_comes_through(tmp_path):
         return problem(step, generator)
 
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(ZeroDivisionError): train(failing, problem.optimizer, LoopConfig(steps=300), folder=tmp_path / "run", quiet=True)
-    assert list(read_scalars(tmp_path / "run")["step"]) == [20] and tensorboard_events(tmp_path / "run", "loss")[0][0] == 20
+    with pytest.raises(ZeroDivisionError):
+        train(failing, problem.optimizer, LoopConfig(steps=300), folder=tmp_path / "run", quiet=True)
+    assert (
+        list(read_scalars(tmp_path / "run")["step"]) == [20]
+        and tensorboard_events(tmp_path / "run", "loss")[0][0] == 20
+    )
     assert signal.getsignal(signal.SIGINT) is handler
 
 
@@ -422,7 +458,8 @@ def test_an_interrupt_raised_inside_a_step_is_saved_as_before_that_step(tmp_path
         if step == 40: raise KeyboardInterrupt
         return values
 
-    with pytest.raises(KeyboardInterrupt): train(raising, problem.optimizer, config, model=problem.model, folder=tmp_path / "run", quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        train(raising, problem.optimizer, config, model=problem.model, folder=tmp_path / "run", quiet=True)
     assert read_checkpoint(latest_path(tmp_path / "run"))["step"] == 40
 
 
@@ -440,14 +477,18 @@ def test_what_a_checkpoint_cannot_hold_is_named(tmp_path):
 
     problem = Problem()  # noqa: F821
     with pytest.raises(KiloError, match=r"stateful.*strange.*where.*PosixPath"):
-        train(problem, problem.optimizer, LoopConfig(steps=200), folder=tmp_path / "run", stateful={"strange": Strange()}, quiet=True)
+        train(problem, problem.optimizer, LoopConfig(steps=200), folder=tmp_path / "run",
+              stateful={"strange": Strange()}, quiet=True)
     assert not list((tmp_path / "run" / "checkpoints").glob("*")) or not latest_path(tmp_path / "run").exists()
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed():
     heavy = ["tensorboard", "matplotlib", "rich", "pandas", "torchmetrics", "IPython", "fastcore", "nbdev"]
-    code = f"import sys, json, kilonb.training.loop; print(json.dumps([name for name in {heavy} if name in sys.modules]))"
-    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout) == []
+    code = (
+        f"import sys, json, kilonb.training.loop; print(json.dumps([name for name in {heavy} if name in sys.modules]))"
+    )
+    assert json.loads(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                                     check=True).stdout) == []
 
 
 @pytest.mark.gpu
@@ -463,7 +504,8 @@ def test_on_a_gpu_the_generator_and_the_resume_are_there(tmp_path):
             points = torch.rand(256, 2, generator=generator, device="cuda") + 0.01 * torch.randn(256, 2, device="cuda")
             return {"loss": (model(points) - points[:, :1].sin()).square().mean()}
 
-        train(step_function, optimizer, LoopConfig(steps=200, ema_decay=0.9), model=model, folder=folder, resume=resume, quiet=True)
+        train(step_function, optimizer, LoopConfig(steps=200, ema_decay=0.9), model=model, folder=folder, resume=resume,
+              quiet=True)
         return model
 
     whole = session(tmp_path / "whole")

@@ -1,4 +1,5 @@
-"""Verdicts over all runs: the newest finished run speaks, for its own data; promotions follow from the numbers; figures stand where they belong."""
+"""Verdicts over all runs: the newest finished run speaks, for its own data; promotions follow from the numbers; figures
+stand where they belong."""
 import ast
 import json
 
@@ -16,7 +17,8 @@ GATES = (Gate("psnr_db", at_least=30.0, notes=13.06, published=33.4, source="Kil
 NOTEBOOKS = {**list_notebooks("experiments"), **list_notebooks("benchmarks")}
 
 
-def leave(outputs, experiment, name, results, gates=(), started="2026-01-31T12:00:00", data="brickyard", status="finished", parameters=None, **more):
+def leave(outputs, experiment, name, results, gates=(), started="2026-01-31T12:00:00", data="brickyard",
+          status="finished", parameters=None, **more):
     run = open_run(experiment, outputs / experiment / name, parameters or {}, {"kind": data, "name": data})
     if status == "finished": run.finish(results, gates, **more)
     mark_run(run.folder, status, "it failed" if status == "failed" else "", started=started)
@@ -31,29 +33,43 @@ def test_the_newest_finished_run_speaks_and_a_failure_since_is_mentioned(tmp_pat
     leave(tmp_path, "toy", "old", {"psnr_db": 12.0}, GATES, "2026-01-01T00:00:00")
     leave(tmp_path, "toy", "failed", {}, started="2026-03-01T00:00:00", status="failed")
     (verdict,) = board(tmp_path, tmp_path).verdicts
-    assert verdict.run.folder.name == "new" and verdict.state == GREEN and verdict.note == "toy/failed is failed: it failed."
+    assert (
+        verdict.run.folder.name == "new"
+        and verdict.state == GREEN
+        and verdict.note == "toy/failed is failed: it failed."
+    )
     (line,) = verdict.report.lines
     assert (line.gate.notes, line.gate.published, line.gate.source, line.baseline) == (13.06, 33.4, "KiloNeRF", 9.4)
 
 
-@pytest.mark.parametrize("results, gates, state", [({"psnr_db": 31.0}, GATES, GREEN), ({"psnr_db": 29.0}, GATES, RED), ({}, GATES, NOT_RUN), ({}, (), NO_GATES),
-                                                   ({"psnr_db": float("nan")}, GATES, RED), ({"b": 2}, (*GATES, Gate("b", at_most=1)), RED)])
+@pytest.mark.parametrize("results, gates, state",
+                         [({"psnr_db": 31.0}, GATES, GREEN), ({"psnr_db": 29.0}, GATES, RED), ({}, GATES, NOT_RUN),
+                          ({}, (), NO_GATES), ({"psnr_db": float("nan")}, GATES, RED),
+                          ({"b": 2}, (*GATES, Gate("b", at_most=1)), RED)])
 def test_a_verdict_is_as_bad_as_its_worst_gate(tmp_path, results, gates, state):
     leave(tmp_path, "toy", "a", results, gates)
     found = board(tmp_path, tmp_path)
-    assert found.verdicts[0].state == state and found.ok == (state in (GREEN, NO_GATES)) and json.loads(json.dumps(found.to_dict()))["ok"] == found.ok
+    assert (
+        found.verdicts[0].state == state
+        and found.ok == (state in (GREEN, NO_GATES))
+        and json.loads(json.dumps(found.to_dict()))["ok"] == found.ok
+    )
 
 
 def test_each_dataset_has_its_own_verdict(tmp_path):
     leave(tmp_path, "toy", "a", {"psnr_db": 31.0}, GATES)
     leave(tmp_path, "toy", "b", {"psnr_db": 29.0}, GATES, data="lego")
-    assert [(one.data, one.state) for one in board(tmp_path, tmp_path).verdicts] == [("brickyard", GREEN), ("lego", RED)]
+    assert [(one.data, one.state) for one in board(tmp_path, tmp_path).verdicts] == [
+        ("brickyard", GREEN),
+        ("lego", RED),
+    ]
 
 
 def test_a_trial_of_a_sweep_does_not_speak_for_its_experiment(tmp_path):
     leave(tmp_path, "single_view_overfit", "a", {"psnr_srgb_white_db": 50.0}, started="2026-01-01T00:00:00")
     leave(tmp_path / "sweeps", "night", "001", {"psnr_srgb_white_db": 5.0})
-    write_json(tmp_path / "sweeps" / "night" / "status.json", {"kind": "sweep", "status": "finished", "experiment": "single_view_overfit"})
+    write_json(tmp_path / "sweeps" / "night" / "status.json",
+               {"kind": "sweep", "status": "finished", "experiment": "single_view_overfit"})
     assert [one.title for one in board(tmp_path, tmp_path).verdicts] == ["single_view_overfit · brickyard · a"]
     (found,) = promotions(tmp_path)
     assert found.next == ["multi_view_response"]
@@ -64,12 +80,18 @@ def test_a_damaged_run_is_named_and_the_others_are_judged(tmp_path):
     broken = leave(tmp_path, "toy", "b", {"psnr_db": 31.0}, GATES)
     (broken.folder / "results.json").write_text("{")
     found = board(tmp_path, tmp_path)
-    assert found.verdicts[0].state == GREEN and "b/results.json is not JSON" in found.unreadable[0] and "is not JSON" in found.text()
+    assert (
+        found.verdicts[0].state == GREEN
+        and "b/results.json is not JSON" in found.unreadable[0]
+        and "is not JSON" in found.text()
+    )
 
 
 def test_without_runs_every_experiment_is_not_run_and_shows_its_bounds(tmp_path):
     found = verdict_board(tmp_path)
-    assert {one.experiment for one in found.verdicts} == set(NOTEBOOKS) and all(one.state == NOT_RUN for one in found.verdicts)
+    assert {one.experiment for one in found.verdicts} == set(NOTEBOOKS) and all(
+        one.state == NOT_RUN for one in found.verdicts
+    )
     with pytest.raises(KiloError, match="did you mean 'teacher'"): verdict_board(tmp_path, ["teecher"])
     assert [one.experiment for one in verdict_board(tmp_path, ["teacher"]).verdicts] == ["teacher"]
 
@@ -83,29 +105,43 @@ def test_what_was_reached_on_one_dataset_unlocks_nothing_on_another(tmp_path):
 
 
 def test_all_stages_passed_leaves_nothing_open(tmp_path):
-    for stage in POLICY: leave(tmp_path, stage.experiment, "a", {"psnr_srgb_white_db": 50.0, "test_psnr_srgb_white_db": 31.0, "test_lpips_vgg": 0.1})
+    for stage in POLICY:
+        leave(tmp_path, stage.experiment, "a",
+              {"psnr_srgb_white_db": 50.0, "test_psnr_srgb_white_db": 31.0, "test_lpips_vgg": 0.1})
     (found,) = promotions(tmp_path)
     assert found.next == [] and "All stages are passed." in found.text() and json.dumps(found.to_dict())
 
 
-def swept(*rows): return {"tables": {"sweep": [dict(zip(("L", "colour_loss", "psnr_srgb_foreground_db", "alpha_spike_share"), row)) for row in rows]}}
+def swept(*rows):
+    return {"tables": {"sweep": [dict(zip(("L", "colour_loss", "psnr_srgb_foreground_db", "alpha_spike_share"), row))
+                                 for row in rows]}}
 
 
 def test_direction_frequencies_are_adopted_from_the_numbers_not_from_what_was_written(tmp_path):
-    leave(tmp_path, "dir_l_sweep", "a", {"adopted_frequencies": 6}, **swept((0, 0.01, 30.0, 0.0), (2, 0.008, 30.5, 0.0), (6, 0.006, 31.0, 0.0)))
+    leave(tmp_path, "dir_l_sweep", "a", {"adopted_frequencies": 6},
+          **swept((0, 0.01, 30.0, 0.0), (2, 0.008, 30.5, 0.0), (6, 0.006, 31.0, 0.0)))
     leave(tmp_path, "multi_view_response", "a", {}, parameters={"direction_frequencies": 4})
     (found,) = promotions(tmp_path)
-    assert found.adoption.adopted == 2 and "recorded L = 6" in found.adoption.sentence and "multi_view_response has L = 4" in found.text()
+    assert (
+        found.adoption.adopted == 2
+        and "recorded L = 6" in found.adoption.sentence
+        and "multi_view_response has L = 4" in found.text()
+    )
 
 
 def test_the_rule_uses_the_settings_of_the_run(tmp_path):
-    leave(tmp_path, "dir_l_sweep", "a", {}, parameters={"improvement": 0.5}, **swept((0, 0.01, 30.0, 0.0), (2, 0.008, 30.5, 0.0)))
+    leave(tmp_path, "dir_l_sweep", "a", {}, parameters={"improvement": 0.5},
+          **swept((0, 0.01, 30.0, 0.0), (2, 0.008, 30.5, 0.0)))
     assert promotions(tmp_path)[0].adoption.adopted == 0
 
 
-@pytest.mark.parametrize("more", [{}, swept(), swept((0, 0.01, 30.0, 0.0)), swept((0, 0.01, 30.0, 0.0), (2, float("nan"), 30.0, 0.0)),
-                                  swept((0, 0.01, 30.0, 0.0), (2, None, 30.0, 0.0)), swept(("0", 0.01, 30.0, 0.0), ("2", 0.01, 30.0, 0.0)),
-                                  {**swept((0, 0.01, 30.0, 0.0), (2, 0.01, 30.0, 0.0)), "parameters": {"improvement": "much"}}], ids=range(7))
+@pytest.mark.parametrize("more",
+                         [{}, swept(), swept((0, 0.01, 30.0, 0.0)),
+                          swept((0, 0.01, 30.0, 0.0), (2, float("nan"), 30.0, 0.0)),
+                          swept((0, 0.01, 30.0, 0.0), (2, None, 30.0, 0.0)),
+                          swept(("0", 0.01, 30.0, 0.0), ("2", 0.01, 30.0, 0.0)),
+                          {**swept((0, 0.01, 30.0, 0.0), (2, 0.01, 30.0, 0.0)), "parameters": {"improvement": "much"}}],
+                         ids=range(7))
 def test_a_sweep_that_says_nothing_usable_adopts_nothing_and_says_why(tmp_path, more):
     leave(tmp_path, "dir_l_sweep", "a", {"adopted_frequencies": 2}, **more)
     (found,) = promotions(tmp_path)
@@ -113,7 +149,9 @@ def test_a_sweep_that_says_nothing_usable_adopts_nothing_and_says_why(tmp_path, 
 
 
 def test_every_published_figure_names_its_source():
-    gates = [(name, gate) for name, path in NOTEBOOKS.items() for gate in read_notebook(path).gates] + [("policy", g) for stage in POLICY for g in stage.gates]
+    gates = [(name, gate) for name, path in NOTEBOOKS.items() for gate in read_notebook(path).gates] + [
+        ("policy", g) for stage in POLICY for g in stage.gates
+    ]
     assert [(name, gate.result) for name, gate in gates if (gate.published is not None) != bool(gate.source)] == []
     assert sum(gate.published is not None for _, gate in gates) >= 10
 
@@ -121,8 +159,10 @@ def test_every_published_figure_names_its_source():
 def test_figures_of_lego_do_not_stand_beside_the_stand_in():
     """Figures for lego say nothing of a number on another scene."""
     for name, path in NOTEBOOKS.items():
-        cells = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-        for node in (node for source in cells if "Gate(" in source for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Dict)):
+        cells = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
+                 if cell["cell_type"] == "code"]
+        for node in (node for source in cells if "Gate(" in source for node in ast.walk(ast.parse(source))
+                     if isinstance(node, ast.Dict)):
             for key, value in zip(node.keys, node.values):
                 if isinstance(key, ast.Constant) and "stand-in" in str(key.value):
                     assert "notes=" not in ast.unparse(value) and "published=" not in ast.unparse(value), name

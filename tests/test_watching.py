@@ -20,7 +20,17 @@ from kilonb.core.errors import KiloError
 from kilonb.core.files import write_json
 from kilonb.runs.gates import Gate
 from kilonb.runs.folders import mark_run, open_run
-from kilonb.batch.watching import SweepDisplay, changes, duration, find_watched, parse_progress, plain, read_watched, standing, watch
+from kilonb.batch.watching import (
+    SweepDisplay,
+    changes,
+    duration,
+    find_watched,
+    parse_progress,
+    plain,
+    read_watched,
+    standing,
+    watch,
+)
 from kilonb.training import progress as training_progress
 from kilonb.training.progress import Progress, progress_line
 from kilonb.training.scalars import ScalarLog
@@ -33,11 +43,13 @@ class Terminal(io.StringIO):
 
 
 def sweep_run(name, status, **more):
-    return {"name": name, "varied": {"learning_rate": 0.01}, "status": status, "ok": None, "gates": "", "attempt": 1, "elapsed_s": 3.0, "error": "", **more}
+    return {"name": name, "varied": {"learning_rate": 0.01}, "status": status, "ok": None, "gates": "", "attempt": 1,
+            "elapsed_s": 3.0, "error": "", **more}
 
 
 def sweep(*runs, status="running", **more):
-    return {"kind": "sweep", "sweep": "night", "experiment": "toy", "status": status, "elapsed_s": 9.0, "eta_s": 60.0, "workers": 2, "runs": list(runs), **more}
+    return {"kind": "sweep", "sweep": "night", "experiment": "toy", "status": status, "elapsed_s": 9.0, "eta_s": 60.0,
+            "workers": 2, "runs": list(runs), **more}
 
 
 def leave(folder, status):
@@ -52,7 +64,8 @@ def test_every_line_that_training_prints_is_read_back():
         step, speed = chance.randint(0, total), chance.choice([0.0, 0.4, 56.1, 9000.0])
         description = chance.choice(["training", "fitting the teacher", "points, 2/3 done", "a_b (c)", "50%"])
         names = chance.sample(["loss", "lr", "psnr (dB)", "alpha 0.5", "colour_loss"], chance.randint(0, 4))
-        values = {name: chance.choice([0.0, -1.5, 1e-9, 12345678.0, float("inf"), chance.gauss(0, 1)]) for name in names}
+        values = {name: chance.choice([0.0, -1.5, 1e-9, 12345678.0, float("inf"), chance.gauss(0, 1)])
+                  for name in names}
         read = parse_progress(progress_line(description, step, total, values, speed))
         assert (read["description"], read["step"], read["total"]) == (description, step, total)
         assert read["values"] == {name: float(f"{value:.4g}") for name, value in values.items()}
@@ -75,8 +88,9 @@ def test_durations_are_spelt_as_in_training():
     assert all(duration(s) == training_progress.duration(s) for s in [0, 0.5, 59.4, 59.6, 3599.6, 3600, 1e6])
 
 
-@pytest.mark.parametrize("line", ["loss 0.1", "training 5/10  60%", "training 5/10   50%  then more", "12/31 papers", "── Training", "\x1b[2J",
-                                  "training 5/0  0%"])
+@pytest.mark.parametrize("line",
+                         ["loss 0.1", "training 5/10  60%", "training 5/10   50%  then more", "12/31 papers",
+                          "── Training", "\x1b[2J", "training 5/0  0%"])
 def test_what_is_no_line_of_progress_is_not_taken_for_one(line): assert parse_progress(line) is None
 
 
@@ -85,7 +99,8 @@ def test_codes_and_markup_of_a_run_do_not_reach_the_terminal_as_such():
     assert plain(rude) == "[red]loss[/red] is nan gnp"
     stage = {"description": rude, "step": 1, "total": 2, "values": {rude: 0.5}, "eta_s": None}
     progress = {"heading": rude, "cell": 1, "cells": 2, "line": rude, "stage": stage}
-    runs = [sweep_run(f"001{rude}", "failed", error=rude), sweep_run("002", "running", varied={rude: rude}, progress=progress)]
+    runs = [sweep_run(f"001{rude}", "failed", error=rude),
+            sweep_run("002", "running", varied={rude: rude}, progress=progress)]
     runs += [sweep_run("003", "waiting")]
     screen, log = Terminal(), io.StringIO()
     for stream in (screen, log):
@@ -93,14 +108,19 @@ def test_codes_and_markup_of_a_run_do_not_reach_the_terminal_as_such():
             display.update(sweep(*runs))
             display.update(sweep(runs[0], runs[1], sweep_run("003", "finished", results={rude: rude})))
     assert not CONTROL.search(log.getvalue()) and "[red]loss[/red] is nan" in log.getvalue()
-    assert "owned" not in screen.getvalue() and "\x1b[2J" not in screen.getvalue() and "[red]loss[/red]" in screen.getvalue()
+    assert (
+        "owned" not in screen.getvalue()
+        and "\x1b[2J" not in screen.getvalue()
+        and "[red]loss[/red]" in screen.getvalue()
+    )
 
 
 def test_off_a_terminal_each_change_is_one_plain_line_even_where_colour_is_forced(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     log, waiting = io.StringIO(), sweep(sweep_run("001", "waiting"), sweep_run("002", "waiting"))
     half = sweep(sweep_run("001", "finished", gates="3/3", ok=True), sweep_run("002", "running"))
-    done = sweep(sweep_run("001", "finished", gates="3/3", ok=True), sweep_run("002", "failed", error="no space left"), status="finished")
+    done = sweep(sweep_run("001", "finished", gates="3/3", ok=True), sweep_run("002", "failed", error="no space left"),
+                 status="finished")
     with SweepDisplay(log) as display:
         for status in (waiting, waiting, half, half | {"elapsed_s": 10.0}, done): display.update(status)
     lines = log.getvalue().splitlines()
@@ -118,7 +138,11 @@ def test_a_second_attempt_is_a_change():
 
 
 def test_trouble_of_the_sweep_itself_is_said_once():
-    log, fine, troubled = io.StringIO(), sweep(sweep_run("001", "running")), sweep(sweep_run("001", "running"), trouble="No worker is left.")
+    log, fine, troubled = (
+        io.StringIO(),
+        sweep(sweep_run("001", "running")),
+        sweep(sweep_run("001", "running"), trouble="No worker is left."),
+    )
     with SweepDisplay(log) as display:
         for status in (fine, troubled, troubled): display.update(status)
     assert log.getvalue().splitlines()[1:] == ["No worker is left."]
@@ -127,16 +151,18 @@ def test_trouble_of_the_sweep_itself_is_said_once():
 def test_json_is_one_line_for_each_change_and_the_clock_is_none(tmp_path):
     machine, waiting = io.StringIO(), sweep(sweep_run("001", "waiting"), eta_s=float("nan"))
     with SweepDisplay(machine, as_json=True) as display:
-        for status in (waiting, waiting | {"elapsed_s": 10.0, "changed": "now"}, sweep(sweep_run("001", "running"))): display.update(status)
+        for status in (waiting, waiting | {"elapsed_s": 10.0, "changed": "now"}, sweep(sweep_run("001", "running"))):
+            display.update(status)
     assert [json.loads(line)["counts"]["running"] for line in machine.getvalue().splitlines()] == [0, 1]
     once = io.StringIO()
     assert watch(leave(tmp_path, waiting | {"status": "finished"}), once=True, as_json=True, stream=once) == 0
     assert json.loads(once.getvalue())["runs"][0]["name"] == "001"
 
 
-@pytest.mark.parametrize("runs, status, code", [
-    (["finished", "skipped"], "finished", 0), (["finished", "failed"], "finished", 1), (["finished", "waiting"], "interrupted", 1),
-    (["finished", "interrupted"], "finished", 1), (["finished"], "abandoned", 1)])
+@pytest.mark.parametrize("runs, status, code",
+                         [(["finished", "skipped"], "finished", 0), (["finished", "failed"], "finished", 1),
+                          (["finished", "waiting"], "interrupted", 1), (["finished", "interrupted"], "finished", 1),
+                          (["finished"], "abandoned", 1)])
 def test_the_exit_code_says_whether_all_went_well(tmp_path, runs, status, code):
     folder = leave(tmp_path, sweep(*(sweep_run(f"{i:03d}", state) for i, state in enumerate(runs)), status=status))
     assert watch(folder, stream=io.StringIO()) == code
@@ -149,8 +175,10 @@ def test_red_gates_are_no_failure_of_the_run(tmp_path):
     assert watch(run.folder, stream=log) == 0 and "0/1 gates green" in log.getvalue()
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"kind": "sweep", "status": "runn', "[1, 2]", "{}", "null", '{"status": 3}',
-                                  '{"status": "running", "process": null}', '{"status": "running", "process": [1]}', "\xff\xfe"])
+@pytest.mark.parametrize("text",
+                         ["", "{", '{"kind": "sweep", "status": "runn', "[1, 2]", "{}", "null", '{"status": 3}',
+                          '{"status": "running", "process": null}', '{"status": "running", "process": [1]}',
+                          "\xff\xfe"])
 def test_a_damaged_status_is_named_in_one_sentence(tmp_path, text):
     (tmp_path / "status.json").write_text(text, encoding="latin-1")
     with pytest.raises(KiloError, match=r"status\.json") as told: watch(tmp_path, stream=io.StringIO())
@@ -175,7 +203,8 @@ def test_where_there_is_nothing_to_watch_the_folder_is_named(tmp_path):
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "nowhere" / "status.json"):
         with pytest.raises(KiloError, match="Nothing to watch in"): watch(path)
     with pytest.raises(KiloError, match="No run 'night'"): find_watched("night", tmp_path)
-    assert find_watched("night", leave(tmp_path / "sweeps" / "night", sweep()).parents[1]) == tmp_path / "sweeps" / "night"
+    assert find_watched("night",
+                        leave(tmp_path / "sweeps" / "night", sweep()).parents[1]) == tmp_path / "sweeps" / "night"
 
 
 def test_a_finished_run_with_damaged_results_is_a_failure_that_names_the_file(tmp_path):
@@ -253,7 +282,9 @@ def test_a_killed_sweep_is_said_to_be_gone_and_a_silent_one_elsewhere_is_doubted
     log = io.StringIO()
     assert watch(leave(tmp_path, sweep(sweep_run("001", "running"), process=gone)), stream=log) == 1
     assert log.getvalue().count("gone without a word") == 1
-    silent = leave(tmp_path, sweep(sweep_run("001", "running"), process=gone | {"host": "elsewhere"}, changed="2026-01-31T00:00:00+00:00"))
+    silent = leave(tmp_path,
+                   sweep(sweep_run("001", "running"), process=gone | {"host": "elsewhere"},
+                         changed="2026-01-31T00:00:00+00:00"))
     assert any("Nothing was heard of it" in line for line in changes(None, read_watched(silent)))
     assert "is running" in standing(read_watched(silent))
 
@@ -284,7 +315,9 @@ def test_a_view_does_not_disturb_the_run(tmp_path):
 def test_tensorboard_shows_the_runs_of_a_sweep_and_goes_down_with_ctrl_c(tmp_path):
     for name in ("001-a", "002-b"):
         with ScalarLog(tmp_path / "night" / name) as log: log.log(1, {"loss": 0.5})
-    code = f"from kilonb.batch.tensorboard import tensorboard; raise SystemExit(tensorboard({str(tmp_path / 'night')!r}))"
+    code = (
+        f"from kilonb.batch.tensorboard import tensorboard; raise SystemExit(tensorboard({str(tmp_path / 'night')!r}))"
+    )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]

@@ -1,4 +1,5 @@
-"""Exports the library notebooks to modules and the index to README.md, and removes outputs and editor metadata from all notebooks.
+"""Exports the library notebooks to modules and the index to README.md, and removes outputs and editor metadata from all
+notebooks.
 
 Needed after every edit of a notebook; a second run changes nothing.
 """
@@ -18,9 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def clear_outputs(path: Path) -> bool:
-    """Take outputs and execution counts out of a notebook, if it has any. nbdev_clean's own --clear_all would take papermill's `parameters` tag as well."""
+    """Take outputs and execution counts out of a notebook, if it has any. nbdev_clean's own --clear_all would take
+    papermill's `parameters` tag as well."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
-    noisy = [cell for cell in notebook["cells"] if cell["cell_type"] == "code" and (cell["outputs"] or cell["execution_count"] is not None)]
+    noisy = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"
+             and (cell["outputs"] or cell["execution_count"] is not None)]
     if not noisy: return False
     clean = read_nb(path)
     for cell in clean.cells:

@@ -1,6 +1,8 @@
-"""Keep what runs measured: nbs/results/<experiment>/<data>/ is a run folder without pictures, checkpoints and what names the machine.
+"""Keep what runs measured: nbs/results/<experiment>/<data>/ is a run folder without pictures, checkpoints and what
+names the machine.
 
-The front page makes its table from these. `python tools/keep.py RUN ... --picture NAME` also takes figures/NAME.png of the last run to nbs/figures.
+The front page makes its table from these. `python tools/keep.py RUN ... --picture NAME` also takes figures/NAME.png of
+the last run to nbs/figures.
 """
 import argparse
 import re
@@ -19,8 +21,8 @@ LARGEST_PICTURE = 150_000
 
 def portable_environment(record: RunRecord) -> dict[str, Any]:
     """Commit, versions, hardware, seed, and the data by name and hash; no paths, no host."""
-    data = [{"kind": item.get("kind", ""), "name": item.get("name", ""), "path": Path(item.get("path", "")).name, "sha256": item.get("sha256", "")}
-            for item in record.environment.get("data", [])]
+    data = [{"kind": item.get("kind", ""), "name": item.get("name", ""), "path": Path(item.get("path", "")).name,
+             "sha256": item.get("sha256", "")} for item in record.environment.get("data", [])]
     same = ("commit", "dirty", "python", "packages", "hardware", "seed")
     return {**{key: record.environment[key] for key in same if key in record.environment}, "data": data}
 
@@ -30,11 +32,13 @@ def keep(record: RunRecord, root: Path = NOTEBOOKS / "results") -> Path:
     if record.status != FINISHED: raise KiloError(f"{record.name} is {record.status}: only a finished run can be kept.")
     folder = root / record.experiment / (re.sub(r"\W+", "-", data_label(record)) or "made-here")
     folder.mkdir(parents=True, exist_ok=True)
-    written = {"experiment": record.experiment, "run": record.folder.name, "ok": record.ok, "results": record.results, "gates": record.report.to_dict(),
-               "baselines": record.baselines}
+    written = {"experiment": record.experiment, "run": record.folder.name, "ok": record.ok, "results": record.results,
+               "gates": record.report.to_dict(), "baselines": record.baselines}
     write_json(folder / "results.json", written)
     write_json(folder / "environment.json", portable_environment(record))
-    write_json(folder / "status.json", {"experiment": record.experiment, "status": FINISHED, "started": record.started, "elapsed_s": record.elapsed_s})
+    write_json(folder / "status.json",
+               {"experiment": record.experiment, "status": FINISHED, "started": record.started,
+                "elapsed_s": record.elapsed_s})
     return folder
 
 
@@ -42,7 +46,8 @@ def keep_picture(record: RunRecord, name: str) -> Path:
     """Copy one figure of the run. Raises KiloError where there is none or it is too large to commit."""
     source = record.folder / "figures" / f"{name}.png"
     if not source.is_file(): raise KiloError(f"{record.name} has no figure '{name}'.")
-    if source.stat().st_size > LARGEST_PICTURE: raise KiloError(f"{source.name} has {source.stat().st_size} bytes; at most {LARGEST_PICTURE} are committed.")
+    if source.stat().st_size > LARGEST_PICTURE:
+        raise KiloError(f"{source.name} has {source.stat().st_size} bytes; at most {LARGEST_PICTURE} are committed.")
     (NOTEBOOKS / "figures").mkdir(exist_ok=True)
     return Path(shutil.copyfile(source, NOTEBOOKS / "figures" / source.name))
 

@@ -1,7 +1,7 @@
 """nbs/index.ipynb -> README.md: the front page is written once, as a notebook.
 
-Cells marked `#| echo: false` are run and give their output; `#| eval: false` are shown and not run; `#| hide` are run and leave nothing.
-The notebook's relative links and pictures start at nbs/, the page's at the root.
+Cells marked `#| echo: false` are run and give their output; `#| eval: false` are shown and not run; `#| hide` are run
+and leave nothing. The notebook's relative links and pictures start at nbs/, the page's at the root.
 """
 import argparse
 import contextlib
@@ -59,7 +59,8 @@ def arrange(notebook: nbformat.NotebookNode) -> None:
 def relocate(markdown: str, folder: str) -> str:
     """Relative links and pictures as seen from the parent of `folder`; code blocks are left alone."""
     parts = _FENCED.split(markdown)
-    moved = [part if part.startswith("```") else _LINK.sub(lambda found: posixpath.normpath(posixpath.join(folder, found[1])), part) for part in parts]
+    moved = [part if part.startswith("```")
+             else _LINK.sub(lambda found: posixpath.normpath(posixpath.join(folder, found[1])), part) for part in parts]
     return "".join(moved)
 
 
@@ -85,7 +86,8 @@ def main() -> int:
     text = readme_text()
     same = README.is_file() and README.read_text(encoding="utf-8") == text
     if options.check:
-        if not same: print("README.md is not in step with nbs/index.ipynb: run make readme and commit it.", file=sys.stderr)
+        if not same:
+            print("README.md is not in step with nbs/index.ipynb: run make readme and commit it.", file=sys.stderr)
         return 0 if same else 1
     if not same:
         with atomic_write(README) as partial: partial.write_text(text, encoding="utf-8")

@@ -19,65 +19,80 @@ import kilonb
 from ..batch.arguments import data_root, outputs_folder, resolve_argument
 from ..core.errors import KiloError
 
-# %% ../../nbs/cli/main.ipynb #341d2318
+# %% ../../nbs/cli/main.ipynb #0bde88b9
 class _Parser(argparse.ArgumentParser):
     def __init__(self, **named: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **named)
 
-    def error(self, message: str) -> NoReturn: raise KiloError(f"{message[:1].upper()}{message[1:]}: see `{self.prog} --help`.")
+    def error(self, message: str) -> NoReturn:
+        raise KiloError(f"{message[:1].upper()}{message[1:]}: see `{self.prog} --help`.")
 
 
 class _Help(argparse.Action):
     """`kilonb run EXPERIMENT --help` shows what the experiment asks for."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **_: Any):
-        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0, help="show this, or with a name its parameters, and exit")
+        super().__init__(option_strings, dest=argparse.SUPPRESS, nargs=0,
+                         help="show this, or with a name its parameters, and exit")
 
     def __call__(self, parser: argparse.ArgumentParser, options: argparse.Namespace, *_: Any) -> NoReturn:
         if not getattr(options, "name", None): parser.print_help()
         else: print(describe_notebook(options.name, parser.get_default("shelf")))
         parser.exit()
 
-# %% ../../nbs/cli/main.ipynb #18c8a155
+# %% ../../nbs/cli/main.ipynb #1e068212
 def _add_run(commands: Any, command: str, shelf: str, kind: str, summary: str) -> None:
-    parser = commands.add_parser(command, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.", add_help=False)
+    parser = commands.add_parser(command, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.",
+                                 add_help=False)
     parser.set_defaults(action=run, shelf=shelf)
     parser.add_argument("name", metavar=kind, help=f"a notebook of nbs/{shelf}, or the path of any other")
-    parser.add_argument("--data", metavar="KIND:PATH", help="what to run on: a dataset by name (brickyard), or by kind and place (blender:FOLDER, ...)")
-    parser.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[], help="another value for one parameter; may be repeated")
+    parser.add_argument("--data", metavar="KIND:PATH",
+                        help="what to run on: a dataset by name (brickyard), or by kind and place "
+                        "(blender:FOLDER, ...)")
+    parser.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[],
+                        help="another value for one parameter; may be repeated")
     parser.add_argument("--out", metavar="DIR", help="the run's folder, new or empty (default: outputs/<name>/<time>)")
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, or with the newest one that did not finish")
-    parser.add_argument("--processes", type=_count, default=1, metavar="N", help="share the work of each step among N processes of this machine")
+    parser.add_argument("--resume", action="store_true",
+                        help="go on with the run in --out, or with the newest one that did not finish")
+    parser.add_argument("--processes", type=_count, default=1, metavar="N",
+                        help="share the work of each step among N processes of this machine")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON: run, ok, results, gates")
     parser.add_argument("-h", "--help", action=_Help)
 
-# %% ../../nbs/cli/main.ipynb #97c5913d
+# %% ../../nbs/cli/main.ipynb #d5619d41
 def _add_sweeps(commands: Any) -> None:
-    parser = commands.add_parser("sweep", help="run what a sweep file describes", description="Run what a sweep file describes and is not done yet.")
+    parser = commands.add_parser("sweep", help="run what a sweep file describes",
+                                 description="Run what a sweep file describes and is not done yet.")
     parser.add_argument("file", metavar="FILE", help="YAML: experiment, parameters, grid, runs, seeds, resources")
     parser.add_argument("--data", metavar="KIND:PATH", help="what to run on, in place of the file's")
-    parser.add_argument("--workers", type=_count, metavar="N", help="runs side by side (default: as many as fit on the machine; under SLURM, the file's jobs)")
-    parser.add_argument("--scheduler", default="", metavar="ADDRESS", help="a running dask scheduler, as tcp://host:8786")
+    parser.add_argument("--workers", type=_count, metavar="N",
+                        help="runs side by side (default: as many as fit on the machine; under SLURM, the file's jobs)")
+    parser.add_argument("--scheduler", default="", metavar="ADDRESS",
+                        help="a running dask scheduler, as tcp://host:8786")
     parser.add_argument("--slurm", action="store_true", help="ask SLURM for the workers")
     parser.add_argument("--plan", action="store_true", help="show what would be run, and start nothing")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON: the sweep's status")
     parser.set_defaults(action=sweep)
-    parser = commands.add_parser("watch", help="follow a run or a sweep", description="Follow a run or a sweep that any process is working on, until it ends.")
-    parser.add_argument("name", metavar="RUN|SWEEP", help="a sweep's name, or a run as `kilonb show` takes it, or a folder")
+    parser = commands.add_parser("watch", help="follow a run or a sweep",
+                                 description="Follow a run or a sweep that any process is working on, until it ends.")
+    parser.add_argument("name", metavar="RUN|SWEEP",
+                        help="a sweep's name, or a run as `kilonb show` takes it, or a folder")
     parser.add_argument("--once", action="store_true", help="say how it stands now, and end")
     parser.add_argument("--json", action="store_true", help="one line of JSON for each change")
     parser.set_defaults(action=watch)
-    parser = commands.add_parser("tensorboard", help="TensorBoard on a run, a sweep or all runs", description="TensorBoard on a run, a sweep or all runs.")
-    parser.add_argument("name", metavar="RUN|SWEEP", nargs="?", default="", help="as for `kilonb watch` (default: everything)")
+    parser = commands.add_parser("tensorboard", help="TensorBoard on a run, a sweep or all runs",
+                                 description="TensorBoard on a run, a sweep or all runs.")
+    parser.add_argument("name", metavar="RUN|SWEEP", nargs="?", default="",
+                        help="as for `kilonb watch` (default: everything)")
     parser.add_argument("--port", type=_count, help="default: a free one")
     parser.set_defaults(action=tensorboard)
 
-
+# %% ../../nbs/cli/main.ipynb #74bee912
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1: raise KiloError(f"A whole number above 0 was expected, got '{text}'.")
     return int(text)
 
-# %% ../../nbs/cli/main.ipynb #c4655b5e
+# %% ../../nbs/cli/main.ipynb #458d16e3
 def _add_records(commands: Any) -> None:
     def add(command: str, action: Callable, summary: str, **argument: Any) -> argparse.ArgumentParser:
         parser = commands.add_parser(command, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.")
@@ -89,16 +104,20 @@ def _add_records(commands: Any) -> None:
         help="a folder, experiment/run, the beginning of a run's name, or an experiment")
     add("gates", gates, "show what is green, red and not run, and what that unlocks", nargs="*", metavar="EXPERIMENT")
     add("page", page, "write the HTML page of a run", nargs="+", metavar="RUN")
-    parser = add("report", report, "write one offline HTML page on runs, a sweep, or everything", nargs="*", metavar="RUN|SWEEP|EXPERIMENT")
+    parser = add("report", report, "write one offline HTML page on runs, a sweep, or everything", nargs="*",
+                 metavar="RUN|SWEEP|EXPERIMENT")
     parser.add_argument("--out", metavar="FILE", help="where to (default: report.html in the folder)")
     parser.add_argument("--worst", type=int, default=6, metavar="N", help="how many of the worst pictures (default 6)")
     for axis in ("quality", "time", "speed"):
-        parser.add_argument(f"--{axis}", default="", metavar="RESULT", help="the result to compare by (default: chosen by its unit)")
+        parser.add_argument(f"--{axis}", default="", metavar="RESULT",
+                            help="the result to compare by (default: chosen by its unit)")
 
-
+# %% ../../nbs/cli/main.ipynb #87466c90
 def _add_runs(commands: Any) -> None:
     summary = "list, compare, archive and restore runs"
-    parser = commands.add_parser("runs", help=summary, description=f"{summary.capitalize()}. `kilonb runs` alone lists them, the newest last.")
+    parser = commands.add_parser("runs", help=summary,
+                                 description=f"{summary.capitalize()}. `kilonb runs` alone lists them, the "
+                                 "newest last.")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     def add(verb: str, action: Callable, summary: str, **argument: Any) -> argparse.ArgumentParser:
         added = verbs.add_parser(verb, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.")
@@ -108,36 +127,42 @@ def _add_runs(commands: Any) -> None:
         return added
     _add_choice(add("list", runs, "list runs, the newest last", nargs="*", metavar="EXPERIMENT"))
     add("compare", compare, "what differs between runs, and what they reached", nargs="+", metavar="RUN")
-    parser = add("archive", archive, "pack runs that are over into outputs/archive", nargs="*", metavar="RUN|EXPERIMENT",
-                 help="runs, or experiments whose runs the options choose")
+    parser = add("archive", archive, "pack runs that are over into outputs/archive", nargs="*",
+                 metavar="RUN|EXPERIMENT", help="runs, or experiments whose runs the options choose")
     _add_choice(parser)
     parser.add_argument("--delete", action="store_true", help="throw them away instead")
     parser.add_argument("--yes", action="store_true", help="do it; without it, what would be done is shown")
     add("archives", archives, "list the archives")
     add("restore", restore, "put archived runs back to their places", nargs="+", metavar="ARCHIVE")
 
-
+# %% ../../nbs/cli/main.ipynb #6c8d7279
 def _add_choice(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--status", default="", help="only these: finished, failed, interrupted, abandoned, running, unreadable")
+    parser.add_argument("--status", default="",
+                        help="only these: finished, failed, interrupted, abandoned, running, unreadable")
     parser.add_argument("--data", default="", help="only those on these data, as the list names them")
     parser.add_argument("--older-than", type=float, metavar="DAYS", dest="older_than_days")
-    parser.add_argument("--keep-newest", type=int, metavar="N", help="leave out the newest N of each experiment and data")
+    parser.add_argument("--keep-newest", type=int, metavar="N",
+                        help="leave out the newest N of each experiment and data")
     parser.add_argument("--sweeps", action="store_true", help="those of sweeps too")
 
-
+# %% ../../nbs/cli/main.ipynb #035ab3c0
 def _add_data(commands: Any) -> None:
-    parser = commands.add_parser("data", help="list, verify, make and get datasets", description="Datasets, each with a page in data_manifests.")
+    parser = commands.add_parser("data", help="list, verify, make and get datasets",
+                                 description="Datasets, each with a page in data_manifests.")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    for verb, action, summary in (("list", data_list, "list the datasets and where they lie"), ("verify", data_verify, "compare files with their checksums"),
-                                  ("make", data_make, "make synthetic datasets"), ("get", data_get, "fetch real datasets, or say how")):
+    for verb, action, summary in (("list", data_list, "list the datasets and where they lie"),
+                                  ("verify", data_verify, "compare files with their checksums"),
+                                  ("make", data_make, "make synthetic datasets"),
+                                  ("get", data_get, "fetch real datasets, or say how")):
         added = verbs.add_parser(verb, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.")
         if verb != "list": added.add_argument("names", nargs="+", metavar="NAME")
         added.set_defaults(action=action)
 
-# %% ../../nbs/cli/main.ipynb #b07fae3c
+# %% ../../nbs/cli/main.ipynb #84a12e34
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `action`, a function from the options to the exit code."""
-    parser = _Parser(prog="kilonb", description=kilonb.__doc__ or "Experiments in notebooks that run, are measured and are compared.",
+    parser = _Parser(prog="kilonb",
+                     description=kilonb.__doc__ or "Experiments in notebooks that run, are measured and are compared.",
                      epilog="kilonb run EXPERIMENT --help shows an experiment's parameters.")
     parser.add_argument("--version", action="version", version=f"kilonb {kilonb.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -149,21 +174,23 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(commands)
     return parser
 
-# %% ../../nbs/cli/main.ipynb #9c7b0fd6
+# %% ../../nbs/cli/main.ipynb #5945e589
 def describe_notebook(name: str, shelf: str = "experiments") -> str:
     """Title, promise and parameters of a notebook, as text."""
     from kilonb.runs.gates import text_table
     from kilonb.runs.notebooks import find_notebook, read_notebook
 
     notebook = read_notebook(find_notebook(name, shelf))
-    table = text_table(("parameter", "type", "default", ""), [parameter.row() for parameter in notebook.parameters.values()])
+    table = text_table(("parameter", "type", "default", ""),
+                       [parameter.row() for parameter in notebook.parameters.values()])
     return "\n".join(filter(None, (notebook.title, notebook.promise))) + f"\n\n{table}"
 
-# %% ../../nbs/cli/main.ipynb #b6e0a41f
+# %% ../../nbs/cli/main.ipynb #6d474ccc
 def _unfinished(experiment: str) -> str:
     from kilonb.runs.folders import FINISHED, list_runs
 
-    found = [record for record in list_runs(outputs_folder(), experiment) if record.status not in (FINISHED, "unreadable")]
+    found = [record for record in list_runs(outputs_folder(), experiment)
+             if record.status not in (FINISHED, "unreadable")]
     if not found: raise KiloError(f"No unfinished run of {experiment} to resume: name one by --out.")
     return str(found[-1].folder)
 
@@ -171,9 +198,11 @@ def _unfinished(experiment: str) -> str:
 def _earlier_values(notebook: Any, folder: str) -> dict[str, Any]:
     from kilonb.runs.folders import read_run
 
-    return {name: value for name, value in read_run(folder).parameters.items() if name in notebook.parameters and name not in ("run_dir", "resume")}
+    return {name: value for name,
+            value in read_run(folder).parameters.items() if name in notebook.parameters
+            and name not in ("run_dir", "resume")}
 
-# %% ../../nbs/cli/main.ipynb #85b67070
+# %% ../../nbs/cli/main.ipynb #9c702aeb
 def _request(options: argparse.Namespace) -> dict[str, Any]:
     from kilonb.runs.notebooks import find_notebook, read_notebook, split_assignment, typed_values
 
@@ -182,13 +211,14 @@ def _request(options: argparse.Namespace) -> dict[str, Any]:
     for name in ("run_dir", "resume"):
         if name in spelled: raise KiloError(f"'{name}' is set by {'--out' if name == 'run_dir' else '--resume'}.")
     if options.data is not None: spelled["data"] = options.data
-    if "data" in spelled and "data" in notebook.parameters: spelled["data"] = resolve_argument(spelled["data"], data_root())
+    if "data" in spelled and "data" in notebook.parameters:
+        spelled["data"] = resolve_argument(spelled["data"], data_root())
     run_dir = options.out or (_unfinished(notebook.name) if options.resume else "")
     values = typed_values(notebook, _earlier_values(notebook, run_dir) if options.resume else {}, spelled)
-    return {"notebook": notebook, "values": values, "run_dir": run_dir, "resume": options.resume, "outputs": outputs_folder(),
-            "command": shlex.join(["kilonb", *options.arguments])}
+    return {"notebook": notebook, "values": values, "run_dir": run_dir, "resume": options.resume,
+            "outputs": outputs_folder(), "command": shlex.join(["kilonb", *options.arguments])}
 
-# %% ../../nbs/cli/main.ipynb #712e7d1a
+# %% ../../nbs/cli/main.ipynb #deb3d137
 def run(options: argparse.Namespace) -> int:
     """`kilonb run` and `kilonb bench`."""
     request = _request(options)
@@ -196,61 +226,68 @@ def run(options: argparse.Namespace) -> int:
     written = _write_page(record.folder)
     from kilonb.reports.terminal import summary
 
-    if options.json: print(_json_line(str(record.folder), record.ok, record.results, record.report.to_dict()), flush=True)
-    else: print("\n" + summary(record) + f"\n\nnotebook  {record.folder / 'notebook.ipynb'}" + (f"\npage      {written}" if written else ""), flush=True)
+    if options.json:
+        print(_json_line(str(record.folder), record.ok, record.results, record.report.to_dict()), flush=True)
+    else:
+        print("\n" + summary(record) + f"\n\nnotebook  {record.folder / 'notebook.ipynb'}"
+              + (f"\npage      {written}" if written else ""), flush=True)
     return 0
 
-
+# %% ../../nbs/cli/main.ipynb #184ba0c4
 def _run_here(**request: Any) -> Any:
     from kilonb.batch.execution import run_notebook
 
     return run_notebook(**request)
 
-
+# %% ../../nbs/cli/main.ipynb #6e1c600a
 def _run_shared(processes: int, notebook: Any, values: Mapping[str, Any], **request: Any) -> Any:
     from kilonb.batch.launch import launch
 
     return launch(notebook, values, processes, **request)
 
-
+# %% ../../nbs/cli/main.ipynb #ad6f2e85
 def _write_page(folder: Path) -> Path | None:
     from kilonb.reports.pages import write_page
 
     try: return write_page(folder)
-    except Exception as error: print(f"The page of {folder} was not written: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"The page of {folder} was not written: {type(error).__name__}: {error}", file=sys.stderr)
 
-
+# %% ../../nbs/cli/main.ipynb #8e8cbbc5
 def _json_line(folder: str | None, ok: bool, results: Mapping[str, Any], gates: Mapping[str, Any], **more: Any) -> str:
     from kilonb.core.files import dumps
 
     return dumps({"run": folder, "ok": ok, "results": results, "gates": gates, **more})
 
-# %% ../../nbs/cli/main.ipynb #db7efb81
+# %% ../../nbs/cli/main.ipynb #78d798a6
 def sweep(options: argparse.Namespace) -> int:
     """`kilonb sweep`."""
     from kilonb.batch.sweeps import plan_sweep
 
     if options.scheduler and options.slurm: raise KiloError("Give --scheduler or --slurm, not both.")
-    planned = plan_sweep(options.file, outputs_folder(), options.data, resolve=lambda text: resolve_argument(text, data_root()))
+    planned = plan_sweep(options.file, outputs_folder(), options.data,
+                         resolve=lambda text: resolve_argument(text, data_root()))
     if options.plan: return _show_plan(planned)
     from kilonb.batch.scheduling import run_sweep
     from kilonb.batch.watching import SweepDisplay
 
     print(f"{planned.name}: {len(planned.runs)} runs of {planned.notebook.name} -> {planned.folder}", flush=True)
     with SweepDisplay() as display:
-        status = run_sweep(planned, options.scheduler, options.slurm, options.workers, shlex.join(["kilonb", *options.arguments]), display.update)
+        status = run_sweep(planned, options.scheduler, options.slurm, options.workers,
+                           shlex.join(["kilonb", *options.arguments]), display.update)
     return _end_sweep(planned, status, options.json)
 
-
+# %% ../../nbs/cli/main.ipynb #1ee6ab7f
 def _show_plan(planned: Any) -> int:
     from kilonb.runs.gates import spell, text_table
     from kilonb.batch.sweeps import run_state
 
-    lines = [[run.name, *(spell(run.varied.get(name)) for name in planned.varied), *run_state(planned, run)] for run in planned.runs]
+    lines = [[run.name, *(spell(run.varied.get(name)) for name in planned.varied), *run_state(planned, run)]
+             for run in planned.runs]
     print(text_table(("run", *planned.varied, "state", "why"), lines))
     return 0
 
-
+# %% ../../nbs/cli/main.ipynb #2afb3d0d
 def _end_sweep(planned: Any, status: Mapping[str, Any], as_json: bool) -> int:
     from kilonb.core.files import dumps
 
@@ -260,14 +297,15 @@ def _end_sweep(planned: Any, status: Mapping[str, Any], as_json: bool) -> int:
     if status["status"] == "interrupted": raise KeyboardInterrupt
     return 1 if status["counts"]["failed"] else 0
 
-
+# %% ../../nbs/cli/main.ipynb #2da810bb
 def _write_report(folder: Path) -> Path | None:
     from kilonb.reports.writing import write_report
 
     try: return write_report(folder)
-    except Exception as error: print(f"The report of {folder} was not written: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"The report of {folder} was not written: {type(error).__name__}: {error}", file=sys.stderr)
 
-# %% ../../nbs/cli/main.ipynb #eaa0d859
+# %% ../../nbs/cli/main.ipynb #7334e4a3
 def watch(options: argparse.Namespace) -> int:
     """`kilonb watch`."""
     from kilonb.batch import watching
@@ -281,15 +319,17 @@ def tensorboard(options: argparse.Namespace) -> int:
     from kilonb.runs.folders import outputs_root
     from kilonb.batch.watching import find_watched
 
-    return dashboards.tensorboard(find_watched(options.name, outputs_folder()) if options.name else outputs_folder() or outputs_root(), options.port)
+    return dashboards.tensorboard(find_watched(options.name, outputs_folder()) if options.name else outputs_folder()
+                                  or outputs_root(), options.port)
 
-# %% ../../nbs/cli/main.ipynb #8100e9cb
+# %% ../../nbs/cli/main.ipynb #89287888
 def _chosen(options: argparse.Namespace) -> list[Any]:
     from kilonb.runs.archive import choose_runs
 
-    return choose_runs(outputs_folder(), options.names, options.status, options.data, options.older_than_days, options.keep_newest, options.sweeps)
+    return choose_runs(outputs_folder(), options.names, options.status, options.data, options.older_than_days,
+                       options.keep_newest, options.sweeps)
 
-
+# %% ../../nbs/cli/main.ipynb #ddddf38b
 def _print_table(headings: Sequence[str], lines: Sequence[Sequence[str]], as_json: bool, none: str = "") -> int:
     from kilonb.core.files import dumps
     from kilonb.runs.gates import text_table
@@ -297,14 +337,14 @@ def _print_table(headings: Sequence[str], lines: Sequence[Sequence[str]], as_jso
     print(dumps([dict(zip(headings, line)) for line in lines]) if as_json else text_table(headings, lines) or none)
     return 0
 
-
+# %% ../../nbs/cli/main.ipynb #6189ca1b
 def runs(options: argparse.Namespace) -> int:
     """`kilonb runs list`."""
     from kilonb.runs.archive import run_rows
 
     return _print_table(*run_rows(_chosen(options)), options.json, "No runs yet: `kilonb run EXPERIMENT` makes one.")
 
-
+# %% ../../nbs/cli/main.ipynb #864148d8
 def compare(options: argparse.Namespace) -> int:
     """`kilonb runs compare`: parameters, results and environments; for two runs also why they differ, in sentences."""
     from kilonb.runs.archive import compare_rows, explain_difference
@@ -313,10 +353,11 @@ def compare(options: argparse.Namespace) -> int:
     records = [read_run(find_run(name, outputs_folder())) for name in options.names]
     if len(records) < 2: raise KiloError("Comparing takes at least two runs.")
     _print_table(*compare_rows(records), options.json, "They do not differ.")
-    if len(records) == 2 and not options.json: print("", *(explain_difference(*records) or ["Nothing that was recorded tells them apart."]), sep="\n")
+    if len(records) == 2 and not options.json:
+        print("", *(explain_difference(*records) or ["Nothing that was recorded tells them apart."]), sep="\n")
     return 0
 
-# %% ../../nbs/cli/main.ipynb #f934cf15
+# %% ../../nbs/cli/main.ipynb #f9da30ba
 def archive(options: argparse.Namespace) -> int:
     """`kilonb runs archive`: nothing is touched without --yes."""
     from kilonb.runs.archive import archive_rows, archive_runs, run_rows
@@ -325,33 +366,38 @@ def archive(options: argparse.Namespace) -> int:
     if not records: raise KiloError("No run fits: nothing to archive.")
     if not options.yes:
         _print_table(*run_rows(records), options.json)
-        if not options.json: print(f"\n{len(records)} runs would be {'deleted for good' if options.delete else 'archived'}: add --yes.")
+        if not options.json:
+            print(f"\n{len(records)} runs would be {'deleted for good' if options.delete else 'archived'}: add --yes.")
         return 0
     packed = archive_runs(records, outputs_folder() and outputs_folder() / "archive", options.delete)
     return _print_table(*archive_rows(packed), options.json, f"{len(records)} runs deleted.")
 
-
+# %% ../../nbs/cli/main.ipynb #adad181a
 def _to_archive(options: argparse.Namespace) -> list[Any]:
     from kilonb.runs.archive import choose_runs
     from kilonb.runs.folders import find_run, list_runs, read_run
 
     experiments = {record.experiment for record in list_runs(outputs_folder(), sweeps=True)}
-    if not options.names and not (options.status or options.data or options.older_than_days is not None or options.keep_newest is not None):
-        raise KiloError("Archiving everything is not meant: name runs or experiments, or give --status, --data, --older-than or --keep-newest.")
+    if not options.names and not (options.status or options.data or options.older_than_days is not None
+                                  or options.keep_newest is not None):
+        raise KiloError("Archiving everything is not meant: name runs or experiments, or give --status, "
+                        "--data, --older-than or --keep-newest.")
     named = [read_run(find_run(name, outputs_folder())) for name in options.names if name not in experiments]
     wanted = [name for name in options.names if name in experiments]
     if options.names and not wanted: return named
-    return named + choose_runs(outputs_folder(), wanted, options.status, options.data, options.older_than_days, options.keep_newest, options.sweeps)
+    return named + choose_runs(outputs_folder(), wanted, options.status, options.data, options.older_than_days,
+                               options.keep_newest, options.sweeps)
 
-
+# %% ../../nbs/cli/main.ipynb #2d22226c
 def archives(options: argparse.Namespace) -> int:
     """`kilonb runs archives`."""
     from kilonb.runs.archive import archive_rows, list_archives
     from kilonb.runs.folders import outputs_root
 
-    return _print_table(*archive_rows(list_archives(outputs_folder() or outputs_root())), options.json, "There are no archives.")
+    return _print_table(*archive_rows(list_archives(outputs_folder() or outputs_root())), options.json,
+                        "There are no archives.")
 
-
+# %% ../../nbs/cli/main.ipynb #de4b67a5
 def restore(options: argparse.Namespace) -> int:
     """`kilonb runs restore`."""
     from kilonb.runs.archive import restore_run
@@ -362,7 +408,7 @@ def restore(options: argparse.Namespace) -> int:
         print(restore_run(beside if beside.is_file() else name, outputs_folder()))
     return 0
 
-# %% ../../nbs/cli/main.ipynb #72699fc5
+# %% ../../nbs/cli/main.ipynb #7c35187a
 def show(options: argparse.Namespace) -> int:
     """`kilonb show`."""
     from kilonb.core.files import dumps
@@ -371,13 +417,14 @@ def show(options: argparse.Namespace) -> int:
     from kilonb.runs.folders import compare_runs, find_run, read_run
 
     records = [read_run(find_run(name, outputs_folder())) for name in options.names]
-    if options.json: print(dumps([{"run": str(record.folder), "status": record.status, "ok": record.ok, "results": record.results,
-                                   "gates": record.report.to_dict(), "parameters": record.parameters} for record in records]))
+    if options.json:
+        print(dumps([{"run": str(record.folder), "status": record.status, "ok": record.ok, "results": record.results,
+                      "gates": record.report.to_dict(), "parameters": record.parameters} for record in records]))
     elif len(records) > 1: print(text_table(*compare_runs(records)))
     else: print(describe_run(records[0]))
     return 0
 
-# %% ../../nbs/cli/main.ipynb #b32db5d7
+# %% ../../nbs/cli/main.ipynb #a4bba35d
 def gates(options: argparse.Namespace) -> int:
     """`kilonb gates`: the verdicts, and what the promotion rules make of them."""
     from kilonb.core.files import dumps
@@ -389,17 +436,18 @@ def gates(options: argparse.Namespace) -> int:
     else: print("\n\n".join([paint(board.text()), *([] if options.names else [paint(allowed.text())])]))
     return 0
 
-
+# %% ../../nbs/cli/main.ipynb #6dcd942c
 def report(options: argparse.Namespace) -> int:
     """`kilonb report`."""
     from kilonb.reports.writing import find_target, write_report
 
     targets = [find_target(name, outputs_folder()) for name in options.names]
     target = None if not targets else targets[0] if len(targets) == 1 else targets
-    print(write_report(target, options.out, outputs_folder(), options.worst, quality=options.quality, time=options.time, speed=options.speed))
+    print(write_report(target, options.out, outputs_folder(), options.worst, quality=options.quality, time=options.time,
+                       speed=options.speed))
     return 0
 
-
+# %% ../../nbs/cli/main.ipynb #b05ea71b
 def page(options: argparse.Namespace) -> int:
     """`kilonb page`."""
     from kilonb.reports.pages import write_page
@@ -408,7 +456,7 @@ def page(options: argparse.Namespace) -> int:
     for name in options.names: print(write_page(find_run(name, outputs_folder())))
     return 0
 
-# %% ../../nbs/cli/main.ipynb #cb6bf362
+# %% ../../nbs/cli/main.ipynb #606ebf42
 def data_list(_: argparse.Namespace) -> int:
     """`kilonb data list`."""
     from kilonb.runs.gates import text_table
@@ -420,11 +468,12 @@ def data_list(_: argparse.Namespace) -> int:
     def size(manifest: Any) -> str:
         if manifest.synthetic: return "synthetic"
         return "" if manifest.checksums == "MANIFEST.json" else f"{manifest.total_bytes / 1e6:.1f} MB"
-    lines = [[manifest.name, manifest.kind, size(manifest), manifest.stand_in, place(manifest)] for manifest in load_manifests().values()]
+    lines = [[manifest.name, manifest.kind, size(manifest), manifest.stand_in, place(manifest)]
+             for manifest in load_manifests().values()]
     print(text_table(("dataset", "kind", "size", "stand-in", "where"), lines))
     return 0
 
-
+# %% ../../nbs/cli/main.ipynb #010e5c5a
 def data_verify(options: argparse.Namespace) -> int:
     """`kilonb data verify`: exit code 1 where a file is missing or wrong."""
     from kilonb.data.manifests import find_manifest, locate, verify
@@ -436,7 +485,7 @@ def data_verify(options: argparse.Namespace) -> int:
         print(found[-1].summary(), flush=True)
     return 0 if all(verification.ok for verification in found) else 1
 
-
+# %% ../../nbs/cli/main.ipynb #f8c5b5f6
 def data_make(options: argparse.Namespace) -> int:
     """`kilonb data make`."""
     from kilonb.data.manifests import make
@@ -444,7 +493,7 @@ def data_make(options: argparse.Namespace) -> int:
     for name in options.names: print(f"{name} is in {make(name)}", flush=True)
     return 0
 
-
+# %% ../../nbs/cli/main.ipynb #a5a3af69
 def data_get(options: argparse.Namespace) -> int:
     """`kilonb data get`."""
     from kilonb.data.downloads import get
@@ -452,12 +501,20 @@ def data_get(options: argparse.Namespace) -> int:
     for name in options.names: get(name)
     return 0
 
-# %% ../../nbs/cli/main.ipynb #8ac5ad4d
+# %% ../../nbs/cli/main.ipynb #7d8e6ce9
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. arguments: as on the command line (default: those of this process). Returns the exit code: 0 done, 1 a run or a check failed,
-    2 bad input, 130 Ctrl-C."""
+    """Run one command. arguments: as on the command line (default: those of this process). Returns the exit code: 0
+    done, 1 a run or a check failed, 2 bad input, 130 Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if arguments[:1] == ["runs"] and (arguments[1:2] or ["--json"])[0] not in ("list", "compare", "archive", "archives", "restore", "-h", "--help"):
+    if arguments[:1] == ["runs"] and (arguments[1:2] or ["--json"])[0] not in (
+        "list",
+        "compare",
+        "archive",
+        "archives",
+        "restore",
+        "-h",
+        "--help",
+    ):
         arguments.insert(1, "list")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
@@ -473,11 +530,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
-
+# %% ../../nbs/cli/main.ipynb #d3e3b4ad
 def _complain(error: KiloError, as_json: bool, code: int = 2) -> int:
     folder = getattr(error, "folder", None)
     if folder is not None: code = 128 + error.signal_number if hasattr(error, "signal_number") else 1
     written = _write_page(folder) if folder is not None else None
-    print(f"kilonb: {error}", *((f"notebook  {folder / 'notebook.ipynb'}", f"page      {written}") if written else ()), sep="\n", file=sys.stderr, flush=True)
+    print(f"kilonb: {error}", *((f"notebook  {folder / 'notebook.ipynb'}", f"page      {written}") if written else ()),
+          sep="\n", file=sys.stderr, flush=True)
     if as_json: print(_json_line(None if folder is None else str(folder), False, {}, {}, error=str(error)), flush=True)
     return code

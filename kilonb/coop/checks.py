@@ -10,7 +10,7 @@ __all__ = ['CHECKS', 'RIG_COVERAGE', 'ASSUMED_M', 'Measured', 'FEWEST', 'Check',
            'measure_frame', 'draw_frames', 'check_frame', 'Verdict', 'judge', 'worst_verdict', 'CheckReport',
            'run_checks', 'town_of', 'true_panorama', 'compare_with_truth']
 
-# %% ../../nbs/coop/checks.ipynb #242238a8
+# %% ../../nbs/coop/checks.ipynb #3afc4fce
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from .dataset import CLASSES, OWN_BODY, SCENE, PanoramaOptions, Tile, constant_mask_iou, looked_at, make_tile, stitch_views
+from kilonb.coop.dataset import (
+    CLASSES,
+    OWN_BODY,
+    SCENE,
+    PanoramaOptions,
+    Tile,
+    constant_mask_iou,
+    looked_at,
+    make_tile,
+    stitch_views,
+)
 from .stitch import Panorama, SeamStatistics, Stitcher, ground_range, range_disagreement, seam_statistics
 from ..geometry.panoramas import PanoramaCamera
 from ..core.errors import KiloError
@@ -35,13 +45,15 @@ from ..scenes.opv2v import Opv2vFrame, Opv2vScene
 from ..scenes.raycast import Picture, World, render
 from ..scenes.surround import SurroundFrame, View, camera_height_m, note
 
-# %% ../../nbs/coop/checks.ipynb #26197b8e
+# %% ../../nbs/coop/checks.ipynb #9f565cf8
 @dataclass(frozen=True)
 class Check:
     """What is measured, and within which bounds it must be.
 
-    measure: the measurement's name, with its unit (`_m`, `_share`, `_deg`) or `_ratio`. told: what it is, for a sentence. at_least, at_most: inclusive.
-    over: "median" or "worst" of the frames; "split": measured once on all of them. Raises KiloError for a check without bound, or a worst of two bounds.
+    measure: the measurement's name, with its unit (`_m`, `_share`, `_deg`) or `_ratio`. told: what it is, for a
+    sentence. at_least, at_most: inclusive.
+    over: "median" or "worst" of the frames; "split": measured once on all of them. Raises KiloError for a check without
+    bound, or a worst of two bounds.
     """
     measure: str
     told: str
@@ -50,9 +62,11 @@ class Check:
     over: str = "median"
 
     def __post_init__(self) -> None:
-        if self.over not in ("median", "worst", "split"): raise KiloError(f"The check {self.measure} is over '{self.over}': expected median, worst or split.")
+        if self.over not in ("median", "worst", "split"):
+            raise KiloError(f"The check {self.measure} is over '{self.over}': expected median, worst or split.")
         if self.over == "worst" and None not in (self.at_least, self.at_most):
-            raise KiloError(f"The check {self.measure} has two bounds, so no frame is the worst: give one, or take the median.")
+            raise KiloError(f"The check {self.measure} has two bounds, so no frame is the worst: give one, or "
+                            "take the median.")
         self.gate.validate()
 
     @property
@@ -62,47 +76,104 @@ class Check:
         """The one value of many frames that is judged."""
         return median(values) if self.over != "worst" else min(values) if self.at_least is not None else max(values)
 
-# %% ../../nbs/coop/checks.ipynb #28217453
+# %% ../../nbs/coop/checks.ipynb #bb9094f0
 CHECKS = (
-    Check("problems_share", "share of the drawn frames in which something was missing, damaged or contradictory", at_most=0.0, over="split"),
-    Check("coverage_share", "share of the panorama's directions that lie in some picture", at_least=.40),
-    Check("horizon_share", "share of the horizon that lies in some picture", at_least=.97, over="worst"),
-    Check("painted_share", "share of the panorama that has a colour", at_least=.30),
-    Check("mask_share", "share of the panorama that shows a surface within reach", at_least=.10, at_most=.90),
-    Check("mask_constant_iou", "IoU that one and the same mask would reach on all drawn frames", at_most=.995, over="split"),
-    Check("range_known_share", "share of the painted pixels that have a range", at_least=.30),
+    Check(
+        "problems_share",
+        "share of the drawn frames in which something was missing, damaged or contradictory",
+        at_most=0.0,
+        over="split",
+    ),
+    Check("coverage_share", "share of the panorama's directions that lie in some picture", at_least=0.40),
+    Check("horizon_share", "share of the horizon that lies in some picture", at_least=0.97, over="worst"),
+    Check("painted_share", "share of the panorama that has a colour", at_least=0.30),
+    Check("mask_share", "share of the panorama that shows a surface within reach", at_least=0.10, at_most=0.90),
+    Check(
+        "mask_constant_iou",
+        "IoU that one and the same mask would reach on all drawn frames",
+        at_most=0.995,
+        over="split",
+    ),
+    Check("range_known_share", "share of the painted pixels that have a range", at_least=0.30),
     Check("range_median_m", "median range of the scene, metres", at_least=2.0, at_most=60.0),
-    Check("range_smallest_m", "range that one pixel in a hundred falls below, metres", at_least=.5, over="worst"),
-    Check("camera_offset_m", "distance of the farthest camera from the vehicle's origin, metres", at_most=8.0, over="worst"),
-    Check("neighbour_nearest_m", "distance to the nearest other vehicle of the instant, metres", at_least=1.0, over="worst"),
-    Check("neighbour_farthest_m", "distance to the farthest other vehicle of the instant, metres", at_most=300.0, over="worst"),
+    Check("range_smallest_m", "range that one pixel in a hundred falls below, metres", at_least=0.5, over="worst"),
+    Check(
+        "camera_offset_m",
+        "distance of the farthest camera from the vehicle's origin, metres",
+        at_most=8.0,
+        over="worst",
+    ),
+    Check(
+        "neighbour_nearest_m",
+        "distance to the nearest other vehicle of the instant, metres",
+        at_least=1.0,
+        over="worst",
+    ),
+    Check(
+        "neighbour_farthest_m",
+        "distance to the farthest other vehicle of the instant, metres",
+        at_most=300.0,
+        over="worst",
+    ),
     Check("seam_ratio", "colour change across hard seams over that beside them, parallax removed", at_most=1.8),
-    Check("seam_flat_ratio", "colour change across hard seams over that beside them, on assumed flat ground", at_most=6.0),
-    Check("overlap_difference_share", "median relative difference of range where two cameras see one pixel", at_most=.03, over="worst"),
-    Check("overlap_worst_pair_share", "the same for the pair of cameras that agrees least", at_most=.02),
-    Check("lidar_difference_share", "median relative difference between LiDAR points and the panorama's range", at_most=.03, over="worst"),
-    Check("lidar_within_3_percent_share", "share of LiDAR points whose range the panorama has within 3%", at_least=.80),
-    Check("lidar_worst_camera_share", "median relative difference to the LiDAR for the camera that agrees least", at_most=.008),
-    Check("lidar_colour_ratio", "colour difference of LiDAR points in two cameras over that of other points, worst pair", at_most=.75),
-    Check("depth_difference_share", "median relative difference between depth pixels and the panorama's range", at_most=.01, over="worst"),
-    Check("depth_within_3_percent_share", "share of depth pixels whose range the panorama has within 3%", at_least=.85),
-    Check("own_body_share", "share of the panorama that shows the vehicle itself", at_most=.25, over="worst"),
+    Check(
+        "seam_flat_ratio", "colour change across hard seams over that beside them, on assumed flat ground", at_most=6.0
+    ),
+    Check(
+        "overlap_difference_share",
+        "median relative difference of range where two cameras see one pixel",
+        at_most=0.03,
+        over="worst",
+    ),
+    Check("overlap_worst_pair_share", "the same for the pair of cameras that agrees least", at_most=0.02),
+    Check(
+        "lidar_difference_share",
+        "median relative difference between LiDAR points and the panorama's range",
+        at_most=0.03,
+        over="worst",
+    ),
+    Check(
+        "lidar_within_3_percent_share", "share of LiDAR points whose range the panorama has within 3%", at_least=0.80
+    ),
+    Check(
+        "lidar_worst_camera_share",
+        "median relative difference to the LiDAR for the camera that agrees least",
+        at_most=0.008,
+    ),
+    Check(
+        "lidar_colour_ratio",
+        "colour difference of LiDAR points in two cameras over that of other points, worst pair",
+        at_most=0.75,
+    ),
+    Check(
+        "depth_difference_share",
+        "median relative difference between depth pixels and the panorama's range",
+        at_most=0.01,
+        over="worst",
+    ),
+    Check(
+        "depth_within_3_percent_share", "share of depth pixels whose range the panorama has within 3%", at_least=0.85
+    ),
+    Check("own_body_share", "share of the panorama that shows the vehicle itself", at_most=0.25, over="worst"),
 )
 RIG_COVERAGE = {("opv2v", "equirectangular"): (.85, .865), ("opv2v", "cylindrical"): (.79, .81)}
 
 
 def checks_for(kind: str, options: PanoramaOptions) -> tuple[Check, ...]:
-    """The checks for a kind of data: `CHECKS`, with the coverage that the kind's rig must have where it is known (of +-45 degrees)."""
+    """The checks for a kind of data: `CHECKS`, with the coverage that the kind's rig must have where it is known (of
+    +-45 degrees)."""
     low, high = RIG_COVERAGE.get((kind, options.projection), (None, None))
     if low is None or options.elevation_deg != 45: return CHECKS
-    return tuple(replace(check, at_least=low, at_most=high) if check.measure == "coverage_share" else check for check in CHECKS)
+    return tuple(replace(check, at_least=low, at_most=high) if check.measure == "coverage_share" else check
+                 for check in CHECKS)
 
-# %% ../../nbs/coop/checks.ipynb #12a8b9f2
+# %% ../../nbs/coop/checks.ipynb #d655df0f
 ASSUMED_M = 30.0
 
 
 class Stitched(NamedTuple):
-    """A frame and what was made of it. depth_aware: whether any camera has depth. hard: the panorama without blending. looked_at: [h, w] bool."""
+    """A frame and what was made of it. depth_aware: whether any camera has depth. hard: the panorama without blending.
+    looked_at: [h, w] bool."""
     frame: SurroundFrame
     views: list[View]
     panorama: Panorama
@@ -114,15 +185,17 @@ class Stitched(NamedTuple):
     @property
     def names(self) -> list[str]: return [view.name for view in self.views]
 
-
+# %% ../../nbs/coop/checks.ipynb #40e27e3d
 def stitch_for(frame: SurroundFrame, views: Sequence[View], camera: PanoramaCamera, **options: Any) -> Panorama:
-    """The panorama of decoded views: depth-aware where any has depth, else on flat ground under the vehicle. options: `Stitcher`'s."""
+    """The panorama of decoded views: depth-aware where any has depth, else on flat ground under the vehicle. options:
+    `Stitcher`'s."""
     if any(view.z_depth is not None for view in views) and not options: return stitch_views(views, camera)
     depths = [view.z_depth for view in views] if any(view.z_depth is not None for view in views) else None
     assumed = ground_range(camera, camera_height_m(frame), ASSUMED_M) if depths is None else None
-    return Stitcher([view.camera for view in views], camera, assumed_range_m=assumed, **options)([view.rgb_srgb for view in views], depths)
+    return Stitcher([view.camera for view in views], camera, assumed_range_m=assumed,
+                    **options)([view.rgb_srgb for view in views], depths)
 
-
+# %% ../../nbs/coop/checks.ipynb #1253da79
 def stitch_frame(frame: SurroundFrame, options: PanoramaOptions) -> Stitched:
     """The panoramas of a frame. Raises KiloError where no picture of it can be read."""
     kept: list[Any] = []
@@ -133,7 +206,8 @@ def stitch_frame(frame: SurroundFrame, options: PanoramaOptions) -> Stitched:
     tile = make_tile(frame, options, keep)
     views, panorama = kept
     hard = stitch_for(frame, views, panorama.camera, feather_deg=0.0)
-    return Stitched(frame, views, panorama, hard, tile, looked_at(views, panorama.camera), panorama.layers_m is not None)
+    return Stitched(frame, views, panorama, hard, tile, looked_at(views, panorama.camera),
+                    panorama.layers_m is not None)
 
 # %% ../../nbs/coop/checks.ipynb #f1bd9257
 Measured = tuple[dict[str, float], dict[str, str]]
@@ -164,25 +238,28 @@ def measure_ranges(made: Stitched) -> Measured:
     if not len(seen): return values, dict.fromkeys(("range_median_m", "range_smallest_m"), "no surface is within reach")
     return values | {"range_median_m": float(np.median(seen)), "range_smallest_m": float(np.quantile(seen, .01))}, {}
 
-# %% ../../nbs/coop/checks.ipynb #e71f0e7f
+# %% ../../nbs/coop/checks.ipynb #ae8f0e31
 def measure_poses(made: Stitched, others: Sequence[SurroundFrame] = ()) -> Measured:
     """How far cameras and other vehicles of the instant are from the vehicle, metres."""
     origin = made.frame.vehicle_to_world[:3, 3]
     offset = max((camera.position.double() - origin).norm().item() for camera in made.frame.cameras.values())
     away = [(other.vehicle_to_world[:3, 3] - origin).norm().item() for other in others]
-    if not away: return {"camera_offset_m": offset}, dict.fromkeys(("neighbour_nearest_m", "neighbour_farthest_m"), "there is no other vehicle")
+    if not away:
+        return {"camera_offset_m": offset}, dict.fromkeys(("neighbour_nearest_m", "neighbour_farthest_m"),
+                                                          "there is no other vehicle")
     return {"camera_offset_m": offset, "neighbour_nearest_m": min(away), "neighbour_farthest_m": max(away)}, {}
 
-
+# %% ../../nbs/coop/checks.ipynb #888e5ddb
 def measure_seams(made: Stitched) -> Measured:
     """How much hard seams show; under one name with depth, under another without."""
     name, other = ("seam_ratio", "seam_flat_ratio") if made.depth_aware else ("seam_flat_ratio", "seam_ratio")
-    missing = {other: "there is depth, which removes the parallax" if made.depth_aware else "there is no depth, so parallax stays"}
+    missing = {other: "there is depth, which removes the parallax" if made.depth_aware
+               else "there is no depth, so parallax stays"}
     found: SeamStatistics | None = seam_statistics(made.hard) if len(made.views) > 1 else None
     if found is None or found.pairs < FEWEST // 4: return {}, missing | {name: "too few pixels lie at a seam"}
     return {name: found.ratio}, missing
 
-# %% ../../nbs/coop/checks.ipynb #64956559
+# %% ../../nbs/coop/checks.ipynb #10a32852
 class PairDifference(NamedTuple):
     """Relative difference of range between two cameras on the pixels that both measured. median, p90: of it."""
     first: str
@@ -191,21 +268,23 @@ class PairDifference(NamedTuple):
     median: float
     p90: float
 
-
+# %% ../../nbs/coop/checks.ipynb #4d0cad98
 def overlap_differences(panorama: Panorama, names: Sequence[str], fewest: int = FEWEST) -> list[PairDifference]:
     """The pairs of cameras with at least `fewest` common pixels. KiloError for a panorama without depth."""
     layers, found = panorama.layers_m, []
-    if layers is None: raise KiloError("The panorama was stitched without depth maps, so there are no ranges to compare; pass depths.")
+    if layers is None:
+        raise KiloError("The panorama was stitched without depth maps, so there are no ranges to compare; pass depths.")
     for i in range(len(layers)):
         for j in range(i + 1, len(layers)):
             both = (layers[i] > 0) & (layers[j] > 0)
             if int(both.sum()) < fewest: continue
             a, b = layers[i][both], layers[j][both]
             apart = ((a - b).abs() / torch.minimum(a, b)).sort().values
-            found.append(PairDifference(names[i], names[j], len(apart), apart[len(apart) // 2].item(), apart[int(.9 * len(apart))].item()))
+            found.append(PairDifference(names[i], names[j], len(apart), apart[len(apart) // 2].item(),
+                                        apart[int(.9 * len(apart))].item()))
     return found
 
-
+# %% ../../nbs/coop/checks.ipynb #b93653fc
 def measure_overlaps(made: Stitched) -> Measured:
     """Range disagreement over all overlaps and of the worst pair."""
     names = ("overlap_difference_share", "overlap_worst_pair_share")
@@ -214,20 +293,24 @@ def measure_overlaps(made: Stitched) -> Measured:
     if not pairs: return _without(names, "no two cameras measured the same pixels")
     return {names[0]: range_disagreement(made.panorama).median, names[1]: max(pair.median for pair in pairs)}, {}
 
-# %% ../../nbs/coop/checks.ipynb #f8821302
+# %% ../../nbs/coop/checks.ipynb #dcb3d447
 def visible_points(camera: PanoramaCamera, points: Tensor, slack: float = .01) -> tuple[Tensor, Tensor]:
-    """(pixels [M, 2], ranges [M] metres) of the `points` [N, 3] (world) that are nearest in their pixel of a panorama, or within `slack` of the nearest."""
+    """(pixels [M, 2], ranges [M] metres) of the `points` [N, 3] (world) that are nearest in their pixel of a panorama,
+    or within `slack` of the nearest."""
     pixels, ranges = camera.project(points.to(camera.camera_to_world.dtype))
     inside = camera.contains(pixels)
     pixels, ranges = pixels[inside], ranges[inside]
     cells = pixels.long()[:, 1] * camera.width + pixels.long()[:, 0]
-    nearest = torch.full((camera.height * camera.width,), torch.inf, dtype=ranges.dtype).scatter_reduce_(0, cells, ranges, "amin")
+    nearest = torch.full((camera.height * camera.width,), torch.inf, dtype=ranges.dtype).scatter_reduce_(
+        0, cells, ranges, "amin"
+    )
     visible = ranges <= (1 + slack) * nearest[cells]
     return pixels[visible], ranges[visible]
 
-# %% ../../nbs/coop/checks.ipynb #a8290724
+# %% ../../nbs/coop/checks.ipynb #7c934c43
 def range_at(panorama: Panorama, pixels: Tensor) -> Tensor:
-    """Range [M], metres, of a panorama at `pixels` [M, 2], between pixel centres where the four around are one surface; 0 where it is not known."""
+    """Range [M], metres, of a panorama at `pixels` [M, 2], between pixel centres where the four around are one surface;
+    0 where it is not known."""
     inverse = torch.where(panorama.range_m > 0, 1 / panorama.range_m, 0.0)
     height, width = inverse.shape
     own = inverse[pixels[:, 1].long(), pixels[:, 0].long()]
@@ -242,9 +325,10 @@ def range_at(panorama: Panorama, pixels: Tensor) -> Tensor:
     found = torch.where(smooth, between, own)
     return torch.where(own > 0, 1 / found.clamp(min=1e-9), 0.0)
 
-
+# %% ../../nbs/coop/checks.ipynb #7d009d88
 def relative_differences(panorama: Panorama, points: Tensor, reach_m: float = math.inf) -> tuple[Tensor, Tensor]:
-    """(|range of a point - panorama's range| / range of the point [M], source camera [M]) of visible `points` [N, 3] (world) where the panorama has a range."""
+    """(|range of a point - panorama's range| / range of the point [M], source camera [M]) of visible `points` [N, 3]
+    (world) where the panorama has a range."""
     pixels, ranges = visible_points(panorama.camera, points)
     given = range_at(panorama, pixels)
     known = (given > 0) & (ranges <= reach_m)
@@ -263,10 +347,12 @@ def measure_lidar(made: Stitched, points: Tensor | None) -> Measured:
     worst = max(part.median().item() for part in parts if len(part) >= min(FEWEST, len(apart) / len(parts)))
     return {names[0]: apart.median().item(), names[1]: (apart <= .03).float().mean().item(), names[2]: worst}, {}
 
-# %% ../../nbs/coop/checks.ipynb #f9c80362
+# %% ../../nbs/coop/checks.ipynb #4906e727
 def depth_points(view: View, step: int = 2) -> Tensor:
     """[N, 3] world points of every `step`-th pixel of a view's depth, metres; of those that are known."""
-    pixels = view.camera.pixel_centres().reshape(view.camera.height, view.camera.width, 2)[::step, ::step].reshape(-1, 2)
+    pixels = (
+        view.camera.pixel_centres().reshape(view.camera.height, view.camera.width, 2)[::step, ::step].reshape(-1, 2)
+    )
     depth = view.z_depth[::step, ::step].reshape(-1)
     known = (depth > 0) & depth.isfinite()
     return view.camera.unproject(pixels[known], depth[known])
@@ -281,17 +367,20 @@ def measure_depth(made: Stitched, reach_m: float = 120.0) -> Measured:
     if len(apart) < FEWEST: return _without(names, f"only {len(apart)} depth pixels fall on a known range")
     return {names[0]: apart.median().item(), names[1]: (apart <= .03).float().mean().item()}, {}
 
-# %% ../../nbs/coop/checks.ipynb #1f90b14e
+# %% ../../nbs/coop/checks.ipynb #27d5873d
 def colours_at(view: View, points: Tensor) -> tuple[Tensor, Tensor]:
     """(colours [N, 3], seen [N] bool) of world points [N, 3] in a view; occlusion is not looked at."""
     pixels, depth = view.camera.project(points.to(view.camera.camera_to_world.dtype))
     seen = view.camera.contains(pixels) & (depth > 1)
     grid = (pixels / torch.tensor([view.camera.width, view.camera.height]) * 2 - 1).nan_to_num(-2).float()
-    return torch.nn.functional.grid_sample(view.rgb_srgb.movedim(-1, 0)[None], grid[None, None], align_corners=False)[0, :, 0].mT, seen
+    return torch.nn.functional.grid_sample(view.rgb_srgb.movedim(-1, 0)[None], grid[None, None], align_corners=False)[
+        0, :, 0
+    ].mT, seen
 
-
+# %% ../../nbs/coop/checks.ipynb #f1b73f6d
 def measure_colours(made: Stitched, points: Tensor | None, seed: int = 0) -> Measured:
-    """Colour difference of LiDAR points between two cameras over that of random pairs of points; exposure is evened out. The worst pair of cameras."""
+    """Colour difference of LiDAR points between two cameras over that of random pairs of points; exposure is evened
+    out. The worst pair of cameras."""
     name = "lidar_colour_ratio"
     if points is None or not len(points): return _without([name], "there is no LiDAR")
     looks, ratios = [colours_at(view, points) for view in made.views], []
@@ -301,13 +390,15 @@ def measure_colours(made: Stitched, points: Tensor | None, seed: int = 0) -> Mea
             if int(both.sum()) < FEWEST: continue
             here, there = a[both], b[both] - b[both].mean(0) + a[both].mean(0)
             shuffled = there[torch.randperm(len(there), generator=torch.Generator().manual_seed(seed))]
-            ratios.append(((here - there).abs().mean(-1).median() / (here - shuffled).abs().mean(-1).median().clamp(min=1e-6)).item())
+            ratios.append(((here - there).abs().mean(-1).median()
+                           / (here - shuffled).abs().mean(-1).median().clamp(min=1e-6)).item())
     return ({name: max(ratios)}, {}) if ratios else _without([name], "no two cameras see the same LiDAR points")
 
-# %% ../../nbs/coop/checks.ipynb #b36dfe7d
+# %% ../../nbs/coop/checks.ipynb #dbff4e43
 @dataclass(frozen=True)
 class FrameMeasures:
-    """What one drawn frame gave. values: by measurement. missing: measurement -> why not. problems: sentences. mask: [h, w] of class scene, or None.
+    """What one drawn frame gave. values: by measurement. missing: measurement -> why not. problems: sentences. mask:
+    [h, w] of class scene, or None.
 
     cameras: of the pictures that could be read. classes: share of each class.
     """
@@ -322,14 +413,15 @@ class FrameMeasures:
 
     def row(self) -> dict[str, Any]:
         """The frame as one line of a table."""
-        return {"frame": self.name, "split": self.split, "cameras": len(self.cameras), **self.values, "problems": "; ".join(self.problems)}
+        return {"frame": self.name, "split": self.split, "cameras": len(self.cameras), **self.values,
+                "problems": "; ".join(self.problems)}
 
-
+# %% ../../nbs/coop/checks.ipynb #74d7b132
 def measure_frame(made: Stitched, others: Sequence[SurroundFrame] = (), split: str = "") -> FrameMeasures:
     """All measurements of a stitched frame. others: the other vehicles of its instant."""
     points = made.frame.lidar_points()
-    parts = (measure_coverage(made), measure_ranges(made), measure_poses(made, others), measure_seams(made), measure_overlaps(made),
-             measure_lidar(made, points), measure_colours(made, points), measure_depth(made))
+    parts = (measure_coverage(made), measure_ranges(made), measure_poses(made, others), measure_seams(made),
+             measure_overlaps(made), measure_lidar(made, points), measure_colours(made, points), measure_depth(made))
     values, missing = ({name: value for part in parts for name, value in part[k].items()} for k in (0, 1))
     missing |= {name: "it came out as not a number" for name, value in values.items() if math.isnan(value)}
     classes = {name: float((made.tile.classes == number).mean()) for number, name in enumerate(CLASSES)}
@@ -337,30 +429,34 @@ def measure_frame(made: Stitched, others: Sequence[SurroundFrame] = (), split: s
     values = {name: value for name, value in values.items() if not math.isnan(value)}
     return FrameMeasures(made.frame.name, split, values, missing, cameras=tuple(made.names), classes=classes, mask=mask)
 
-# %% ../../nbs/coop/checks.ipynb #547a6c78
+# %% ../../nbs/coop/checks.ipynb #aba31c59
 def draw_frames(scene: Any, samples: int, seed: int = 0) -> list[tuple[str, int]]:
-    """(split, number in the scene) of `samples` frames of each split (all, where there are fewer), drawn by `seed`, in order. KiloError below 1."""
+    """(split, number in the scene) of `samples` frames of each split (all, where there are fewer), drawn by `seed`, in
+    order. KiloError below 1."""
     if samples < 1: raise KiloError(f"{samples} samples per split were asked for: expected at least 1.")
     members: dict[str, list[int]] = {}
-    for number in range(len(scene)): members.setdefault(scene.entries[number].split if isinstance(scene, Opv2vScene) else "", []).append(number)
+    for number in range(len(scene)):
+        members.setdefault(scene.entries[number].split if isinstance(scene, Opv2vScene) else "", []).append(number)
     drawn = []
     for split, numbers in sorted(members.items()):
         order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed))[:samples].tolist()
         drawn += [(split, numbers[k]) for k in sorted(order)]
     return drawn
 
-
+# %% ../../nbs/coop/checks.ipynb #3dd966cb
 def _open(scene: Any, number: int) -> tuple[str, SurroundFrame | None, list[SurroundFrame]]:
     """(name, frame or None, the other vehicles of the instant) of frame `number`."""
     if not isinstance(scene, Opv2vScene): return scene[number].name, scene[number], []
     entry = scene.entries[number]
     key = entry.split, entry.scenario, entry.frame
     together = scene.together(next(instant for instant in scene.instants() if instant[:3] == key))
-    return entry.name, together.get(entry.vehicle), [frame for vehicle, frame in together.items() if vehicle != entry.vehicle]
+    return entry.name, together.get(entry.vehicle), [frame for vehicle,
+                                                     frame in together.items() if vehicle != entry.vehicle]
 
-
+# %% ../../nbs/coop/checks.ipynb #242633ee
 def check_frame(scene: Any, split: str, number: int, options: PanoramaOptions) -> tuple[FrameMeasures, Stitched | None]:
-    """What frame `number` of a scene gives, and what was made of it (None where it cannot be opened); its problems are those noted under its name."""
+    """What frame `number` of a scene gives, and what was made of it (None where it cannot be opened); its problems are
+    those noted under its name."""
     name, frame, others = _open(scene, number)
     made = None
     try: made = stitch_frame(frame, options) if frame is not None else None
@@ -368,10 +464,11 @@ def check_frame(scene: Any, split: str, number: int, options: PanoramaOptions) -
     measures = FrameMeasures(name, split) if made is None else measure_frame(made, others, split)
     return replace(measures, problems=tuple(p.sentence for p in scene.problems if p.frame == name)), made
 
-# %% ../../nbs/coop/checks.ipynb #3406dd98
+# %% ../../nbs/coop/checks.ipynb #82c7a5ce
 @dataclass(frozen=True)
 class Verdict:
-    """A check on one split. value: what was judged, or None. frames: how many gave one. verdict: green, red or not run. sentence: all of it in words."""
+    """A check on one split. value: what was judged, or None. frames: how many gave one. verdict: green, red or not run.
+    sentence: all of it in words."""
     check: Check
     split: str
     value: float | None
@@ -381,10 +478,11 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         check = self.check
-        return {"check": check.measure, "split": self.split, "value": self.value, "at_least": check.at_least, "at_most": check.at_most, "over": check.over,
-                "frames": self.frames, "verdict": self.verdict, "sentence": self.sentence}
+        return {"check": check.measure, "split": self.split, "value": self.value, "at_least": check.at_least,
+                "at_most": check.at_most, "over": check.over, "frames": self.frames, "verdict": self.verdict,
+                "sentence": self.sentence}
 
-
+# %% ../../nbs/coop/checks.ipynb #1efc2bae
 def _whole_split(check: Check, frames: Sequence[FrameMeasures]) -> tuple[float | None, str]:
     """(value, why not) of the checks that need all frames of a split."""
     if check.measure == "problems_share": return sum(bool(frame.problems) for frame in frames) / len(frames), ""
@@ -392,36 +490,44 @@ def _whole_split(check: Check, frames: Sequence[FrameMeasures]) -> tuple[float |
     if len(masks) < 2: return None, "it takes two frames with depth"
     return constant_mask_iou(torch.stack(masks)), ""
 
-
+# %% ../../nbs/coop/checks.ipynb #1a3f003e
 def judge(check: Check, split: str, frames: Sequence[FrameMeasures]) -> Verdict:
     """The verdict of a check on the drawn frames of a split."""
     known = [frame for frame in frames if check.measure in frame.values]
     values = [frame.values[check.measure] for frame in known]
     if check.over == "split": value, why = _whole_split(check, frames)
     elif values: value, why = check.across(values), ""
-    else: value, why = None, "; ".join(sorted({frame.missing.get(check.measure, "no frame could be stitched") for frame in frames}))
+    else:
+        value, why = None, "; ".join(sorted({frame.missing.get(check.measure, "no frame could be stitched")
+                                             for frame in frames}))
     found = verdict(check.gate, value)
     if found == NOT_RUN: return Verdict(check, split, None, 0, found, f"Not run: {check.told} ({why}).")
     outside = [frame.name for frame in known if verdict(check.gate, frame.values[check.measure]) == RED]
     if check.measure == "problems_share": outside = [frame.name for frame in frames if frame.problems]
-    named = f" Outside: {', '.join(outside[:3])}{f' and {len(outside) - 3} more' if len(outside) > 3 else ''}." if found == RED and outside else ""
-    over = {"median": " in the middle one of the frames", "worst": " in the worst frame", "split": ""}[check.over] if len(known) > 1 else ""
+    named = (
+        f" Outside: {', '.join(outside[:3])}{f' and {len(outside) - 3} more' if len(outside) > 3 else ''}."
+        if found == RED and outside
+        else ""
+    )
+    over = {"median": " in the middle one of the frames", "worst": " in the worst frame",
+            "split": ""}[check.over] if len(known) > 1 else ""
     sentence = f"{found.capitalize()}: {check.told}: {spell(value)}{over} (expected {check.gate.bound}).{named}"
     return Verdict(check, split, value, len(known) if check.over != "split" else len(frames), found, sentence)
 
-
+# %% ../../nbs/coop/checks.ipynb #798297e0
 def worst_verdict(verdicts: Sequence[str]) -> str:
     """Red if any is; not run where none was run; else green."""
     return RED if RED in verdicts else GREEN if GREEN in verdicts else NOT_RUN
 
-# %% ../../nbs/coop/checks.ipynb #455d5798
+# %% ../../nbs/coop/checks.ipynb #5b4e2758
 _SIGNS = {GREEN: "✔", RED: "✘", NOT_RUN: "–"}
 _HEADINGS = ("split", "check", "value", "bound", "over", "frames", "verdict")
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The checks of a data set. verdicts: of each check on each split. frames: what was measured. unsampled: problems of frames that were not drawn.
+    """The checks of a data set. verdicts: of each check on each split. frames: what was measured. unsampled: problems
+    of frames that were not drawn.
 
     verdict: the worst of all. ok: it is green.
     """
@@ -444,15 +550,17 @@ class CheckReport:
     def count(self, verdict: str) -> int: return sum(one.verdict == verdict for one in self.verdicts)
 
     def value(self, measure: str, split: str | None = None) -> float | None:
-        """The judged value of a measurement: of one split, or the median over the splits that gave one; None without."""
-        values = [one.value for one in self.verdicts if one.check.measure == measure and split in (None, one.split) and one.value is not None]
+        """The judged value of a measurement: of one split, or the median over the splits that gave one; None
+        without."""
+        values = [one.value for one in self.verdicts if one.check.measure == measure and split in (None, one.split)
+                  and one.value is not None]
         return median(values) if values else None
 
     def of(self, measure: str) -> list[Verdict]: return [one for one in self.verdicts if one.check.measure == measure]
 
     def _rows(self) -> list[list[str]]:
-        return [[one.split or "all", one.check.measure, spell(one.value), one.check.gate.bound, one.check.over, str(one.frames),
-                 f"{_SIGNS[one.verdict]} {one.verdict}"] for one in self.verdicts]
+        return [[one.split or "all", one.check.measure, spell(one.value), one.check.gate.bound, one.check.over,
+                 str(one.frames), f"{_SIGNS[one.verdict]} {one.verdict}"] for one in self.verdicts]
 
     def table(self) -> str: return text_table(_HEADINGS, self._rows())
 
@@ -460,22 +568,29 @@ class CheckReport:
         """The report in one sentence."""
         damaged = sum(bool(frame.problems) for frame in self.frames)
         counts = f"{self.count(GREEN)} checks green, {self.count(RED)} red, {self.count(NOT_RUN)} not run"
-        return (f"{self.data} is {self.verdict}: {counts} on {len(self.frames)} frames, {damaged} of them with problems "
-                f"({len(self.problems)} noted, {len(self.unsampled)} elsewhere).")
+        return (f"{self.data} is {self.verdict}: {counts} on {len(self.frames)} frames, {damaged} of "
+                "them with problems " f"({len(self.problems)} noted, {len(self.unsampled)} elsewhere).")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"data": self.data, "verdict": self.verdict, "sentence": self.sentence(), "checks": [one.to_dict() for one in self.verdicts],
-                "frames": [{**frame.row(), "missing": frame.missing, "problems": list(frame.problems), "classes": frame.classes} for frame in self.frames],
-                "problems": list(self.problems), "problems_elsewhere": list(self.unsampled)}
+        return {"data": self.data, "verdict": self.verdict, "sentence": self.sentence(),
+                "checks": [one.to_dict() for one in self.verdicts],
+                "frames": [{**frame.row(), "missing": frame.missing, "problems": list(frame.problems),
+                            "classes": frame.classes} for frame in self.frames], "problems": list(self.problems),
+                "problems_elsewhere": list(self.unsampled)}
 
-    def _repr_html_(self) -> str: return html_table(_HEADINGS, self._rows(), [f"verdict-{one.verdict.replace(' ', '-')}" for one in self.verdicts])
+    def _repr_html_(self) -> str:
+        return html_table(_HEADINGS, self._rows(),
+                          [f"verdict-{one.verdict.replace(' ', '-')}" for one in self.verdicts])
 
-# %% ../../nbs/coop/checks.ipynb #0958b89f
-def run_checks(scene: Any, options: PanoramaOptions | None = None, samples: int = 4, seed: int = 0, checks: Sequence[Check] = CHECKS, data: str = "the data",
+# %% ../../nbs/coop/checks.ipynb #ce73afd9
+def run_checks(scene: Any, options: PanoramaOptions | None = None, samples: int = 4, seed: int = 0,
+               checks: Sequence[Check] = CHECKS, data: str = "the data",
                after_frame: Callable[[FrameMeasures, Stitched | None], None] | None = None) -> CheckReport:
-    """Draw frames, measure, judge. scene: what `load_surround` gives. samples: per split. after_frame: called with each frame's measures and panoramas.
+    """Draw frames, measure, judge. scene: what `load_surround` gives. samples: per split. after_frame: called with each
+    frame's measures and panoramas.
 
-    Damaged frames are noted and counted; nothing that a file can hold ends the check. Raises KiloError for options or samples that cannot be.
+    Damaged frames are noted and counted; nothing that a file can hold ends the check. Raises KiloError for options or
+    samples that cannot be.
     """
     options = options or PanoramaOptions()
     options.validate()
@@ -485,11 +600,13 @@ def run_checks(scene: Any, options: PanoramaOptions | None = None, samples: int 
         frames.append(measures)
         if after_frame: after_frame(measures, made)
     splits = sorted({frame.split for frame in frames})
-    verdicts = tuple(judge(check, split, [frame for frame in frames if frame.split == split]) for split in splits for check in checks)
+    verdicts = tuple(judge(check, split, [frame for frame in frames if frame.split == split]) for split in splits
+                     for check in checks)
     drawn = {frame.name for frame in frames}
-    return CheckReport(data, verdicts, tuple(frames), tuple(f"{p.frame}: {p.sentence}" for p in scene.problems if p.frame not in drawn))
+    return CheckReport(data, verdicts, tuple(frames),
+                       tuple(f"{p.frame}: {p.sentence}" for p in scene.problems if p.frame not in drawn))
 
-# %% ../../nbs/coop/checks.ipynb #7b877d3a
+# %% ../../nbs/coop/checks.ipynb #9d7b348a
 @lru_cache(maxsize=2)
 def town_of(folder: Path) -> tuple[Town, float]:
     """(town, seconds per number of a frame) of a scenario that boxtown wrote. KiloError where it is not one."""
@@ -501,17 +618,19 @@ def town_of(folder: Path) -> tuple[Town, float]:
     except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
         raise KiloError(f"{folder.name} was not made by boxtown: its truth is not known.") from None
 
-
+# %% ../../nbs/coop/checks.ipynb #00d325cc
 def true_panorama(frame: Opv2vFrame, camera: PanoramaCamera, samples: int = 4) -> Picture:
-    """What `camera` would see of the town at the frame's instant, without the frame's own vehicle. samples: rays per uneven pixel. KiloError: not boxtown."""
+    """What `camera` would see of the town at the frame's instant, without the frame's own vehicle. samples: rays per
+    uneven pixel. KiloError: not boxtown."""
     town, step = town_of(frame.entry.folder.parent)
     others = tuple(actor for actor in town.world.actors if str(actor.instance) != frame.entry.vehicle)
     world = World(town.world.statics, others, town.world.plan, town.world.sun, town.world.seed)
     return render(world, camera, (int(frame.entry.frame) - FIRST_FRAME) * step, samples)
 
-
+# %% ../../nbs/coop/checks.ipynb #167170f4
 def compare_with_truth(panorama: Panorama, truth: Picture, without: Tensor | None = None) -> dict[str, float]:
-    """covered_share, psnr_srgb_db on covered pixels, range_abs_rel_median and range_within_3_percent_share where both ranges are known.
+    """covered_share, psnr_srgb_db on covered pixels, range_abs_rel_median and range_within_3_percent_share where both
+    ranges are known.
 
     without: [h, w] bool, pixels that are left out (the own body). NaN for the ranges of a panorama that has none.
     """
@@ -520,6 +639,7 @@ def compare_with_truth(panorama: Panorama, truth: Picture, without: Tensor | Non
     both = (panorama.range_m > 0) & true_range.isfinite() & covered
     apart = ((panorama.range_m - true_range).abs() / true_range)[both]
     known = len(apart) > 0
-    return {"covered_share": panorama.coverage.float().mean().item(), "psnr_srgb_db": float(psnr_srgb_db(panorama.rgb_srgb[covered], true_rgb[covered])),
+    return {"covered_share": panorama.coverage.float().mean().item(),
+            "psnr_srgb_db": float(psnr_srgb_db(panorama.rgb_srgb[covered], true_rgb[covered])),
             "range_abs_rel_median": apart.median().item() if known else math.nan,
             "range_within_3_percent_share": (apart <= .03).float().mean().item() if known else math.nan}

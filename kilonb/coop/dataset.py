@@ -35,12 +35,14 @@ from ..core.files import atomic_write, write_json
 from ..scenes.opv2v import Entry, Instant, Opv2vScene
 from ..scenes.surround import SurroundFrame, View, note, panorama_pose
 
-# %% ../../nbs/coop/dataset.ipynb #37392d7b
+# %% ../../nbs/coop/dataset.ipynb #dff06808
 @dataclass(frozen=True)
 class PanoramaOptions:
-    """The panorama of a vehicle. width, height: pixels. projection: "equirectangular" or "cylindrical". elevation_deg: upwards and downwards from the horizon.
+    """The panorama of a vehicle. width, height: pixels. projection: "equirectangular" or "cylindrical". elevation_deg:
+    upwards and downwards from the horizon.
 
-    height_m: above the ground; 0: the mean height of the vehicle's cameras. reach_m: what is farther counts as far away.
+    height_m: above the ground; 0: the mean height of the vehicle's cameras. reach_m: what is farther counts as far
+    away.
     """
     width: int = 256
     height: int = 64
@@ -50,32 +52,37 @@ class PanoramaOptions:
     reach_m: float = 120.0
 
     def validate(self) -> None:
-        if self.projection not in _PROJECTIONS: raise KiloError(f"projection is '{self.projection}': expected one of {', '.join(_PROJECTIONS)}.")
+        if self.projection not in _PROJECTIONS:
+            raise KiloError(f"projection is '{self.projection}': expected one of {', '.join(_PROJECTIONS)}.")
         if not self.reach_m > 0: raise KiloError(f"reach_m is {self.reach_m:g}: expected a positive number of metres.")
 
     def camera(self, camera_to_world: Tensor | None = None) -> PanoramaCamera:
         """The panorama's camera at a pose (the origin without one)."""
         self.validate()
         pose = torch.eye(4) if camera_to_world is None else camera_to_world
-        return _PROJECTIONS[self.projection](pose, self.width, self.height, 360.0, -self.elevation_deg, self.elevation_deg)
+        return _PROJECTIONS[self.projection](pose, self.width, self.height, 360.0, -self.elevation_deg,
+                                             self.elevation_deg)
 
-
+# %% ../../nbs/coop/dataset.ipynb #20b21efe
 _PROJECTIONS = {"equirectangular": EquirectangularCamera, "cylindrical": CylindricalCamera}
 
 
 @dataclass(frozen=True)
 class SampleOptions:
-    """Which vehicles make a sample: within `range_m` of the main one, `fewest` to `most` of them with it. fewest_cameras: a vehicle with fewer is left out."""
+    """Which vehicles make a sample: within `range_m` of the main one, `fewest` to `most` of them with it.
+    fewest_cameras: a vehicle with fewer is left out."""
     range_m: float = 60.0
     fewest: int = 2
     most: int = 4
     fewest_cameras: int = 2
 
     def validate(self) -> None:
-        if not 1 <= self.fewest <= self.most: raise KiloError(f"A sample of {self.fewest} to {self.most} vehicles cannot be: expected 1 <= fewest <= most.")
+        if not 1 <= self.fewest <= self.most:
+            raise KiloError(f"A sample of {self.fewest} to {self.most} vehicles cannot be: expected 1 <= "
+                            "fewest <= most.")
         if not self.range_m > 0: raise KiloError(f"range_m is {self.range_m:g}: expected a positive number of metres.")
 
-# %% ../../nbs/coop/dataset.ipynb #0e7fdf11
+# %% ../../nbs/coop/dataset.ipynb #b8645668
 UNSEEN, SCENE, FAR, OWN_BODY, HIDDEN, UNKNOWN = range(6)
 CLASSES = ("unseen", "scene", "far", "own body", "hidden", "unknown")
 _MEASURED, _NOTHING_THERE, _NOT_MEASURED = range(3)
@@ -89,17 +96,20 @@ def _depth_kinds(view: View) -> Tensor:
 
 
 def stitch_views(views: Sequence[View], camera: PanoramaCamera) -> Panorama:
-    """The panorama of decoded views, depth-aware where any has depth; its labels say what the depth of a pixel's source was."""
+    """The panorama of decoded views, depth-aware where any has depth; its labels say what the depth of a pixel's source
+    was."""
     depths = [view.z_depth for view in views]
     return stitch([view.camera for view in views], [view.rgb_srgb for view in views], camera,
-                  depths if any(depth is not None for depth in depths) else None, [_depth_kinds(view) for view in views])
+                  depths if any(depth is not None for depth in depths) else None,
+                  [_depth_kinds(view) for view in views])
 
-# %% ../../nbs/coop/dataset.ipynb #b9fb66eb
+# %% ../../nbs/coop/dataset.ipynb #87d5dbf6
 CAR_SIZE_M = (4.8, 2.0, 1.6)
 
 
 def own_box(frame: SurroundFrame) -> Boxes:
-    """The box [1] of the vehicle itself in the world: its own where known, else a car of usual size standing under its origin."""
+    """The box [1] of the vehicle itself in the world: its own where known, else a car of usual size standing under its
+    origin."""
     if len(frame.own_box): return frame.own_box
     centre = torch.tensor([[0, 0, CAR_SIZE_M[2] / 2 - frame.origin_height_m]], dtype=torch.float64)
     return upright_boxes(centre, torch.tensor([CAR_SIZE_M]), torch.zeros(1)).moved(frame.vehicle_to_world)
@@ -111,9 +121,10 @@ def looked_at(views: Sequence[View], camera: PanoramaCamera, distance_m: float =
     seen = torch.stack([view.camera.contains(view.camera.project(points)[0]) for view in views]).any(0)
     return seen.reshape(camera.height, camera.width)
 
-# %% ../../nbs/coop/dataset.ipynb #a7dee75a
+# %% ../../nbs/coop/dataset.ipynb #b8e79656
 class Tile(NamedTuple):
-    """One vehicle's panorama as it is kept. rgb: [H, W, 3] uint8 sRGB. range_m: [H, W] float32 along the ray, 0 not known. classes: [H, W] uint8, see CLASSES.
+    """One vehicle's panorama as it is kept. rgb: [H, W, 3] uint8 sRGB. range_m: [H, W] float32 along the ray, 0 not
+    known. classes: [H, W] uint8, see CLASSES.
 
     coverage: [H, W] bool. camera_to_world: [4, 4] float64, OpenCV frame.
     """
@@ -123,9 +134,10 @@ class Tile(NamedTuple):
     coverage: np.ndarray
     camera_to_world: np.ndarray
 
-
+# %% ../../nbs/coop/dataset.ipynb #f97ddbe1
 def make_tile(frame: SurroundFrame, options: PanoramaOptions, stitch_with: StitchViews = stitch_views) -> Tile:
-    """The panorama of a frame and the class of each of its pixels. Raises KiloError where no picture of the frame can be read."""
+    """The panorama of a frame and the class of each of its pixels. Raises KiloError where no picture of the frame can
+    be read."""
     views = frame.views()
     if not views: raise KiloError(f"{frame.name}: no picture of it can be read.")
     pose = panorama_pose(frame, options.height_m or None, torch.float64)
@@ -141,8 +153,9 @@ def make_tile(frame: SurroundFrame, options: PanoramaOptions, stitch_with: Stitc
     rgb = (made.rgb_srgb.clamp(0, 1) * 255).round().to(torch.uint8)
     return Tile(rgb.numpy(), made.range_m.float().numpy(), classes.numpy(), made.coverage.numpy(), pose.numpy())
 
-# %% ../../nbs/coop/dataset.ipynb #88686f50
-_MAKERS = ("kilonb.coop.dataset", "kilonb.coop.stitch", "kilonb.coop.warp", "kilonb.geometry.panoramas", "kilonb.scenes.opv2v", "kilonb.scenes.surround")
+# %% ../../nbs/coop/dataset.ipynb #ebabdadf
+_MAKERS = ("kilonb.coop.dataset", "kilonb.coop.stitch", "kilonb.coop.warp", "kilonb.geometry.panoramas",
+           "kilonb.scenes.opv2v", "kilonb.scenes.surround")
 
 
 def _code_digest(function: Callable) -> str:
@@ -153,16 +166,19 @@ def _code_digest(function: Callable) -> str:
         if spec and spec.origin: digest.update(Path(spec.origin).read_bytes())
     return digest.hexdigest()
 
-
+# %% ../../nbs/coop/dataset.ipynb #e20dee00
 def tile_digest(entry: Entry, instant: Instant, options: PanoramaOptions, code: str) -> str:
-    """32 hexadecimal digits that name the tile of `entry`: its files' bytes, the yaml files of its instant, the options and the code's digest."""
+    """32 hexadecimal digits that name the tile of `entry`: its files' bytes, the yaml files of its instant, the options
+    and the code's digest."""
     digest = hashlib.sha256(json.dumps([entry.name, asdict(options), code], sort_keys=True).encode())
     files = [other.path(".yaml") for other in instant.entries] + sorted(entry.folder.glob(f"{entry.prefix}_*"))
-    for path in files: digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
+    for path in files:
+        digest.update(path.name.encode() + b"\0"
+                      + hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())
     if entry.record is not None: digest.update(json.dumps(entry.record, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
 
-# %% ../../nbs/coop/dataset.ipynb #89573d1b
+# %% ../../nbs/coop/dataset.ipynb #1d69a5dd
 def write_tile(path: str | Path, tile: Tile) -> None:
     """Write a tile as .npz, whole or not at all."""
     with atomic_write(path) as partial, open(partial, "wb") as file: np.savez(file, **tile._asdict())
@@ -172,38 +188,46 @@ def read_tile(path: str | Path) -> Tile | None:
     """The tile in a file; None where there is none or it cannot be read whole."""
     try:
         with np.load(path, allow_pickle=False) as arrays: return Tile(*(arrays[name] for name in Tile._fields))
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error): return None
+    except (OSError, ValueError, KeyError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error):
+        return None
 
-# %% ../../nbs/coop/dataset.ipynb #ab894f64
+# %% ../../nbs/coop/dataset.ipynb #e61da8b1
 class Group(NamedTuple):
     """The vehicles of one sample, the main one first. numbers: into the dataset's usable entries."""
     name: str
     numbers: tuple[int, ...]
 
+# %% ../../nbs/coop/dataset.ipynb #8ba5cc4e
+def choose_groups(instants: Sequence[str], names: Sequence[str], positions: Tensor,
+                  options: SampleOptions) -> tuple[list[Group], int]:
+    """(samples, number of main vehicles left out for want of neighbours). instants, names: of each entry; positions:
+    [N, 3] of its vehicle, metres.
 
-def choose_groups(instants: Sequence[str], names: Sequence[str], positions: Tensor, options: SampleOptions) -> tuple[list[Group], int]:
-    """(samples, number of main vehicles left out for want of neighbours). instants, names: of each entry; positions: [N, 3] of its vehicle, metres.
-
-    Every vehicle is the main one once; the others follow by distance (equal distances: by name), at most `options.most` together.
+    Every vehicle is the main one once; the others follow by distance (equal distances: by name), at most `options.most`
+    together.
     """
     together: dict[str, list[int]] = {}
     for number, instant in enumerate(instants): together.setdefault(instant, []).append(number)
     groups, alone = [], 0
     for members in together.values():
         for main in members:
-            distances = {other: (positions[other] - positions[main]).norm().item() for other in members if other != main}
-            near = sorted((d, names[other], other) for other, d in distances.items() if d <= options.range_m)[:options.most - 1]
+            distances = {other: (positions[other] - positions[main]).norm().item() for other in members
+                         if other != main}
+            near = sorted((d, names[other], other) for other,
+                          d in distances.items() if d <= options.range_m)[:options.most - 1]
             if len(near) + 1 < options.fewest: alone += 1
             else: groups.append(Group(names[main], (main, *(other for _, _, other in near))))
     return groups, alone
 
-# %% ../../nbs/coop/dataset.ipynb #07e4e7b8
+# %% ../../nbs/coop/dataset.ipynb #289854cb
 @dataclass(frozen=True)
 class Sample:
     """V vehicles at one instant, the main one first; float32 tensors but for `classes`.
 
-    rgb_srgb: [V, 3, H, W] in 0..1. range_m: [V, H, W] metres along the ray, 0 outside the mask. coverage, mask: [V, H, W] 0 or 1; the mask is class `SCENE`.
-    classes: [V, H, W] int64, see CLASSES. pose_to_main: [V, 4, 4], panorama i (OpenCV frame) to the main vehicle's panorama, metres; [0] is the identity.
+    rgb_srgb: [V, 3, H, W] in 0..1. range_m: [V, H, W] metres along the ray, 0 outside the mask. coverage, mask: [V, H,
+    W] 0 or 1; the mask is class `SCENE`.
+    classes: [V, H, W] int64, see CLASSES. pose_to_main: [V, 4, 4], panorama i (OpenCV frame) to the main vehicle's
+    panorama, metres; [0] is the identity.
     """
     name: str
     vehicles: tuple[str, ...]
@@ -218,7 +242,7 @@ class Sample:
         """The tensors by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-
+# %% ../../nbs/coop/dataset.ipynb #87915bcc
 def make_sample(name: str, vehicles: Sequence[str], tiles: Sequence[Tile]) -> Sample:
     """The sample of tiles, the main vehicle's first."""
     classes = torch.from_numpy(np.stack([tile.classes for tile in tiles])).long()
@@ -227,44 +251,59 @@ def make_sample(name: str, vehicles: Sequence[str], tiles: Sequence[Tile]) -> Sa
     rgb = torch.from_numpy(np.stack([tile.rgb for tile in tiles])).permute(0, 3, 1, 2).contiguous().float() / 255
     ranges = torch.from_numpy(np.stack([tile.range_m for tile in tiles])).float() * mask
     coverage = torch.from_numpy(np.stack([tile.coverage for tile in tiles])).float()
-    return Sample(name, tuple(vehicles), rgb, ranges, coverage, mask, classes, (rigid_inverse(poses[:1]) @ poses).float())
+    return Sample(name, tuple(vehicles), rgb, ranges, coverage, mask, classes,
+                  (rigid_inverse(poses[:1]) @ poses).float())
 
-# %% ../../nbs/coop/dataset.ipynb #e6916ea3
+# %% ../../nbs/coop/dataset.ipynb #d918e555
 class _Known(NamedTuple):
     """What is known of a usable entry: its number in the scene, instant, position and pose of the vehicle."""
     number: int
     instant: int
     vehicle_to_world: list[list[float]]
 
-
+# %% ../../nbs/coop/dataset.ipynb #c041ba3e
 class CooperativeDataset:
     """Cooperative samples of an OPV2V scene.
 
-    cache: folder for panoramas and poses; None keeps nothing on disk. stitch_with: makes a panorama of views. memory: panoramas kept in memory.
-    groups: which vehicles make sample i. problems: the scene's, with what was left out here. alone: main vehicles without a neighbour near enough.
+    cache: folder for panoramas and poses; None keeps nothing on disk. stitch_with: makes a panorama of views. memory:
+    panoramas kept in memory.
+    groups: which vehicles make sample i. problems: the scene's, with what was left out here. alone: main vehicles
+    without a neighbour near enough.
     Raises KiloError where no sample remains.
     """
 
-    def __init__(self, scene: Opv2vScene, cache: str | Path | None = None, panorama: PanoramaOptions | None = None, samples: SampleOptions | None = None,
-                 stitch_with: StitchViews = stitch_views, memory: int = 512) -> None:
-        self.scene, self.problems, self.cache, self.stitch_with, self.memory = scene, scene.problems, Path(cache) if cache else None, stitch_with, memory
+    def __init__(self, scene: Opv2vScene, cache: str | Path | None = None, panorama: PanoramaOptions | None = None,
+                 samples: SampleOptions | None = None, stitch_with: StitchViews = stitch_views,
+                 memory: int = 512) -> None:
+        self.scene, self.problems, self.cache, self.stitch_with, self.memory = (
+            scene,
+            scene.problems,
+            Path(cache) if cache else None,
+            stitch_with,
+            memory,
+        )
         self.panorama, self.options = panorama or PanoramaOptions(), samples or SampleOptions()
         self.panorama.validate(), self.options.validate()
         self.instants = scene.instants()
         self._code, self._tiles, self._names = _code_digest(stitch_with), OrderedDict(), {}
         self.known = self._read_poses()
         entries = [scene.entries[known.number] for known in self.known]
-        positions = torch.tensor([known.vehicle_to_world for known in self.known], dtype=torch.float64).reshape(-1, 4, 4)[:, :3, 3]
-        self.groups, self.alone = choose_groups([self.instants[k.instant].name for k in self.known], [e.name for e in entries], positions, self.options)
+        positions = torch.tensor([known.vehicle_to_world for known in self.known], dtype=torch.float64).reshape(
+            -1, 4, 4
+        )[:, :3, 3]
+        self.groups, self.alone = choose_groups([self.instants[k.instant].name for k in self.known],
+                                                [e.name for e in entries], positions, self.options)
         if not self.groups:
-            raise KiloError(f"{scene.root} gives no cooperative sample: {len(self.known)} of {len(scene)} frames are usable, and {self.alone} of them have no "
+            raise KiloError(f"{scene.root} gives no cooperative sample: {len(self.known)} of {len(scene)} frames "
+                            f"are usable, and {self.alone} of them have no "
                             f"neighbour within {self.options.range_m:g} m ({len(self.problems)} problems noted).")
 
     def __len__(self) -> int: return len(self.groups)
     def __iter__(self) -> Iterator[Sample]: return (self[i] for i in range(len(self)))
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self.groups): raise KiloError(f"Sample {index} is not there: the dataset has {len(self.groups)}.")
+        if not 0 <= index < len(self.groups):
+            raise KiloError(f"Sample {index} is not there: the dataset has {len(self.groups)}.")
         group = self.groups[index]
         vehicles = [self.scene.entries[self.known[number].number].vehicle for number in group.numbers]
         return make_sample(group.name, vehicles, [self.tile(number) for number in group.numbers])
@@ -280,7 +319,11 @@ class CooperativeDataset:
             return self._tiles[number]
         known = self.known[number]
         entry, instant = self.scene.entries[known.number], self.instants[known.instant]
-        path = self.cache / "panoramas" / f"{tile_digest(entry, instant, self.panorama, self._code)}.npz" if self.cache else None
+        path = (
+            self.cache / "panoramas" / f"{tile_digest(entry, instant, self.panorama, self._code)}.npz"
+            if self.cache
+            else None
+        )
         made = read_tile(path) if path else None
         if made is None:
             made = make_tile(self.scene.together(instant)[entry.vehicle], self.panorama, self.stitch_with)
@@ -300,28 +343,34 @@ class CooperativeDataset:
             for entry in instant.entries:
                 frame = self.scene.read(entry)
                 if frame is None: continue
-                if len(frame.cameras) >= self.options.fewest_cameras: known.append(_Known(numbers[entry.name], index, frame.vehicle_to_world.tolist()))
-                else: note(self.problems, entry.name, f"left out of the samples: it has {len(frame.cameras)} cameras, {self.options.fewest_cameras} are wanted")
+                if len(frame.cameras) >= self.options.fewest_cameras:
+                    known.append(_Known(numbers[entry.name], index, frame.vehicle_to_world.tolist()))
+                else:
+                    note(self.problems, entry.name, f"left out of the samples: it has {len(frame.cameras)} cameras, "
+                         f"{self.options.fewest_cameras} are wanted")
         if path: write_json(path, {"known": known, "problems": [[p.frame, p.sentence] for p in self.problems[before:]]})
         return known
 
     def _listing(self) -> str:
         """Digest of the entries and of their yaml files' and folders' sizes and times of change."""
         digest = hashlib.sha256(f"{self._code} {self.options.fewest_cameras}".encode())
-        for folder in sorted({entry.folder for entry in self.scene.entries}): digest.update(f"{folder} {folder.stat().st_mtime_ns}".encode())
+        for folder in sorted({entry.folder for entry in self.scene.entries}):
+            digest.update(f"{folder} {folder.stat().st_mtime_ns}".encode())
         for entry in self.scene.entries:
             path = entry.path(".yaml")
-            digest.update(f"{entry.name} {(path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else 0}".encode())
+            digest.update(f"{entry.name} "
+                          f"{(path.stat().st_size, path.stat().st_mtime_ns) if path.is_file() else 0}".encode())
         return digest.hexdigest()[:32]
 
-
+# %% ../../nbs/coop/dataset.ipynb #3b0bfe0d
 def _read_kept(path: Path) -> dict[str, Any] | None:
     try: return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): return None
 
-# %% ../../nbs/coop/dataset.ipynb #e45ec2b7
+# %% ../../nbs/coop/dataset.ipynb #6485558e
 def collate(samples: Sequence[Sample], vehicles: int | None = None) -> dict[str, Tensor]:
-    """A batch: the samples' tensors as [B, V, ...] with V = `vehicles` (default: the most in the batch), and `present` [B, V] bool.
+    """A batch: the samples' tensors as [B, V, ...] with V = `vehicles` (default: the most in the batch), and `present`
+    [B, V] bool.
 
     Raises KiloError where a sample has more vehicles than V.
     """
@@ -338,56 +387,68 @@ def collate(samples: Sequence[Sample], vehicles: int | None = None) -> dict[str,
     batch["present"] = torch.tensor([[view < len(sample.vehicles) for view in range(vehicles)] for sample in samples])
     return batch
 
-# %% ../../nbs/coop/dataset.ipynb #979d227b
+# %% ../../nbs/coop/dataset.ipynb #0f275fa2
 def column_turns(columns: Sequence[int] | Tensor, width: int) -> Tensor:
-    """[V, 4, 4] float64: the turn of a panorama's camera whose pictures were rolled to the right by `columns` of `width`."""
+    """[V, 4, 4] float64: the turn of a panorama's camera whose pictures were rolled to the right by `columns` of
+    `width`."""
     angles = -2 * math.pi * torch.as_tensor(columns, dtype=torch.float64) / width
     turns = torch.eye(4, dtype=torch.float64).repeat(len(angles), 1, 1)
-    turns[:, 0, 0], turns[:, 0, 2], turns[:, 2, 0], turns[:, 2, 2] = angles.cos(), angles.sin(), -angles.sin(), angles.cos()
+    turns[:, 0, 0], turns[:, 0, 2], turns[:, 2, 0], turns[:, 2,
+                                                          2] = angles.cos(), angles.sin(), -angles.sin(), angles.cos()
     return turns
 
-
+# %% ../../nbs/coop/dataset.ipynb #97993ef1
 def roll_sample(sample: Sample, columns: Sequence[int] | Tensor) -> Sample:
-    """The sample with view i rolled to the right by `columns[i]` and its pose turned with it: the same points in the world."""
-    if len(columns) != len(sample.vehicles): raise KiloError(f"{len(columns)} rolls were given for {len(sample.vehicles)} views: one each is expected.")
+    """The sample with view i rolled to the right by `columns[i]` and its pose turned with it: the same points in the
+    world."""
+    if len(columns) != len(sample.vehicles):
+        raise KiloError(f"{len(columns)} rolls were given for {len(sample.vehicles)} views: one each is expected.")
     turns = column_turns(columns, sample.mask.shape[-1])
     poses = rigid_inverse(turns[:1]) @ sample.pose_to_main.double() @ turns
-    def rolled(pictures: Tensor) -> Tensor: return torch.stack([torch.roll(picture, int(k), -1) for picture, k in zip(pictures, columns)])
+    def rolled(pictures: Tensor) -> Tensor:
+        return torch.stack([torch.roll(picture, int(k), -1) for picture, k in zip(pictures, columns)])
     pictures = {name: rolled(value) for name, value in sample.tensors().items() if name != "pose_to_main"}
     return replace(sample, **pictures, pose_to_main=poses.float())
 
-
+# %% ../../nbs/coop/dataset.ipynb #b0ab6db0
 def roll_randomly(sample: Sample, generator: torch.Generator) -> Sample:
     """The sample with every view rolled by a number of columns drawn from `generator`."""
-    return roll_sample(sample, torch.randint(sample.mask.shape[-1], (len(sample.vehicles),), generator=generator).tolist())
+    return roll_sample(sample,
+                       torch.randint(sample.mask.shape[-1], (len(sample.vehicles),), generator=generator).tolist())
 
-# %% ../../nbs/coop/dataset.ipynb #8e6a3e0c
+# %% ../../nbs/coop/dataset.ipynb #a3d2139b
 def statistics(dataset: CooperativeDataset, count: int = 16, seed: int = 0) -> dict[str, float]:
-    """Numbers of `count` samples drawn by `seed`: shares of pixels, ranges in metres, distances and turns between vehicles.
+    """Numbers of `count` samples drawn by `seed`: shares of pixels, ranges in metres, distances and turns between
+    vehicles.
 
-    coverage_mean, coverage_min, mask_mean, mask_std (between views), constant_mask_iou, share_<class>, range_median_m, range_p95_m,
-    pose_translation_mean_m, pose_translation_max_m, pose_rotation_mean_deg, vehicles_mean, samples.
+    coverage_mean, coverage_min, mask_mean, mask_std (between views), constant_mask_iou, share_<class>, range_median_m,
+    range_p95_m, pose_translation_mean_m, pose_translation_max_m, pose_rotation_mean_deg, vehicles_mean, samples.
     """
     picked = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:count].tolist()
     samples = [dataset[index] for index in sorted(picked)]
-    coverage, masks, classes, ranges = (torch.cat([getattr(sample, name) for sample in samples]) for name in ("coverage", "mask", "classes", "range_m"))
+    coverage, masks, classes, ranges = (torch.cat([getattr(sample, name) for sample in samples])
+                                        for name in ("coverage", "mask", "classes", "range_m"))
     known = ranges[masks > 0]
     poses = torch.cat([sample.pose_to_main[1:] for sample in samples])
     cosines = ((poses[:, :3, :3].diagonal(dim1=1, dim2=2).sum(-1) - 1) / 2).clamp(-1, 1)
     numbers = {"samples": float(len(samples)), "vehicles_mean": sum(len(s.vehicles) for s in samples) / len(samples),
-               "coverage_mean": coverage.mean().item(), "coverage_min": coverage.mean((1, 2)).min().item(), "mask_mean": masks.mean().item(),
-               "mask_std": masks.mean((1, 2)).std(correction=0).item(), "constant_mask_iou": constant_mask_iou(masks)}
-    numbers |= {f"share_{name.replace(' ', '_')}": (classes == number).float().mean().item() for number, name in enumerate(CLASSES)}
-    numbers |= {"range_median_m": known.median().item(), "range_p95_m": known.quantile(.95).item()} if 0 < len(known) <= 2**24 else {}
+               "coverage_mean": coverage.mean().item(), "coverage_min": coverage.mean((1, 2)).min().item(),
+               "mask_mean": masks.mean().item(), "mask_std": masks.mean((1, 2)).std(correction=0).item(),
+               "constant_mask_iou": constant_mask_iou(masks)}
+    numbers |= {f"share_{name.replace(' ', '_')}": (classes == number).float().mean().item() for number,
+                name in enumerate(CLASSES)}
+    numbers |= {"range_median_m": known.median().item(),
+                "range_p95_m": known.quantile(.95).item()} if 0 < len(known) <= 2**24 else {}
     if len(poses):
         away = poses[:, :3, 3].norm(dim=-1)
         numbers |= {"pose_translation_mean_m": away.mean().item(), "pose_translation_max_m": away.max().item()}
         numbers["pose_rotation_mean_deg"] = torch.rad2deg(cosines.arccos()).mean().item()
     return numbers
 
-
+# %% ../../nbs/coop/dataset.ipynb #c9365f60
 def constant_mask_iou(masks: Tensor) -> float:
-    """The best mean IoU that one mask [H, W], the same for all of `masks` [N, H, W], reaches among the level sets of their mean."""
+    """The best mean IoU that one mask [H, W], the same for all of `masks` [N, H, W], reaches among the level sets of
+    their mean."""
     mean, best = masks.mean(0), 0.0
     for level in torch.linspace(.05, .95, 19):
         constant = (mean >= level).float()

@@ -21,32 +21,37 @@ from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import quat_to_rotmat, rigid, transform_points
 from ..core.errors import KiloError
 
-# %% ../../nbs/coop/evaluation.ipynb #194c78d1
+# %% ../../nbs/coop/evaluation.ipynb #3ab191c9
 @dataclass(frozen=True)
 class Trivial:
-    """One answer for all. range_m: [H, W] mean of the known ranges (everywhere else their overall mean). mask: [H, W] bool. pose: [4, 4], mean of the poses."""
+    """One answer for all. range_m: [H, W] mean of the known ranges (everywhere else their overall mean). mask: [H, W]
+    bool. pose: [4, 4], mean of the poses."""
     range_m: Tensor
     mask: Tensor
     pose: Tensor
 
-
+# %% ../../nbs/coop/evaluation.ipynb #b3179d54
 def mean_pose_of(poses: Tensor) -> Tensor:
-    """[4, 4]: the mean place and the mean rotation (the first eigenvector of the quaternions' scatter: Markley et al. 2007) of poses [P, 4, 4]."""
+    """[4, 4]: the mean place and the mean rotation (the first eigenvector of the quaternions' scatter: Markley et al.
+    2007) of poses [P, 4, 4]."""
     quats = xyzw(poses[:, :3, :3].double())
     middle = torch.linalg.eigh(quats.mT @ quats).eigenvectors[:, -1]
     return rigid(quat_to_rotmat(middle[[3, 0, 1, 2]]), poses[:, :3, 3].double().mean(0)).float()
 
-
+# %% ../../nbs/coop/evaluation.ipynb #fd3fd900
 def trivial_predictor(samples: Sequence[Sample]) -> Trivial:
     """What the samples (of a training set) are like on average."""
     masks, ranges = (torch.cat([getattr(sample, name) for sample in samples]) for name in ("mask", "range_m"))
     known = masks.sum(0)
     mean = torch.where(known > 0, (ranges * masks).sum(0) / known.clamp(min=1), (ranges * masks).sum() / masks.sum())
     levels = torch.linspace(.05, .95, 19)
-    best = max(levels, key=lambda level: intersection_over_union((masks.mean(0) >= level).float().expand_as(masks), masks).mean().item())
-    return Trivial(mean, masks.mean(0) >= best, mean_pose_of(torch.cat([sample.pose_to_main[1:] for sample in samples])))
+    best = max(levels,
+               key=lambda level: intersection_over_union((masks.mean(0) >= level).float().expand_as(masks),
+                                                         masks).mean().item())
+    return Trivial(mean, masks.mean(0) >= best,
+                   mean_pose_of(torch.cat([sample.pose_to_main[1:] for sample in samples])))
 
-# %% ../../nbs/coop/evaluation.ipynb #9f302243
+# %% ../../nbs/coop/evaluation.ipynb #f7a9f199
 def chamfer(first: Tensor, second: Tensor) -> float:
     """Metres: mean distance of each point of [N, 3] to the nearest of [M, 3] and the other way round, averaged."""
     if not len(first) or not len(second): return float("nan")
@@ -55,7 +60,8 @@ def chamfer(first: Tensor, second: Tensor) -> float:
 
 
 def points_in_main(range_m: Tensor, mask: Tensor, poses: Tensor, rays: Tensor, count: int = 2000) -> Tensor:
-    """At most about `count` points [N, 3] of ranges and masks [V, H, W] in view 0's axes, evenly chosen. rays: [H, W, 3]."""
+    """At most about `count` points [N, 3] of ranges and masks [V, H, W] in view 0's axes, evenly chosen. rays: [H, W,
+    3]."""
     points = transform_points(poses, (rays * range_m[..., None]).flatten(1, 2)).flatten(0, 1)[mask.flatten() > .5]
     return points[::max(1, len(points) // count)]
 
@@ -64,9 +70,10 @@ def direction_error(predicted: Tensor, true: Tensor) -> Tensor:
     """Degrees [P] between translations [P, 3]."""
     return torch.rad2deg(torch.atan2(torch.linalg.cross(predicted, true).norm(dim=-1), (predicted * true).sum(-1)))
 
-# %% ../../nbs/coop/evaluation.ipynb #35a1d195
+# %% ../../nbs/coop/evaluation.ipynb #7fbd817c
 def score_sample(sample: Sample, range_m: Tensor, mask: Tensor, poses: Tensor, rays: Tensor) -> dict[str, Any]:
-    """Numbers of one sample: lists per pair (translation_m, rotation_deg, direction_deg) and per view (mask_iou), means otherwise.
+    """Numbers of one sample: lists per pair (translation_m, rotation_deg, direction_deg) and per view (mask_iou), means
+    otherwise.
 
     range_m: [V, H, W] metres. mask: [V, H, W], 1 where something is said to be seen. poses: [V, 4, 4] to view 0.
     """
@@ -77,16 +84,18 @@ def score_sample(sample: Sample, range_m: Tensor, mask: Tensor, poses: Tensor, r
     target = points_in_main(sample.range_m, sample.mask, sample.pose_to_main, rays)
     direction = direction_error(poses[1:, :3, 3], sample.pose_to_main[1:, :3, 3])
     return {"translation_m": metres.tolist(), "rotation_deg": degrees.tolist(), "direction_deg": direction.tolist(),
-            "mask_iou": intersection_over_union(mask, sample.mask).tolist(), "range_abs_rel": ((own - true).abs() / true).mean().item(),
-            "range_inlier": (torch.maximum(own / true, true / own) < 1.03).float().mean().item(), "chamfer_m": chamfer(seen[0], target),
-            "chamfer_true_pose_m": chamfer(seen[1], target)}
+            "mask_iou": intersection_over_union(mask, sample.mask).tolist(),
+            "range_abs_rel": ((own - true).abs() / true).mean().item(),
+            "range_inlier": (torch.maximum(own / true, true / own) < 1.03).float().mean().item(),
+            "chamfer_m": chamfer(seen[0], target), "chamfer_true_pose_m": chamfer(seen[1], target)}
 
-
+# %% ../../nbs/coop/evaluation.ipynb #f9c55194
 def area_under_curve(errors: Tensor, limit: float) -> float:
-    """Area under the share of `errors` [N] that are at most x, for x from 0 to `limit`, over `limit`: 1 where all are 0."""
+    """Area under the share of `errors` [N] that are at most x, for x from 0 to `limit`, over `limit`: 1 where all are
+    0."""
     return (1 - errors.clamp(max=limit) / limit).mean().item()
 
-# %% ../../nbs/coop/evaluation.ipynb #6c479d66
+# %% ../../nbs/coop/evaluation.ipynb #6f21c8b5
 def summary(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The results of samples that `score_sample` judged, by their published names."""
     listed = {name: torch.tensor([value for score in scores for value in score[name]])
@@ -95,16 +104,18 @@ def summary(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     metres, degrees = listed["translation_m"], listed["rotation_deg"]
     return {"pose_translation_median_m": metres.median().item(), "pose_rotation_median_deg": degrees.median().item(),
             "pose_translation_mean_m": metres.mean().item(), "pose_rotation_mean_deg": degrees.mean().item(),
-            "pose_auc_5_deg": area_under_curve(torch.maximum(degrees, listed["direction_deg"]), 5.0), "pose_within_3_m": (metres <= 3).float().mean().item(),
-            "range_abs_rel": mean("range_abs_rel"), "range_inlier_1_03": mean("range_inlier"), "mask_iou": listed["mask_iou"].mean().item(),
+            "pose_auc_5_deg": area_under_curve(torch.maximum(degrees, listed["direction_deg"]), 5.0),
+            "pose_within_3_m": (metres <= 3).float().mean().item(), "range_abs_rel": mean("range_abs_rel"),
+            "range_inlier_1_03": mean("range_inlier"), "mask_iou": listed["mask_iou"].mean().item(),
             "chamfer_m": mean("chamfer_m"), "chamfer_true_pose_m": mean("chamfer_true_pose_m")}
 
-
-def evaluate(predict: Callable[[Sequence[Sample]], Prediction], samples: Sequence[Sample], camera: PanoramaCamera, trivial: Trivial,
-             batch_size: int = 4) -> tuple[dict[str, float], list[dict[str, Any]]]:
+# %% ../../nbs/coop/evaluation.ipynb #03ee84a3
+def evaluate(predict: Callable[[Sequence[Sample]], Prediction], samples: Sequence[Sample], camera: PanoramaCamera,
+             trivial: Trivial, batch_size: int = 4) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """(results, one row per sample). predict: the pipeline that training uses. camera: of the panoramas, at the origin.
 
-    Results have the names of `summary`, and each again with `_trivial` at its end; `pairs` and `samples` count what was judged.
+    Results have the names of `summary`, and each again with `_trivial` at its end; `pairs` and `samples` count what was
+    judged.
     Raises KiloError without samples.
     """
     if not len(samples): raise KiloError("There are no samples to evaluate on.")
@@ -118,24 +129,34 @@ def evaluate(predict: Callable[[Sequence[Sample]], Prediction], samples: Sequenc
             mask = (seen.mask_logits[b, :count] > 0).float()
             scores.append(score_sample(sample, seen.range_m[b, :count], mask, seen.pose_to_main[b, :count], rays))
             poses = torch.cat([torch.eye(4)[None], trivial.pose.expand(count - 1, 4, 4)])
-            baseline.append(score_sample(sample, trivial.range_m.expand(count, -1, -1), trivial.mask.float().expand(count, -1, -1), poses, rays))
-    worst = [{name: max(value) if isinstance(value, list) else value for name, value in score.items()} for score in scores]
-    rows = [{"sample": sample.name, "vehicles": len(sample.vehicles), **numbers} for sample, numbers in zip(samples, worst)]
+            baseline.append(score_sample(sample, trivial.range_m.expand(count, -1, -1),
+                                         trivial.mask.float().expand(count, -1, -1), poses, rays))
+    worst = [{name: max(value) if isinstance(value, list) else value for name, value in score.items()}
+             for score in scores]
+    rows = [{"sample": sample.name, "vehicles": len(sample.vehicles), **numbers} for sample,
+            numbers in zip(samples, worst)]
     results = summary(scores) | {f"{name}_trivial": value for name, value in summary(baseline).items()}
     return results | {"samples": len(scores), "pairs": sum(len(score["translation_m"]) for score in scores)}, rows
 
-# %% ../../nbs/coop/evaluation.ipynb #586918c7
-def sample_figure(sample: Sample, range_m: Tensor, mask: Tensor, poses: Tensor, camera: PanoramaCamera, reach_m: float = 50.0) -> Any:
-    """A matplotlib figure of a sample and its prediction. range_m, mask: [V, H, W]. poses: [V, 4, 4]. reach_m: of the view from above."""
+# %% ../../nbs/coop/evaluation.ipynb #b9f7e5d3
+def sample_figure(sample: Sample, range_m: Tensor, mask: Tensor, poses: Tensor, camera: PanoramaCamera,
+                  reach_m: float = 50.0) -> Any:
+    """A matplotlib figure of a sample and its prediction. range_m, mask: [V, H, W]. poses: [V, 4, 4]. reach_m: of the
+    view from above."""
     import matplotlib.pyplot as plt
 
-    views, rays = len(sample.vehicles), camera.directions(camera.pixel_centres()).reshape(camera.height, camera.width, 3)
+    views, rays = (
+        len(sample.vehicles),
+        camera.directions(camera.pixel_centres()).reshape(camera.height, camera.width, 3),
+    )
     fig = plt.figure(figsize=(14, 1.25 * views + 5.2), layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=(1.25 * views, 5.2))
     for row, axes in enumerate(top.subplots(views, 3, squeeze=False)):
-        pictures = sample.rgb_srgb[row].permute(1, 2, 0), *(torch.where(known > .5, r, torch.nan).log10() for r, known in
-                                                            ((sample.range_m[row], sample.mask[row]), (range_m[row], mask[row])))
-        for ax, picture, title in zip(axes, pictures, (f"vehicle {sample.vehicles[row]}", "true range", "predicted range")):
+        pictures = sample.rgb_srgb[row].permute(1, 2, 0), *(torch.where(known > .5, r, torch.nan).log10() for r,
+                                                            known in ((sample.range_m[row], sample.mask[row]),
+                                                                      (range_m[row], mask[row])))
+        for ax, picture, title in zip(axes, pictures,
+                                      (f"vehicle {sample.vehicles[row]}", "true range", "predicted range")):
             ax.imshow(picture, cmap="turbo", vmin=.3, vmax=1.9, aspect="auto"); ax.set_xticks([]); ax.set_yticks([])
             if row == 0 or ax is axes[0]: ax.set_title(title, fontsize=9)
     sides = ("true", sample.range_m, sample.mask, sample.pose_to_main), ("predicted", range_m, mask, poses)
@@ -145,6 +166,7 @@ def sample_figure(sample: Sample, range_m: Tensor, mask: Tensor, poses: Tensor, 
             ax.scatter(points[:, 0], points[:, 2], s=.5, color=f"C{v}")
             ax.plot(*placed[v, [0, 2], 3], "o", color=f"C{v}", mec="black")
             ax.plot(*sample.pose_to_main[v, [0, 2], 3], "x", color="black")
-        ax.set(title=f"{title} ranges and poses (crosses: the true places)", xlim=(-reach_m, reach_m), ylim=(-reach_m, reach_m), aspect="equal")
+        ax.set(title=f"{title} ranges and poses (crosses: the true places)", xlim=(-reach_m, reach_m),
+               ylim=(-reach_m, reach_m), aspect="equal")
         ax.set(xlabel="x (m)", ylabel="z (m)")
     return fig

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../../nbs/coop/layers.ipynb #2e2c1af9
+# %% ../../nbs/coop/layers.ipynb #8ef23852
 class CircularConv(nn.Module):
     """A convolution [B, C, H, W] that wraps around in W and is padded with zeros in H. Stride 2 halves both."""
 
@@ -25,17 +25,21 @@ class CircularConv(nn.Module):
         k = self.reach
         return self.conv(torch.cat([x[..., -k:], x, x[..., :k]], -1))
 
-
+# %% ../../nbs/coop/layers.ipynb #0ce53c6e
 class ResidualBlock(nn.Module):
     """Two circular convolutions beside the identity."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.norm, self.first, self.second = nn.GroupNorm(8, width), CircularConv(width, width), CircularConv(width, width)
+        self.norm, self.first, self.second = (
+            nn.GroupNorm(8, width),
+            CircularConv(width, width),
+            CircularConv(width, width),
+        )
 
     def forward(self, x: Tensor) -> Tensor: return x + self.second(F.silu(self.first(F.silu(self.norm(x)))))
 
-
+# %% ../../nbs/coop/layers.ipynb #3003986f
 class Rise(nn.Module):
     """A map [B, coarse, h, w] at twice its size, joined with what the encoder saw there, [B, fine, 2h, 2w]."""
 
@@ -46,30 +50,33 @@ class Rise(nn.Module):
     def forward(self, coarse: Tensor, fine: Tensor) -> Tensor:
         return F.silu(self.join(torch.cat([F.interpolate(self.narrow(coarse), scale_factor=2), fine], 1)))
 
-# %% ../../nbs/coop/layers.ipynb #86f7f45b
+# %% ../../nbs/coop/layers.ipynb #67d557c0
 def attend(q: Tensor, k: Tensor, v: Tensor, known: Tensor | None = None) -> Tensor:
-    """What queries [B, heads, T, D] find at keys and values [B, heads, S, D]. known: [B, S] bool. Written out, since torch's fused kernel on a CPU
-    is made for longer sequences."""
+    """What queries [B, heads, T, D] find at keys and values [B, heads, S, D]. known: [B, S] bool. Written out, since
+    torch's fused kernel on a CPU is made for longer sequences."""
     alike = q @ k.mT / math.sqrt(q.shape[-1])
     if known is not None: alike = alike.masked_fill(~known[:, None, None], -torch.inf)
     return alike.softmax(-1).to(v.dtype) @ v
 
-
+# %% ../../nbs/coop/layers.ipynb #67a31117
 def rotary(columns: int, frequencies: int) -> tuple[Tensor, Tensor]:
     """(cosines, sines) [columns, frequencies] of m times the azimuth, m = 1, 2, 3, 4, 6, 8, 12, ..."""
-    m = torch.tensor([round(2 ** (k / 2)) if k % 2 == 0 else 3 * 2 ** (k // 2) // 2 or 1 for k in range(frequencies + 1)][1:]).clamp(min=1)
+    m = torch.tensor([round(2 ** (k / 2)) if k % 2 == 0 else 3 * 2 ** (k // 2) // 2 or 1
+                      for k in range(frequencies + 1)][1:]).clamp(min=1)
     angle = torch.arange(columns)[:, None] * m * (2 * math.pi / columns)
     return angle.cos(), angle.sin()
 
-
+# %% ../../nbs/coop/layers.ipynb #91a66500
 class Attention(nn.Module):
-    """Attention among the tokens [B, rows * columns, C] of a view, which turn with their azimuth; then a feed-forward layer."""
+    """Attention among the tokens [B, rows * columns, C] of a view, which turn with their azimuth; then a feed-forward
+    layer."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
         self.norm, self.mix, self.out = nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width))
+        self.feed = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 3 * width), nn.GELU(),
+                                  nn.Linear(3 * width, width))
 
     def turned(self, x: Tensor, columns: int) -> Tensor:
         """Queries or keys [B, heads, T, D], the first half of their channels turned by their column's azimuth."""
@@ -80,14 +87,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, columns: int) -> Tensor:
         batch, count, width = x.shape
-        q, k, v = self.mix(self.norm(x)).reshape(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (
+            self.mix(self.norm(x)).reshape(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        )
         seen = attend(self.turned(q, columns), self.turned(k, columns), v)
         x = x + self.out(seen.transpose(1, 2).reshape(batch, count, width))
         return x + self.feed(x)
 
-
+# %% ../../nbs/coop/layers.ipynb #8311794d
 class CrossAttention(nn.Module):
-    """Tokens [B, T, C] look at other tokens [B, S, C]. known: [B, S] bool, which of them may be looked at; all without it."""
+    """Tokens [B, T, C] look at other tokens [B, S, C]. known: [B, S] bool, which of them may be looked at; all without
+    it."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -98,6 +108,7 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, others: Tensor, known: Tensor | None = None) -> Tensor:
         batch, count, width = x.shape
         q = self.ask(self.norm(x)).reshape(batch, count, self.heads, width // self.heads).transpose(1, 2)
-        k, v = self.offer(self.norm(others)).reshape(batch, others.shape[1], 2, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        k, v = self.offer(self.norm(others)).reshape(batch, others.shape[1], 2, self.heads,
+                                                     width // self.heads).permute(2, 0, 3, 1, 4)
         seen = attend(q, k, v, known)
         return x + self.out(seen.transpose(1, 2).reshape(batch, count, width))

@@ -32,7 +32,7 @@ def shrink(vectors: Tensor) -> Tensor:
     length = vectors.norm(dim=-1, keepdim=True)
     return vectors * torch.where(length > 1e-6, length.log1p() / length.clamp(min=1e-6), 1.0)
 
-# %% ../../nbs/coop/losses.ipynb #e08fb794
+# %% ../../nbs/coop/losses.ipynb #e1c86089
 def masked_mean(values: Tensor, weight: Tensor) -> Tensor:
     """The mean of values where weight is 1; 0 where it is nowhere."""
     return (values * weight).sum() / weight.sum().clamp(min=1)
@@ -44,17 +44,19 @@ def scene_size(range_m: Tensor, mask: Tensor) -> Tensor:
 
 
 def pose_errors(predicted: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """(metres [...], degrees [...]) between poses [..., 4, 4]: distance of their places, angle of the rotation that takes one to the other."""
+    """(metres [...], degrees [...]) between poses [..., 4, 4]: distance of their places, angle of the rotation that
+    takes one to the other."""
     metres = (predicted[..., :3, 3] - true[..., :3, 3]).norm(dim=-1)
     between = predicted[..., :3, :3].double().mT @ true[..., :3, :3].double()
     off = torch.stack([between[..., i, j] - between[..., j, i] for i, j in ((2, 1), (0, 2), (1, 0))], -1).norm(dim=-1)
     return metres, torch.rad2deg(torch.atan2(off, between.diagonal(dim1=-2, dim2=-1).sum(-1) - 1)).float()
 
-# %% ../../nbs/coop/losses.ipynb #29633328
+# %% ../../nbs/coop/losses.ipynb #2695cad7
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the terms; 0 leaves one out. confidence_alpha: of the reward for being certain. exclude: share of the worst pixels left out of `range`
-    (for recorded data, whose depth has faults). beside: share of the pairs whose measures are learned a column beside the true one."""
+    """Weights of the terms; 0 leaves one out. confidence_alpha: of the reward for being certain. exclude: share of the
+    worst pixels left out of `range` (for recorded data, whose depth has faults). beside: share of the pairs whose
+    measures are learned a column beside the true one."""
     log_range: float = 1.5
     relative_range: float = 1.5
     range: float = .05
@@ -78,44 +80,57 @@ class LossConfig:
         if min(vars(self).values()) < 0: raise KiloError("Loss weights must be 0 or more.")
         if not self.exclude < 1: raise KiloError(f"exclude is {self.exclude}: a share below 1 is expected.")
 
-
+# %% ../../nbs/coop/losses.ipynb #9e0e4c7f
 class Batch:
-    """A collated batch with what several terms need of it. values: as `dataset.collate`; camera: of the panoramas, at the origin."""
+    """A collated batch with what several terms need of it. values: as `dataset.collate`; camera: of the panoramas, at
+    the origin."""
 
     def __init__(self, values: Mapping[str, Tensor], camera: PanoramaCamera):
-        self.range_m, self.mask, self.pose_to_main, self.present = (values[name] for name in ("range_m", "mask", "pose_to_main", "present"))
+        self.range_m, self.mask, self.pose_to_main, self.present = (
+            values[name] for name in ("range_m", "mask", "pose_to_main", "present")
+        )
         self.rays = camera.directions(camera.pixel_centres()).reshape(camera.height, camera.width, 3).to(self.range_m)
         self.weight = self.mask * (self.range_m > 0) * self.present[..., None, None]
         self.z = scene_size(self.range_m, self.weight)
 
     def in_main(self, ranges: Tensor, poses: Tensor) -> Tensor:
-        """Points [B, V, h, w, 3] of every twelfth pixel (third row, fourth column) of ranges [B, V, H, W] along the rays, moved by poses [B, V, 4, 4]."""
+        """Points [B, V, h, w, 3] of every twelfth pixel (third row, fourth column) of ranges [B, V, H, W] along the
+        rays, moved by poses [B, V, 4, 4]."""
         points = self.rays[::3, ::4] * ranges[..., ::3, ::4, None]
         return transform_points(poses, points.flatten(2, 3)).reshape(points.shape)
 
-# %% ../../nbs/coop/losses.ipynb #fdc8d54a
+# %% ../../nbs/coop/losses.ipynb #ea2ea7cb
 def range_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
-    """Ranges: their logarithm and their relative error in metres; their factored robust loss; gradients of their logarithm at four scales; confidence."""
+    """Ranges: their logarithm and their relative error in metres; their factored robust loss; gradients of their
+    logarithm at four scales; confidence."""
     log_error = seen.range_m.log() - batch.range_m.clamp(min=.1).log()
     bent = (log_error.square() + .01**2).sqrt() - .01
     own_z, z = scene_size(seen.unit_range, batch.weight)[:, None, None, None], batch.z[:, None, None, None]
     error = robust(((seen.unit_range / own_z).log1p() - (batch.range_m / z).log1p()).abs())
-    kept = batch.weight if not config.exclude else batch.weight * (error <= error[batch.weight > 0].detach().quantile(1 - config.exclude))
-    surely = masked_mean(seen.confidence * bent.detach() - config.confidence_alpha * seen.confidence.log(), batch.weight)
+    kept = (
+        batch.weight
+        if not config.exclude
+        else batch.weight * (error <= error[batch.weight > 0].detach().quantile(1 - config.exclude))
+    )
+    surely = masked_mean(seen.confidence * bent.detach() - config.confidence_alpha * seen.confidence.log(),
+                         batch.weight)
     relative = (seen.range_m - batch.range_m).abs() / batch.range_m.clamp(min=.1)
-    terms = {"log_range": masked_mean(bent, batch.weight), "relative_range": masked_mean(relative.clamp(max=3), batch.weight),
-             "range": masked_mean(error, kept), "gradient": gradient_error(log_error, batch.weight), "confidence": surely}
+    terms = {"log_range": masked_mean(bent, batch.weight),
+             "relative_range": masked_mean(relative.clamp(max=3), batch.weight), "range": masked_mean(error, kept),
+             "gradient": gradient_error(log_error, batch.weight), "confidence": surely}
     return {**terms, "range_abs_rel": masked_mean(relative.detach(), batch.weight),
             "range_error_m": masked_mean((relative * batch.range_m).detach(), batch.weight)}
 
-
+# %% ../../nbs/coop/losses.ipynb #f2366b99
 def gradient_error(log_error: Tensor, weight: Tensor) -> Tensor:
-    """Mean difference between neighbours of an error of log ranges [B, V, H, W], wrapped around, at four scales. After Li & Snavely 2018 (MegaDepth), eq. 5."""
+    """Mean difference between neighbours of an error of log ranges [B, V, H, W], wrapped around, at four scales. After
+    Li & Snavely 2018 (MegaDepth), eq. 5."""
     total = log_error.new_zeros(())
     for step in (1, 2, 4, 8):
         error, known = log_error[..., ::step, ::step], weight[..., ::step, ::step]
         across = masked_mean((error - error.roll(1, -1)).abs().clamp(max=1), known * known.roll(1, -1))
-        down = masked_mean((error[..., 1:, :] - error[..., :-1, :]).abs().clamp(max=1), known[..., 1:, :] * known[..., :-1, :])
+        down = masked_mean((error[..., 1:, :] - error[..., :-1, :]).abs().clamp(max=1),
+                           known[..., 1:, :] * known[..., :-1, :])
         total = total + (across + down) / 8
     return total
 
@@ -133,18 +148,21 @@ def mask_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossCon
     iou = intersection_over_union(seen.mask_logits.detach().sigmoid()[here], batch.mask[here]).mean()
     return {"mask": F.binary_cross_entropy_with_logits(seen.mask_logits[here], batch.mask[here]), "mask_iou": iou}
 
-# %% ../../nbs/coop/losses.ipynb #2c87d23e
-def pose_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Looks, measures and poses; `pose_translation_m` and `pose_rotation_deg` are of the poses between the vehicles, mean over those beside the main one
-    (`_middle_`: median); `pose_found`: share within 3 m."""
+# %% ../../nbs/coop/losses.ipynb #fc74591b
+def pose_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig,
+               generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """Looks, measures and poses; `pose_translation_m` and `pose_rotation_deg` are of the poses between the vehicles,
+    mean over those beside the main one (`_middle_`: median); `pose_found`: share within 3 m."""
     others = batch.present.clone()
     others[:, 0] = False
-    if not others.any(): raise KiloError("A batch of lone vehicles has no pose to learn: samples of two vehicles or more are expected.")
+    if not others.any():
+        raise KiloError("A batch of lone vehicles has no pose to learn: samples of two vehicles or more are expected.")
     sample = others.nonzero()[:, 0]
     poses, true = seen.pose_to_main[others], batch.pose_to_main[others]
     metres, degrees = pose_errors(poses.detach(), true)
-    named = {"pose_translation_m": metres.mean(), "pose_translation_middle_m": metres.median(), "pose_rotation_deg": degrees.mean(),
-             "pose_rotation_middle_deg": degrees.median(), "pose_found": (metres < 3).float().mean()}
+    named = {"pose_translation_m": metres.mean(), "pose_translation_middle_m": metres.median(),
+             "pose_rotation_deg": degrees.mean(), "pose_rotation_middle_deg": degrees.median(),
+             "pose_found": (metres < 3).float().mean()}
     wanted, quats = xyzw(true[:, :3, :3]), seen.quats[others]
     turned = torch.minimum((quats - wanted).norm(dim=-1), (quats + wanted).norm(dim=-1))
     own_z = batch.z if seen.evidence else scene_size(seen.range_m, batch.weight).detach()
@@ -152,47 +170,65 @@ def pose_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossCon
     terms = {"pose": robust(away).mean() + robust(turned).mean()}
     return terms | named | (look_terms(model, seen.evidence, batch, config, generator) if seen.evidence else {})
 
-
-def look_terms(model: CoopModel, evidence: Evidence, batch: Batch, config: LossConfig, generator: torch.Generator | None) -> dict[str, Tensor]:
-    """Of all pairs of views: cross entropies of looks and compass, errors of the measures at the true columns and of their doubts. `found_looks`,
-    `found_turns`: share whose best entry, or turn, is within a column and a half of the truth."""
+# %% ../../nbs/coop/losses.ipynb #466b1ad8
+def look_terms(model: CoopModel, evidence: Evidence, batch: Batch, config: LossConfig,
+               generator: torch.Generator | None) -> dict[str, Tensor]:
+    """Of all pairs of views: cross entropies of looks and compass, errors of the measures at the true columns and of
+    their doubts. `found_looks`, `found_turns`: share whose best entry, or turn, is within a column and a half of the
+    truth."""
     looks, n = evidence.looks, model.sighter.columns
     true = true_measures(evidence.local_poses(batch.pose_to_main), n)
     pair = torch.arange(len(true.turn), device=true.turn.device)
     draw = lambda *shape: torch.rand(*shape, generator=generator).to(pair.device)
     step = (draw(2, len(pair)) < config.beside) * (2 * (draw(2, len(pair)) < .5).long() - 1)
-    first, second = ((position.floor().long() + beside) % n for position, beside in zip((true.first, true.second), step))
-    with precision(model.config.precision, pair.device): measured = model.sighter.measure(looks, evidence.pictures, pair, first, second)
+    first, second = ((position.floor().long() + beside) % n for position,
+                     beside in zip((true.first, true.second), step))
+    with precision(model.config.precision, pair.device):
+        measured = model.sighter.measure(looks, evidence.pictures, pair, first, second)
     errors = measure_errors(measured, true, n)
     bent = ((errors / errors.new_tensor([.3, .3, .03, .3])).square() + 1).sqrt() - 1
     i, j = looks.best()
     near = lambda column, position: wrapped(column + .5 - position, n).abs() < 1.6
     apart, degrees = errors.detach().abs(), 360 / n
-    return {"looks": table_loss(looks.score, true).mean(), "compass": compass_loss(looks.compass, true).mean(), "bearings": bent[:, :2].mean(),
-            "distances": bent[:, 2].mean(), "turns": bent[:, 3].mean(), "doubts": measure_loss(errors.detach(), measured.log_sigma).mean(),
+    return {"looks": table_loss(looks.score, true).mean(), "compass": compass_loss(looks.compass, true).mean(),
+            "bearings": bent[:, :2].mean(), "distances": bent[:, 2].mean(), "turns": bent[:, 3].mean(),
+            "doubts": measure_loss(errors.detach(), measured.log_sigma).mean(),
             "found_looks": (near(i, true.first) & near(j, true.second)).float().mean(),
-            "found_turns": near(looks.compass.argmax(1), true.turn + .5).float().mean(), "bearing_error_deg": apart[:, :2].median() * degrees,
-            "turn_error_deg": apart[:, 3].median() * degrees, "distance_error_percent": 100 * apart[:, 2].median(),
+            "found_turns": near(looks.compass.argmax(1), true.turn + .5).float().mean(),
+            "bearing_error_deg": apart[:, :2].median() * degrees, "turn_error_deg": apart[:, 3].median() * degrees,
+            "distance_error_percent": 100 * apart[:, 2].median(),
             "distance_error_m": (measured.log_range.exp() - true.log_range.exp()).abs().median()}
 
-# %% ../../nbs/coop/losses.ipynb #19f7a81c
+# %% ../../nbs/coop/losses.ipynb #c48d9ed9
 def world_terms(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig) -> dict[str, Tensor]:
     """Points in view 0's axes under predicted and true poses, and the metric scale."""
     own_z, z = scene_size(seen.unit_range, batch.weight), batch.z
     metric = own_z.detach() * seen.scale
-    poses = torch.cat([seen.pose_to_main[..., :3, :3], seen.pose_to_main[..., :3, 3:] / seen.scale.detach()[:, None, None, None]], -1)
-    own = batch.in_main(seen.unit_range, torch.cat([poses, seen.pose_to_main[..., 3:, :]], -2)) / own_z[:, None, None, None, None]
+    poses = torch.cat([seen.pose_to_main[..., :3, :3],
+                       seen.pose_to_main[..., :3, 3:] / seen.scale.detach()[:, None, None, None]], -1)
+    own = (
+        batch.in_main(seen.unit_range, torch.cat([poses, seen.pose_to_main[..., 3:, :]], -2))
+        / own_z[:, None, None, None, None]
+    )
     true = batch.in_main(batch.range_m, batch.pose_to_main) / z[:, None, None, None, None]
     error, weight = (shrink(own) - shrink(true) + 1e-9).norm(dim=-1), batch.weight[..., ::3, ::4]
-    apart = (batch.in_main(seen.range_m.detach(), seen.pose_to_main.detach()) - batch.in_main(batch.range_m, batch.pose_to_main)).norm(dim=-1)
+    apart = (batch.in_main(seen.range_m.detach(), seen.pose_to_main.detach())
+             - batch.in_main(batch.range_m, batch.pose_to_main)).norm(dim=-1)
     return {"points": masked_mean(robust(error), weight), "scale": robust((metric.log1p() - z.log1p()).abs()).mean(),
             "points_error_m": masked_mean(apart, weight), "scale_error_percent": 100 * (metric / z - 1).abs().mean()}
 
-
-def coop_loss(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """"loss", the weighted sum; `<term>_term`, each term before its weight, without unit; everything else in the unit of its name."""
-    values = range_terms(model, seen, batch, config) | mask_terms(model, seen, batch, config) | world_terms(model, seen, batch, config)
+# %% ../../nbs/coop/losses.ipynb #26e30ca2
+def coop_loss(model: CoopModel, seen: Prediction, batch: Batch, config: LossConfig,
+              generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    """"loss", the weighted sum; `<term>_term`, each term before its weight, without unit; everything else in the unit
+    of its name."""
+    values = (
+        range_terms(model, seen, batch, config)
+        | mask_terms(model, seen, batch, config)
+        | world_terms(model, seen, batch, config)
+    )
     values |= pose_terms(model, seen, batch, config, generator)
     weights = {name: getattr(config, name) for name in values if hasattr(config, name)}
     loss = sum(weight * values[name] for name, weight in weights.items() if weight)
-    return {"loss": loss, **{f"{name}_term" if name in weights else name: value.detach() for name, value in values.items()}}
+    return {"loss": loss,
+            **{f"{name}_term" if name in weights else name: value.detach() for name, value in values.items()}}

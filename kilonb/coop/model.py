@@ -24,13 +24,16 @@ from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import quat_to_rotmat, rigid, rigid_inverse, rotmat_to_quat
 from ..core.errors import KiloError
 
-# %% ../../nbs/coop/model.ipynb #561b5e44
+# %% ../../nbs/coop/model.ipynb #364bffcc
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network. widths: channels at a half, a quarter, an eighth and a sixteenth of the resolution. blocks: pairs of attention within and between views.
+    """The network. widths: channels at a half, a quarter, an eighth and a sixteenth of the resolution. blocks: pairs of
+    attention within and between views.
 
-    heads: of attention. column_width: channels of a panorama's columns. pair_blocks: pairs of attention around and between the columns of two views.
-    pose: "sightings", or "pooled" for the ablation. precision: "float32"; "bfloat16", faster where the processor has it; "auto": which of them.
+    heads: of attention. column_width: channels of a panorama's columns. pair_blocks: pairs of attention around and
+    between the columns of two views.
+    pose: "sightings", or "pooled" for the ablation. precision: "float32"; "bfloat16", faster where the processor has
+    it; "auto": which of them.
     """
     widths: tuple[int, int, int, int] = (16, 48, 96, 128)
     blocks: int = 2
@@ -42,16 +45,25 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for width in (self.widths[3], self.column_width):
-            if width % (4 * self.heads): raise KiloError(f"{self.heads} heads do not fit a width of {width}: it must be a multiple of {4 * self.heads}.")
-        if any(width % 8 for width in self.widths[2:]): raise KiloError(f"The widths {self.widths} do not fit: the last two must be multiples of 8.")
-        if self.pose not in ("sightings", "pooled"): raise KiloError(f"pose is '{self.pose}': sightings or pooled is expected.")
-        if self.precision not in ("float32", "bfloat16", "auto"): raise KiloError(f"precision is '{self.precision}': float32, bfloat16 or auto is expected.")
+            if width % (4 * self.heads):
+                raise KiloError(f"{self.heads} heads do not fit a width of {width}: it must be a multiple of "
+                                f"{4 * self.heads}.")
+        if any(width % 8 for width in self.widths[2:]):
+            raise KiloError(f"The widths {self.widths} do not fit: the last two must be multiples of 8.")
+        if self.pose not in ("sightings", "pooled"):
+            raise KiloError(f"pose is '{self.pose}': sightings or pooled is expected.")
+        if self.precision not in ("float32", "bfloat16", "auto"):
+            raise KiloError(f"precision is '{self.precision}': float32, bfloat16 or auto is expected.")
 
-# %% ../../nbs/coop/model.ipynb #0d2d3b0f
+# %% ../../nbs/coop/model.ipynb #1a903609
 def has_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 by itself."""
     if device.type == "cuda": return torch.cuda.is_bf16_supported()
-    return device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512") and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return (
+        device.type == "cpu"
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 @contextmanager
@@ -75,28 +87,31 @@ def roll_each(pictures: Tensor, columns: Tensor) -> Tensor:
     index = index.reshape(len(index), *[1] * (pictures.ndim - 2), width).expand(pictures.shape)
     return pictures.gather(-1, index)
 
-# %% ../../nbs/coop/model.ipynb #4b5655d5
+# %% ../../nbs/coop/model.ipynb #cda2ec53
 def ray_channels(camera: PanoramaCamera) -> Tensor:
-    """[3, H, 1]: sine and cosine of the elevation, and how near the ground is below a ray (1 straight down, 0 from the horizon upwards)."""
+    """[3, H, 1]: sine and cosine of the elevation, and how near the ground is below a ray (1 straight down, 0 from the
+    horizon upwards)."""
     elevation = camera.angles(camera.pixel_centres()[::camera.width])[1].float()
     return torch.stack([elevation.sin(), elevation.cos(), (-elevation.sin()).clamp(min=0)])[..., None]
 
 
 def usual_log_range(camera: PanoramaCamera, height_m: float = 1.5, usual_m: float = 25.0) -> Tensor:
-    """[H, 1] log of metres at which a street would be seen: flat ground below the horizon, `usual_m` above and at most."""
+    """[H, 1] log of metres at which a street would be seen: flat ground below the horizon, `usual_m` above and at
+    most."""
     down = ray_channels(camera)[2]
     return (height_m / down.clamp(min=height_m / usual_m)).log()
 
-# %% ../../nbs/coop/model.ipynb #86ef2d20
+# %% ../../nbs/coop/model.ipynb #9bd2f1b0
 class Seen(NamedTuple):
-    """Of M views at their own headings: log of range without unit, log (confidence - 1), mask logits [M, H, W]; columns [M, W/8, C]; tokens [M, T, C]."""
+    """Of M views at their own headings: log of range without unit, log (confidence - 1), mask logits [M, H, W]; columns
+    [M, W/8, C]; tokens [M, T, C]."""
     log_unit: Tensor
     log_confidence: Tensor
     mask_logits: Tensor
     columns: Tensor
     tokens: Tensor
 
-
+# %% ../../nbs/coop/model.ipynb #026b5554
 class Trunk(nn.Module):
     """Pictures [M, 3, H, W] of the present views of a batch to what is `Seen` in them."""
 
@@ -104,9 +119,17 @@ class Trunk(nn.Module):
         super().__init__()
         a, b, c, d = config.widths
         self.register_buffer("rays", ray_channels(camera), persistent=False)
-        self.to_2, self.to_4, self.to_8, self.to_16 = CircularConv(6, a, 5, 2), CircularConv(a, b, 3, 2), CircularConv(b, c, 3, 2), CircularConv(c, d, 3, 2)
+        self.to_2, self.to_4, self.to_8, self.to_16 = (
+            CircularConv(6, a, 5, 2),
+            CircularConv(a, b, 3, 2),
+            CircularConv(b, c, 3, 2),
+            CircularConv(c, d, 3, 2),
+        )
         self.deep_8, self.deep_16 = ResidualBlock(c), ResidualBlock(d)
-        self.row, self.mark = nn.Parameter(.02 * torch.randn(camera.height // 16, 1, d)), nn.Parameter(.02 * torch.randn(2, d))
+        self.row, self.mark = (
+            nn.Parameter(0.02 * torch.randn(camera.height // 16, 1, d)),
+            nn.Parameter(0.02 * torch.randn(2, d)),
+        )
         self.within = nn.ModuleList(Attention(d, config.heads) for _ in range(config.blocks))
         self.between = nn.ModuleList(CrossAttention(d, config.heads) for _ in range(config.blocks))
         self.calm = nn.LayerNorm(d)
@@ -115,7 +138,8 @@ class Trunk(nn.Module):
         self.row_log = nn.Parameter(usual_log_range(camera))
         self.narrow, self.stand = nn.Conv2d(64 + 3, 24, 1), nn.Linear(24 * camera.height // 8, config.column_width)
         self.level = nn.LayerNorm(config.column_width)
-        for head in (self.rough.conv, self.head.conv, self.edges.conv): nn.init.normal_(head.weight, std=.01), nn.init.zeros_(head.bias)
+        for head in (self.rough.conv, self.head.conv, self.edges.conv):
+            nn.init.normal_(head.weight, std=.01), nn.init.zeros_(head.bias)
 
     def meet(self, x: Tensor, present: Tensor) -> Tensor:
         """Tokens [M, rows, columns, C] after attention within and between the views of each sample."""
@@ -131,7 +155,8 @@ class Trunk(nn.Module):
         return x.reshape(views, rows, columns, width)
 
     def forward(self, rgb: Tensor, present: Tensor) -> Seen:
-        x = torch.cat([rgb - .45, self.rays.expand(len(rgb), -1, -1, rgb.shape[-1])], 1).contiguous(memory_format=torch.channels_last)
+        x = torch.cat([rgb - .45, self.rays.expand(len(rgb), -1, -1, rgb.shape[-1])],
+                      1).contiguous(memory_format=torch.channels_last)
         half = F.silu(self.to_2(x))
         quarter = F.silu(self.to_4(half))
         eighth = self.deep_8(self.to_8(quarter))
@@ -140,12 +165,16 @@ class Trunk(nn.Module):
         pixels = self.head(self.rise_2(self.rise_4(up_8, quarter), half))
         pixels = (F.pixel_shuffle(pixels, 2) + self.edges(x)).float()
         rough = self.rough(up_8)[:, 0].float().repeat_interleave(8, -1).repeat_interleave(8, -2)
-        columns = F.silu(self.narrow(torch.cat([up_8, 2 * F.avg_pool2d(x[:, :3], 8)], 1))).permute(0, 3, 1, 2).flatten(2)
-        return Seen(pixels[:, 0] + rough + self.row_log, pixels[:, 1], pixels[:, 2], self.level(self.stand(columns)), self.calm(tokens).flatten(1, 2))
+        columns = (
+            F.silu(self.narrow(torch.cat([up_8, 2 * F.avg_pool2d(x[:, :3], 8)], 1))).permute(0, 3, 1, 2).flatten(2)
+        )
+        return Seen(pixels[:, 0] + rough + self.row_log, pixels[:, 1], pixels[:, 2], self.level(self.stand(columns)),
+                    self.calm(tokens).flatten(1, 2))
 
-# %% ../../nbs/coop/model.ipynb #b7dc234e
+# %% ../../nbs/coop/model.ipynb #fd0944af
 def planar_pose(pose: Planar, tilt: Tensor, height: Tensor) -> Tensor:
-    """[..., 4, 4] from poses on the ground [...], small rotations `tilt` [..., 2] radians about x and z, and height differences [...] metres (y downwards)."""
+    """[..., 4, 4] from poses on the ground [...], small rotations `tilt` [..., 2] radians about x and z, and height
+    differences [...] metres (y downwards)."""
     half = pose.turn / 2
     zero = torch.zeros_like(half)
     yaw = quat_to_rotmat(torch.stack([half.cos(), zero, half.sin(), zero], -1))
@@ -163,26 +192,30 @@ def in_batch(values: Tensor, present: Tensor) -> Tensor:
     room = values.new_ones(*present.shape, *values.shape[1:])
     return room.masked_scatter(present.reshape(*present.shape, *[1] * (values.ndim - 1)), values)
 
-# %% ../../nbs/coop/model.ipynb #01e6de91
+# %% ../../nbs/coop/model.ipynb #6b49378a
 class Evidence(NamedTuple):
-    """What poses were made of. looks, measured: of all pairs of views. pictures: [M, 3, H, W] of the views at their own headings. turns: [M, 4, 4] of these."""
+    """What poses were made of. looks, measured: of all pairs of views. pictures: [M, 3, H, W] of the views at their own
+    headings. turns: [M, 4, 4] of these."""
     looks: Looks
     measured: Measured
     pictures: Tensor
     turns: Tensor
 
     def local_poses(self, pose_to_main: Tensor) -> Tensor:
-        """[P, 4, 4] from poses [B, V, 4, 4]: of each pair's second view in its first one's axes, at their own headings."""
+        """[P, 4, 4] from poses [B, V, 4, 4]: of each pair's second view in its first one's axes, at their own
+        headings."""
         pairs = self.looks.pairs
         first, second = (pose_to_main[pairs.sample, pairs.slots[:, k]] @ self.turns[pairs.views[:, k]] for k in (0, 1))
         return rigid_inverse(first) @ second
 
-
+# %% ../../nbs/coop/model.ipynb #3e663ee9
 class Prediction(NamedTuple):
     """What the network says of a batch of B samples with up to V views; the values of absent views mean nothing.
 
-    range_m, confidence (> 0, 1 at least), mask_logits: [B, V, H, W]. unit_range: [B, V, H, W], range_m over the metric `scale` [B].
-    pose_to_main: [B, V, 4, 4] metres; [:, 0] is the identity. quats: [B, V, 4] xyzw, w >= 0. evidence: None with a pooled pose.
+    range_m, confidence (> 0, 1 at least), mask_logits: [B, V, H, W]. unit_range: [B, V, H, W], range_m over the metric
+    `scale` [B].
+    pose_to_main: [B, V, 4, 4] metres; [:, 0] is the identity. quats: [B, V, 4] xyzw, w >= 0. evidence: None with a
+    pooled pose.
     """
     range_m: Tensor
     unit_range: Tensor
@@ -193,9 +226,10 @@ class Prediction(NamedTuple):
     quats: Tensor
     evidence: Evidence | None
 
-# %% ../../nbs/coop/model.ipynb #d5b98dea
+# %% ../../nbs/coop/model.ipynb #0a66a1e7
 class CoopModel(nn.Module):
-    """A batch of panoramas to a `Prediction`. camera: of all panoramas, at the origin, closed; width and height are multiples of 16.
+    """A batch of panoramas to a `Prediction`. camera: of all panoramas, at the origin, closed; width and height are
+    multiples of 16.
 
     Input of `forward`: rgb_srgb [B, V, 3, H, W] in 0..1, present [B, V] bool, view 0 always present.
     """
@@ -208,33 +242,48 @@ class CoopModel(nn.Module):
                             f"got {camera.width}x{camera.height} over {camera.azimuth_range_deg:g} degrees.")
         d, self.width = config.widths[3], camera.width
         self.trunk, self.scale_head = Trunk(camera, config), nn.Linear(d, 1)
-        self.sighter = Sighter(camera, config.column_width, config.heads, config.pair_blocks) if config.pose == "sightings" else None
+        self.sighter = Sighter(camera, config.column_width, config.heads,
+                               config.pair_blocks) if config.pose == "sightings" else None
         self.pose_head = nn.Sequential(nn.Linear(2 * d, d), nn.GELU(), nn.Linear(d, 3 if self.sighter else 7))
         nn.init.normal_(self.scale_head.weight, std=.01), nn.init.zeros_(self.scale_head.bias)
         nn.init.normal_(self.pose_head[2].weight, std=.002), nn.init.zeros_(self.pose_head[2].bias)
 
     def forward(self, rgb_srgb: Tensor, present: Tensor) -> Prediction:
         headings = own_heading(rgb_srgb[present])
-        pictures, turns = roll_each(rgb_srgb[present], -headings), column_turns(-headings.cpu(), self.width).to(rgb_srgb)
+        pictures, turns = (
+            roll_each(rgb_srgb[present], -headings),
+            column_turns(-headings.cpu(), self.width).to(rgb_srgb),
+        )
         with precision(self.config.precision, rgb_srgb.device):
             seen = self.trunk(pictures, present)
             pooled = in_batch(seen.tokens.mean(1), present).float()
-            log_scale = .1 * self.scale_head((pooled * present[..., None]).sum(1) / present.sum(1, keepdim=True))[:, 0].float()
+            log_scale = (
+                0.1 * self.scale_head((pooled * present[..., None]).sum(1) / present.sum(1, keepdim=True))[:, 0].float()
+            )
             rest = self.pose_head(torch.cat([pooled[:, :1].expand_as(pooled), pooled], -1)).float()
             evidence = self.look(seen, pictures, present, turns) if self.sighter else None
         if evidence: local = planar_pose(self.place(evidence, present), rest[..., :2], rest[..., 2])
         else: local = rigid(quat_to_rotmat(rest[..., 3:] + rest.new_tensor([1, 0, 0, 0])), 30 * rest[..., :3])
         main = torch.arange(present.shape[1], device=present.device) == 0
-        turns = torch.eye(4, device=turns.device).repeat(*present.shape, 1, 1).masked_scatter(present[..., None, None], turns)
-        poses = torch.where(main[:, None, None], torch.eye(4, device=local.device), turns[:, :1] @ local @ rigid_inverse(turns))
+        turns = (
+            torch.eye(4, device=turns.device)
+            .repeat(*present.shape, 1, 1)
+            .masked_scatter(present[..., None, None], turns)
+        )
+        poses = torch.where(main[:, None, None], torch.eye(4, device=local.device),
+                            turns[:, :1] @ local @ rigid_inverse(turns))
         unit, confidence, mask = (in_batch(roll_each(x.float(), headings), present)
-                                  for x in (seen.log_unit.clamp(-3, 8).exp(), 1 + seen.log_confidence.clamp(max=4).exp(), seen.mask_logits))
-        return Prediction(unit * log_scale.exp()[:, None, None, None], unit, log_scale.exp(), confidence, mask, poses, xyzw(poses[..., :3, :3]), evidence)
+                                  for x in (seen.log_unit.clamp(-3, 8).exp(),
+                                            1 + seen.log_confidence.clamp(max=4).exp(), seen.mask_logits))
+        return Prediction(unit * log_scale.exp()[:, None, None, None], unit, log_scale.exp(), confidence, mask, poses,
+                          xyzw(poses[..., :3, :3]), evidence)
 
     def look(self, seen: Seen, pictures: Tensor, present: Tensor, turns: Tensor) -> Evidence:
         """Who looks at whom, and what is measured there."""
         looks = self.sighter(seen.columns, present)
-        return Evidence(looks, self.sighter.measure(looks, pictures, torch.arange(len(looks.score), device=present.device), *looks.best()), pictures, turns)
+        return Evidence(looks,
+                        self.sighter.measure(looks, pictures, torch.arange(len(looks.score), device=present.device),
+                                             *looks.best()), pictures, turns)
 
     def place(self, evidence: Evidence, present: Tensor) -> Planar:
         """The poses [B, V] on the ground that agree best with what was measured."""

@@ -14,17 +14,20 @@ from torch import Tensor
 
 from .sightings import Measured, Pairs, wrapped
 
-# %% ../../nbs/coop/pose_graph.ipynb #be6176d1
+# %% ../../nbs/coop/pose_graph.ipynb #5400262e
 class Planar(NamedTuple):
-    """Poses on the ground. turn: [...] radians about the vertical. place: [..., 2] metres (x right, z ahead), in the axes of a main view."""
+    """Poses on the ground. turn: [...] radians about the vertical. place: [..., 2] metres (x right, z ahead), in the
+    axes of a main view."""
     turn: Tensor
     place: Tensor
 
-
+# %% ../../nbs/coop/pose_graph.ipynb #03a21b43
 class Links(NamedTuple):
-    """Measures of P pairs, see `Pairs`. bearings: [P, 2] radians, of the second from the first and back. log_range: [P] of metres. turn: [P] radians.
+    """Measures of P pairs, see `Pairs`. bearings: [P, 2] radians, of the second from the first and back. log_range: [P]
+    of metres. turn: [P] radians.
 
-    sigma: [P, 4] standard deviations (radians, radians, log, radians). certainty: [P] in 0..1, that these are the right two vehicles.
+    sigma: [P, 4] standard deviations (radians, radians, log, radians). certainty: [P] in 0..1, that these are the right
+    two vehicles.
     """
     pairs: Pairs
     bearings: Tensor
@@ -33,17 +36,19 @@ class Links(NamedTuple):
     sigma: Tensor
     certainty: Tensor
 
-
+# %% ../../nbs/coop/pose_graph.ipynb #a47fe64e
 def links(pairs: Pairs, measured: Measured, certainty: Tensor, columns: int) -> Links:
     """Measures in columns, one for each pair, as radians; in float64."""
     step = 2 * math.pi / columns
     bearings = (torch.stack([measured.first, measured.second], -1).double() / columns - .5) * 2 * math.pi
-    sigma = measured.log_sigma.double().exp() * torch.tensor([step, step, 1.0, step], dtype=torch.float64, device=bearings.device)
+    sigma = measured.log_sigma.double().exp() * torch.tensor([step, step, 1.0, step], dtype=torch.float64,
+                                                             device=bearings.device)
     return Links(pairs, bearings, measured.log_range.double(), measured.turn.double() * step, sigma, certainty.double())
 
-
+# %% ../../nbs/coop/pose_graph.ipynb #76638e64
 def chain(found: Links, batch: int, views: int) -> Tensor:
-    """Poses [B, V, 3] (x, z, turn) in view 0's axes, from view 0 on always along the most certain link that reaches a new view."""
+    """Poses [B, V, 3] (x, z, turn) in view 0's axes, from view 0 on always along the most certain link that reaches a
+    new view."""
     poses = torch.zeros(batch, views, 3, dtype=torch.float64, device=found.turn.device)
     slots, certainty = found.pairs.slots.tolist(), found.certainty.tolist()
     of_sample: dict[int, list[int]] = {}
@@ -61,17 +66,20 @@ def chain(found: Links, batch: int, views: int) -> Tensor:
             known.add(there)
     return poses
 
-# %% ../../nbs/coop/pose_graph.ipynb #d667da2c
+# %% ../../nbs/coop/pose_graph.ipynb #19bf5e5e
 def residuals(found: Links, poses: Tensor) -> tuple[Tensor, Tensor]:
-    """(measures minus what poses [B, V, 3] say, over sigma: [P, 4]; derivatives of what they say, over sigma, by all poses: [P, 4, V, 3])."""
+    """(measures minus what poses [B, V, 3] say, over sigma: [P, 4]; derivatives of what they say, over sigma, by all
+    poses: [P, 4, V, 3])."""
     sample, (a, b) = found.pairs.sample, found.pairs.slots.T
     apart = poses[sample, b] - poses[sample, a]
     square = apart[:, :2].square().sum(1).clamp(min=1e-2)
     azimuth = torch.atan2(apart[:, 0], apart[:, 1])
-    said = torch.stack([azimuth - poses[sample, a, 2], azimuth + math.pi - poses[sample, b, 2], square.log() / 2, apart[:, 2]], -1)
+    said = torch.stack([azimuth - poses[sample, a, 2], azimuth + math.pi - poses[sample, b, 2], square.log() / 2,
+                        apart[:, 2]], -1)
     measured = torch.stack([*found.bearings.unbind(1), found.log_range, found.turn], -1)
     off = measured - said
-    off = torch.stack([wrapped(off[:, 0], 2 * math.pi), wrapped(off[:, 1], 2 * math.pi), off[:, 2], wrapped(off[:, 3], 2 * math.pi)], -1)
+    off = torch.stack([wrapped(off[:, 0], 2 * math.pi), wrapped(off[:, 1], 2 * math.pi), off[:, 2],
+                       wrapped(off[:, 3], 2 * math.pi)], -1)
     turning = torch.stack([apart[:, 1], -apart[:, 0]], -1) / square[:, None]
     row, slope = torch.arange(len(a), device=a.device), poses.new_zeros(len(a), 4, poses.shape[1], 3)
     for measure, by in ((0, turning), (1, turning), (2, apart[:, :2] / square[:, None])):
@@ -80,7 +88,7 @@ def residuals(found: Links, poses: Tensor) -> tuple[Tensor, Tensor]:
     slope[row, 0, a, 2], slope[row, 1, b, 2], slope[row, 3, b, 2], slope[row, 3, a, 2] = -1.0, -1.0, 1.0, -1.0
     return off / found.sigma, slope / found.sigma[..., None, None]
 
-
+# %% ../../nbs/coop/pose_graph.ipynb #905fd956
 def newton_step(found: Links, poses: Tensor) -> Tensor:
     """[B, V, 3] the Gauss-Newton step of poses; that of view 0 is zero. Differentiable in the measures."""
     batch, views, _ = poses.shape
@@ -93,10 +101,11 @@ def newton_step(found: Links, poses: Tensor) -> Tensor:
     step = torch.linalg.solve(normal + 1e-6 * torch.eye(3 * views - 3, dtype=poses.dtype, device=poses.device), pull)
     return torch.cat([step.new_zeros(batch, 1, 3), step.reshape(batch, views - 1, 3)], 1)
 
-
+# %% ../../nbs/coop/pose_graph.ipynb #111d19a7
 def solve(found: Links, batch: int, views: int, steps: int = 12) -> Planar:
-    """Poses [B, V] of all views in view 0's axes. Where the steps have come to rest, one more is taken with gradients: it moves nothing, and carries the
-    derivatives of the poses by the measures (that of the implicit function, with the weights held)."""
+    """Poses [B, V] of all views in view 0's axes. Where the steps have come to rest, one more is taken with gradients:
+    it moves nothing, and carries the derivatives of the poses by the measures (that of the implicit function, with the
+    weights held)."""
     with torch.no_grad():
         still = Links(found.pairs, *(x.detach() for x in found[1:]))
         poses = chain(still, batch, views)

@@ -35,10 +35,11 @@ from ..core.files import atomic_write, dumps, write_json
 from ..core.html import CONTENT_SECURITY_POLICY
 from ..scenes.surround import View
 
-# %% ../../nbs/coop/previews.ipynb #ba2bd197
+# %% ../../nbs/coop/previews.ipynb #4dd165d0
 NEAREST_M, FARTHEST_M = 2.0, 100.0
 CLASS_COLOURS = ((0, 0, 0), (76, 175, 80), (120, 180, 230), (230, 80, 60), (60, 60, 70), (170, 140, 60))
-SOURCE_COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75), (227, 119, 194), (127, 127, 127))
+SOURCE_COLOURS = ((31, 119, 180), (255, 127, 14), (44, 160, 44), (214, 39, 40), (148, 103, 189), (140, 86, 75),
+                  (227, 119, 194), (127, 127, 127))
 
 
 def colour_ranges(range_m: Tensor) -> np.ndarray:
@@ -50,16 +51,19 @@ def colour_ranges(range_m: Tensor) -> np.ndarray:
     rgb = (colormaps["turbo"](1 - share.numpy())[..., :3] * 255).round().astype(np.uint8)
     return np.where(known.numpy()[..., None], rgb, 0).astype(np.uint8)
 
-
+# %% ../../nbs/coop/previews.ipynb #82cde317
 def panorama_pictures(panorama: Panorama, classes: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """name -> [h, w, 3] uint8: rgb, range, mask (of `classes` [h, w], see CLASSES; of the coverage without) and source."""
+    """name -> [h, w, 3] uint8: rgb, range, mask (of `classes` [h, w], see CLASSES; of the coverage without) and
+    source."""
     rgb = (panorama.rgb_srgb.clamp(0, 1) * 255).round().byte().numpy()
     coverage, source = panorama.coverage.numpy(), panorama.source.numpy()
-    mask = np.array(CLASS_COLOURS, np.uint8)[classes] if classes is not None else np.repeat(coverage[..., None] * np.uint8(255), 3, -1)
+    mask = np.array(CLASS_COLOURS,
+                    np.uint8)[classes] if classes is not None else np.repeat(coverage[..., None] * np.uint8(255), 3, -1)
     cameras = np.array(SOURCE_COLOURS, np.uint8)[source % len(SOURCE_COLOURS)]
-    return {"rgb": rgb, "range": colour_ranges(panorama.range_m), "mask": mask, "source": np.where(source[..., None] >= 0, cameras, 0).astype(np.uint8)}
+    return {"rgb": rgb, "range": colour_ranges(panorama.range_m), "mask": mask,
+            "source": np.where(source[..., None] >= 0, cameras, 0).astype(np.uint8)}
 
-
+# %% ../../nbs/coop/previews.ipynb #5d7ecb9e
 def panorama_sheet(panorama: Panorama, classes: np.ndarray | None = None) -> Image.Image:
     """The pictures of a panorama below each other, each with its name."""
     pictures = panorama_pictures(panorama, classes)
@@ -70,24 +74,29 @@ def panorama_sheet(panorama: Panorama, classes: np.ndarray | None = None) -> Ima
         sheet.paste(Image.fromarray(picture), (0, number * (height + 14) + 14))
     return sheet
 
-# %% ../../nbs/coop/previews.ipynb #075aaaa6
+# %% ../../nbs/coop/previews.ipynb #b69c834c
 def _save(path: Path, image: Image.Image) -> Path:
     with atomic_write(path) as partial: image.save(partial, format="PNG")
     return path
 
-
-def write_panorama(folder: str | Path, panorama: Panorama, classes: np.ndarray | None = None, name: str = "panorama") -> list[Path]:
-    """Write `name`.png and `name`_{rgb, range_m, mask, source}.npy (float32 sRGB, float32 metres with 0 unknown, uint8 classes or coverage, int16)."""
+# %% ../../nbs/coop/previews.ipynb #32244836
+def write_panorama(folder: str | Path, panorama: Panorama, classes: np.ndarray | None = None,
+                   name: str = "panorama") -> list[Path]:
+    """Write `name`.png and `name`_{rgb, range_m, mask, source}.npy (float32 sRGB, float32 metres with 0 unknown, uint8
+    classes or coverage, int16)."""
     folder = Path(folder)
     mask = panorama.coverage.numpy().astype(np.uint8) if classes is None else classes
-    arrays = {"rgb": panorama.rgb_srgb.numpy(), "range_m": panorama.range_m.numpy(), "mask": mask, "source": panorama.source.numpy()}
+    arrays = {"rgb": panorama.rgb_srgb.numpy(), "range_m": panorama.range_m.numpy(), "mask": mask,
+              "source": panorama.source.numpy()}
     for key, array in arrays.items():
         with atomic_write(folder / f"{name}_{key}.npy") as partial, open(partial, "wb") as file: np.save(file, array)
-    return [_save(folder / f"{name}.png", panorama_sheet(panorama, classes)), *(folder / f"{name}_{key}.npy" for key in arrays)]
+    return [_save(folder / f"{name}.png", panorama_sheet(panorama, classes)),
+            *(folder / f"{name}_{key}.npy" for key in arrays)]
 
-
+# %% ../../nbs/coop/previews.ipynb #3f0a65e6
 def write_views(folder: str | Path, views: Sequence[View], width: int = 640) -> list[Path]:
-    """Write each camera's picture, at most `width` pixels wide, with its depth beside where it has one, as `folder`/NAME.png."""
+    """Write each camera's picture, at most `width` pixels wide, with its depth beside where it has one, as
+    `folder`/NAME.png."""
     paths = []
     for view in views:
         pictures = [(view.rgb_srgb.clamp(0, 1) * 255).round().byte().numpy()]
@@ -99,13 +108,14 @@ def write_views(folder: str | Path, views: Sequence[View], width: int = 640) -> 
         paths.append(_save(Path(folder) / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', view.name)}.png", sheet))
     return paths
 
-# %% ../../nbs/coop/previews.ipynb #d9a791cf
+# %% ../../nbs/coop/previews.ipynb #e29eaeed
 _STYLE = """
 body { margin: 0; padding: .8rem 1rem; font: 15px/1.45 system-ui, sans-serif; color: #1d2129; background: #fff; }
 h1 { font-size: 1.25rem; margin: 0 0 .2rem; overflow-wrap: anywhere; } p { margin: .2rem 0; color: #5c6470; }
 .tools { display: flex; flex-wrap: wrap; gap: 1rem; margin: .4rem 0; } .legend span { margin-right: .9rem; white-space: nowrap; }
 .legend i { display: inline-block; width: .8em; height: .8em; margin-right: .3em; border: 1px solid #888; }
-#tip { position: fixed; display: none; pointer-events: none; z-index: 9; padding: .25rem .5rem; border-radius: .25rem; color: #fff; background: #1d2129e6;
+#tip { position: fixed; display: none; pointer-events: none; z-index: 9; padding: .25rem .5rem; border-radius: .25rem;
+#color: #fff; background: #1d2129e6;
        white-space: pre; font: 13px/1.35 ui-monospace, monospace; }
 #plot image { image-rendering: pixelated; }
 """
@@ -117,30 +127,34 @@ def _library() -> str:
 
     return get_plotlyjs()
 
-
+# %% ../../nbs/coop/previews.ipynb #7d97a063
 def _encoded(array: np.ndarray) -> str: return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
-
+# %% ../../nbs/coop/previews.ipynb #7655703b
 def _png(pixels: np.ndarray) -> str:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-
+# %% ../../nbs/coop/previews.ipynb #71dc23f0
 def _write_page(path: str | Path, title: str, under: str, body: str, data: Mapping[str, Any], script: str) -> Path:
     """Write a page with plotly in it; `under` is a line of text in which SIZE becomes the file's size."""
     block = dumps(data).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     def page(size: str) -> str:
-        head = (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">'
-                f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
-                f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1><p>{html.escape(under.replace('SIZE', size))}</p>")
-        return (f'{head}{body}<div id="plot"></div><div id="tip"></div>\n<script type="application/json" id="data">{block}</script>\n'
-                f"<script>{_library()}</script>\n<script>{script}</script></body></html>\n")
+        head = (
+            f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">'
+            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
+            f"<style>{_STYLE}</style></head>\n<body><h1>{html.escape(title)}</h1><p>{html.escape(under.replace('SIZE', size))}</p>"
+        )
+        return (
+            f'{head}{body}<div id="plot"></div><div id="tip"></div>\n<script type="application/json" id="data">{block}</script>\n'
+            f"<script>{_library()}</script>\n<script>{script}</script></body></html>\n"
+        )
     text = page(f"{len(page('0.0 MB').encode()) / 1e6:.1f} MB")
     with atomic_write(path) as partial: partial.write_text(text, encoding="utf-8")
     return Path(path)
 
-# %% ../../nbs/coop/previews.ipynb #fe98e142
+# %% ../../nbs/coop/previews.ipynb #5e0c0619
 PANORAMA_SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent), plot = document.getElementById("plot"), tip = document.getElementById("tip");
@@ -202,28 +216,42 @@ Plotly.newPlot(plot, traces, layout, { responsive: true, scrollZoom: true, displ
 """
 
 
-def write_panorama_page(path: str | Path, panorama: Panorama, names: Sequence[str], title: str, classes: np.ndarray | None = None) -> Path:
-    """Write the page of a panorama: RGB, range and mask, zoomed and moved together; the cursor tells range (m), azimuth, elevation, mask and camera.
+def write_panorama_page(path: str | Path, panorama: Panorama, names: Sequence[str], title: str,
+                        classes: np.ndarray | None = None) -> Path:
+    """Write the page of a panorama: RGB, range and mask, zoomed and moved together; the cursor tells range (m),
+    azimuth, elevation, mask and camera.
 
-    names: of the cameras. classes: [h, w] uint8, see CLASSES; the coverage without. Ranges are kept to the centimetre, up to 655 m.
+    names: of the cameras. classes: [h, w] uint8, see CLASSES; the coverage without. Ranges are kept to the centimetre,
+    up to 655 m.
     """
     camera, pictures = panorama.camera, panorama_pictures(panorama, classes)
     _, elevation = camera.angles(camera.pixel_centres()[::camera.width])
-    mask, told = (classes, CLASSES) if classes is not None else (panorama.coverage.numpy().astype(np.uint8), ("not covered", "covered"))
-    data = {"width": camera.width, "height": camera.height, "azimuth_range_deg": camera.azimuth_range_deg,
-            "elevation_deg": [round(math.degrees(e), 3) for e in elevation.tolist()], "cameras": list(names), "classes": list(told),
-            "range_cm": _encoded((panorama.range_m.nan_to_num(0, 0, 0).clamp(0, 655) * 100).round().numpy().astype("<u2")),
-            "mask": _encoded(mask.astype(np.uint8)), "source": _encoded(panorama.source.numpy().astype(np.int8)), "rgb": _png(pictures["rgb"]),
-            "mask_picture": _png(pictures["mask"])}
+    mask, told = (classes, CLASSES) if classes is not None else (panorama.coverage.numpy().astype(np.uint8),
+                                                                 ("not covered", "covered"))
+    data = {
+        "width": camera.width,
+        "height": camera.height,
+        "azimuth_range_deg": camera.azimuth_range_deg,
+        "elevation_deg": [round(math.degrees(e), 3) for e in elevation.tolist()],
+        "cameras": list(names),
+        "classes": list(told),
+        "range_cm": _encoded((panorama.range_m.nan_to_num(0, 0, 0).clamp(0, 655) * 100).round().numpy().astype("<u2")),
+        "mask": _encoded(mask.astype(np.uint8)),
+        "source": _encoded(panorama.source.numpy().astype(np.int8)),
+        "rgb": _png(pictures["rgb"]),
+        "mask_picture": _png(pictures["mask"]),
+    }
     colours = CLASS_COLOURS if classes is not None else ((0, 0, 0), (255, 255, 255))
-    legend = "".join(f'<span><i style="background:rgb{colour}"></i>{html.escape(name)}</span>' for name, colour in zip(told, colours))
+    legend = "".join(f'<span><i style="background:rgb{colour}"></i>{html.escape(name)}</span>' for name,
+                     colour in zip(told, colours))
     under = f"{camera.width}x{camera.height}, {type(camera).__name__}; drag to zoom, double-click to go back. This file is SIZE and loads nothing."
     return _write_page(path, title, under, f'<p class="legend">mask: {legend}</p>', data, PANORAMA_SCRIPT)
 
-# %% ../../nbs/coop/previews.ipynb #100a45b1
+# %% ../../nbs/coop/previews.ipynb #1153b7c6
 @dataclass(frozen=True)
 class Cloud:
-    """Points of one vehicle. points: [N, 3] metres in its panorama's frame (OpenCV: x right, y down, z forward). colours: [N, 3] uint8 sRGB."""
+    """Points of one vehicle. points: [N, 3] metres in its panorama's frame (OpenCV: x right, y down, z forward).
+    colours: [N, 3] uint8 sRGB."""
     name: str
     points: Tensor
     colours: Tensor
@@ -233,7 +261,7 @@ class Cloud:
             shapes = f"points {list(self.points.shape)} and colours {list(self.colours.shape)}"
             raise KiloError(f"The cloud of {self.name} has {shapes}: [N, 3] of both are expected.")
 
-
+# %% ../../nbs/coop/previews.ipynb #e574bb62
 def panorama_cloud(made: Stitched, name: str) -> Cloud:
     """The scene's pixels of a depth-aware panorama as points."""
     panorama = made.panorama
@@ -243,7 +271,7 @@ def panorama_cloud(made: Stitched, name: str) -> Cloud:
     colours = (panorama.rgb_srgb.reshape(-1, 3)[scene].clamp(0, 1) * 255).round().byte()
     return Cloud(name, local.float() * panorama.range_m.reshape(-1)[scene, None], colours)
 
-
+# %% ../../nbs/coop/previews.ipynb #f423b5d1
 def lidar_cloud(made: Stitched, name: str, points: Tensor) -> Cloud:
     """LiDAR points [N, 3] (world) coloured by the first camera that sees them; grey where none does."""
     colours = torch.full((len(points), 3), 140, dtype=torch.uint8)
@@ -253,25 +281,29 @@ def lidar_cloud(made: Stitched, name: str, points: Tensor) -> Cloud:
     local = transform_points(torch.linalg.inv(made.panorama.camera.camera_to_world.double()), points.double())
     return Cloud(name, local.float(), colours)
 
-
-def sample_clouds(sample: Sample, camera: PanoramaCamera, range_m: Tensor | None = None, mask: Tensor | None = None) -> list[Cloud]:
-    """A sample's pixels as points, a cloud per vehicle. camera: of the panoramas, at the origin. range_m, mask: [V, H, W] predicted; or the true ones."""
+# %% ../../nbs/coop/previews.ipynb #8a4bf959
+def sample_clouds(sample: Sample, camera: PanoramaCamera, range_m: Tensor | None = None,
+                  mask: Tensor | None = None) -> list[Cloud]:
+    """A sample's pixels as points, a cloud per vehicle. camera: of the panoramas, at the origin. range_m, mask: [V, H,
+    W] predicted; or the true ones."""
     ranges, known = sample.range_m if range_m is None else range_m, (sample.mask if mask is None else mask) > .5
     rays = camera.directions(camera.pixel_centres()).reshape(camera.height, camera.width, 3).to(ranges)
     colours = (sample.rgb_srgb.permute(0, 2, 3, 1).clamp(0, 1) * 255).round().byte()
-    return [Cloud(name, (rays * r[..., None])[k], rgb[k]) for name, r, k, rgb in zip(sample.vehicles, ranges, known, colours)]
+    return [Cloud(name, (rays * r[..., None])[k], rgb[k]) for name, r, k,
+            rgb in zip(sample.vehicles, ranges, known, colours)]
 
-
+# %% ../../nbs/coop/previews.ipynb #688fad45
 def thin(clouds: Sequence[Cloud], most: int, seed: int = 0) -> list[Cloud]:
     """The clouds with at most `most` points together, drawn evenly by `seed`; points farther than 320 m are dropped."""
     if most < 1: raise KiloError(f"A cloud of {most} points was asked for: expected at least 1.")
     near = [(cloud, (cloud.points.abs() < 320).all(-1).nonzero()[:, 0]) for cloud in clouds]
     total, generator = sum(len(kept) for _, kept in near), torch.Generator().manual_seed(seed)
     share = min(1.0, most / max(total, 1))
-    drawn = [(cloud, kept[torch.randperm(len(kept), generator=generator)[:int(len(kept) * share)].sort().values]) for cloud, kept in near]
+    drawn = [(cloud, kept[torch.randperm(len(kept), generator=generator)[:int(len(kept) * share)].sort().values])
+             for cloud, kept in near]
     return [Cloud(cloud.name, cloud.points[index], cloud.colours[index]) for cloud, index in drawn]
 
-# %% ../../nbs/coop/previews.ipynb #b9b51df5
+# %% ../../nbs/coop/previews.ipynb #f8071bcd
 CLOUD_SCRIPT = """
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent), plot = document.getElementById("plot");
@@ -312,25 +344,31 @@ def _checked_poses(poses: Mapping[str, Tensor], count: int) -> dict[str, list]:
     if not poses: raise KiloError("A cloud page needs poses: give at least 'true' or 'predicted'.")
     for name, pose in poses.items():
         if tuple(pose.shape) != (count, 4, 4) or not torch.isfinite(pose).all():
-            raise KiloError(f"The {name} poses are {list(pose.shape)} or not finite: [{count}, 4, 4], one for each cloud, are expected.")
+            raise KiloError(f"The {name} poses are {list(pose.shape)} or not finite: [{count}, 4, 4], one for "
+                            "each cloud, are expected.")
     return {name: pose.tolist() for name, pose in poses.items()}
 
-
-def write_cloud_page(path: str | Path, clouds: Sequence[Cloud], poses: Mapping[str, Tensor], title: str, most: int = 30_000, seed: int = 0) -> Path:
+# %% ../../nbs/coop/previews.ipynb #63d48538
+def write_cloud_page(path: str | Path, clouds: Sequence[Cloud], poses: Mapping[str, Tensor], title: str,
+                     most: int = 30_000, seed: int = 0) -> Path:
     """Write a page of points: poses chosen by a switch, colours as seen or by vehicle.
 
-    poses: name ("true", "predicted") -> [V, 4, 4], each cloud's frame to the first's, metres. most: points on the page, drawn by `seed`.
+    poses: name ("true", "predicted") -> [V, 4, 4], each cloud's frame to the first's, metres. most: points on the page,
+    drawn by `seed`.
     """
     given, shown = _checked_poses(poses, len(clouds)), thin(clouds, most, seed)
-    parts = [{"name": html.escape(cloud.name), "label": html.escape(cloud.name), "points": _encoded((cloud.points * 100).round().numpy().astype("<i2")),
+    parts = [{"name": html.escape(cloud.name), "label": html.escape(cloud.name),
+              "points": _encoded((cloud.points * 100).round().numpy().astype("<i2")),
               "colours": _encoded(cloud.colours.numpy())} for cloud in shown]
     data = {"clouds": parts, "poses": given, "palette": [f"rgb{colour}" for colour in SOURCE_COLOURS]}
     total = sum(len(cloud.points) for cloud in clouds)
-    under = (f"{sum(len(cloud.points) for cloud in shown):,} of {total:,} points, drawn by seed {seed}; the first vehicle's frame. "
-             "This file is SIZE and loads nothing.")
-    tools = ('<div class="tools"><label>place by <select id="poses" autocomplete="off"></select></label>'
-             '<label>colour by <select id="colours" autocomplete="off">'
-             '<option value="rgb">what the cameras saw</option><option value="vehicle">vehicle</option></select></label></div>')
+    under = (f"{sum(len(cloud.points) for cloud in shown):,} of {total:,} points, drawn by seed "
+             f"{seed}; the first vehicle's frame. " "This file is SIZE and loads nothing.")
+    tools = (
+        '<div class="tools"><label>place by <select id="poses" autocomplete="off"></select></label>'
+        '<label>colour by <select id="colours" autocomplete="off">'
+        '<option value="rgb">what the cameras saw</option><option value="vehicle">vehicle</option></select></label></div>'
+    )
     return _write_page(path, title, under, tools, data, CLOUD_SCRIPT)
 
 # %% ../../nbs/coop/previews.ipynb #613c241d
@@ -339,13 +377,14 @@ def poses_to_first(stitched: Sequence[Stitched]) -> Tensor:
     poses = torch.stack([torch.from_numpy(made.tile.camera_to_world) for made in stitched])
     return torch.linalg.inv(poses[:1]) @ poses
 
-# %% ../../nbs/coop/previews.ipynb #16949c82
-def write_previews(folder: str | Path, stitched: Sequence[Stitched], title: str, report: CheckReport | None = None, predicted: Tensor | None = None,
-                   most: int = 30_000, seed: int = 0) -> dict[str, Any]:
+# %% ../../nbs/coop/previews.ipynb #b1ca7add
+def write_previews(folder: str | Path, stitched: Sequence[Stitched], title: str, report: CheckReport | None = None,
+                   predicted: Tensor | None = None, most: int = 30_000, seed: int = 0) -> dict[str, Any]:
     """Write everything above about one instant into `folder`, and `summary.json`; returns the summary.
 
-    stitched: the vehicles of the instant, the main one first, whose panorama and views are shown. predicted: [V, 4, 4] poses to the main vehicle, or None.
-    Without depth the cloud is the LiDAR's; without LiDAR there is none, and the summary says so.
+    stitched: the vehicles of the instant, the main one first, whose panorama and views are shown. predicted: [V, 4, 4]
+    poses to the main vehicle, or None. Without depth the cloud is the LiDAR's; without LiDAR there is none, and the
+    summary says so.
     """
     folder, made = Path(folder), stitched[0]
     paths = write_panorama(folder, made.panorama, made.tile.classes) + write_views(folder / "views", made.views)
@@ -357,12 +396,16 @@ def write_previews(folder: str | Path, stitched: Sequence[Stitched], title: str,
         points = None if each.depth_aware else each.frame.lidar_points()
         if each.depth_aware: clouds.append(panorama_cloud(each, name))
         elif points is not None: clouds.append(lidar_cloud(each, name, points))
-    if len(clouds) == len(stitched): paths.append(write_cloud_page(folder / "cloud.html", clouds, poses, f"{title}: points", most, seed))
+    if len(clouds) == len(stitched):
+        paths.append(write_cloud_page(folder / "cloud.html", clouds, poses, f"{title}: points", most, seed))
     else: said = "There is neither depth nor LiDAR, so there are no points to show."
-    summary = {"title": title, "frames": [each.frame.name for each in stitched], "cameras": made.names, "depth_aware": made.depth_aware,
-               "panorama": {"camera": type(made.panorama.camera).__name__, "width": made.panorama.camera.width, "height": made.panorama.camera.height},
+    summary = {"title": title, "frames": [each.frame.name for each in stitched], "cameras": made.names,
+               "depth_aware": made.depth_aware,
+               "panorama": {"camera": type(made.panorama.camera).__name__, "width": made.panorama.camera.width,
+                            "height": made.panorama.camera.height},
                "classes": {name: float((made.tile.classes == number).mean()) for number, name in enumerate(CLASSES)},
                "points": sum(len(cloud.points) for cloud in clouds), "points_shown_at_most": most, "note": said,
-               "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}, "checks": report.to_dict() if report else None}
+               "files": {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths},
+               "checks": report.to_dict() if report else None}
     write_json(folder / "summary.json", summary)
     return summary

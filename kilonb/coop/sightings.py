@@ -18,9 +18,10 @@ from .layers import Attention, CrossAttention
 from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import rigid_inverse
 
-# %% ../../nbs/coop/sightings.ipynb #339b540e
+# %% ../../nbs/coop/sightings.ipynb #4dbf3ca3
 class Pairs(NamedTuple):
-    """P pairs of views. sample: [P] of the batch. slots: [P, 2] of the views in it, the smaller one first. views: [P, 2] among the M present views."""
+    """P pairs of views. sample: [P] of the batch. slots: [P, 2] of the views in it, the smaller one first. views: [P,
+    2] among the M present views."""
     sample: Tensor
     slots: Tensor
     views: Tensor
@@ -28,33 +29,37 @@ class Pairs(NamedTuple):
 
 def list_pairs(present: Tensor) -> Pairs:
     """All pairs of present views; present: [B, V] bool."""
-    number = torch.full(present.shape, -1, device=present.device).masked_scatter(present, torch.arange(int(present.sum()), device=present.device))
+    number = torch.full(present.shape, -1, device=present.device).masked_scatter(
+        present, torch.arange(int(present.sum()), device=present.device)
+    )
     slots = torch.triu_indices(present.shape[1], present.shape[1], 1, device=present.device).T
     sample, k = (present[:, slots[:, 0]] & present[:, slots[:, 1]]).nonzero().T
     return Pairs(sample, slots[k], number[sample[:, None], slots[k]])
 
-# %% ../../nbs/coop/sightings.ipynb #6297861d
+# %% ../../nbs/coop/sightings.ipynb #a47c279b
 def wrapped(difference: Tensor, period: float) -> Tensor:
     """A difference of two numbers on a circle of `period`, in -period/2 .. period/2."""
     return torch.remainder(difference + period / 2, period) - period / 2
 
-
+# %% ../../nbs/coop/sightings.ipynb #f2a9cdd8
 class Truth(NamedTuple):
-    """What `Measured` should be, [P] each: columns 0..N of both bearings, log of metres on the ground, turn in columns 0..N."""
+    """What `Measured` should be, [P] each: columns 0..N of both bearings, log of metres on the ground, turn in columns
+    0..N."""
     first: Tensor
     second: Tensor
     log_range: Tensor
     turn: Tensor
 
-
+# %% ../../nbs/coop/sightings.ipynb #c7ba8f72
 def true_measures(poses: Tensor, columns: int) -> Truth:
     """Of poses [P, 4, 4] of second views in first views' axes (OpenCV frame, metres)."""
-    def column(place: Tensor) -> Tensor: return (torch.atan2(place[:, 0], place[:, 2]) / (2 * math.pi) + .5) * columns % columns
+    def column(place: Tensor) -> Tensor:
+        return (torch.atan2(place[:, 0], place[:, 2]) / (2 * math.pi) + .5) * columns % columns
     place, back = poses[:, :3, 3], rigid_inverse(poses)[:, :3, 3]
     turn = torch.atan2(poses[:, 0, 2], poses[:, 2, 2]) / (2 * math.pi) * columns
     return Truth(column(place), column(back), place[:, [0, 2]].norm(dim=-1).clamp(min=.1).log(), turn % columns)
 
-
+# %% ../../nbs/coop/sightings.ipynb #77bfc0f4
 def turn_of_entry(columns: int) -> Tensor:
     """[N, N] the turn, in columns, that entry (i, j) of a table stands for."""
     return (torch.arange(columns)[:, None] - torch.arange(columns) + columns // 2) % columns
@@ -78,9 +83,10 @@ def compass_loss(score: Tensor, true: Truth) -> Tensor:
     """Cross entropy [P], nats, of compass scores [P, N] to the true turn."""
     return -(spread(true.turn + .5, score.shape[1]) * score.log_softmax(1)).sum(1)
 
-# %% ../../nbs/coop/sightings.ipynb #e6184de4
+# %% ../../nbs/coop/sightings.ipynb #34353c3c
 class Looks(NamedTuple):
-    """Of P pairs: score [P, N, N], entry (i, j): column i of the first looks at the second, whose column j looks back. compass [P, N]: score of each turn.
+    """Of P pairs: score [P, N, N], entry (i, j): column i of the first looks at the second, whose column j looks back.
+    compass [P, N]: score of each turn.
 
     first, second: [P, N, C] the columns' features.
     """
@@ -101,39 +107,45 @@ class Looks(NamedTuple):
         around = sum(chance.roll((i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1))
         return around.flatten(1).amax(1).clamp(max=1)
 
-
+# %% ../../nbs/coop/sightings.ipynb #f8e4544c
 class Measured(NamedTuple):
-    """Of K pairs: first, second [K] columns of both bearings, log_range [K] of metres, turn [K] columns; log_sigma [K, 4] of their errors (columns, log)."""
+    """Of K pairs: first, second [K] columns of both bearings, log_range [K] of metres, turn [K] columns; log_sigma [K,
+    4] of their errors (columns, log)."""
     first: Tensor
     second: Tensor
     log_range: Tensor
     turn: Tensor
     log_sigma: Tensor
 
-
+# %% ../../nbs/coop/sightings.ipynb #99c9091e
 def measure_errors(measured: Measured, true: Truth, columns: int) -> Tensor:
     """[K, 4] columns, columns, log of the distance's ratio, columns."""
     return torch.stack([wrapped(measured.first - true.first, columns), wrapped(measured.second - true.second, columns),
                         measured.log_range - true.log_range, wrapped(measured.turn - true.turn, columns)], -1)
 
-
+# %% ../../nbs/coop/sightings.ipynb #58b7b699
 def measure_loss(errors: Tensor, log_sigma: Tensor) -> Tensor:
-    """[K] negative log likelihood of errors [K, 4] under a Huber density (gaussian within one sigma, exponential beyond), without constants."""
+    """[K] negative log likelihood of errors [K, 4] under a Huber density (gaussian within one sigma, exponential
+    beyond), without constants."""
     apart = errors.abs() / log_sigma.exp()
     return (torch.where(apart < 1, .5 * apart**2, apart - .5).clamp(max=60) + log_sigma).sum(-1)
 
-# %% ../../nbs/coop/sightings.ipynb #e03e1f8f
+# %% ../../nbs/coop/sightings.ipynb #0252537f
 def put_together(out: Tensor, back: Tensor, first: Tensor, second: Tensor, turn: Tensor) -> Measured:
-    """The measures of two answers [K, 8], for (a, b) and (b, a), at columns `first`, `second` and the turn of that entry, all [K]."""
+    """The measures of two answers [K, 8], for (a, b) and (b, a), at columns `first`, `second` and the turn of that
+    entry, all [K]."""
     mine, yours, log_range, turned, *doubts = out.unbind(1)
     mine_too, yours_too, log_range_too, turned_too, *doubts_too = back.unbind(1)
-    log_sigma = torch.stack([doubts[0] + doubts_too[1], doubts[1] + doubts_too[0], doubts[2] + doubts_too[2] - 2, doubts[3] + doubts_too[3]], -1)
-    return Measured(first + .5 + 2 * (mine + yours_too), second + .5 + 2 * (yours + mine_too), math.log(20) + (log_range + log_range_too) / 2,
-                    turn + 2 * (turned - turned_too), log_sigma.clamp(-7, 2))
+    log_sigma = torch.stack([doubts[0] + doubts_too[1], doubts[1] + doubts_too[0], doubts[2] + doubts_too[2] - 2,
+                             doubts[3] + doubts_too[3]], -1)
+    return Measured(first + .5 + 2 * (mine + yours_too), second + .5 + 2 * (yours + mine_too),
+                    math.log(20) + (log_range + log_range_too) / 2, turn + 2 * (turned - turned_too),
+                    log_sigma.clamp(-7, 2))
 
-# %% ../../nbs/coop/sightings.ipynb #dc7fcea6
+# %% ../../nbs/coop/sightings.ipynb #9708eb6e
 class Sighter(nn.Module):
-    """From columns [M, N, C] of the present views to `Looks`, and from looks and pictures to `Measured`. camera: of the panoramas, N * 8 pixels wide."""
+    """From columns [M, N, C] of the present views to `Looks`, and from looks and pictures to `Measured`. camera: of the
+    panoramas, N * 8 pixels wide."""
 
     def __init__(self, camera: PanoramaCamera, width: int = 128, heads: int = 4, blocks: int = 2, window: int = 64):
         super().__init__()
@@ -147,10 +159,12 @@ class Sighter(nn.Module):
         inside = ((elevation > math.radians(-16)) & (elevation < math.radians(6))).nonzero()[:, 0]
         self.rows = slice(int(inside[0]), int(inside[-1]) + 1)
         self.register_buffer("elevation", elevation[self.rows], persistent=False)
-        self.look = nn.Sequential(nn.Conv2d(4, 24, 5, 2, 2), nn.SiLU(), nn.Conv2d(24, 48, 3, 2, 1), nn.GroupNorm(8, 48), nn.SiLU(),
-                                  nn.Conv2d(48, 64, 3, 2, 1), nn.SiLU(), nn.Conv2d(64, 64, 3, 1, 1), nn.SiLU())
+        self.look = nn.Sequential(nn.Conv2d(4, 24, 5, 2, 2), nn.SiLU(), nn.Conv2d(24, 48, 3, 2, 1), nn.GroupNorm(8, 48),
+                                  nn.SiLU(), nn.Conv2d(48, 64, 3, 2, 1), nn.SiLU(), nn.Conv2d(64, 64, 3, 1, 1),
+                                  nn.SiLU())
         self.said = nn.Linear(64 * -(-len(inside) // 8) * -(-2 * self.half // 8), width)
-        self.answer = nn.Sequential(nn.Linear(2 * (4 * width + 5) + 5, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(), nn.Linear(256, 8))
+        self.answer = nn.Sequential(nn.Linear(2 * (4 * width + 5) + 5, 256), nn.SiLU(), nn.Linear(256, 256), nn.SiLU(),
+                                    nn.Linear(256, 8))
         nn.init.normal_(self.answer[-1].weight, std=.01), nn.init.zeros_(self.answer[-1].bias)
 
     def forward(self, columns: Tensor, present: Tensor) -> Looks:
@@ -165,22 +179,27 @@ class Sighter(nn.Module):
             x = around(x, n)
             x = between(x, x.roll(len(first), 0))
         a, b = self.calm(x).chunk(2)
-        score = torch.einsum("pic,pjc->pij", self.here(a), self.there(b)) + torch.einsum("pic,pjc->pij", self.there(a), self.here(b))
+        score = torch.einsum("pic,pjc->pij", self.here(a), self.there(b)) + torch.einsum(
+            "pic,pjc->pij", self.there(a), self.here(b)
+        )
         score = score / 7 + self.alone(a) + self.alone(b).mT
         return Looks(pairs, score.float() + compass.log_softmax(1)[:, entry], compass, a, b)
 
     def windows(self, pictures: Tensor, views: Tensor, columns: Tensor) -> Tensor:
         """[K, 4, h, w]: colours of pictures [M, 3, H, W] around columns [K] of views [K], and the elevation."""
         width = pictures.shape[-1]
-        across = (columns[:, None] * self.cell + self.cell // 2 + torch.arange(-self.half, self.half, device=columns.device)) % width
+        across = (columns[:, None] * self.cell + self.cell // 2
+                  + torch.arange(-self.half, self.half, device=columns.device)) % width
         cut = pictures[:, :, self.rows][views].gather(-1, across[:, None, None].expand(-1, 3, len(self.elevation), -1))
         return torch.cat([cut - .45, (4 * self.elevation)[:, None].expand(len(cut), 1, -1, 2 * self.half)], 1)
 
     def measure(self, looks: Looks, pictures: Tensor, pair: Tensor, first: Tensor, second: Tensor) -> Measured:
-        """What is measured at columns `first` and `second` [K] of pairs `pair` [K], in pictures [M, 3, H, W] of the present views."""
+        """What is measured at columns `first` and `second` [K] of pairs `pair` [K], in pictures [M, 3, H, W] of the
+        present views."""
         n, steps = self.columns, torch.arange(-2, 3, device=pair.device)
         chance = looks.score.flatten(1).softmax(1).reshape(looks.score.shape)[pair]
-        cut = torch.cat([self.windows(pictures, looks.pairs.views[pair, k], column) for k, column in enumerate((first, second))])
+        cut = torch.cat([self.windows(pictures, looks.pairs.views[pair, k], column) for k,
+                         column in enumerate((first, second))])
         said = F.silu(self.said(self.look(cut.contiguous(memory_format=torch.channels_last)).flatten(1)))
         turn = (first - second + n // 2) % n
         turns = looks.compass.softmax(1)[pair[:, None], (turn[:, None] + steps) % n]

@@ -24,10 +24,11 @@ from ..geometry.panoramas import PanoramaCamera
 from ..core.errors import KiloError
 from ..splats.threads import share, tickets
 
-# %% ../../nbs/coop/stitch.ipynb #4e4addf2
+# %% ../../nbs/coop/stitch.ipynb #4014b914
 @njit(**INNER)
 def _look(sources, camera, x, y, z, nearness):
-    """(u, v, inverse depth, distance to the picture's border / focal length) of the point (x, y, z) / nearness in the panorama's frame; no view: -1 at last."""
+    """(u, v, inverse depth, distance to the picture's border / focal length) of the point (x, y, z) / nearness in the
+    panorama's frame; no view: -1 at last."""
     m, o, k, zero = sources.motions, sources.optics, camera, np.float32(0)
     depth = m[k, 8] * x + m[k, 9] * y + m[k, 10] * z + m[k, 11] * nearness
     if depth < np.float32(1e-6): return zero, zero, zero, np.float32(-1)
@@ -37,45 +38,62 @@ def _look(sources, camera, x, y, z, nearness):
     if o[k, 12] < np.float32(1e30) or o[k, 4] != 0:
         one, two, s = np.float32(1), np.float32(2), a * a + b * b
         if s > o[k, 12]: return zero, zero, zero, np.float32(-1)
-        radial = (one + s * (o[k, 4] + s * (o[k, 5] + s * o[k, 8]))) / (one + s * (o[k, 9] + s * (o[k, 10] + s * o[k, 11])))
-        a, b = (a * radial + two * o[k, 6] * a * b + o[k, 7] * (s + two * a * a), b * radial + o[k, 6] * (s + two * b * b) + two * o[k, 7] * a * b)
+        radial = (one + s * (o[k, 4] + s * (o[k, 5] + s * o[k, 8]))) / (
+            one + s * (o[k, 9] + s * (o[k, 10] + s * o[k, 11]))
+        )
+        a, b = (a * radial + two * o[k, 6] * a * b + o[k, 7] * (s + two * a * a),
+                b * radial + o[k, 6] * (s + two * b * b) + two * o[k, 7] * a * b)
     u, v = o[k, 0] * a + o[k, 2], o[k, 1] * b + o[k, 3]
-    border = min(min(u, np.float32(sources.sizes[k, 1]) - u) / o[k, 0], min(v, np.float32(sources.sizes[k, 0]) - v) / o[k, 1])
+    border = min(min(u, np.float32(sources.sizes[k, 1]) - u) / o[k, 0],
+                 min(v, np.float32(sources.sizes[k, 0]) - v) / o[k, 1])
     if border >= 0 and not sources.usable[_texel(sources, camera, u, v)]: border = np.float32(-1)
     return u, v, nearness * scale, border
 
-
+# %% ../../nbs/coop/stitch.ipynb #c25b05ef
 @njit(**INNER)
 def _texel(sources, camera, u, v):
     """Number of the pixel that (u, v) lies in."""
     height, width = sources.sizes[camera, 0], sources.sizes[camera, 1]
     return sources.starts[camera] + min(int(v), height - 1) * width + min(int(u), width - 1)
 
-# %% ../../nbs/coop/stitch.ipynb #2fc9a604
+# %% ../../nbs/coop/stitch.ipynb #2e05dec9
 HIDDEN, PIXEL_ONLY, SEEN = 0, 1, 2
 
 
 @njit(**INNER)
 def _corner(sources, camera, u, v):
-    """(number of the upper left of the four pixels around (u, v), steps to the right and down, weights right and down), clamped at the border."""
+    """(number of the upper left of the four pixels around (u, v), steps to the right and down, weights right and down),
+    clamped at the border."""
     height, width = sources.sizes[camera, 0], sources.sizes[camera, 1]
-    x, y = min(max(u - np.float32(0.5), np.float32(0)), np.float32(width - 1)), min(max(v - np.float32(0.5), np.float32(0)), np.float32(height - 1))
+    x, y = min(max(u - np.float32(0.5), np.float32(0)),
+               np.float32(width - 1)), min(max(v - np.float32(0.5), np.float32(0)), np.float32(height - 1))
     column, row = int(x), int(y)
-    return sources.starts[camera] + row * width + column, int(column < width - 1), width * int(row < height - 1), x - np.float32(column), y - np.float32(row)
+    return (
+        sources.starts[camera] + row * width + column,
+        int(column < width - 1),
+        width * int(row < height - 1),
+        x - np.float32(column),
+        y - np.float32(row),
+    )
 
-
+# %% ../../nbs/coop/stitch.ipynb #ad2167cf
 @njit(**INNER)
 def _inverse(depths, texel):
     """1 / depth; 0 where it is unknown: NaN, infinite, not above 0."""
     depth = depths[texel]
     return np.float32(1) / depth if depth > np.float32(1e-6) and depth < np.float32(1e9) else np.float32(0)
 
-
+# %% ../../nbs/coop/stitch.ipynb #a9f19819
 @njit(**INNER)
 def _agreement(sources, depths, camera, u, v, inverse_depth, tolerance):
     """SEEN, PIXEL_ONLY or HIDDEN: whether the picture shows a surface at this inverse depth at (u, v)."""
     at, right, down, x, y = _corner(sources, camera, u, v)
-    a, b, c, d = _inverse(depths, at), _inverse(depths, at + right), _inverse(depths, at + down), _inverse(depths, at + right + down)
+    a, b, c, d = (
+        _inverse(depths, at),
+        _inverse(depths, at + right),
+        _inverse(depths, at + down),
+        _inverse(depths, at + right + down),
+    )
     one, allowed = np.float32(1), tolerance * inverse_depth
     if a > 0 and b > 0 and c > 0 and d > 0:
         between = (a * (one - x) + b * x) * (one - y) + (c * (one - x) + d * x) * y
@@ -83,7 +101,7 @@ def _agreement(sources, depths, camera, u, v, inverse_depth, tolerance):
     own = _inverse(depths, _texel(sources, camera, u, v))
     return PIXEL_ONLY if own > 0 and abs(own - inverse_depth) <= allowed else HIDDEN
 
-# %% ../../nbs/coop/stitch.ipynb #11d5a9c7
+# %% ../../nbs/coop/stitch.ipynb #40cfec65
 @njit(**INNER)
 def _colour(sources, pictures, camera, u, v, interpolate):
     """Colour (r, g, b) at (u, v), between four pixels or of the one that (u, v) lies in."""
@@ -94,13 +112,15 @@ def _colour(sources, pictures, camera, u, v, interpolate):
     one = np.float32(1)
     a, b, c, d = (one - x) * (one - y), x * (one - y), (one - x) * y, x * y
     p, q, r, s, i = at, at + right, at + down, at + right + down, pictures
-    return (i[p, 0] * a + i[q, 0] * b + i[r, 0] * c + i[s, 0] * d, i[p, 1] * a + i[q, 1] * b + i[r, 1] * c + i[s, 1] * d,
+    return (i[p, 0] * a + i[q, 0] * b + i[r, 0] * c + i[s, 0] * d,
+            i[p, 1] * a + i[q, 1] * b + i[r, 1] * c + i[s, 1] * d,
             i[p, 2] * a + i[q, 2] * b + i[r, 2] * c + i[s, 2] * d)
 
-# %% ../../nbs/coop/stitch.ipynb #b1c94844
+# %% ../../nbs/coop/stitch.ipynb #a34037a7
 @njit(**INNER)
 def _nearest(sources, layers, row, column, x, y, z, same):
-    """(range, camera) of the surface at a pixel of the panorama; camera -1 where no camera has one. layers: [n, height, width], infinite for none."""
+    """(range, camera) of the surface at a pixel of the panorama; camera -1 where no camera has one. layers: [n, height,
+    width], infinite for none."""
     nearest = np.float32(np.inf)
     for camera in range(len(layers)): nearest = min(nearest, layers[camera, row, column])
     winner, best, distance = -1, np.float32(-2), np.float32(0)
@@ -112,13 +132,14 @@ def _nearest(sources, layers, row, column, x, y, z, same):
         if border > best: winner, best, distance = camera, border, candidate
     return distance, winner
 
-# %% ../../nbs/coop/stitch.ipynb #cf5c5097
+# %% ../../nbs/coop/stitch.ipynb #14cd6d24
 LOOKED_THROUGH = tuple(np.float32(1 / metres) for metres in (10, 20, 40))
 
 
 @njit(**INNER)
 def _is_free(sources, depths, x, y, z):
-    """Whether the cameras looked through the ray (x, y, z) from 10 m on: each sampled point lies in some picture, and nothing before it."""
+    """Whether the cameras looked through the ray (x, y, z) from 10 m on: each sampled point lies in some picture, and
+    nothing before it."""
     for nearness in LOOKED_THROUGH:
         free = False
         for camera in range(len(sources.sizes)):
@@ -127,13 +148,14 @@ def _is_free(sources, depths, x, y, z):
         if not free: return False
     return True
 
-# %% ../../nbs/coop/stitch.ipynb #008ffb82
+# %% ../../nbs/coop/stitch.ipynb #c9862752
 FILLS = {"none": 0, "sky": 1, "unknown": 2, "all": 3}
 
 
 @njit(**INNER)
 def _weigh(sources, depths, x, y, z, nearness, measured_by, fill, tolerance, borders, states):
-    """The best camera, -1 without one. borders, states: [n], written. measured_by: camera that measured the surface, or -1. depths: empty without."""
+    """The best camera, -1 without one. borders, states: [n], written. measured_by: camera that measured the surface, or
+    -1. depths: empty without."""
     best = -1
     for camera in range(len(borders)):
         u, v, inverse_depth, border = _look(sources, camera, x, y, z, nearness)
@@ -150,10 +172,11 @@ def _weigh(sources, depths, x, y, z, nearness, measured_by, fill, tolerance, bor
         if border >= 0: best, borders[measured_by], states[measured_by] = measured_by, border, PIXEL_ONLY
     return best
 
-# %% ../../nbs/coop/stitch.ipynb #ebaf1bc3
+# %% ../../nbs/coop/stitch.ipynb #398289a5
 @njit(**INNER)
 def _mix(sources, fine, pictures, gains, row, column, nearness, best, feather, borders, states, output):
-    """The colour of one pixel: its cameras' colours, cross-faded where their distances to the border differ by less than `feather`."""
+    """The colour of one pixel: its cameras' colours, cross-faded where their distances to the border differ by less
+    than `feather`."""
     zero, floor = np.float32(0), max(borders[best] - feather, np.float32(0))
     red, green, blue, total = zero, zero, zero, zero
     for camera in range(len(borders)):
@@ -165,7 +188,8 @@ def _mix(sources, fine, pictures, gains, row, column, nearness, best, feather, b
             for j in range(fine.samples):
                 across = fine.samples * column + j
                 flat = fine.cos_elevation[up]
-                u, v, _, border = _look(sources, camera, flat * fine.sin_azimuth[across], -fine.sin_elevation[up], flat * fine.cos_azimuth[across], nearness)
+                u, v, _, border = _look(sources, camera, flat * fine.sin_azimuth[across], -fine.sin_elevation[up],
+                                        flat * fine.cos_azimuth[across], nearness)
                 if border < np.float32(-1e-3): continue
                 c = _colour(sources, pictures, camera, u, v, states[camera] == SEEN)
                 r, g, b, seen = r + c[0], g + c[1], b + c[2], seen + np.float32(1)
@@ -173,18 +197,20 @@ def _mix(sources, fine, pictures, gains, row, column, nearness, best, feather, b
         scale, total = weight * gains[camera], total + weight * seen
         red, green, blue = red + r * scale, green + g * scale, blue + b * scale
     share_of_one = np.float32(1) / max(total, np.float32(1e-12))
-    for channel, value in enumerate((red, green, blue)): output.rgb[row, column, channel] = min(value * share_of_one, np.float32(1))
+    for channel, value in enumerate((red, green, blue)):
+        output.rgb[row, column, channel] = min(value * share_of_one, np.float32(1))
 
-# %% ../../nbs/coop/stitch.ipynb #6d1ac1c9
+# %% ../../nbs/coop/stitch.ipynb #d250f428
 class Output(NamedTuple):
-    """What the kernel writes, [height, width]. rgb: [.., 3]. ranges: metres, 0: unknown. source: camera, -1: none. texel: the source's pixel, -1: none."""
+    """What the kernel writes, [height, width]. rgb: [.., 3]. ranges: metres, 0: unknown. source: camera, -1: none.
+    texel: the source's pixel, -1: none."""
 
     rgb: np.ndarray
     ranges: np.ndarray
     source: np.ndarray
     texel: np.ndarray
 
-
+# %% ../../nbs/coop/stitch.ipynb #729090c3
 @njit(**INNER)
 def _paint_row(row, sources, grid, fine, pictures, gains, depths, layers, assumed, options, borders, states, output):
     fill, feather, tolerance, same = options
@@ -194,26 +220,36 @@ def _paint_row(row, sources, grid, fine, pictures, gains, depths, layers, assume
         distance, measured_by = _nearest(sources, layers, row, column, x, y, z, same)
         nearness = np.float32(1) / distance if measured_by >= 0 else assumed[row, column]
         best = _weigh(sources, depths, x, y, z, nearness, measured_by, fill, tolerance, borders, states)
-        output.source[row, column], output.ranges[row, column], output.texel[row, column] = best, distance if best >= 0 else np.float32(0), -1
+        output.source[row, column], output.ranges[row, column], output.texel[row, column] = (
+            best,
+            distance if best >= 0 else np.float32(0),
+            -1,
+        )
         if best < 0: continue
         u, v, _, _ = _look(sources, best, x, y, z, nearness)
         output.texel[row, column] = _texel(sources, best, u, v)
         _mix(sources, fine, pictures, gains, row, column, nearness, best, feather, borders, states, output)
 
-
+# %% ../../nbs/coop/stitch.ipynb #bd5a18c3
 @njit(**KERNEL)
 def _paint(counter, sources, grid, fine, pictures, gains, depths, layers, assumed, options, output):
-    """options: fill, feather (tan), tolerance, same. assumed: [height, width] 1/metre for pixels without measured range; depths, layers: empty without."""
+    """options: fill, feather (tan), tolerance, same. assumed: [height, width] 1/metre for pixels without measured
+    range; depths, layers: empty without."""
     borders, states = np.empty(len(sources.sizes), np.float32), np.empty(len(sources.sizes), np.int64)
     for row in tickets(counter, grid.height):
         _paint_row(row, sources, grid, fine, pictures, gains, depths, layers, assumed, options, borders, states, output)
 
-# %% ../../nbs/coop/stitch.ipynb #5d18850f
+# %% ../../nbs/coop/stitch.ipynb #e75fcdbd
 @njit(**INNER)
 def _look_around(row, column, sources, grid, pictures, depths, layers, assumed, options, borders, states, brightness):
-    """brightness: [n], written: what each camera shows at a pixel of the panorama, -1 where it does not see it or is overexposed."""
+    """brightness: [n], written: what each camera shows at a pixel of the panorama, -1 where it does not see it or is
+    overexposed."""
     fill, _, tolerance, same = options
-    x, y, z = grid.cos_elevation[row] * grid.sin_azimuth[column], -grid.sin_elevation[row], grid.cos_elevation[row] * grid.cos_azimuth[column]
+    x, y, z = (
+        grid.cos_elevation[row] * grid.sin_azimuth[column],
+        -grid.sin_elevation[row],
+        grid.cos_elevation[row] * grid.cos_azimuth[column],
+    )
     distance, measured_by = _nearest(sources, layers, row, column, x, y, z, same)
     nearness = np.float32(1) / distance if measured_by >= 0 else assumed[row, column]
     _weigh(sources, depths, x, y, z, nearness, measured_by, fill, tolerance, borders, states)
@@ -224,13 +260,15 @@ def _look_around(row, column, sources, grid, pictures, depths, layers, assumed, 
         r, g, b = _colour(sources, pictures, camera, u, v, states[camera] == SEEN)
         if max(r, g, b) < np.float32(0.99): brightness[camera] = (r + g + b) / np.float32(3)
 
-
+# %% ../../nbs/coop/stitch.ipynb #41dd9c3c
 @njit(**INNER)
-def _compare_row(row, sources, grid, pictures, depths, layers, assumed, options, step, borders, states, here, there, sums):
+def _compare_row(row, sources, grid, pictures, depths, layers, assumed, options, step, borders, states, here, there,
+                 sums):
     for column in range(step // 2, grid.width, step):
         if column + step >= grid.width and not grid.closed: break
         _look_around(row, column, sources, grid, pictures, depths, layers, assumed, options, borders, states, here)
-        _look_around(row, (column + step) % grid.width, sources, grid, pictures, depths, layers, assumed, options, borders, states, there)
+        _look_around(row, (column + step) % grid.width, sources, grid, pictures, depths, layers, assumed, options,
+                     borders, states, there)
         for i in range(len(here)):
             for j in range(len(here)):
                 if i == j or here[i] < 0: continue
@@ -240,20 +278,24 @@ def _compare_row(row, sources, grid, pictures, depths, layers, assumed, options,
                     sums[i, j, 0] += here[i]; sums[i, j, 1] += 1
                     sums[j, i, 0] += there[j]; sums[j, i, 1] += 1
 
-
+# %% ../../nbs/coop/stitch.ipynb #81d8bba4
 @njit(**KERNEL)
 def _compare(counter, sources, grid, pictures, depths, layers, assumed, options, step, sums):
-    """sums: [rows, n, n, 2], zeros: for camera i where j sees the same or continues, the sum of its brightness and the count, on every step-th pixel."""
+    """sums: [rows, n, n, 2], zeros: for camera i where j sees the same or continues, the sum of its brightness and the
+    count, on every step-th pixel."""
     borders, states = np.empty(len(sources.sizes), np.float32), np.empty(len(sources.sizes), np.int64)
     here, there = np.empty(len(sources.sizes), np.float32), np.empty(len(sources.sizes), np.float32)
     for job in tickets(counter, len(sums)):
-        _compare_row(job * step + step // 2, sources, grid, pictures, depths, layers, assumed, options, step, borders, states, here, there, sums[job])
+        _compare_row(job * step + step // 2, sources, grid, pictures, depths, layers, assumed, options, step, borders,
+                     states, here, there, sums[job])
 
-# %% ../../nbs/coop/stitch.ipynb #bfd0803e
+# %% ../../nbs/coop/stitch.ipynb #3e77fa03
 def solve_gains(brightness: np.ndarray, counts: np.ndarray, noise: float = 10 / 255, spread: float = 0.1) -> np.ndarray:
-    """Gains [n] that make overlapping cameras equally bright. brightness: [n, n] mean of camera i where j sees the same; counts: [n, n] pixels, symmetric.
+    """Gains [n] that make overlapping cameras equally bright. brightness: [n, n] mean of camera i where j sees the
+    same; counts: [n, n] pixels, symmetric.
 
-    noise: of a brightness, in 0..1. spread: how far from 1 a gain is expected to be. 1 for a camera without overlap. Source: Brown and Lowe 2007, eq. 29.
+    noise: of a brightness, in 0..1. spread: how far from 1 a gain is expected to be. 1 for a camera without overlap.
+    Source: Brown and Lowe 2007, eq. 29.
     """
     count = len(counts)
     system, right = np.eye(count) * 1e-9, np.full(count, 1e-9)
@@ -265,14 +307,17 @@ def solve_gains(brightness: np.ndarray, counts: np.ndarray, noise: float = 10 / 
             right[i] += counts[i, j] / spread**2
     return np.linalg.solve(system, right)
 
-# %% ../../nbs/coop/stitch.ipynb #7b8f0491
+# %% ../../nbs/coop/stitch.ipynb #d30aff83
 @dataclass(frozen=True)
 class Panorama:
     """A stitched panorama.
 
-    camera: the panorama's camera. rgb_srgb: [h, w, 3] in 0..1, 0 where not covered. range_m: [h, w] metres along the ray; 0 where it is not known (never NaN).
-    coverage: [h, w] bool, where any camera looked. source: [h, w] int16, the camera whose colour dominates; -1 where not covered.
-    gains: [n] what each camera's colours were multiplied with. layers_m: [n, h, w] range of each camera's own surface, 0: none; None without depth.
+    camera: the panorama's camera. rgb_srgb: [h, w, 3] in 0..1, 0 where not covered. range_m: [h, w] metres along the
+    ray; 0 where it is not known (never NaN).
+    coverage: [h, w] bool, where any camera looked. source: [h, w] int16, the camera whose colour dominates; -1 where
+    not covered.
+    gains: [n] what each camera's colours were multiplied with. layers_m: [n, h, w] range of each camera's own surface,
+    0: none; None without depth.
     labels: [h, w] int64 of the source camera's pixel, -1 where not covered; None without.
     """
 
@@ -290,63 +335,90 @@ class Panorama:
         """[h, w] bool: where range_m is a measured range."""
         return self.range_m > 0
 
-
+# %% ../../nbs/coop/stitch.ipynb #802d8954
 def _flat_pictures(cameras: Sequence[Camera], images: Sequence[Tensor]) -> np.ndarray:
     """Pictures [H, W, 3] behind each other, [P, 3] float32; without a copy where they are one tensor [n, H, W, 3]."""
-    if len(images) != len(cameras): raise KiloError(f"There are {len(cameras)} cameras but {len(images)} pictures; expected one each.")
+    if len(images) != len(cameras):
+        raise KiloError(f"There are {len(cameras)} cameras but {len(images)} pictures; expected one each.")
     for number, (camera, image) in enumerate(zip(cameras, images)):
         if tuple(image.shape) != (camera.height, camera.width, 3):
-            raise KiloError(f"The picture of camera {number} is {tuple(image.shape)}; expected {(camera.height, camera.width, 3)}.")
-        if not torch.as_tensor(image).is_floating_point(): raise KiloError(f"The picture of camera {number} holds {image.dtype}; expected float32, 0..1.")
+            raise KiloError(f"The picture of camera {number} is {tuple(image.shape)}; expected "
+                            f"{(camera.height, camera.width, 3)}.")
+        if not torch.as_tensor(image).is_floating_point():
+            raise KiloError(f"The picture of camera {number} holds {image.dtype}; expected float32, 0..1.")
     if isinstance(images, Tensor): return images.detach().float().cpu().contiguous().reshape(-1, 3).numpy()
     return np.concatenate([torch.as_tensor(image).detach().float().cpu().reshape(-1, 3).numpy() for image in images])
 
-# %% ../../nbs/coop/stitch.ipynb #79eb6883
+# %% ../../nbs/coop/stitch.ipynb #44649d4b
 class Stitcher:
     """Makes panoramas of one rig; what depends only on the rig is computed once. May be used by several threads.
 
-    cameras: n PinholeCamera or DistortedPinholeCamera, any sizes, in one world frame. target: an EquirectangularCamera or a CylindricalCamera.
+    cameras: n PinholeCamera or DistortedPinholeCamera, any sizes, in one world frame. target: an EquirectangularCamera
+    or a CylindricalCamera.
     masks: per camera [H, W] bool, False where its picture shows nothing of the world (the vehicle's own body), or None.
-    assumed_range_m: [h, w] where a pixel without measured range is taken to look at (see `ground_range`); infinite, the default: far field.
-    samples: a pixel's colour is the mean over samples x samples rays. feather_deg: width of the colour blending along seams; 0 for hard seams.
-    cut: share by which inverse depths of one surface may differ between neighbouring pixels. tolerance: by which a camera's own inverse depth may differ
-    from that of a surface that it sees. same: within which share two cameras' ranges are one surface.
-    fill: what pixels without measured range show where there are depth maps: "sky", what has no depth in the camera either and lies behind space that
-    the cameras looked through; "unknown", what has no depth in the camera; "all"; "none".
+    assumed_range_m: [h, w] where a pixel without measured range is taken to look at (see `ground_range`); infinite, the
+    default: far field.
+    samples: a pixel's colour is the mean over samples x samples rays. feather_deg: width of the colour blending along
+    seams; 0 for hard seams.
+    cut: share by which inverse depths of one surface may differ between neighbouring pixels. tolerance: by which a
+    camera's own inverse depth may differ from that of a surface that it sees. same: within which share two cameras'
+    ranges are one surface.
+    fill: what pixels without measured range show where there are depth maps: "sky", what has no depth in the camera
+    either and lies behind space that the cameras looked through; "unknown", what has no depth in the camera; "all";
+    "none".
     Raises KiloError for anything else.
     """
 
-    def __init__(self, cameras: Sequence[Camera], target: PanoramaCamera, masks: Sequence[Tensor | None] | None = None, assumed_range_m: Tensor | None = None,
-                 samples: int = 2, feather_deg: float = 2.0, cut: float = 0.05, tolerance: float = 0.05, same: float = 0.03,
-                 fill: Literal["none", "sky", "unknown", "all"] = "sky"):
+    def __init__(self, cameras: Sequence[Camera], target: PanoramaCamera, masks: Sequence[Tensor | None] | None = None,
+                 assumed_range_m: Tensor | None = None, samples: int = 2, feather_deg: float = 2.0, cut: float = 0.05,
+                 tolerance: float = 0.05, same: float = 0.03, fill: Literal["none", "sky", "unknown", "all"] = "sky"):
         self.cameras, self.target, self.cut = list(cameras), target, cut
         if not self.cameras: raise KiloError("There is no camera to stitch from; expected at least one.")
         if masks is not None and len(masks) != len(self.cameras):
-            raise KiloError(f"There are {len(self.cameras)} cameras but {len(masks)} masks; give one each, None where there is none.")
+            raise KiloError(f"There are {len(self.cameras)} cameras but {len(masks)} masks; give one each, None "
+                            "where there is none.")
         if fill not in FILLS: raise KiloError(f"fill is {fill!r}; expected one of {', '.join(FILLS)}.")
-        self.grid, self.fine, self.sources = grid_of(target), grid_of(target, samples), sources_of(self.cameras, target, masks)
-        self.options = FILLS[fill], np.float32(math.tan(math.radians(feather_deg))), np.float32(tolerance), np.float32(same)
+        self.grid, self.fine, self.sources = (
+            grid_of(target),
+            grid_of(target, samples),
+            sources_of(self.cameras, target, masks),
+        )
+        self.options = (
+            FILLS[fill],
+            np.float32(math.tan(math.radians(feather_deg))),
+            np.float32(tolerance),
+            np.float32(same),
+        )
         self.assumed = np.zeros((target.height, target.width), np.float32)
         if assumed_range_m is not None:
             if tuple(assumed_range_m.shape) != self.assumed.shape:
-                raise KiloError(f"The assumed ranges are {tuple(assumed_range_m.shape)}; expected the panorama's size, {self.assumed.shape}.")
+                raise KiloError(f"The assumed ranges are {tuple(assumed_range_m.shape)}; expected the panorama's "
+                                f"size, {self.assumed.shape}.")
             self.assumed[:] = torch.where(assumed_range_m > 0, 1 / assumed_range_m, 0.0).numpy()
 
-    def __call__(self, images: Sequence[Tensor], depths: Sequence[Tensor | None] | None = None, labels: Sequence[Tensor] | None = None,
-                 balance: bool = True) -> Panorama:
+    def __call__(self, images: Sequence[Tensor], depths: Sequence[Tensor | None] | None = None,
+                 labels: Sequence[Tensor] | None = None, balance: bool = True) -> Panorama:
         """The panorama of one instant.
 
         images: n pictures [H, W, 3], sRGB in 0..1, or one tensor [n, H, W, 3], which saves a copy.
-        depths: n maps [H, W] of camera z, metres; NaN, 0, infinite: unknown; None for a camera without a map. None: far field, or the assumed ranges.
-        labels: n maps [H, W] of whole numbers, carried along unblended. balance: whether to even out the cameras' exposures.
+        depths: n maps [H, W] of camera z, metres; NaN, 0, infinite: unknown; None for a camera without a map. None: far
+        field, or the assumed ranges.
+        labels: n maps [H, W] of whole numbers, carried along unblended. balance: whether to even out the cameras'
+        exposures.
         """
         pictures = _flat_pictures(self.cameras, images)
         flat = np.empty(0, np.float32) if depths is None else flat_depths(self.cameras, depths)
-        layers = np.empty((0, *self.assumed.shape), np.float32) if depths is None else warp_layers(self.sources, self.grid, flat, self.cut)
+        layers = (
+            np.empty((0, *self.assumed.shape), np.float32)
+            if depths is None
+            else warp_layers(self.sources, self.grid, flat, self.cut)
+        )
         gains = self._gains(pictures, flat, layers) if balance else np.ones(len(self.cameras), np.float32)
         size = self.assumed.shape
-        output = Output(np.zeros((*size, 3), np.float32), np.empty(size, np.float32), np.empty(size, np.int16), np.empty(size, np.int64))
-        share(_paint, self.sources, self.grid, self.fine, pictures, gains, flat, layers, self.assumed, self.options, output)
+        output = Output(np.zeros((*size, 3), np.float32), np.empty(size, np.float32), np.empty(size, np.int16),
+                        np.empty(size, np.int64))
+        share(_paint, self.sources, self.grid, self.fine, pictures, gains, flat, layers, self.assumed, self.options,
+              output)
         source = torch.from_numpy(output.source)
         carried = None if labels is None else self._labels(labels, output.texel)
         measured = None if depths is None else torch.from_numpy(np.where(np.isfinite(layers), layers, np.float32(0)))
@@ -356,48 +428,59 @@ class Stitcher:
     def _gains(self, pictures: np.ndarray, depths: np.ndarray, layers: np.ndarray, step: int = 4) -> np.ndarray:
         count = len(self.cameras)
         sums = np.zeros((max(self.grid.height // step, 1), count, count, 2))
-        share(_compare, self.sources, self.grid, pictures, depths, layers, self.assumed, self.options, min(step, self.grid.height), sums)
+        share(_compare, self.sources, self.grid, pictures, depths, layers, self.assumed, self.options,
+              min(step, self.grid.height), sums)
         total, counts = np.moveaxis(sums.sum(0), -1, 0)
         return solve_gains(total / np.maximum(counts, 1), counts).astype(np.float32)
 
     def _labels(self, labels: Sequence[Tensor], texel: np.ndarray) -> Tensor:
-        if len(labels) != len(self.cameras): raise KiloError(f"There are {len(self.cameras)} cameras but {len(labels)} label maps; expected one each.")
+        if len(labels) != len(self.cameras):
+            raise KiloError(f"There are {len(self.cameras)} cameras but {len(labels)} label maps; expected one each.")
         for number, (camera, label) in enumerate(zip(self.cameras, labels)):
             if tuple(label.shape) != (camera.height, camera.width):
-                raise KiloError(f"The label map of camera {number} is {tuple(label.shape)}; expected {(camera.height, camera.width)}.")
+                raise KiloError(f"The label map of camera {number} is {tuple(label.shape)}; expected "
+                                f"{(camera.height, camera.width)}.")
         flat = torch.cat([torch.as_tensor(label).reshape(-1).long() for label in labels])
         found = torch.from_numpy(texel)
         return torch.where(found >= 0, flat[found.clamp(min=0)], -1)
 
-# %% ../../nbs/coop/stitch.ipynb #06c83c92
-def stitch(cameras: Sequence[Camera], images: Sequence[Tensor], target: PanoramaCamera, depths: Sequence[Tensor | None] | None = None,
-           labels: Sequence[Tensor] | None = None, balance: bool = True, **options) -> Panorama:
+# %% ../../nbs/coop/stitch.ipynb #016f7cc4
+def stitch(cameras: Sequence[Camera], images: Sequence[Tensor], target: PanoramaCamera,
+           depths: Sequence[Tensor | None] | None = None, labels: Sequence[Tensor] | None = None, balance: bool = True,
+           **options) -> Panorama:
     """One panorama of one instant; arguments as `Stitcher`, which is the better choice for many instants of one rig."""
     return Stitcher(cameras, target, **options)(images, depths, labels, balance)
 
-
+# %% ../../nbs/coop/stitch.ipynb #1aa3f50d
 def ground_range(target: PanoramaCamera, height_m: float, limit_m: float = math.inf) -> Tensor:
-    """Range [h, w], metres, at which a panorama `height_m` above flat ground sees it, at most `limit_m`; `limit_m` above the horizon.
+    """Range [h, w], metres, at which a panorama `height_m` above flat ground sees it, at most `limit_m`; `limit_m`
+    above the horizon.
 
     The ground is level in the panorama's own frame (its y axis points down).
     """
     if not height_m > 0: raise KiloError(f"The panorama is {height_m:g} m above the ground; expected more than 0.")
     down = target.directions(target.pixel_centres()) @ target.camera_to_world[:3, 1]
-    return torch.where(down > 1e-6, height_m / down.clamp(min=1e-6), math.inf).clamp(max=limit_m).reshape(target.height, target.width)
+    return (
+        torch.where(down > 1e-6, height_m / down.clamp(min=1e-6), math.inf)
+        .clamp(max=limit_m)
+        .reshape(target.height, target.width)
+    )
 
-# %% ../../nbs/coop/stitch.ipynb #d08906cd
+# %% ../../nbs/coop/stitch.ipynb #7650f43a
 class RangeDisagreement(NamedTuple):
-    """Relative difference of two cameras' ranges on the same pixel. pixels: pairs compared. median, p90: of it; NaN without a pair."""
+    """Relative difference of two cameras' ranges on the same pixel. pixels: pairs compared. median, p90: of it; NaN
+    without a pair."""
 
     pixels: int
     median: float
     p90: float
 
-
+# %% ../../nbs/coop/stitch.ipynb #2bc263cb
 def range_disagreement(panorama: Panorama) -> RangeDisagreement:
     """How far the cameras of a panorama disagree about range. KiloError for one that was stitched without depth."""
     layers = panorama.layers_m
-    if layers is None: raise KiloError("The panorama was stitched without depth maps, so there are no ranges to compare; pass depths.")
+    if layers is None:
+        raise KiloError("The panorama was stitched without depth maps, so there are no ranges to compare; pass depths.")
     found = []
     for i in range(len(layers)):
         for j in range(i + 1, len(layers)):
@@ -407,9 +490,10 @@ def range_disagreement(panorama: Panorama) -> RangeDisagreement:
     at = (lambda q: found[min(int(q * len(found)), len(found) - 1)].item()) if len(found) else (lambda q: math.nan)
     return RangeDisagreement(len(found), at(0.5), at(0.9))
 
-# %% ../../nbs/coop/stitch.ipynb #7a050958
+# %% ../../nbs/coop/stitch.ipynb #dc959b08
 class SeamStatistics(NamedTuple):
-    """Mean colour change, 0..1, between neighbours across seams (`jump`) and just inside the two pictures (`interior`). pairs: how many neighbours across."""
+    """Mean colour change, 0..1, between neighbours across seams (`jump`) and just inside the two pictures (`interior`).
+    pairs: how many neighbours across."""
 
     pairs: int
     jump: float
@@ -420,39 +504,53 @@ class SeamStatistics(NamedTuple):
         """Jump over interior: 1 where the seam cannot be told from the picture; NaN without a seam."""
         return self.jump / max(self.interior, 1e-6)
 
-
+# %% ../../nbs/coop/stitch.ipynb #b687c0df
 def seam_statistics(panorama: Panorama) -> SeamStatistics:
-    """How much the seams of a panorama show: neighbouring pixels of one surface, both covered, that different cameras paint.
+    """How much the seams of a panorama show: neighbouring pixels of one surface, both covered, that different cameras
+    paint.
 
     Where ranges differ by more than 5%, or only one is known, an object ends, and colours have every right to change.
     """
     jumps, interiors = [], []
     for axis in (0, 1):
         rgb, source, ranges = panorama.rgb_srgb, panorama.source, panorama.range_m
-        if axis and panorama.camera.closed: rgb, source, ranges = (torch.cat([picture, picture[:, :3]], 1) for picture in (rgb, source, ranges))
+        if axis and panorama.camera.closed:
+            rgb, source, ranges = (torch.cat([picture, picture[:, :3]], 1) for picture in (rgb, source, ranges))
         length = rgb.shape[axis] - 3
         if length < 1: continue
         a, b, c, d = (rgb.narrow(axis, i, length) for i in range(4))
         p, q, r, s = (source.narrow(axis, i, length) for i in range(4))
         here, there = ranges.narrow(axis, 1, length), ranges.narrow(axis, 2, length)
-        seam = (q != r) & (p == q) & (r == s) & (q >= 0) & (r >= 0) & ((here - there).abs() <= 0.05 * torch.minimum(here, there))
-        jumps.append((b - c).abs().mean(-1)[seam]); interiors.append(0.5 * ((a - b).abs() + (c - d).abs()).mean(-1)[seam])
+        seam = (
+            (q != r)
+            & (p == q)
+            & (r == s)
+            & (q >= 0)
+            & (r >= 0)
+            & ((here - there).abs() <= 0.05 * torch.minimum(here, there))
+        )
+        jumps.append((b - c).abs().mean(-1)[seam])
+        interiors.append(0.5 * ((a - b).abs() + (c - d).abs()).mean(-1)[seam])
     jumps, interiors = torch.cat(jumps), torch.cat(interiors)
     return SeamStatistics(len(jumps), jumps.mean().item(), interiors.mean().item())
 
-# %% ../../nbs/coop/stitch.ipynb #a49fa21a
+# %% ../../nbs/coop/stitch.ipynb #df66b0ad
 def far_field_reference(cameras: Sequence[Camera], images: Sequence[Tensor], target: PanoramaCamera, samples: int = 2,
                         feather_deg: float = 2.0) -> tuple[Tensor, Tensor]:
-    """(rgb_srgb [h, w, 3], source [h, w]) of `Stitcher` without depth, masks and balancing, in plain torch and double precision."""
+    """(rgb_srgb [h, w, 3], source [h, w]) of `Stitcher` without depth, masks and balancing, in plain torch and double
+    precision."""
     fine = target.resized(target.width * samples, target.height * samples)
     size, borders, colours = (target.height, target.width), [], []
     for camera, image in zip(cameras, images):
-        def pixels_of(panorama, camera=camera): return camera.project(camera.position.double() + panorama.rays().directions.double())[0]
+        def pixels_of(panorama, camera=camera):
+            return camera.project(camera.position.double() + panorama.rays().directions.double())[0]
         u, v = pixels_of(target).unbind(-1)
-        border = torch.minimum(torch.minimum(u, camera.width - u) / camera.fx, torch.minimum(v, camera.height - v) / camera.fy).reshape(size)
+        border = torch.minimum(torch.minimum(u, camera.width - u) / camera.fx,
+                               torch.minimum(v, camera.height - v) / camera.fy).reshape(size)
         borders.append(torch.where(border >= 0, border, -1.0))
         grid = pixels_of(fine).nan_to_num(-1e6) / torch.tensor([camera.width, camera.height]) * 2 - 1
-        colour = torch.nn.functional.grid_sample(image.double().movedim(-1, 0)[None], grid[None, None], "bilinear", "border", align_corners=False)[0, :, 0].mT
+        colour = torch.nn.functional.grid_sample(image.double().movedim(-1, 0)[None], grid[None, None], "bilinear",
+                                                 "border", align_corners=False)[0, :, 0].mT
         edge = 1 + 2e-3 * torch.tensor([camera.fx / camera.width, camera.fy / camera.height])
         inside = (grid.abs() <= edge).all(-1, keepdim=True).double()
         sums = [x.reshape(size[0], samples, size[1], samples, -1).sum((1, 3)) for x in (colour * inside, inside)]
@@ -460,7 +558,12 @@ def far_field_reference(cameras: Sequence[Camera], images: Sequence[Tensor], tar
     borders, colours = torch.stack(borders), torch.stack(colours)
     best, source = borders.max(0)
     feather = math.tan(math.radians(feather_deg))
-    weights = (borders - (best - feather).clamp(min=0)).clamp(min=0).scatter_reduce(0, source[None], (best.clamp(max=feather)).clamp(min=1e-6)[None], "amax")
+    weights = (
+        (borders - (best - feather).clamp(min=0))
+        .clamp(min=0)
+        .scatter_reduce(0, source[None], (best.clamp(max=feather)).clamp(min=1e-6)[None], "amax")
+    )
     blended = (weights[..., None] * colours).sum(0)
     covered = best >= 0
-    return torch.where(covered[..., None], blended[..., :3] / blended[..., 3:].clamp(min=1e-12), 0.0).float(), torch.where(covered, source, -1)
+    return torch.where(covered[..., None], blended[..., :3] / blended[..., 3:].clamp(min=1e-12),
+                       0.0).float(), torch.where(covered, source, -1)

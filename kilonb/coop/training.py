@@ -37,11 +37,13 @@ def predict_batch(model: CoopModel, batch: Mapping[str, Tensor]) -> Prediction:
     """As `predict`, of a batch that `make_batch` made."""
     return model(batch["rgb_srgb"], batch["present"])
 
-# %% ../../nbs/coop/training.ipynb #6b3b72b8
+# %% ../../nbs/coop/training.ipynb #fe0f03a8
 def other_colours(sample: Sample, strength: float, generator: torch.Generator) -> Sample:
-    """The sample with another exposure, contrast and tint for each view. strength: 0 none; .2: about 20%. What no camera saw stays black."""
+    """The sample with another exposure, contrast and tint for each view. strength: 0 none; .2: about 20%. What no
+    camera saw stays black."""
     views = len(sample.vehicles)
-    gain, contrast, tint = (torch.exp(strength * torch.randn(shape, generator=generator)) for shape in ((views, 1, 1, 1), (views, 1, 1, 1), (views, 3, 1, 1)))
+    gain, contrast, tint = (torch.exp(strength * torch.randn(shape, generator=generator))
+                            for shape in ((views, 1, 1, 1), (views, 1, 1, 1), (views, 3, 1, 1)))
     rgb = ((sample.rgb_srgb - .45) * contrast + .45) * gain * tint ** .5
     return replace(sample, rgb_srgb=rgb.clamp(0, 1) * sample.coverage[:, None])
 
@@ -52,13 +54,15 @@ def mirrored(sample: Sample) -> Sample:
     pictures = {name: value.flip(-1) for name, value in sample.tensors().items() if name != "pose_to_main"}
     return replace(sample, **pictures, pose_to_main=across[:, None] * sample.pose_to_main * across)
 
-# %% ../../nbs/coop/training.ipynb #195fd14b
+# %% ../../nbs/coop/training.ipynb #5dce744e
 @dataclass(frozen=True)
 class CoopConfig:
-    """Settings of `train_coop`. steps: optimiser steps. batch_size: samples per step, of all ranks together. warmup: share of the steps.
+    """Settings of `train_coop`. steps: optimiser steps. batch_size: samples per step, of all ranks together. warmup:
+    share of the steps.
 
-    colours: strength of `other_colours`; mirror: show about every second sample in a mirror; roll_views: roll every view at random. steps_per_epoch: None: as
-    many whole batches as there are. ema_decay: of the averaged weights; None: no average. time_limit_s: of training; None: no limit.
+    colours: strength of `other_colours`; mirror: show about every second sample in a mirror; roll_views: roll every
+    view at random. steps_per_epoch: None: as many whole batches as there are. ema_decay: of the averaged weights; None:
+    no average. time_limit_s: of training; None: no limit.
     """
     steps: int = 3000
     batch_size: int = 4
@@ -79,26 +83,31 @@ class CoopConfig:
 
     def loop(self) -> LoopConfig:
         """The loop's settings."""
-        return LoopConfig(self.steps, self.learning_rate, warmup_steps=min(round(self.warmup * self.steps), self.steps - 1), gradient_clip=self.gradient_clip,
-                          ema_decay=self.ema_decay, log_every_steps=self.log_every_steps, seed=self.seed, time_limit_s=self.time_limit_s)
+        return LoopConfig(self.steps, self.learning_rate,
+                          warmup_steps=min(round(self.warmup * self.steps), self.steps - 1),
+                          gradient_clip=self.gradient_clip, ema_decay=self.ema_decay,
+                          log_every_steps=self.log_every_steps, seed=self.seed, time_limit_s=self.time_limit_s)
 
-
+# %% ../../nbs/coop/training.ipynb #56f628be
 def make_model(camera: PanoramaCamera, config: CoopConfig) -> CoopModel:
     """A fresh model for panoramas of `camera`, the same for the same seed."""
     with torch.random.fork_rng([]):
         torch.manual_seed(config.seed)
         return CoopModel(camera, config.model)
 
-
+# %% ../../nbs/coop/training.ipynb #8c34e231
 def make_optimizer(model: CoopModel, config: CoopConfig) -> torch.optim.AdamW:
     """AdamW; only matrices and kernels decay."""
     parameters = list(model.parameters())
     return torch.optim.AdamW([{"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-                              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}], lr=config.learning_rate)
+                              {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
+                             lr=config.learning_rate)
 
-# %% ../../nbs/coop/training.ipynb #c378150b
-def step_function(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig, world: World = ALONE) -> Callable:
-    """The function that `training.loop.train` wants: a step's losses on our share of its samples, and "share", its part of them."""
+# %% ../../nbs/coop/training.ipynb #32cd4c85
+def step_function(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig,
+                  world: World = ALONE) -> Callable:
+    """The function that `training.loop.train` wants: a step's losses on our share of its samples, and "share", its part
+    of them."""
     steps = DistributedSteps(len(samples), config.batch_size, config.seed, world, config.steps_per_epoch)
 
     def step(number: int, generator: torch.Generator) -> dict[str, Tensor | float]:
@@ -106,7 +115,8 @@ def step_function(model: CoopModel, samples: Sequence[Sample], camera: PanoramaC
         own = torch.Generator().manual_seed(drawn + world.rank)
         chosen = [samples[int(i)] for i in steps.batch_of(number)]
         if config.colours: chosen = [other_colours(sample, config.colours, own) for sample in chosen]
-        if config.mirror: chosen = [mirrored(sample) if torch.rand((), generator=own) < .5 else sample for sample in chosen]
+        if config.mirror:
+            chosen = [mirrored(sample) if torch.rand((), generator=own) < .5 else sample for sample in chosen]
         if config.roll_views: chosen = [roll_randomly(sample, own) for sample in chosen]
         batch = make_batch(chosen, next(model.parameters()).device)
         seen = predict_batch(model, batch)
@@ -115,18 +125,19 @@ def step_function(model: CoopModel, samples: Sequence[Sample], camera: PanoramaC
 
     return step
 
-
-def train_coop(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig, folder: str | Path | None = None,
-               resume: bool = False, settings: Mapping[str, Any] | None = None, after_step: Callable | None = None, world: World = ALONE,
-               quiet: bool = False) -> TrainingResult:
+# %% ../../nbs/coop/training.ipynb #4e5d2334
+def train_coop(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig,
+               folder: str | Path | None = None, resume: bool = False, settings: Mapping[str, Any] | None = None,
+               after_step: Callable | None = None, world: World = ALONE, quiet: bool = False) -> TrainingResult:
     """Train, and leave the averaged weights in the model where an average is kept.
 
-    samples: a CooperativeDataset or a list. folder: of the run. settings: the experiment's own. after_step(step, records): see `train`. Resuming goes on with
-    the same samples, colours and rates to the last bit.
+    samples: a CooperativeDataset or a list. folder: of the run. settings: the experiment's own. after_step(step,
+    records): see `train`. Resuming goes on with the same samples, colours and rates to the last bit.
     """
-    result = train(step_function(model, samples, camera, config, world), make_optimizer(model, config), config.loop(), model=model, folder=folder,
-                   resume=resume, settings={**(settings or {}), "config": repr(config), "samples": len(samples)}, after_step=after_step, world=world,
-                   quiet=quiet)
+    result = train(step_function(model, samples, camera, config, world), make_optimizer(model, config), config.loop(),
+                   model=model, folder=folder, resume=resume,
+                   settings={**(settings or {}), "config": repr(config), "samples": len(samples)},
+                   after_step=after_step, world=world, quiet=quiet)
     if result.averaged is not None:
         with torch.no_grad():
             for name, parameter in model.named_parameters(): parameter.copy_(result.averaged.average[name])

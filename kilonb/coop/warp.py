@@ -26,11 +26,13 @@ from ..splats.threads import share, tickets
 KERNEL = dict(cache=True, nogil=True, error_model="numpy")
 INNER = KERNEL | dict(forceinline=True, _nrt=False, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 
-# %% ../../nbs/coop/warp.ipynb #e8d42ce1
+# %% ../../nbs/coop/warp.ipynb #4e11ef7f
 class Grid(NamedTuple):
-    """A panorama as kernels read it. columns: per radian. low, high: heights of the borders, radians, or tangents on a cylinder.
+    """A panorama as kernels read it. columns: per radian. low, high: heights of the borders, radians, or tangents on a
+    cylinder.
 
-    samples: per pixel and direction. sin_azimuth, cos_azimuth: [width * samples]. sin_elevation, cos_elevation: [height * samples].
+    samples: per pixel and direction. sin_azimuth, cos_azimuth: [width * samples]. sin_elevation, cos_elevation: [height
+    * samples].
     """
 
     height: int
@@ -46,22 +48,25 @@ class Grid(NamedTuple):
     sin_elevation: np.ndarray
     cos_elevation: np.ndarray
 
-
+# %% ../../nbs/coop/warp.ipynb #d2e22b2e
 def grid_of(target: PanoramaCamera, samples: int = 1) -> Grid:
     """The Grid of a panorama; KiloError for another camera."""
     if not isinstance(target, PanoramaCamera):
-        raise KiloError(f"The target is a {type(target).__name__}; expected an EquirectangularCamera or a CylindricalCamera.")
+        raise KiloError(f"The target is a {type(target).__name__}; expected an EquirectangularCamera or a "
+                        "CylindricalCamera.")
     fine = target.resized(target.width * samples, target.height * samples)
     along = torch.arange(max(fine.width, fine.height), dtype=torch.float64) + 0.5
     azimuth, elevation = fine.angles(torch.stack([along, along], -1))
     azimuth, elevation = azimuth[:fine.width], elevation[:fine.height]
     (low, high), columns = target.heights, target.width / math.radians(target.azimuth_range_deg)
-    return Grid(target.height, target.width, isinstance(target, CylindricalCamera), target.closed, np.float32(columns), np.float32(low), np.float32(high),
-                samples, *(table.float().numpy() for table in (azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos())))
+    return Grid(target.height, target.width, isinstance(target, CylindricalCamera), target.closed, np.float32(columns),
+                np.float32(low), np.float32(high), samples,
+                *(table.float().numpy() for table in (azimuth.sin(), azimuth.cos(), elevation.sin(), elevation.cos())))
 
-# %% ../../nbs/coop/warp.ipynb #4850fd08
-_ATAN = tuple(np.float32(c) for c in (0.9999998819964927, -0.3333181265562583, 0.19966961829568286, -0.14003290184552686,
-                                      0.09868865457940856, -0.0588297531413815, 0.02378051859662378, -0.004559791986139317))
+# %% ../../nbs/coop/warp.ipynb #594b9a13
+_ATAN = tuple(np.float32(c)
+              for c in (0.9999998819964927, -0.3333181265562583, 0.19966961829568286, -0.14003290184552686,
+                        0.09868865457940856, -0.0588297531413815, 0.02378051859662378, -0.004559791986139317))
 
 
 @njit(**INNER)
@@ -78,7 +83,7 @@ def quick_atan2(y, x):
     if x < 0: angle = np.float32(math.pi) - angle
     return -angle if y < 0 else angle
 
-
+# %% ../../nbs/coop/warp.ipynb #cb7c5db4
 @njit(**INNER)
 def aim(grid, x, y, z):
     """(u, v) where the panorama draws the point (x, y, z) of its own frame; u may be off by whole widths."""
@@ -87,12 +92,15 @@ def aim(grid, x, y, z):
     height = -y / max(flat, np.float32(1e-12)) if grid.cylinder else quick_atan2(-y, flat)
     return u, (grid.high - height) * (np.float32(grid.height) / (grid.high - grid.low))
 
-# %% ../../nbs/coop/warp.ipynb #2fcf0407
+# %% ../../nbs/coop/warp.ipynb #88e43690
 class Sources(NamedTuple):
-    """n cameras as kernels read them, P pixels together. sizes: [n, 2] rows and columns. starts: [n] number of each camera's first pixel.
+    """n cameras as kernels read them, P pixels together. sizes: [n, 2] rows and columns. starts: [n] number of each
+    camera's first pixel.
 
-    motions: [n, 12] panorama to camera, rows of [R | t], metres. optics: [n, 13] fx fy cx cy k1 k2 p1 p2 k3 k4 k5 k6 and the squared reach of the lens.
-    origins: [n, 3] camera centres in the panorama's frame, metres. spread: [P, 3] ray's piece of depth 1 in that frame. usable: [P] bool.
+    motions: [n, 12] panorama to camera, rows of [R | t], metres. optics: [n, 13] fx fy cx cy k1 k2 p1 p2 k3 k4 k5 k6
+    and the squared reach of the lens.
+    origins: [n, 3] camera centres in the panorama's frame, metres. spread: [P, 3] ray's piece of depth 1 in that frame.
+    usable: [P] bool.
     """
 
     sizes: np.ndarray
@@ -103,18 +111,22 @@ class Sources(NamedTuple):
     spread: np.ndarray
     usable: np.ndarray
 
-
+# %% ../../nbs/coop/warp.ipynb #68d98257
 def _optics(camera: Camera, name: str) -> list[float]:
     if isinstance(camera, PinholeCamera): coefficients, reach = [0.0] * 8, math.inf
     elif isinstance(camera, DistortedPinholeCamera):
         lens, reach = camera.lens, camera.lens.reach
         coefficients = [lens.k1, lens.k2, lens.p1, lens.p2, lens.k3, lens.k4, lens.k5, lens.k6]
-    else: raise KiloError(f"Camera {name} is a {type(camera).__name__}; a panorama is stitched from PinholeCamera and DistortedPinholeCamera.")
+    else:
+        raise KiloError(f"Camera {name} is a {type(camera).__name__}; a panorama is stitched from "
+                        "PinholeCamera and DistortedPinholeCamera.")
     return [camera.fx, camera.fy, camera.cx, camera.cy, *coefficients, min(reach * reach, 1e30)]
 
-
-def sources_of(cameras: Sequence[Camera], target: PanoramaCamera, masks: Sequence[Tensor | None] | None = None) -> Sources:
-    """The cameras as seen from a panorama. masks: per camera [H, W] bool, False where its picture shows nothing of the world. KiloError for other cameras."""
+# %% ../../nbs/coop/warp.ipynb #d5d47127
+def sources_of(cameras: Sequence[Camera], target: PanoramaCamera,
+               masks: Sequence[Tensor | None] | None = None) -> Sources:
+    """The cameras as seen from a panorama. masks: per camera [H, W] bool, False where its picture shows nothing of the
+    world. KiloError for other cameras."""
     to_target = rigid_inverse(target.camera_to_world.double().cpu())
     rows, spread, usable = [], [], []
     for number, camera in enumerate(cameras):
@@ -124,28 +136,34 @@ def sources_of(cameras: Sequence[Camera], target: PanoramaCamera, masks: Sequenc
         rays = directions @ to_target[:3, :3].mT / (directions @ camera.camera_to_world[:3, 2].double().cpu())[:, None]
         mask = None if masks is None else masks[number]
         if mask is not None and tuple(mask.shape) != (camera.height, camera.width):
-            raise KiloError(f"The mask of camera {number} is {tuple(mask.shape)}; expected the size of its picture, {(camera.height, camera.width)}.")
+            raise KiloError(f"The mask of camera {number} is {tuple(mask.shape)}; expected the size of its "
+                            f"picture, {(camera.height, camera.width)}.")
         sharp = rays.isfinite().all(-1)
         rows.append(((camera.height, camera.width), rigid_inverse(pose)[:3].flatten(), optics, pose[:3, 3]))
-        spread.append(rays.nan_to_num().float()); usable.append(sharp if mask is None else sharp & mask.cpu().flatten().bool())
+        spread.append(rays.nan_to_num().float())
+        usable.append(sharp if mask is None else sharp & mask.cpu().flatten().bool())
     sizes = np.array([row[0] for row in rows], np.int64)
     starts = np.concatenate([[0], (sizes[:, 0] * sizes[:, 1]).cumsum()[:-1]])
     motions, origins = (torch.stack([row[i] for row in rows]).float().numpy() for i in (1, 3))
-    return Sources(sizes, starts, motions, np.array([row[2] for row in rows], np.float32), origins, torch.cat(spread).numpy(), torch.cat(usable).numpy())
+    return Sources(sizes, starts, motions, np.array([row[2] for row in rows], np.float32), origins,
+                   torch.cat(spread).numpy(), torch.cat(usable).numpy())
 
-# %% ../../nbs/coop/warp.ipynb #4f6a35b2
+# %% ../../nbs/coop/warp.ipynb #189d8a54
 @njit(**INNER)
 def linked(before, first, second, after, cut):
     """Whether the middle two of four pixels in a row show one surface. Inverse depths, 1/metre; 0 where unknown."""
     if first <= 0 or second <= 0: return False
     allowed = cut * max(first, second)
     if abs(second - first) <= allowed: return True
-    return (before > 0 and abs(second - 2 * first + before) <= 0.5 * allowed) or (after > 0 and abs(first - 2 * second + after) <= 0.5 * allowed)
+    return (before > 0 and abs(second - 2 * first + before) <= 0.5 * allowed) or (
+        after > 0 and abs(first - 2 * second + after) <= 0.5 * allowed
+    )
 
-# %% ../../nbs/coop/warp.ipynb #5aeb1d01
+# %% ../../nbs/coop/warp.ipynb #0d40535f
 @njit(**INNER)
 def _link_rows(inverse, across, down, cut):
-    """across[y, x]: (y, x) linked with (y, x + 1). down[y, x]: with (y + 1, x). inverse: [rows, columns] inverse depths, 0 where unknown."""
+    """across[y, x]: (y, x) linked with (y, x + 1). down[y, x]: with (y + 1, x). inverse: [rows, columns] inverse
+    depths, 0 where unknown."""
     rows, columns = inverse.shape
     none = np.float32(0)
     for y in range(rows):
@@ -156,13 +174,14 @@ def _link_rows(inverse, across, down, cut):
             above, below = inverse[y - 1, x] if y > 0 else none, inverse[y + 2, x] if y + 2 < rows else none
             down[y, x] = y + 1 < rows and linked(above, here, inverse[y + 1, x], below, cut)
 
-# %% ../../nbs/coop/warp.ipynb #460a2ce6
+# %% ../../nbs/coop/warp.ipynb #82f05159
 @njit(**INNER)
 def _keep(layer, grid, row, column, distance):
     if grid.closed: column %= grid.width
-    if 0 <= column < grid.width and 0 <= row < grid.height and distance < layer[row, column]: layer[row, column] = distance
+    if 0 <= column < grid.width and 0 <= row < grid.height and distance < layer[row, column]:
+        layer[row, column] = distance
 
-
+# %% ../../nbs/coop/warp.ipynb #3a2d1552
 @njit(**INNER)
 def _draw_triangle(layer, grid, a, b, c):
     """a, b, c: corners (u, v, range)."""
@@ -170,7 +189,10 @@ def _draw_triangle(layer, grid, a, b, c):
     if abs(area) < np.float32(1e-9): return
     half, slack = np.float32(0.5), np.float32(-1e-4)
     left, right = math.ceil(min(a[0], b[0], c[0]) - half), math.floor(max(a[0], b[0], c[0]) - half)
-    top, bottom = max(math.ceil(min(a[1], b[1], c[1]) - half), 0), min(math.floor(max(a[1], b[1], c[1]) - half), grid.height - 1)
+    top, bottom = (
+        max(math.ceil(min(a[1], b[1], c[1]) - half), 0),
+        min(math.floor(max(a[1], b[1], c[1]) - half), grid.height - 1),
+    )
     share_of_one = np.float32(1) / area
     for row in range(top, bottom + 1):
         for column in range(left, right + 1):
@@ -184,14 +206,16 @@ def _draw_triangle(layer, grid, a, b, c):
             elif weight_c > weight_a: distance = c[2]
             _keep(layer, grid, row, column, distance)
 
-
+# %% ../../nbs/coop/warp.ipynb #7b5fe719
 @njit(**INNER)
 def _draw_patch(layer, grid, u, v, half_width, half_height, distance):
     half = np.float32(0.5)
-    for row in range(max(math.ceil(v - half_height - half), 0), min(math.floor(v + half_height - half), grid.height - 1) + 1):
-        for column in range(math.ceil(u - half_width - half), math.floor(u + half_width - half) + 1): _keep(layer, grid, row, column, distance)
+    for row in range(max(math.ceil(v - half_height - half), 0),
+                     min(math.floor(v + half_height - half), grid.height - 1) + 1):
+        for column in range(math.ceil(u - half_width - half), math.floor(u + half_width - half) + 1):
+            _keep(layer, grid, row, column, distance)
 
-# %% ../../nbs/coop/warp.ipynb #210dadd9
+# %% ../../nbs/coop/warp.ipynb #ee16a120
 @njit(**INNER)
 def _unwrap(grid, corner, u):
     """The corner with its u taken around the closed panorama to where it is nearest to `u`."""
@@ -199,7 +223,7 @@ def _unwrap(grid, corner, u):
     around = np.float32(grid.width)
     return corner[0] + around * np.rint((u - corner[0]) / around), corner[1], corner[2]
 
-
+# %% ../../nbs/coop/warp.ipynb #ae7e8965
 @njit(**INNER)
 def _draw_quad(layer, grid, p, q, r, s, top, bottom, left, right):
     """p q above r s: corners (u, v, range). top, bottom, left, right: which edges hold."""
@@ -207,7 +231,8 @@ def _draw_quad(layer, grid, p, q, r, s, top, bottom, left, right):
     half = np.float32(0.5)
     low_u, high_u = min(p[0], q[0], r[0], s[0]), max(p[0], q[0], r[0], s[0])
     low_v, high_v = min(p[1], q[1], r[1], s[1]), max(p[1], q[1], r[1], s[1])
-    if math.ceil(low_u - half) > math.floor(high_u - half) or math.ceil(low_v - half) > math.floor(high_v - half): return
+    if math.ceil(low_u - half) > math.floor(high_u - half) or math.ceil(low_v - half) > math.floor(high_v - half):
+        return
     if high_v < 0 or low_v > grid.height or high_u - low_u > np.float32(grid.width // 4): return
     whole = top and bottom and left and right
     if top and left: _draw_triangle(layer, grid, p, q, r)
@@ -227,23 +252,29 @@ def _draw_row(layer, grid, upper, lower, across_upper, across_lower, down):
         r, s = (lower[x, 0], lower[x, 1], lower[x, 2]), (lower[x + 1, 0], lower[x + 1, 1], lower[x + 1, 2])
         _draw_quad(layer, grid, p, q, r, s, top, bottom, left, right)
 
-# %% ../../nbs/coop/warp.ipynb #fb3be2c4
+# %% ../../nbs/coop/warp.ipynb #9d71625f
 @njit(**INNER)
 def _place(grid, origin, spread, depths, usable, placed, inverse):
-    """Panorama pixel and range of each pixel of a row, placed: [columns, 3], and its inverse depth, 0 where it is not known: NaN, infinite, not above 0."""
+    """Panorama pixel and range of each pixel of a row, placed: [columns, 3], and its inverse depth, 0 where it is not
+    known: NaN, infinite, not above 0."""
     for x in range(len(depths)):
         depth = depths[x]
         known = usable[x] and depth > np.float32(1e-6) and depth < np.float32(1e9)
         depth = depth if known else np.float32(1)
-        px, py, pz = origin[0] + depth * spread[x, 0], origin[1] + depth * spread[x, 1], origin[2] + depth * spread[x, 2]
+        px, py, pz = (
+            origin[0] + depth * spread[x, 0],
+            origin[1] + depth * spread[x, 1],
+            origin[2] + depth * spread[x, 2],
+        )
         placed[x, 0], placed[x, 1] = aim(grid, px, py, pz)
         placed[x, 2] = np.sqrt(px * px + py * py + pz * pz)
         inverse[x] = np.float32(1) / depth if known else np.float32(0)
 
-
+# %% ../../nbs/coop/warp.ipynb #a9239e6e
 @njit(**INNER)
 def _patch_size(grid, origin, spread, here, there, corner, inverse):
-    """Half the extent (u, v), pixels of the panorama, of one source pixel towards its neighbour in the direction `here` to `there`."""
+    """Half the extent (u, v), pixels of the panorama, of one source pixel towards its neighbour in the direction `here`
+    to `there`."""
     depth, half = np.float32(1) / inverse, np.float32(0.5)
     x = origin[0] + depth * (spread[here, 0] + half * (spread[there, 0] - spread[here, 0]))
     y = origin[1] + depth * (spread[here, 1] + half * (spread[there, 1] - spread[here, 1]))
@@ -252,10 +283,11 @@ def _patch_size(grid, origin, spread, here, there, corner, inverse):
     du = abs(u - corner[0])
     return min(du, abs(du - np.float32(grid.width))) if grid.closed else du, abs(v - corner[1])
 
-# %% ../../nbs/coop/warp.ipynb #97b6ed88
+# %% ../../nbs/coop/warp.ipynb #07b82cd5
 @njit(**INNER)
 def _warp_strip(first, last, low, sources, camera, grid, depths, cut, placed, inverse, across, down, layer):
-    """Draw rows first..last-1 of a camera's picture; placed, inverse, across, down: [rows, columns, ..], scratch, for the rows from `low` on."""
+    """Draw rows first..last-1 of a camera's picture; placed, inverse, across, down: [rows, columns, ..], scratch, for
+    the rows from `low` on."""
     height, width = sources.sizes[camera, 0], sources.sizes[camera, 1]
     start, origin = sources.starts[camera], sources.origins[camera]
     for y in range(len(placed)):
@@ -268,14 +300,18 @@ def _warp_strip(first, last, low, sources, camera, grid, depths, cut, placed, in
             left, above = x > 0 and across[y, x - 1], y > 0 and down[y - 1, x]
             if across[y, x] and down[y, x] and left and above: continue
             p, here = (placed[y, x, 0], placed[y, x, 1], placed[y, x, 2]), start + (y + low) * width + x
-            wide = _patch_size(grid, origin, sources.spread, here, here + 1 if x + 1 < width else here - 1, p, inverse[y, x])
-            tall = _patch_size(grid, origin, sources.spread, here, here + width if y + low + 1 < height else here - width, p, inverse[y, x])
+            wide = _patch_size(grid, origin, sources.spread, here, here + 1 if x + 1 < width else here - 1, p,
+                               inverse[y, x])
+            tall = _patch_size(grid, origin, sources.spread, here,
+                               here + width if y + low + 1 < height else here - width, p, inverse[y, x])
             half_width, half_height = wide[0] + tall[0], wide[1] + tall[1]
-            if not (across[y, x] or down[y, x] or left or above): half_width, half_height = max(half_width, np.float32(0.5)), max(half_height, np.float32(0.5))
-            if half_width < np.float32(grid.width // 4): _draw_patch(layer, grid, p[0], p[1], half_width, half_height, p[2])
+            if not (across[y, x] or down[y, x] or left or above):
+                half_width, half_height = max(half_width, np.float32(0.5)), max(half_height, np.float32(0.5))
+            if half_width < np.float32(grid.width // 4):
+                _draw_patch(layer, grid, p[0], p[1], half_width, half_height, p[2])
         if y + 1 < len(placed): _draw_row(layer, grid, placed[y], placed[y + 1], across[y], across[y + 1], down[y])
 
-
+# %% ../../nbs/coop/warp.ipynb #9d6d5dae
 @njit(**KERNEL)
 def _warp(counter, sources, grid, depths, cut, strips, layers):
     """layers: [n * strips, height, width] filled with infinity."""
@@ -288,55 +324,68 @@ def _warp(counter, sources, grid, depths, cut, strips, layers):
         across, down = np.empty((high - low, width), np.bool_), np.empty((high - low, width), np.bool_)
         _warp_strip(first, last, low, sources, camera, grid, depths, cut, placed, inverse, across, down, layers[job])
 
-# %% ../../nbs/coop/warp.ipynb #9d1ba864
+# %% ../../nbs/coop/warp.ipynb #1cf1bf6f
 def flat_depths(cameras: Sequence[Camera], depths: Sequence[Tensor | None]) -> np.ndarray:
-    """Depth maps [H, W] (camera z, metres; NaN, 0 and infinite: unknown; None: no map) behind each other, [P] float32. KiloError where they do not fit."""
-    if len(depths) != len(cameras): raise KiloError(f"There are {len(cameras)} cameras but {len(depths)} depth maps; give one each, None where there is none.")
+    """Depth maps [H, W] (camera z, metres; NaN, 0 and infinite: unknown; None: no map) behind each other, [P] float32.
+    KiloError where they do not fit."""
+    if len(depths) != len(cameras):
+        raise KiloError(f"There are {len(cameras)} cameras but {len(depths)} depth maps; give one each, None "
+                        "where there is none.")
     flat = []
     for number, (camera, depth) in enumerate(zip(cameras, depths)):
         size = (camera.height, camera.width)
         if depth is not None and tuple(depth.shape) != size:
-            raise KiloError(f"The depth map of camera {number} is {tuple(depth.shape)}; expected the size of its picture, {size}.")
-        flat.append(np.zeros(math.prod(size), np.float32) if depth is None else torch.as_tensor(depth).float().cpu().reshape(-1).numpy())
+            raise KiloError(f"The depth map of camera {number} is {tuple(depth.shape)}; expected the size of its "
+                            f"picture, {size}.")
+        flat.append(np.zeros(math.prod(size), np.float32) if depth is None
+                    else torch.as_tensor(depth).float().cpu().reshape(-1).numpy())
     return np.concatenate(flat)
 
-
+# %% ../../nbs/coop/warp.ipynb #d925e217
 def warp_layers(sources: Sources, grid: Grid, depths: np.ndarray, cut: float = 0.05, strips: int = 4) -> np.ndarray:
-    """What each camera sees, from the panorama's centre: ranges [n, height, width], metres, float32, infinite where a camera shows no surface.
+    """What each camera sees, from the panorama's centre: ranges [n, height, width], metres, float32, infinite where a
+    camera shows no surface.
 
-    depths: [P], metres along each camera's axis. cut: share of the inverse depth by which neighbours of one surface may differ. strips: jobs per camera.
-    Every finite range is the distance of one input point from the panorama's centre. The result depends neither on `strips` nor on the number of threads.
-    Triangles wider than a quarter of the panorama, around its zenith and nadir, are left out.
+    depths: [P], metres along each camera's axis. cut: share of the inverse depth by which neighbours of one surface may
+    differ. strips: jobs per camera. Every finite range is the distance of one input point from the panorama's centre.
+    The result depends neither on `strips` nor on the number of threads. Triangles wider than a quarter of the panorama,
+    around its zenith and nadir, are left out.
     """
     layers = np.full((len(sources.sizes) * strips, grid.height, grid.width), np.inf, np.float32)
     share(_warp, sources, grid, depths, np.float32(cut), strips, layers)
     return layers.reshape(len(sources.sizes), strips, grid.height, grid.width).min(1)
 
-# %% ../../nbs/coop/warp.ipynb #87eebf6d
+# %% ../../nbs/coop/warp.ipynb #9914170d
 def warp_reference(camera: Camera, target: PanoramaCamera, depth: Tensor, cut: float = 0.05) -> Tensor:
-    """What `warp_layers` draws of triangles (not of patches) for one camera, ranges [height, width], in plain torch; for small pictures."""
+    """What `warp_layers` draws of triangles (not of patches) for one camera, ranges [height, width], in plain torch;
+    for small pictures."""
     rows, columns = camera.height, camera.width
     known = depth.isfinite() & (depth > 0)
     points = camera.unproject(camera.pixel_centres(), torch.where(known, depth, 1.0).double().flatten())
     pixels, ranges = target.project(points)
     inverse = torch.where(known, 1 / depth, 0.0)
-    def link(a, b): return linked(*(float(inverse[y, x]) if 0 <= y < rows and 0 <= x < columns else 0.0 for y, x in ((2 * a[0] - b[0], 2 * a[1] - b[1]), a, b,
-                                                                                                                     (2 * b[0] - a[0], 2 * b[1] - a[1]))), cut)
-    layer, centres = torch.full((target.height * target.width,), torch.inf, dtype=torch.float64), target.pixel_centres().double()
+    def link(a, b):
+        return linked(*(float(inverse[y, x]) if 0 <= y < rows and 0 <= x < columns else 0.0 for y,
+                        x in ((2 * a[0] - b[0], 2 * a[1] - b[1]), a, b, (2 * b[0] - a[0], 2 * b[1] - a[1]))), cut)
+    layer, centres = torch.full((target.height * target.width,), torch.inf,
+                                dtype=torch.float64), target.pixel_centres().double()
     for y in range(rows - 1):
         for x in range(columns - 1):
             p, q, r, s = (y, x), (y, x + 1), (y + 1, x), (y + 1, x + 1)
             top, bottom, left, right = link(p, q), link(r, s), link(p, r), link(q, s)
             corners = [(p, q, r)] * (top and left) + [(s, r, q)] * (bottom and right)
-            if not (top and bottom and left and right): corners += [(q, p, s)] * (top and right) + [(r, p, s)] * (bottom and left)
+            if not (top and bottom and left and right):
+                corners += [(q, p, s)] * (top and right) + [(r, p, s)] * (bottom and left)
             for corner in corners:
                 number = torch.tensor([i * columns + j for i, j in corner])
                 triangle = pixels[number].double()
-                if target.closed: triangle[:, 0] -= target.width * ((triangle[:, 0] - triangle[0, 0]) / target.width).round()
+                if target.closed:
+                    triangle[:, 0] -= target.width * ((triangle[:, 0] - triangle[0, 0]) / target.width).round()
                 if triangle[:, 0].amax() - triangle[:, 0].amin() > target.width / 4: continue
                 for turn in (-target.width, 0, target.width) if target.closed else (0,):
                     frame = torch.cat([triangle + torch.tensor([turn, 0]), torch.ones(3, 1)], 1).mT
-                    weights = torch.linalg.solve_ex(frame, torch.cat([centres, torch.ones(len(centres), 1)], 1).mT).result
+                    weights = torch.linalg.solve_ex(frame,
+                                                    torch.cat([centres, torch.ones(len(centres), 1)], 1).mT).result
                     inside = weights.amin(0) >= -1e-4
                     layer[inside] = torch.minimum(layer[inside], ranges[number[weights.argmax(0)]][inside].double())
     return layer.reshape(target.height, target.width)

@@ -70,7 +70,7 @@ def _union(value: Any, parts: tuple, where: str) -> Any:
         except KiloError as error: inner = error
     raise inner or _Mismatch
 
-# %% ../../nbs/core/configs.ipynb #cdf17083
+# %% ../../nbs/core/configs.ipynb #b74ca1ae
 def _fit(value: Any, hint: Any, where: str) -> Any:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any: return value
@@ -83,18 +83,20 @@ def _fit(value: Any, hint: Any, where: str) -> Any:
     if hint is Path and isinstance(value, str): return Path(value)
     return _scalar(value, origin or hint)
 
-
+# %% ../../nbs/core/configs.ipynb #6712976d
 def _nested(value: Any, cls: type, where: str) -> Any:
     if not isinstance(value, Mapping): raise _Mismatch
     return build_config(cls, value, where)
 
-
+# %% ../../nbs/core/configs.ipynb #90fe05e0
 def check_value(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotation `hint` asks; KiloError with the place `where`, the value and the expected type otherwise."""
+    """`value` as the annotation `hint` asks; KiloError with the place `where`, the value and the expected type
+    otherwise."""
     try: return _fit(value, hint, where)
-    except _Mismatch: raise KiloError(f"{where} must be {type_name(hint)}: got {type(value).__name__} {value!r}.") from None
+    except _Mismatch:
+        raise KiloError(f"{where} must be {type_name(hint)}: got {type(value).__name__} {value!r}.") from None
 
-# %% ../../nbs/core/configs.ipynb #0b4a45a0
+# %% ../../nbs/core/configs.ipynb #b5f778dc
 Config = TypeVar("Config")
 
 
@@ -103,20 +105,24 @@ def build_config(cls: type[Config], values: Mapping[str, Any], where: str = "") 
 
     values: field name -> value; a nested dataclass takes a mapping or an instance; fields left out take their defaults.
     where: the place of this config in a larger one, for the messages.
-    Raises KiloError: unknown key (with the nearest known), missing key, wrong type, or what `cls.validate(self)` objects to.
+    Raises KiloError: unknown key (with the nearest known), missing key, wrong type, or what `cls.validate(self)`
+    objects to.
     """
-    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen: raise TypeError(f"{cls.__name__} is not a frozen dataclass")
+    if not dataclasses.is_dataclass(cls) or not cls.__dataclass_params__.frozen:
+        raise TypeError(f"{cls.__name__} is not a frozen dataclass")
     hints, name = typing.get_type_hints(cls), where or cls.__name__
     fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     for key in values:
         if key not in fields: raise unknown_name(f"key of {name}", str(key), fields)
-    missing = [key for key, field in fields.items() if key not in values and field.default is field.default_factory is dataclasses.MISSING]
+    missing = [key for key,
+               field in fields.items() if key not in values
+               and field.default is field.default_factory is dataclasses.MISSING]
     if missing: raise KiloError(f"{name} needs a value for {', '.join(missing)}.")
     config = cls(**{key: check_value(value, hints[key], f"{name}.{key}") for key, value in values.items()})
     _validate(config, name)
     return config
 
-# %% ../../nbs/core/configs.ipynb #79ca3fec
+# %% ../../nbs/core/configs.ipynb #06cf2eef
 def _validate(config: Any, name: str) -> None:
     validate = getattr(config, "validate", None)
     if validate is None: return
@@ -125,9 +131,11 @@ def _validate(config: Any, name: str) -> None:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as plain values that JSON holds and `build_config` takes back: nested dictionaries, lists, paths as text."""
+    """A config as plain values that JSON holds and `build_config` takes back: nested dictionaries, lists, paths as
+    text."""
     def plain(value: Any) -> Any:
-        if dataclasses.is_dataclass(value): return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
+        if dataclasses.is_dataclass(value):
+            return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value) if field.init}
         if isinstance(value, Mapping): return {key: plain(item) for key, item in value.items()}
         if isinstance(value, (list, tuple)): return [plain(item) for item in value]
         return str(value) if isinstance(value, Path) else value
@@ -150,7 +158,7 @@ def _whole(text: str) -> int:
     if not value.is_integer(): raise ValueError
     return int(value)
 
-# %% ../../nbs/core/configs.ipynb #0c23fdc7
+# %% ../../nbs/core/configs.ipynb #d16f7cba
 def _items(text: str, hint: Any) -> Any:
     value = _literal(text)
     if isinstance(value, (list, tuple, dict)): return value
@@ -159,7 +167,7 @@ def _items(text: str, hint: Any) -> Any:
     pieces = [piece.strip() for piece in text.split(",")] if text.strip() else []
     return [_read(piece, part) for piece, part in zip(pieces, hints or [Any] * len(pieces), strict=True)]
 
-
+# %% ../../nbs/core/configs.ipynb #4efb36f8
 def _read(text: str, hint: Any) -> Any:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType): return _read_any(text, parts)
@@ -171,7 +179,7 @@ def _read(text: str, hint: Any) -> Any:
     if hint is float: return float(text)
     return text if hint in (str, Path) else _literal(text)
 
-
+# %% ../../nbs/core/configs.ipynb #35c3d5d6
 def _read_any(text: str, parts: tuple) -> Any:
     ordered = sorted(parts, key=lambda part: (part is str, part is not type(None)))
     for part in ordered:
@@ -179,7 +187,7 @@ def _read_any(text: str, parts: tuple) -> Any:
         except (KiloError, ValueError, KeyError): pass
     raise ValueError
 
-# %% ../../nbs/core/configs.ipynb #38ae0e3f
+# %% ../../nbs/core/configs.ipynb #57b95b61
 def annotation_of(value: Any) -> Any:
     """The type that a default tells: a list of the items' common type, `Any` for None."""
     if value is None: return Any
@@ -190,12 +198,17 @@ def annotation_of(value: Any) -> Any:
         return list[item] if isinstance(value, list) else tuple[item, ...]
     return type(value)
 
-
+# %% ../../nbs/core/configs.ipynb #aaa42414
 def parse_value(text: str, annotation: Any, name: str = "value") -> Any:
     """The text of `-p name=value` as a value of `annotation`: a type, or a default whose type is meant.
 
     Raises KiloError where the text does not spell such a value.
     """
-    hint = annotation if isinstance(annotation, type) or typing.get_origin(annotation) or annotation is Any else annotation_of(annotation)
+    hint = (
+        annotation
+        if isinstance(annotation, type) or typing.get_origin(annotation) or annotation is Any
+        else annotation_of(annotation)
+    )
     try: return check_value(_read(text, hint), hint, name)
-    except (ValueError, KeyError, KiloError): raise KiloError(f"{name} must be {type_name(hint)}: got '{text}'.") from None
+    except (ValueError, KeyError, KiloError):
+        raise KiloError(f"{name} must be {type_name(hint)}: got '{text}'.") from None

@@ -9,13 +9,14 @@ __all__ = ['KiloError', 'unknown_name']
 class KiloError(Exception):
     """Bad input or an impossible request, told in one sentence: what was given, what was expected, what to do."""
 
-# %% ../../nbs/core/errors.ipynb #109aae09
+# %% ../../nbs/core/errors.ipynb #58b0df9e
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> KiloError:
-    """The error for a `name` that is not among the `known` names of its `kind`; it suggests the nearest, or lists all."""
+    """The error for a `name` that is not among the `known` names of its `kind`; it suggests the nearest, or lists
+    all."""
     known = sorted(known)
     near = get_close_matches(name, known, n=1, cutoff=0.6)
     hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(known) or 'none'}."

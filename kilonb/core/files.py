@@ -15,12 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-# %% ../../nbs/core/files.ipynb #be4fa42f
+# %% ../../nbs/core/files.ipynb #03d4fab6
 @contextmanager
 def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path` in one step, on any exception it is removed.
 
-    The folder is made if it is missing. The temporary name starts with a dot and ends in `.part`, so no reader's pattern matches it.
+    The folder is made if it is missing. The temporary name starts with a dot and ends in `.part`, so no reader's
+    pattern matches it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,12 +32,13 @@ def atomic_write(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         partial.unlink(missing_ok=True)
 
-# %% ../../nbs/core/files.ipynb #760c9e33
+# %% ../../nbs/core/files.ipynb #7b124c94
 _SPECIAL = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
 
 
 def _spell(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value): return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
     if isinstance(value, dict): return {str(k): _spell(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [_spell(v) for v in value]
     if hasattr(value, "tolist"): return _spell(value.tolist())

@@ -34,9 +34,10 @@ def hash_file(path: str | os.PathLike) -> str:
         raise KiloError(f"Cannot read '{path}': {error.strerror or error}.") from error
     return digest.hexdigest()
 
-# %% ../../nbs/core/hashing.ipynb #029e6485
+# %% ../../nbs/core/hashing.ipynb #52339283
 def list_files(folder: str | os.PathLike, patterns: Iterable[str] | None = None) -> list[str]:
-    """Relative posix paths of all files in `folder`, sorted; without names that start with a dot; with `patterns`, only what one of them matches."""
+    """Relative posix paths of all files in `folder`, sorted; without names that start with a dot; with `patterns`, only
+    what one of them matches."""
     folder = Path(folder)
     if not folder.is_dir(): raise KiloError(f"'{folder}' is not a folder.")
     chosen, found = None if patterns is None else list(patterns), []
@@ -52,26 +53,29 @@ def hash_files(folder: str | os.PathLike, paths: Iterable[str], threads: int | N
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(paths, pool.map(lambda path: hash_file(Path(folder) / path), paths)))
 
-# %% ../../nbs/core/hashing.ipynb #86118fb4
+# %% ../../nbs/core/hashing.ipynb #0c39f9df
 def hash_folder(path: str | os.PathLike, patterns: Iterable[str] | None = None) -> str:
     """One SHA-256 for a folder's files (names, sizes and bytes), or for a single file: that of its bytes.
 
-    patterns: shell patterns against relative paths; None takes every file. Raises KiloError where `path` is missing or no file matches.
+    patterns: shell patterns against relative paths; None takes every file. Raises KiloError where `path` is missing or
+    no file matches.
     """
     path = Path(path)
     if path.is_file(): return hash_file(path)
     if not path.exists(): raise KiloError(f"'{path}' does not exist.")
     digests = hash_files(path, list_files(path, patterns))
-    if not digests: raise KiloError(f"'{path}' holds no files{'' if patterns is None else ' that match ' + ', '.join(patterns)}.")
+    if not digests:
+        raise KiloError(f"'{path}' holds no files{'' if patterns is None else ' that match ' + ', '.join(patterns)}.")
     lines = [f"{digest} {(path / name).stat().st_size} {name}\n" for name, digest in digests.items()]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
-# %% ../../nbs/core/hashing.ipynb #7263dff9
+# %% ../../nbs/core/hashing.ipynb #bbe45019
 LARGE_BYTES = 1 << 28
 
 
 def remembered_hash(path: str | os.PathLike, memory: str | os.PathLike, large_bytes: int = LARGE_BYTES) -> str:
-    """As `hash_folder`; the digest of a folder of more than `large_bytes` is kept in the folder `memory` and believed while no file's size or date changes."""
+    """As `hash_folder`; the digest of a folder of more than `large_bytes` is kept in the folder `memory` and believed
+    while no file's size or date changes."""
     path, lines, total = Path(path).resolve(), [], 0
     if not path.is_dir(): return hash_folder(path)
     for name in list_files(path):
@@ -88,7 +92,7 @@ def remembered_hash(path: str | os.PathLike, memory: str | os.PathLike, large_by
     with suppress(OSError), atomic_write(kept) as partial: partial.write_text(digest, encoding="ascii")
     return digest
 
-# %% ../../nbs/core/hashing.ipynb #9bbf2072
+# %% ../../nbs/core/hashing.ipynb #32d4bf07
 _PACKAGE = Path(kilonb.__file__).parent
 
 
@@ -96,18 +100,20 @@ def _module_file(name: str) -> Path | None:
     place = _PACKAGE.joinpath(*name.split(".")[1:])
     return next((path for path in (place.with_suffix(".py"), place / "__init__.py") if path.is_file()), None)
 
-
+# %% ../../nbs/core/hashing.ipynb #2c391732
 def _imported(source: str, package: str) -> Iterator[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
         if isinstance(node, ast.ImportFrom):
-            base = ".".join([*package.split(".")[:len(package.split(".")) - node.level + 1], *filter(None, [node.module])]) if node.level else node.module
+            base = ".".join([*package.split(".")[:len(package.split(".")) - node.level + 1],
+                             *filter(None, [node.module])]) if node.level else node.module
             yield base
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
-
+# %% ../../nbs/core/hashing.ipynb #c77c34d3
 def imported_modules(source: str, package: str = "", within: str = "kilonb") -> dict[str, Path]:
-    """Name -> file of the modules of `within` that Python `source` imports, through each other too, sorted by name. package: in which `source` lies."""
+    """Name -> file of the modules of `within` that Python `source` imports, through each other too, sorted by name.
+    package: in which `source` lies."""
     found: dict[str, Path] = {}
     waiting = [(source, package)]
     while waiting:
@@ -115,5 +121,6 @@ def imported_modules(source: str, package: str = "", within: str = "kilonb") -> 
             path = _module_file(name) if f"{name}.".startswith(f"{within}.") and name not in found else None
             if path is None: continue
             found[name] = path
-            waiting.append((path.read_text(encoding="utf-8"), name if path.name == "__init__.py" else name.rpartition(".")[0]))
+            waiting.append((path.read_text(encoding="utf-8"),
+                            name if path.name == "__init__.py" else name.rpartition(".")[0]))
     return dict(sorted(found.items()))

@@ -5,6 +5,8 @@
 # %% auto #0
 __all__ = ['CONTENT_SECURITY_POLICY']
 
-# %% ../../nbs/core/html.ipynb #19ce9f4e
-CONTENT_SECURITY_POLICY = ("default-src 'none'; img-src data: blob:; media-src data: blob:; font-src data:; style-src 'unsafe-inline'; "
-          "script-src 'unsafe-inline' 'unsafe-eval' blob: data:; worker-src blob:; connect-src data: blob:; form-action 'none'; base-uri 'none'")
+# %% ../../nbs/core/html.ipynb #af6ab05d
+CONTENT_SECURITY_POLICY = ("default-src 'none'; img-src data: blob:; media-src data: blob:; font-src data:; "
+                           "style-src 'unsafe-inline'; "
+                           "script-src 'unsafe-inline' 'unsafe-eval' blob: data:; worker-src blob:; connect-src "
+                           "data: blob:; form-action 'none'; base-uri 'none'")

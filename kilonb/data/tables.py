@@ -19,10 +19,11 @@ from ..core.errors import KiloError
 from ..core.files import atomic_write
 from ..core.pickles import ARRAYS, combine, load_restricted
 
-# %% ../../nbs/data/tables.ipynb #bc6ab171
+# %% ../../nbs/data/tables.ipynb #c0538630
 class _FrameState:
     """What a pickled DataFrame holds: its manager, under either name."""
-    def __setstate__(self, state: Any) -> None: self.manager = state.get("_mgr", state.get("_data")) if isinstance(state, dict) else None
+    def __setstate__(self, state: Any) -> None:
+        self.manager = state.get("_mgr", state.get("_data")) if isinstance(state, dict) else None
 
 
 class _ManagerState:
@@ -41,7 +42,7 @@ def _labels(kind: Any, state: Mapping[str, Any]) -> _Labels:
     if "data" in state: return _Labels(list(state["data"]))
     return _Labels(range(state.get("start", 0), state["stop"], state.get("step", 1)))
 
-# %% ../../nbs/data/tables.ipynb #bff6afe8
+# %% ../../nbs/data/tables.ipynb #c7cfef95
 FRAMES = combine(ARRAYS, {
     "pandas.core.frame": ("DataFrame",),
     "pandas.core.internals.managers": ("BlockManager",),
@@ -50,40 +51,48 @@ FRAMES = combine(ARRAYS, {
     "pandas.core.indexes.numeric": ("Int64Index",),
 })
 _HERE = "kilonb.data.tables"
-_STAND_INS = {"pandas.core.frame:DataFrame": f"{_HERE}:_FrameState", "pandas.core.internals.managers:BlockManager": f"{_HERE}:_ManagerState",
-              "pandas.core.indexes.base:_new_Index": f"{_HERE}:_labels", "pandas.core.indexes.base:Index": f"{_HERE}:_Labels",
-              "pandas.core.indexes.range:RangeIndex": f"{_HERE}:_Labels", "pandas.core.indexes.numeric:Int64Index": f"{_HERE}:_Labels"}
+_STAND_INS = {"pandas.core.frame:DataFrame": f"{_HERE}:_FrameState",
+              "pandas.core.internals.managers:BlockManager": f"{_HERE}:_ManagerState",
+              "pandas.core.indexes.base:_new_Index": f"{_HERE}:_labels",
+              "pandas.core.indexes.base:Index": f"{_HERE}:_Labels",
+              "pandas.core.indexes.range:RangeIndex": f"{_HERE}:_Labels",
+              "pandas.core.indexes.numeric:Int64Index": f"{_HERE}:_Labels"}
 
-# %% ../../nbs/data/tables.ipynb #e9c50857
+# %% ../../nbs/data/tables.ipynb #5342ed9d
 def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """The columns of a pickled data frame (gzipped or not): name -> [rows], in the file's order and types (texts as objects). No pandas, and nothing is run.
+    """The columns of a pickled data frame (gzipped or not): name -> [rows], in the file's order and types (texts as
+    objects). No pandas, and nothing is run.
 
-    columns: names that must be there. Raises KiloError: missing, not a whole pickle, not a data frame, or without one of `columns` (named).
+    columns: names that must be there. Raises KiloError: missing, not a whole pickle, not a data frame, or without one
+    of `columns` (named).
     """
     frame = load_restricted(path, FRAMES, _STAND_INS)
     manager = getattr(frame, "manager", None)
-    if len(getattr(manager, "axes", ())) != 2: raise KiloError(f"'{path}' is not a pickled pandas table of a layout that is known here.")
+    if len(getattr(manager, "axes", ())) != 2:
+        raise KiloError(f"'{path}' is not a pickled pandas table of a layout that is known here.")
     names, table = list(manager.axes[0].values), {}
     for block in manager.blocks:
         where = block["mgr_locs"]
         numbers = range(*where.indices(len(names))) if isinstance(where, slice) else [int(i) for i in where]
         for number, values in zip(numbers, np.atleast_2d(block["values"])): table[names[number]] = values
     missing = [name for name in (*names, *columns) if name not in table]
-    if missing: raise KiloError(f"'{path}' has no column '{missing[0]}': it has {', '.join(map(str, table)) or 'none'}.")
+    if missing:
+        raise KiloError(f"'{path}' has no column '{missing[0]}': it has {', '.join(map(str, table)) or 'none'}.")
     return {name: table[name] for name in names}
 
-# %% ../../nbs/data/tables.ipynb #811d5f4b
+# %% ../../nbs/data/tables.ipynb #6a3ffe85
 class _Global:
     """A name of a module that need not be installed; pickled as that name."""
     def __init__(self, module: str, name: str) -> None: self.module, self.name = module, name
 
-
+# %% ../../nbs/data/tables.ipynb #dfbf36e9
 class _Built:
-    """An object that is pickled as `function(*arguments)`, then given `state`; `function` is a _Global. new: by its __new__ instead of a call."""
+    """An object that is pickled as `function(*arguments)`, then given `state`; `function` is a _Global. new: by its
+    __new__ instead of a call."""
     def __init__(self, function: _Global, arguments: tuple, state: Any = None, new: bool = False) -> None:
         self.function, self.arguments, self.state, self.new = function, arguments, state, new
 
-
+# %% ../../nbs/data/tables.ipynb #828094fe
 class _FramePickler(pickle._Pickler):
     def save(self, item: Any, save_persistent_id: bool = True) -> None:
         if isinstance(item, _Global): self.write(pickle.GLOBAL + f"{item.module}\n{item.name}\n".encode())
@@ -96,22 +105,27 @@ class _FramePickler(pickle._Pickler):
     def save_global(self, item: Any, name: str | None = None) -> None:
         """A function or class by its name; numpy's own by the name that every numpy knows."""
         module = item.__module__ if isinstance(getattr(item, "__module__", None), str) else ""
-        if module.startswith("numpy._core"): self.write(pickle.GLOBAL + f"numpy.core{module.removeprefix('numpy._core')}\n{item.__name__}\n".encode())
+        if module.startswith("numpy._core"):
+            self.write(pickle.GLOBAL + f"numpy.core{module.removeprefix('numpy._core')}\n{item.__name__}\n".encode())
         else: super().save_global(item, name)
 
-# %% ../../nbs/data/tables.ipynb #1553e55e
+# %% ../../nbs/data/tables.ipynb #1295ba09
 _FRAME, _MANAGER = _Global("pandas.core.frame", "DataFrame"), _Global("pandas.core.internals.managers", "BlockManager")
-_NEW_INDEX, _INDEX, _RANGE = (_Global(*name) for name in (("pandas.core.indexes.base", "_new_Index"), ("pandas.core.indexes.base", "Index"),
-                                                          ("pandas.core.indexes.range", "RangeIndex")))
+_NEW_INDEX, _INDEX, _RANGE = (_Global(*name)
+                              for name in (("pandas.core.indexes.base", "_new_Index"),
+                                           ("pandas.core.indexes.base", "Index"),
+                                           ("pandas.core.indexes.range", "RangeIndex")))
 
 
 def _array(values: Any) -> np.ndarray:
-    """One column; with a text in it, all of it stays as Python objects: numpy would spell a missing value beside texts as 'nan'."""
-    if not isinstance(values, np.ndarray) and any(isinstance(value, str) for value in values): return np.array(list(values), dtype=object)
+    """One column; with a text in it, all of it stays as Python objects: numpy would spell a missing value beside texts
+    as 'nan'."""
+    if not isinstance(values, np.ndarray) and any(isinstance(value, str) for value in values):
+        return np.array(list(values), dtype=object)
     array = np.asarray(values)
     return array.astype(object) if array.dtype.kind in "US" else array
 
-
+# %% ../../nbs/data/tables.ipynb #c0e2f59f
 def _blocks(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     kinds: dict[np.dtype, list[int]] = {}
     arrays = [_array(values) for values in columns.values()]
@@ -120,22 +134,27 @@ def _blocks(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
     for numbers in kinds.values():
         step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
         even = numbers == list(range(numbers[0], numbers[-1] + 1, step))
-        blocks.append({"values": np.stack([arrays[i] for i in numbers]), "mgr_locs": slice(numbers[0], numbers[-1] + 1, step) if even else np.array(numbers)})
+        blocks.append({"values": np.stack([arrays[i] for i in numbers]),
+                       "mgr_locs": slice(numbers[0], numbers[-1] + 1, step) if even else np.array(numbers)})
     return blocks
 
-# %% ../../nbs/data/tables.ipynb #5a99c4d4
+# %% ../../nbs/data/tables.ipynb #d3086f38
 def write_table(path: str | os.PathLike, columns: Mapping[str, Any]) -> None:
-    """Write columns name -> [rows] as a gzipped pickle of a pandas DataFrame (as PandaSet's files are), atomically; equal tables give equal bytes.
+    """Write columns name -> [rows] as a gzipped pickle of a pandas DataFrame (as PandaSet's files are), atomically;
+    equal tables give equal bytes.
 
     Raises KiloError where the columns differ in length or there are none.
     """
     lengths = {len(values) for values in columns.values()}
-    if len(lengths) != 1: raise KiloError(f"A table for '{path}' needs columns of one length: got lengths {sorted(lengths) or 'none'}.")
+    if len(lengths) != 1:
+        raise KiloError(f"A table for '{path}' needs columns of one length: got lengths {sorted(lengths) or 'none'}.")
     names = _Built(_NEW_INDEX, (_INDEX, {"data": np.array(list(columns), dtype=object), "name": None}))
     rows = _Built(_NEW_INDEX, (_RANGE, {"name": None, "start": 0, "stop": lengths.pop(), "step": 1}))
     axes, blocks = [names, rows], _blocks(columns)
     values = [block["values"] for block in blocks]
-    items = [_Built(_NEW_INDEX, (_INDEX, {"data": np.array(list(columns), dtype=object)[block["mgr_locs"]], "name": None})) for block in blocks]
+    items = [_Built(_NEW_INDEX,
+                    (_INDEX, {"data": np.array(list(columns), dtype=object)[block["mgr_locs"]], "name": None}))
+             for block in blocks]
     manager = _Built(_MANAGER, (), (axes, values, items, {"0.14.1": {"axes": axes, "blocks": blocks}}), new=True)
     frame = _Built(_FRAME, (), {"_data": manager, "_typ": "dataframe", "_metadata": [], "attrs": {}}, new=True)
     buffer = io.BytesIO()

@@ -20,7 +20,7 @@ from .targets import RayBatch
 from ..fields.rendering import RayRender
 from ..core.errors import KiloError
 
-# %% ../../nbs/distill/alpha.ipynb #839709a9
+# %% ../../nbs/distill/alpha.ipynb #afc0fc88
 def mean_where(values: Tensor, chosen: Tensor) -> Tensor:
     """Mean of values [R] over the rays in chosen [R] (bool); 0 where there are none. Differentiable in values."""
     return (values * chosen).sum() / chosen.sum().clamp(min=1)
@@ -32,19 +32,20 @@ def quantile_where(values: Tensor, chosen: Tensor, q: float) -> Tensor:
 
 
 def halo_and_leak(seen: Tensor, target: Tensor, solid: float, q: float) -> tuple[Tensor, Tensor]:
-    """q-quantiles of the student's alpha on background rays (target 0) and of its 1 - alpha on object rays (target >= solid).
+    """q-quantiles of the student's alpha on background rays (target 0) and of its 1 - alpha on object rays (target >=
+    solid).
 
     seen, target: alpha [R], 0..1. A good student has both near 0.
     """
     return quantile_where(seen, target == 0, q), quantile_where(1 - seen, target >= solid, q)
 
-# %% ../../nbs/distill/alpha.ipynb #2ebdbf4a
+# %% ../../nbs/distill/alpha.ipynb #9f0f821d
 @dataclass(frozen=True)
 class OpacityTargetConfig:
     """Schedule of a target for the mean alpha of object rays.
 
-    start, end: target, 0..1. weight: of the loss, after the warm-up. warmup, ramp: shares of the run: the weight's rise, then the
-    target's way from start to end.
+    start, end: target, 0..1. weight: of the loss, after the warm-up. warmup, ramp: shares of the run: the weight's
+    rise, then the target's way from start to end.
     side: "below" pulls up only, "both" pulls down as well. solid: target alpha from which a ray is an object ray.
     """
 
@@ -58,10 +59,12 @@ class OpacityTargetConfig:
 
     def __post_init__(self):
         for name in ("start", "end", "solid"):
-            if not 0 <= getattr(self, name) <= 1: raise KiloError(f"The opacity target's {name} is {getattr(self, name)}; expected an alpha, 0 to 1.")
+            if not 0 <= getattr(self, name) <= 1:
+                raise KiloError(f"The opacity target's {name} is {getattr(self, name)}; expected an alpha, 0 to 1.")
         if self.weight < 0: raise KiloError(f"The opacity target's weight is {self.weight}; expected 0 or more.")
         if min(self.warmup, self.ramp) < 0 or self.warmup + self.ramp > 1:
-            raise KiloError(f"The opacity target's warmup = {self.warmup:g} and ramp = {self.ramp:g} of the run are longer than it: 0 or more, 1 together.")
+            raise KiloError(f"The opacity target's warmup = {self.warmup:g} and ramp = {self.ramp:g} of the run "
+                            "are longer than it: 0 or more, 1 together.")
 
     def at(self, share: float) -> tuple[float, float]:
         """(target, weight) after a share of the run, 0..1."""
@@ -69,23 +72,26 @@ class OpacityTargetConfig:
         way = min(1.0, max(0.0, share - self.warmup) / self.ramp) if self.ramp else float(share >= self.warmup)
         return self.start + (self.end - self.start) * way, self.weight * risen
 
-# %% ../../nbs/distill/alpha.ipynb #d2d49044
+# %% ../../nbs/distill/alpha.ipynb #d9679c42
 class OpacityTarget(Term):
-    """The target as a term of a run of `steps` steps; see the formula above. Logs `opacity_target`, `opacity_measured`, `opacity_weight_effective`."""
+    """The target as a term of a run of `steps` steps; see the formula above. Logs `opacity_target`, `opacity_measured`,
+    `opacity_weight_effective`."""
 
     name, shareable = "opacity", True
 
     def __init__(self, config: OpacityTargetConfig, steps: int):
         self.config, self.steps = config, steps
 
-    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender, generator: torch.Generator) -> dict[str, Tensor | float]:
+    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender,
+                 generator: torch.Generator) -> dict[str, Tensor | float]:
         """The loss of this step's target; 0 where the batch has no object ray."""
         target, weight = self.config.at(step / self.steps)
         objects = batch.alpha >= self.config.solid
         measured = mean_where(seen.alpha, objects)
         gap = relu(target - measured) if self.config.side == "below" else target - measured
         loss = weight * objects.any() * gap.square()
-        return {"loss": loss, "opacity_target": target, "opacity_measured": measured.detach(), "opacity_weight_effective": weight}
+        return {"loss": loss, "opacity_target": target, "opacity_measured": measured.detach(),
+                "opacity_weight_effective": weight}
 
     def state_dict(self) -> dict[str, Any]:
         """The settings: the schedule itself has no memory."""
@@ -95,21 +101,24 @@ class OpacityTarget(Term):
         """Raises KiloError where the checkpoint's settings are others."""
         check_same_term(self, state)
 
-# %% ../../nbs/distill/alpha.ipynb #2a8d2eca
+# %% ../../nbs/distill/alpha.ipynb #1e752864
 def check_same_term(term: Term, state: Mapping[str, Any]) -> None:
     """KiloError naming the first setting in which a term and a checkpoint's state of it differ."""
     stored, now = state["settings"], term.state_dict()["settings"]
     for key in now:
         if stored.get(key) != now[key]:
-            raise KiloError(f"The checkpoint's run had {term.name} {key} = {stored.get(key)}, this one has {now[key]}: resume with the same settings.")
+            raise KiloError(f"The checkpoint's run had {term.name} {key} = {stored.get(key)}, this one has "
+                            f"{now[key]}: resume with the same settings.")
 
-# %% ../../nbs/distill/alpha.ipynb #77e97338
+# %% ../../nbs/distill/alpha.ipynb #52167dbf
 @dataclass(frozen=True)
 class AlphaBandConfig:
     """Settings of the alpha guard.
 
-    minimum, maximum: band of object rays' alpha, 0..1. halo: largest alpha of background rays that is left alone; `quantile` (0..1) of them is watched.
-    decay: of the moving averages, 0..1. patience: misses (or hits) in a row before the weight moves. rise, fall: its change a step, after that.
+    minimum, maximum: band of object rays' alpha, 0..1. halo: largest alpha of background rays that is left alone;
+    `quantile` (0..1) of them is watched.
+    decay: of the moving averages, 0..1. patience: misses (or hits) in a row before the weight moves. rise, fall: its
+    change a step, after that.
     weight: at the start. cap: never more. solid: target alpha from which a ray is an object ray.
     """
 
@@ -127,49 +136,64 @@ class AlphaBandConfig:
 
     def __post_init__(self):
         for name in ("minimum", "maximum", "halo", "quantile", "solid"):
-            if not 0 <= getattr(self, name) <= 1: raise KiloError(f"The alpha band's {name} is {getattr(self, name)}; expected 0 to 1.")
+            if not 0 <= getattr(self, name) <= 1:
+                raise KiloError(f"The alpha band's {name} is {getattr(self, name)}; expected 0 to 1.")
         if self.minimum > self.maximum:
-            raise KiloError(f"The alpha band's minimum = {self.minimum:g} lies above its maximum = {self.maximum:g}: no alpha is in it.")
+            raise KiloError(f"The alpha band's minimum = {self.minimum:g} lies above its maximum = "
+                            f"{self.maximum:g}: no alpha is in it.")
         if self.halo >= self.minimum:
-            raise KiloError(f"The alpha band's halo = {self.halo:g} is not below its minimum = {self.minimum:g}: background could pass for object.")
-        if not 0 <= self.decay < 1: raise KiloError(f"The alpha band's decay is {self.decay}; expected 0 to below 1, 0.9 to 0.98 are usual.")
-        if self.patience < 1: raise KiloError(f"The alpha band's patience is {self.patience}; expected at least 1 step.")
-        if not 0 < self.fall <= self.rise: raise KiloError(f"The alpha band's fall = {self.fall:g} must be above 0 and not above its rise = {self.rise:g}.")
-        if not 0 <= self.weight <= self.cap: raise KiloError(f"The alpha band's weight = {self.weight:g} does not lie between 0 and its cap = {self.cap:g}.")
+            raise KiloError(f"The alpha band's halo = {self.halo:g} is not below its minimum = {self.minimum:g}: "
+                            "background could pass for object.")
+        if not 0 <= self.decay < 1:
+            raise KiloError(f"The alpha band's decay is {self.decay}; expected 0 to below 1, 0.9 to 0.98 are usual.")
+        if self.patience < 1:
+            raise KiloError(f"The alpha band's patience is {self.patience}; expected at least 1 step.")
+        if not 0 < self.fall <= self.rise:
+            raise KiloError(f"The alpha band's fall = {self.fall:g} must be above 0 and not above its rise = "
+                            f"{self.rise:g}.")
+        if not 0 <= self.weight <= self.cap:
+            raise KiloError(f"The alpha band's weight = {self.weight:g} does not lie between 0 and its cap = "
+                            f"{self.cap:g}.")
 
-# %% ../../nbs/distill/alpha.ipynb #20976f1c
+# %% ../../nbs/distill/alpha.ipynb #8ec8b85d
 class AlphaBand(Term):
     """The alpha guard as a term of a run of `steps` steps.
 
-    Logs `alpha_band_weight_effective` and `alpha_band_penalty`, whose product is the loss; `alpha_band_object` and `alpha_band_halo`, the moving averages;
-    `alpha_band_halo_quantile` and `alpha_band_leak_quantile` of this batch; `alpha_band_misses`, in a row.
+    Logs `alpha_band_weight_effective` and `alpha_band_penalty`, whose product is the loss; `alpha_band_object` and
+    `alpha_band_halo`, the moving averages; `alpha_band_halo_quantile` and `alpha_band_leak_quantile` of this batch;
+    `alpha_band_misses`, in a row.
     """
 
     name, shareable = "alpha_band", True
 
     def __init__(self, config: AlphaBandConfig, steps: int):
         if config.patience >= steps:
-            raise KiloError(f"The alpha band's patience = {config.patience} is not shorter than the run, steps = {steps}: it could never act.")
+            raise KiloError(f"The alpha band's patience = {config.patience} is not shorter than the run, steps = "
+                            f"{steps}: it could never act.")
         self.config, self.steps, self.measured = config, steps, None
         start = {"weight": config.weight, "object": 0.0, "halo": 0.0, "seen": 0.0, "misses": 0.0, "hits": 0.0}
         self.state = {name: torch.tensor(value, dtype=torch.float64) for name, value in start.items()}
 
-    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender, generator: torch.Generator) -> dict[str, Tensor | float]:
+    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender,
+                 generator: torch.Generator) -> dict[str, Tensor | float]:
         """The penalty at the present weight, and what `after_step` will act on."""
         config, alpha = self.config, seen.alpha
         objects, background = batch.alpha >= config.solid, batch.alpha == 0
         outside = relu(config.minimum - alpha).square() + relu(alpha - config.maximum).square()
         penalty = mean_where(outside, objects) + mean_where(relu(alpha - config.halo).square(), background)
         halo, leak = halo_and_leak(alpha.detach(), batch.alpha, config.solid, config.quantile)
-        self.measured = {"object": mean_where(alpha.detach(), objects).double(), "halo": halo.double(), "any": objects.any()}
+        self.measured = {"object": mean_where(alpha.detach(), objects).double(), "halo": halo.double(),
+                         "any": objects.any()}
         state = self.state = {name: value.to(alpha.device) for name, value in self.state.items()}
-        return {"loss": state["weight"].to(alpha.dtype) * penalty, "alpha_band_weight_effective": state["weight"], "alpha_band_penalty": penalty.detach(),
-                "alpha_band_object": state["object"], "alpha_band_halo": state["halo"], "alpha_band_halo_quantile": halo, "alpha_band_leak_quantile": leak,
+        return {"loss": state["weight"].to(alpha.dtype) * penalty, "alpha_band_weight_effective": state["weight"],
+                "alpha_band_penalty": penalty.detach(), "alpha_band_object": state["object"],
+                "alpha_band_halo": state["halo"], "alpha_band_halo_quantile": halo, "alpha_band_leak_quantile": leak,
                 "alpha_band_misses": state["misses"]}
 
     def after_step(self, step: int) -> None:
         """Take in what the step measured, and move the weight."""
-        if self.measured is not None: self.state, self.measured = next_guard_state(self.config, self.state, self.measured), None
+        if self.measured is not None:
+            self.state, self.measured = next_guard_state(self.config, self.state, self.measured), None
 
     def state_dict(self) -> dict[str, Any]:
         """Settings, averages, counts and weight."""
@@ -180,41 +204,55 @@ class AlphaBand(Term):
         check_same_term(self, state)
         self.state = {name: value.clone() for name, value in state["state"].items()}
 
-# %% ../../nbs/distill/alpha.ipynb #bc75e099
-def next_guard_state(config: AlphaBandConfig, state: Mapping[str, Tensor], measured: Mapping[str, Tensor]) -> dict[str, Tensor]:
+# %% ../../nbs/distill/alpha.ipynb #bed4aab7
+def next_guard_state(
+    config: AlphaBandConfig, state: Mapping[str, Tensor], measured: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """The guard's state after one more measurement, all scalars (float64) that stay on their device.
 
-    state: weight, object, halo (moving averages), seen, misses, hits (counts). measured: object, halo, and any: whether the batch had
-    object rays, else nothing changes.
-    The averages open gradually, as `training.averaging.EMA` does, so that they do not remember a start that nobody measured.
+    state: weight, object, halo (moving averages), seen, misses, hits (counts). measured: object, halo, and any: whether
+    the batch had object rays, else nothing changes.
+    The averages open gradually, as `training.averaging.EMA` does, so that they do not remember a start that nobody
+    measured.
     """
     keep = (state["seen"] / (state["seen"] + 9)).clamp(max=config.decay)
     average = {name: keep * state[name] + (1 - keep) * measured[name] for name in ("object", "halo")}
-    missed = (average["object"] < config.minimum) | (average["object"] > config.maximum) | (average["halo"] > config.halo)
+    missed = (
+        (average["object"] < config.minimum) | (average["object"] > config.maximum) | (average["halo"] > config.halo)
+    )
     misses, hits = (state["misses"] + 1) * missed, (state["hits"] + 1) * ~missed
     change = config.rise * (misses >= config.patience).double() - config.fall * (hits >= config.patience).double()
-    new = {**average, "weight": (state["weight"] + change).clamp(0, config.cap), "seen": state["seen"] + 1, "misses": misses, "hits": hits}
+    new = {**average, "weight": (state["weight"] + change).clamp(0, config.cap), "seen": state["seen"] + 1,
+           "misses": misses, "hits": hits}
     return {name: torch.where(measured["any"], value, state[name]) for name, value in new.items()}
 
-# %% ../../nbs/distill/alpha.ipynb #bc907a17
-def check_alpha_settings(target: OpacityTargetConfig | None, band: AlphaBandConfig | None, alpha_floor: float | None = None) -> None:
+# %% ../../nbs/distill/alpha.ipynb #5c836fcb
+def check_alpha_settings(target: OpacityTargetConfig | None, band: AlphaBandConfig | None,
+                         alpha_floor: float | None = None) -> None:
     """KiloError naming the two settings that contradict each other.
 
-    alpha_floor: mean object alpha below which the run is stopped (`DistillConfig.alpha_floor`); None where no such guard is on.
+    alpha_floor: mean object alpha below which the run is stopped (`DistillConfig.alpha_floor`); None where no such
+    guard is on.
     """
-    values = {} if target is None else {"the opacity target's end": target.end, "the opacity target's weight": target.weight}
+    values = {} if target is None else {"the opacity target's end": target.end,
+                                        "the opacity target's weight": target.weight}
     if band: values |= {f"the alpha band's {name}": getattr(band, name) for name in ("minimum", "maximum", "cap")}
     if alpha_floor is not None: values["the run's alpha_floor"] = alpha_floor
-    limits = [("the opacity target's end", "above", "the alpha band's maximum"), ("the opacity target's weight", "above", "the alpha band's cap"),
+    limits = [("the opacity target's end", "above", "the alpha band's maximum"),
+              ("the opacity target's weight", "above", "the alpha band's cap"),
               ("the alpha band's maximum", "below", "the run's alpha_floor")]
     if target and target.side == "both":
-        limits += [("the opacity target's end", "below", other) for other in ("the alpha band's minimum", "the run's alpha_floor")]
+        limits += [("the opacity target's end", "below", other)
+                   for other in ("the alpha band's minimum", "the run's alpha_floor")]
     for one, where, other in limits:
-        if one in values and other in values and (values[one] > values[other] if where == "above" else values[one] < values[other]):
-            raise KiloError(f"Alpha settings contradict each other: {one} = {values[one]:g} lies {where} {other} = {values[other]:g}; change one of them.")
+        if one in values and other in values and (values[one] > values[other] if where == "above"
+                                                  else values[one] < values[other]):
+            raise KiloError(f"Alpha settings contradict each other: {one} = {values[one]:g} lies {where} {other} "
+                            f"= {values[other]:g}; change one of them.")
 
-
-def alpha_terms(target: OpacityTargetConfig | None, band: AlphaBandConfig | None, steps: int, alpha_floor: float | None = None) -> list[Term]:
+# %% ../../nbs/distill/alpha.ipynb #dde7d377
+def alpha_terms(target: OpacityTargetConfig | None, band: AlphaBandConfig | None, steps: int,
+                alpha_floor: float | None = None) -> list[Term]:
     """The terms of these settings for a run of `steps` steps, none for None, after `check_alpha_settings`."""
     check_alpha_settings(target, band, alpha_floor)
     return [*([OpacityTarget(target, steps)] if target else []), *([AlphaBand(band, steps)] if band else [])]

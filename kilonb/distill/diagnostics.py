@@ -26,7 +26,7 @@ from ..core.errors import KiloError
 from ..metrics.images import check_images, composite, decibels, straight_to_premultiplied
 from ..scenes.blender import read_rgba
 
-# %% ../../nbs/distill/diagnostics.ipynb #4bfdeb97
+# %% ../../nbs/distill/diagnostics.ipynb #7d6f3737
 def dilated(mask: Tensor, pixels: int) -> Tensor:
     """A mask [H, W] grown by `pixels` in all eight directions."""
     if pixels == 0: return mask
@@ -34,48 +34,60 @@ def dilated(mask: Tensor, pixels: int) -> Tensor:
 
 
 def alpha_regions(target_alpha: Tensor, rim_pixels: int = 1) -> dict[str, Tensor]:
-    """Masks [H, W] "object", "rim", "background" of a target's alpha [H, W]; together they are the picture, and none overlap.
+    """Masks [H, W] "object", "rim", "background" of a target's alpha [H, W]; together they are the picture, and none
+    overlap.
 
-    object: alpha >= .99 and at least `rim_pixels` from anything less. background: alpha 0 and as far from anything more.
+    object: alpha >= .99 and at least `rim_pixels` from anything less. background: alpha 0 and as far from anything
+    more.
     """
     inside, outside = ~dilated(target_alpha < 0.99, rim_pixels), ~dilated(target_alpha > 0, rim_pixels)
     return {"object": inside, "rim": ~inside & ~outside, "background": outside}
 
-# %% ../../nbs/distill/diagnostics.ipynb #3fe66c95
+# %% ../../nbs/distill/diagnostics.ipynb #daecdf24
 def _quantiles(values: Tensor, name: str, levels: Sequence[float]) -> dict[str, float]:
     if not len(values): return {}
     found = torch.quantile(values.double(), torch.tensor(levels, dtype=torch.float64)).tolist()
     return {f"{name}_p{round(100 * level):02d}": value for level, value in zip(levels, found)}
 
-
+# %% ../../nbs/distill/diagnostics.ipynb #f1a1d9c5
 def alpha_report(alpha: Tensor, target_alpha: Tensor, rim_pixels: int = 1, band_pixels: int = 4) -> dict[str, float]:
     """Where a student's alpha [H, W] is wrong, in numbers 0..1.
 
-    alpha_<region>_p05, _p50, _p95, _mean: of the object, the rim, the background. halo_mean, halo_p95: alpha in the band of `band_pixels` outside the rim.
-    haze_mean: beyond the band. leak_mean, leak_p95: 1 - alpha inside the object. What the picture has no pixels for is left out.
+    alpha_<region>_p05, _p50, _p95, _mean: of the object, the rim, the background. halo_mean, halo_p95: alpha in the
+    band of `band_pixels` outside the rim.
+    haze_mean: beyond the band. leak_mean, leak_p95: 1 - alpha inside the object. What the picture has no pixels for is
+    left out.
     Raises KiloError where the shapes differ or alpha is not finite.
     """
     if alpha.shape != target_alpha.shape or alpha.ndim != 2:
-        raise KiloError(f"The alpha is {list(alpha.shape)} and the target's {list(target_alpha.shape)}; expected [H, W] and the same.")
-    if not torch.isfinite(alpha).all(): raise KiloError("The alpha holds NaN or infinite values: there is nothing to diagnose but that.")
+        raise KiloError(f"The alpha is {list(alpha.shape)} and the target's {list(target_alpha.shape)}; "
+                        "expected [H, W] and the same.")
+    if not torch.isfinite(alpha).all():
+        raise KiloError("The alpha holds NaN or infinite values: there is nothing to diagnose but that.")
     regions, report = alpha_regions(target_alpha, rim_pixels), {}
     band = dilated(target_alpha > 0, rim_pixels + band_pixels) & regions["background"]
     for name, mask in regions.items():
-        report |= _quantiles(alpha[mask], f"alpha_{name}", (0.05, 0.5, 0.95)) | ({f"alpha_{name}_mean": alpha[mask].mean().item()} if mask.any() else {})
-    for name, values in (("halo", alpha[band]), ("haze", alpha[regions["background"] & ~band]), ("leak", 1 - alpha[regions["object"]])):
+        report |= _quantiles(alpha[mask], f"alpha_{name}",
+                             (0.05, 0.5, 0.95)) | ({f"alpha_{name}_mean": alpha[mask].mean().item()} if mask.any()
+                                                   else {})
+    for name, values in (("halo", alpha[band]), ("haze", alpha[regions["background"] & ~band]),
+                         ("leak", 1 - alpha[regions["object"]])):
         if len(values): report |= {f"{name}_mean": values.mean().item(), **_quantiles(values, name, (0.95,))}
     return report
 
-# %% ../../nbs/distill/diagnostics.ipynb #74329ba2
+# %% ../../nbs/distill/diagnostics.ipynb #24a94ad2
 def draw_alpha(alpha: Tensor, target_alpha: Tensor, axes: Sequence[Any], rim_pixels: int = 1) -> None:
-    """On two axes: histograms of alpha by region (logarithmic), and a map, red where alpha is too high, blue where too low."""
+    """On two axes: histograms of alpha by region (logarithmic), and a map, red where alpha is too high, blue where too
+    low."""
     regions = alpha_regions(target_alpha, rim_pixels)
-    axes[0].hist([alpha[mask].cpu().numpy() for mask in regions.values()], bins=30, range=(0, 1), log=True, label=list(regions),
-                 color=["0.2", "0.6", "tab:red"])
-    axes[0].set_xlabel("alpha"); axes[0].set_ylabel("pixels"); axes[0].legend(frameon=False, fontsize=7, loc="upper center")
-    axes[1].imshow((alpha - target_alpha).cpu(), cmap="RdBu_r", vmin=-1, vmax=1); axes[1].axis("off"); axes[1].set_title("too high / too low", fontsize=8)
+    axes[0].hist([alpha[mask].cpu().numpy() for mask in regions.values()], bins=30, range=(0, 1), log=True,
+                 label=list(regions), color=["0.2", "0.6", "tab:red"])
+    axes[0].set_xlabel("alpha"); axes[0].set_ylabel("pixels")
+    axes[0].legend(frameon=False, fontsize=7, loc="upper center")
+    axes[1].imshow((alpha - target_alpha).cpu(), cmap="RdBu_r", vmin=-1, vmax=1); axes[1].axis("off")
+    axes[1].set_title("too high / too low", fontsize=8)
 
-# %% ../../nbs/distill/diagnostics.ipynb #2d626044
+# %% ../../nbs/distill/diagnostics.ipynb #37f483c8
 def transmittance(seen: RayRender) -> tuple[Tensor, Tensor]:
     """Light that reaches each sample [N], and light that is left at the end of each ray [R]; 1 at the camera."""
     weights, offsets = seen.weights.double(), seen.samples.offsets
@@ -85,20 +97,22 @@ def transmittance(seen: RayRender) -> tuple[Tensor, Tensor]:
 
 
 def surface_thickness(seen: RayRender) -> Tensor:
-    """Distance [R] over which a ray takes from 10% to 90% of its alpha, metres; NaN on rays with alpha below .5. One sample thick is 0."""
+    """Distance [R] over which a ray takes from 10% to 90% of its alpha, metres; NaN on rays with alpha below .5. One
+    sample thick is 0."""
     reached, left = transmittance(seen)
     taken = (1 - reached + seen.weights) / (1 - left).clamp(min=1e-6)[seen.samples.ray]
     first = lambda share: torch.full_like(left, math.inf).scatter_reduce(
         0, seen.samples.ray, torch.where(taken >= share, seen.samples.distance, math.inf).to(left), "amin")
     return torch.where(left <= 0.5, first(0.9) - first(0.1), torch.nan)
 
-# %% ../../nbs/distill/diagnostics.ipynb #07f709f6
+# %% ../../nbs/distill/diagnostics.ipynb #076cbf32
 @dataclass(frozen=True)
 class TransmittanceReport:
     """What light does on the rays of a picture.
 
-    edges: [B + 1] of T, 0..1. ends_object, ends_background: [B] rays by T at their end, where the target's alpha is >= .99, or 0. distance: [D] metres from
-    the expected surface. reached: [D] mean T there, over object rays; NaN where there are no samples. thickness_m: median of `surface_thickness`.
+    edges: [B + 1] of T, 0..1. ends_object, ends_background: [B] rays by T at their end, where the target's alpha is >=
+    .99, or 0. distance: [D] metres from the expected surface. reached: [D] mean T there, over object rays; NaN where
+    there are no samples. thickness_m: median of `surface_thickness`.
     """
 
     edges: Tensor
@@ -109,22 +123,27 @@ class TransmittanceReport:
     thickness_m: float
 
     def numbers(self) -> dict[str, float]:
-        """For a table: thickness_m, and the share of object rays with more than a tenth of the light left, of background rays with less than nine tenths."""
+        """For a table: thickness_m, and the share of object rays with more than a tenth of the light left, of
+        background rays with less than nine tenths."""
         share = lambda counts, chosen: (counts[chosen].sum() / counts.sum().clamp(min=1)).item()
-        return {"surface_thickness_m": self.thickness_m, "object_rays_leaking": share(self.ends_object, self.edges[:-1] >= 0.1 - 1e-6),
+        return {"surface_thickness_m": self.thickness_m,
+                "object_rays_leaking": share(self.ends_object, self.edges[:-1] >= 0.1 - 1e-6),
                 "background_rays_blocked": share(self.ends_background, self.edges[1:] <= 0.9 + 1e-6)}
 
-# %% ../../nbs/distill/diagnostics.ipynb #ff0a7b3e
+# %% ../../nbs/distill/diagnostics.ipynb #5a1f7495
 @torch.no_grad()
-def transmittance_report(student: Any, camera: PinholeCamera, target_alpha: Tensor, reach_m: float = 0.3, bins: int = 20,
-                         maximum_rays: int = 20_000) -> TransmittanceReport:
-    """Look along the rays of one picture. student: has field, grid, step. target_alpha: [H, W]. reach_m: how far before and behind the surface.
+def transmittance_report(student: Any, camera: PinholeCamera, target_alpha: Tensor, reach_m: float = 0.3,
+                         bins: int = 20, maximum_rays: int = 20_000) -> TransmittanceReport:
+    """Look along the rays of one picture. student: has field, grid, step. target_alpha: [H, W]. reach_m: how far before
+    and behind the surface.
 
     maximum_rays: a picture with more is thinned evenly. Raises KiloError where the sizes disagree.
     """
     if target_alpha.shape != (camera.height, camera.width):
-        raise KiloError(f"The target's alpha is {list(target_alpha.shape)}, the camera {camera.height}x{camera.width} (height x width).")
-    keep = torch.arange(0, target_alpha.numel(), max(1, math.ceil(target_alpha.numel() / maximum_rays)), device=target_alpha.device)
+        raise KiloError(f"The target's alpha is {list(target_alpha.shape)}, the camera "
+                        f"{camera.height}x{camera.width} (height x width).")
+    keep = torch.arange(0, target_alpha.numel(), max(1, math.ceil(target_alpha.numel() / maximum_rays)),
+                        device=target_alpha.device)
     rays = camera.rays()
     seen = render_rays(student.field, Rays(rays.origins[keep], rays.directions[keep]), student.grid, student.step)
     target, (reached, left) = target_alpha.flatten()[keep], transmittance(seen)
@@ -132,16 +151,18 @@ def transmittance_report(student: Any, camera: PinholeCamera, target_alpha: Tens
     solid = ((target >= 0.99) & (seen.alpha > 0.5))[seen.samples.ray]
     place = (seen.samples.distance - seen.expected_distance[seen.samples.ray])[solid] / reach_m
     cell, inside = ((place + 1) / 2 * 2 * bins).long().clamp(0, 2 * bins - 1), place.abs() < 1
-    sums, counts = (torch.zeros(2 * bins, device=left.device).index_add(0, cell[inside], v[inside]) for v in (reached[solid], torch.ones_like(place)))
+    sums, counts = (torch.zeros(2 * bins, device=left.device).index_add(0, cell[inside], v[inside])
+                    for v in (reached[solid], torch.ones_like(place)))
     thickness = surface_thickness(seen)[target >= 0.99]
     centres = (torch.arange(2 * bins) + 0.5) / bins * reach_m - reach_m
-    return TransmittanceReport(torch.linspace(0, 1, bins + 1), ends(target >= 0.99), ends(target == 0), centres, (sums / counts).cpu(),
-                               thickness.nanmedian().item())
+    return TransmittanceReport(torch.linspace(0, 1, bins + 1), ends(target >= 0.99), ends(target == 0), centres,
+                               (sums / counts).cpu(), thickness.nanmedian().item())
 
-# %% ../../nbs/distill/diagnostics.ipynb #5f456467
+# %% ../../nbs/distill/diagnostics.ipynb #8a8d137d
 def draw_transmittance(report: TransmittanceReport, axes: Sequence[Any]) -> None:
     """On two axes: light left at the ends of rays (logarithmic), and mean light around the surface."""
-    for counts, label, colour in ((report.ends_object, "object", "0.2"), (report.ends_background, "background", "tab:red")):
+    for counts, label, colour in ((report.ends_object, "object", "0.2"),
+                                  (report.ends_background, "background", "tab:red")):
         axes[0].stairs(counts.numpy(), report.edges.numpy(), label=label, color=colour)
     axes[0].set_yscale("symlog", linthresh=1); axes[0].legend(frameon=False, fontsize=7)
     axes[0].set_xlabel("light left at the end"); axes[0].set_ylabel("rays")
@@ -149,42 +170,51 @@ def draw_transmittance(report: TransmittanceReport, axes: Sequence[Any]) -> None
     axes[1].set_title(f"thickness {1000 * report.thickness_m:.0f} mm", fontsize=8)
     axes[1].set_xlabel("distance from the expected surface (m)"); axes[1].set_ylabel("light")
 
-# %% ../../nbs/distill/diagnostics.ipynb #fbe89266
+# %% ../../nbs/distill/diagnostics.ipynb #42692347
 def gradient_norms(losses: Mapping[str, Tensor], parameters: Iterable[Tensor]) -> dict[str, float]:
     """Norm of each loss's gradient over all parameters, and its ratio to the first loss's.
 
-    losses: name -> scalar; their graph is kept, and no .grad is touched, so that a training step can follow. parameters: those that require a gradient count.
-    Returns gradient_norm_<name> for each and gradient_ratio_<name> for all but the first; the ratios are left out where the first is 0.
+    losses: name -> scalar; their graph is kept, and no .grad is touched, so that a training step can follow.
+    parameters: those that require a gradient count.
+    Returns gradient_norm_<name> for each and gradient_ratio_<name> for all but the first; the ratios are left out where
+    the first is 0.
     Raises KiloError without losses or parameters, where a loss is not one number or is not finite.
     """
     chosen, norms = [p for p in parameters if p.requires_grad], {}
-    if not losses or not chosen: raise KiloError("gradient_norms needs at least one loss and one parameter that requires a gradient.")
+    if not losses or not chosen:
+        raise KiloError("gradient_norms needs at least one loss and one parameter that requires a gradient.")
     for name, loss in losses.items():
-        if loss.numel() != 1: raise KiloError(f"The loss '{name}' has shape {list(loss.shape)}; expected one finite number.")
+        if loss.numel() != 1:
+            raise KiloError(f"The loss '{name}' has shape {list(loss.shape)}; expected one finite number.")
         if not torch.isfinite(loss): raise KiloError(f"The loss '{name}' is {loss.item()}; expected one finite number.")
-        found = torch.autograd.grad(loss.reshape(()), chosen, retain_graph=True, allow_unused=True) if loss.requires_grad else ()
+        found = torch.autograd.grad(loss.reshape(()), chosen, retain_graph=True,
+                                    allow_unused=True) if loss.requires_grad else ()
         norms[name] = math.sqrt(sum(g.double().square().sum().item() for g in found if g is not None))
     first, *others = norms
     ratios = {f"gradient_ratio_{name}": norms[name] / norms[first] for name in others} if norms[first] > 0 else {}
     return {**{f"gradient_norm_{name}": norm for name, norm in norms.items()}, **ratios}
 
-# %% ../../nbs/distill/diagnostics.ipynb #b6698482
+# %% ../../nbs/distill/diagnostics.ipynb #2a3a0c23
 def weighted_parts(loss: Callable[[ResponseLossConfig], Tensor], config: ResponseLossConfig) -> dict[str, Tensor]:
-    """What each weight of `config` that is above 0 contributes to loss(config): "colour", "alpha", "depth", ... -> scalar with its graph."""
+    """What each weight of `config` that is above 0 contributes to loss(config): "colour", "alpha", "depth", ... ->
+    scalar with its graph."""
     weights = [name for name in config.__dataclass_fields__ if name.endswith("_weight") and getattr(config, name) > 0]
     if len(weights) == 1: return {weights[0].removesuffix("_weight"): loss(config)}
     parts = {}
     for name in weights:
         try: parts[name.removesuffix("_weight")] = loss(config) - loss(replace(config, **{name: 0.0}))
-        except KiloError: parts[name.removesuffix("_weight")] = loss(replace(config, **{other: 0.0 for other in weights if other != name}))
+        except KiloError:
+            parts[name.removesuffix("_weight")] = loss(replace(config,
+                                                               **{other: 0.0 for other in weights if other != name}))
     return parts
 
-
+# %% ../../nbs/distill/diagnostics.ipynb #493a2cae
 class GradientRatios(Term):
-    """Logs how strongly each response loss pulls at the student: gradients_norm_<loss> and gradients_ratio_<loss>, each `every` steps.
+    """Logs how strongly each response loss pulls at the student: gradients_norm_<loss> and gradients_ratio_<loss>, each
+    `every` steps.
 
-    It adds nothing to the loss and draws nothing from the run's generator: a run with it ends with the same weights as one without.
-    It costs a backward pass for each loss.
+    It adds nothing to the loss and draws nothing from the run's generator: a run with it ends with the same weights as
+    one without. It costs a backward pass for each loss.
     """
 
     name = "gradients"
@@ -193,16 +223,19 @@ class GradientRatios(Term):
         if every < 1: raise KiloError(f"GradientRatios measures every {every} steps; expected 1 or more.")
         self.config, self.every = config, every
 
-    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender, generator: torch.Generator) -> dict[str, float]:
+    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender,
+                 generator: torch.Generator) -> dict[str, float]:
         if step % self.every: return {}
         own = lambda: torch.Generator(device=seen.alpha.device).manual_seed(step)
         parts = weighted_parts(lambda config: response_loss(seen, batch, config, own())["loss"], self.config)
-        return {name.replace("gradient_", f"{self.name}_"): value for name, value in gradient_norms(parts, student.parameters()).items()}
+        return {name.replace("gradient_", f"{self.name}_"): value for name,
+                value in gradient_norms(parts, student.parameters()).items()}
 
-# %% ../../nbs/distill/diagnostics.ipynb #aa2222c4
+# %% ../../nbs/distill/diagnostics.ipynb #d28e8f02
 @dataclass(frozen=True)
 class FrameDifference:
-    """one - two. signed: [H, W, 3]. absolute: [H, W], mean over channels. psnr_db: of the pair. largest: of |signed|."""
+    """one - two. signed: [H, W, 3]. absolute: [H, W], mean over channels. psnr_db: of the pair. largest: of
+    |signed|."""
 
     signed: Tensor
     absolute: Tensor
@@ -211,22 +244,27 @@ class FrameDifference:
 
     def numbers(self) -> dict[str, float]:
         """For a table."""
-        return {"psnr_db": self.psnr_db, "mean_absolute": self.absolute.mean().item(), "mean_signed": self.signed.mean().item(),
-                "largest_absolute": self.largest}
+        return {"psnr_db": self.psnr_db, "mean_absolute": self.absolute.mean().item(),
+                "mean_signed": self.signed.mean().item(), "largest_absolute": self.largest}
 
-
+# %% ../../nbs/distill/diagnostics.ipynb #875a779f
 def frame_difference(one: Tensor, two: Tensor) -> FrameDifference:
     """The difference of two pictures [H, W, 3] in 0..1. KiloError where sizes differ or values are not finite."""
     check_images(one, two)
     signed = one.float() - two.float()
-    if not torch.isfinite(signed).all(): raise KiloError("A picture holds NaN or infinite values: there is no difference to show.")
-    return FrameDifference(signed, signed.abs().mean(-1), decibels(signed.double().square().mean().item()), signed.abs().max().item())
+    if not torch.isfinite(signed).all():
+        raise KiloError("A picture holds NaN or infinite values: there is no difference to show.")
+    return FrameDifference(signed, signed.abs().mean(-1), decibels(signed.double().square().mean().item()),
+                           signed.abs().max().item())
 
-# %% ../../nbs/distill/diagnostics.ipynb #7d84ad2e
-def pictures_of(folder: str | Path | FrameFolder, background: str | float | Sequence[float] = "white") -> dict[str, Callable[[], Tensor]]:
+# %% ../../nbs/distill/diagnostics.ipynb #c1c8a812
+def pictures_of(
+    folder: str | Path | FrameFolder, background: str | float | Sequence[float] = "white"
+) -> dict[str, Callable[[], Tensor]]:
     """name -> function that reads the picture [H, W, 3] on a background.
 
-    folder: one with a frames.json (names as there), or one with .npz frames or RGBA PNGs (named as the files). KiloError where there are none.
+    folder: one with a frames.json (names as there), or one with .npz frames or RGBA PNGs (named as the files).
+    KiloError where there are none.
     """
     if isinstance(folder, FrameFolder) or (Path(folder) / "frames.json").is_file():
         frames = folder if isinstance(folder, FrameFolder) else read_frames(folder)
@@ -234,27 +272,38 @@ def pictures_of(folder: str | Path | FrameFolder, background: str | float | Sequ
     colour = background_colour(background)[1]
     png = lambda path: lambda: composite(*straight_to_premultiplied(read_rgba(path)), colour)
     npz = lambda path: lambda: recomposite(read_frame(path), background)
-    found = {path.stem: (png if path.suffix == ".png" else npz)(path) for path in sorted(Path(folder).glob("*")) if path.suffix in (".png", ".npz")}
+    found = {path.stem: (png if path.suffix == ".png" else npz)(path) for path in sorted(Path(folder).glob("*"))
+             if path.suffix in (".png", ".npz")}
     if not found: raise KiloError(f"{folder} holds no pictures: expected a frames.json, .npz frames or PNGs.")
     return found
 
-
-def folder_differences(one: str | Path | FrameFolder, two: str | Path | FrameFolder, background: str | float | Sequence[float] = "white",
+# %% ../../nbs/distill/diagnostics.ipynb #c71c9f31
+def folder_differences(one: str | Path | FrameFolder, two: str | Path | FrameFolder,
+                       background: str | float | Sequence[float] = "white",
                        names: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
-    """Numbers of each pair of frames of two folders, the worst PSNR first. names: which ones; None: all, and both folders must have the same.
+    """Numbers of each pair of frames of two folders, the worst PSNR first. names: which ones; None: all, and both
+    folders must have the same.
 
     Raises KiloError where a frame is on one side only, sizes differ, or a file is damaged.
     """
     sides = pictures_of(one, background), pictures_of(two, background)
-    lone = sorted(set(sides[0]) ^ set(sides[1])) if names is None else [n for n in names if not all(n in side for side in sides)]
+    lone = (
+        sorted(set(sides[0]) ^ set(sides[1]))
+        if names is None
+        else [n for n in names if not all(n in side for side in sides)]
+    )
     if lone: raise KiloError(f"Only one of the two folders holds {told_frames(lone)}: name the frames to compare.")
-    rows = {name: frame_difference(sides[0][name](), sides[1][name]()).numbers() for name in (sides[0] if names is None else names)}
+    rows = {name: frame_difference(sides[0][name](), sides[1][name]()).numbers()
+            for name in (sides[0] if names is None else names)}
     if not rows: raise KiloError("There are no frames to compare: the list is empty.")
     return dict(sorted(rows.items(), key=lambda item: item[1]["psnr_db"]))
 
-# %% ../../nbs/distill/diagnostics.ipynb #2362c553
+# %% ../../nbs/distill/diagnostics.ipynb #14cef110
 def draw_difference(difference: FrameDifference, axes: Sequence[Any], gain: float = 5.0) -> None:
-    """On two axes: the signed difference (mean over channels; red: the first is brighter), and the absolute one, both times `gain`."""
-    axes[0].imshow(difference.signed.mean(-1).cpu() * gain, cmap="RdBu_r", vmin=-1, vmax=1); axes[0].set_title(f"difference x {gain:g}", fontsize=8)
-    axes[1].imshow((difference.absolute * gain).clamp(max=1).cpu(), cmap="magma", vmin=0, vmax=1); axes[1].set_title(f"{difference.psnr_db:.1f} dB", fontsize=8)
+    """On two axes: the signed difference (mean over channels; red: the first is brighter), and the absolute one, both
+    times `gain`."""
+    axes[0].imshow(difference.signed.mean(-1).cpu() * gain, cmap="RdBu_r", vmin=-1, vmax=1)
+    axes[0].set_title(f"difference x {gain:g}", fontsize=8)
+    axes[1].imshow((difference.absolute * gain).clamp(max=1).cpu(), cmap="magma", vmin=0, vmax=1)
+    axes[1].set_title(f"{difference.psnr_db:.1f} dB", fontsize=8)
     for ax in axes: ax.axis("off")

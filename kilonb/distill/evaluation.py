@@ -7,7 +7,7 @@ __all__ = ['Metrics', 'Subject', 'SUMMARY', 'disagreements', 'check_agreement', 
            'look', 'Evaluation', 'evaluate_frames', 'check_targets', 'score_view', 'target_picture', 'SummaryTable',
            'summarise_runs']
 
-# %% ../../nbs/distill/evaluation.ipynb #ce2ed483
+# %% ../../nbs/distill/evaluation.ipynb #0202af8e
 import csv
 import io
 import math
@@ -22,9 +22,8 @@ from typing import Any
 from torch import Tensor
 
 from .diagnostics import alpha_report
-from kilonb.distill.frames import (
-    FrameFolder, FrameSource, RenderedFrame, background_colour, camera_digest, open_source, read_frames, source_of_gaussians, source_of_student, told_frames,
-)
+from .frames import (FrameFolder, FrameSource, RenderedFrame, background_colour, camera_digest,
+                                   open_source, read_frames, source_of_gaussians, source_of_student, told_frames)
 from .student import Student
 from .targets import ViewTarget, targets_from_images
 from ..geometry.cameras import PinholeCamera
@@ -33,60 +32,84 @@ from ..core.files import atomic_write, write_json
 from ..runs.gates import html_table, markdown_table, spell, text_table
 from ..core.hashing import hash_file
 from ..runs.folders import RunRecord, data_label, list_runs, read_run
-from ..metrics.images import composite, evaluate_image, evaluation_table, mean_scores, psnr_srgb_db, self_check, ssim
+from kilonb.metrics.images import (
+    composite,
+    evaluate_image,
+    evaluation_table,
+    mean_scores,
+    psnr_srgb_db,
+    self_check,
+    ssim,
+)
 from ..splats.gaussians import Gaussians
 
-# %% ../../nbs/distill/evaluation.ipynb #69276039
+# %% ../../nbs/distill/evaluation.ipynb #d798a535
 def _list_disagreements(folder: Path, there: Sequence[str], wanted: Sequence[str], whose: str) -> list[str]:
     absent, extra = [n for n in wanted if n not in there], [n for n in there if n not in wanted]
-    return ([f"{folder} lacks {told_frames(absent)}, of the {len(wanted)} of {whose}: render them."] if absent else []) + (
-        [f"{folder} holds {len(there)} frames, {whose} has {len(wanted)}; too many are {told_frames(extra)}: score by name."] if extra else [])
+    return ([f"{folder} lacks {told_frames(absent)}, of the {len(wanted)} of {whose}: render them."] if absent
+            else []) + ([f"{folder} holds {len(there)} frames, {whose} has {len(wanted)}; too many are "
+                         f"{told_frames(extra)}: score by name."] if extra else [])
 
-
+# %% ../../nbs/distill/evaluation.ipynb #69cb706b
 def _between_folders(one: FrameFolder, two: FrameFolder, same_checkpoint: bool) -> list[str]:
-    found, pair = _list_disagreements(one.folder, one.names, two.names, str(two.folder)), f"{one.folder} and {two.folder}"
-    for what, a, b in (("sizes", f"{one.width}x{one.height}", f"{two.width}x{two.height}"), ("alpha conventions", one.alpha_convention, two.alpha_convention),
+    found, pair = _list_disagreements(one.folder, one.names, two.names,
+                                      str(two.folder)), f"{one.folder} and {two.folder}"
+    for what, a, b in (("sizes", f"{one.width}x{one.height}", f"{two.width}x{two.height}"),
+                       ("alpha conventions", one.alpha_convention, two.alpha_convention),
                        ("colour spaces", one.colour_space, two.colour_space)):
         if a != b: found.append(f"{pair} have different {what}: {a} and {b}.")
-    if (one.width, one.height) == (two.width, two.height): found += _camera_disagreements(one, {n: e["camera"] for n, e in two.frames.items()}, str(two.folder))
+    if (one.width, one.height) == (two.width, two.height):
+        found += _camera_disagreements(one, {n: e["camera"] for n, e in two.frames.items()}, str(two.folder))
     kinds = {one.source["kind"], two.source["kind"]}
     if kinds == {"student"} and one.source["weights"] != two.source["weights"]:
         found.append(f"{pair} show different weights: {one.source['weights']} and {two.source['weights']}.")
     if same_checkpoint and one.source["sha256"] != two.source["sha256"]:
-        found.append(f"{pair} were rendered from different checkpoints: {one.source['sha256'][:12]} and {two.source['sha256'][:12]}.")
+        found.append(f"{pair} were rendered from different checkpoints: {one.source['sha256'][:12]} and "
+                     f"{two.source['sha256'][:12]}.")
     return found
 
-
+# %% ../../nbs/distill/evaluation.ipynb #2ac377e9
 def _camera_disagreements(frames: FrameFolder, cameras: Mapping[str, str], whose: str) -> list[str]:
     moved = [name for name in frames.names if name in cameras and frames.frames[name]["camera"] != cameras[name]]
-    return [f"{frames.folder} was rendered from other cameras than {whose} has, in {told_frames(moved)}."] if moved else []
+    return [f"{frames.folder} was rendered from other cameras than {whose} has, in "
+            f"{told_frames(moved)}."] if moved else []
 
-# %% ../../nbs/distill/evaluation.ipynb #a8fb1560
+# %% ../../nbs/distill/evaluation.ipynb #8a421ab6
 def _with_dataset(frames: FrameFolder, views: Sequence[Any]) -> list[str]:
     cameras = {view.name: view.camera for view in views}
     found = _list_disagreements(frames.folder, frames.names, list(cameras), "the dataset")
-    sizes = sorted({f"{c.width}x{c.height}" for n, c in cameras.items() if n in frames.frames and (c.width, c.height) != (frames.width, frames.height)})
+    sizes = sorted({f"{c.width}x{c.height}" for n,
+                    c in cameras.items() if n in frames.frames
+                    and (c.width, c.height) != (frames.width, frames.height)})
     if sizes:
         own = f"{frames.width}x{frames.height}"
-        found.append(f"{frames.folder} is {own}, the dataset's pictures are {', '.join(sizes)}: render or load them at one resolution.")
+        found.append(f"{frames.folder} is {own}, the dataset's pictures are {', '.join(sizes)}: render or "
+                     "load them at one resolution.")
     digests = {name: camera_digest(camera.resized(frames.width, frames.height)) for name, camera in cameras.items()}
     return found + _camera_disagreements(frames, digests, "the dataset")
 
-
-def disagreements(frames: FrameFolder, other: FrameFolder | Sequence[Any] | None = None, *, names: Sequence[str] | None = None,
-                  checkpoint: str | Path | None = None, weights: str | None = "averaged", same_checkpoint: bool = False, read: bool = False) -> list[str]:
+# %% ../../nbs/distill/evaluation.ipynb #47680361
+def disagreements(frames: FrameFolder, other: FrameFolder | Sequence[Any] | None = None, *,
+                  names: Sequence[str] | None = None, checkpoint: str | Path | None = None,
+                  weights: str | None = "averaged", same_checkpoint: bool = False, read: bool = False) -> list[str]:
     """What keeps rendered frames from being compared, one sentence each; an empty list where nothing does.
 
-    other: a second folder of frames, or the views of a dataset. names: the frames that the experiment means. checkpoint: the file that they should show.
-    weights: which a student's frames should show; None: any. same_checkpoint: whether two folders should be of one. read: also open each file.
+    other: a second folder of frames, or the views of a dataset. names: the frames that the experiment means.
+    checkpoint: the file that they should show.
+    weights: which a student's frames should show; None: any. same_checkpoint: whether two folders should be of one.
+    read: also open each file.
     """
     found = [] if names is None else _list_disagreements(frames.folder, frames.names, list(names), "the experiment")
     missing = frames.missing()
-    if missing: found.append(f"{frames.folder} is unfinished, files are missing of {told_frames(missing)}: render it again, what is there is kept.")
+    if missing:
+        found.append(f"{frames.folder} is unfinished, files are missing of {told_frames(missing)}: render "
+                     "it again, what is there is kept.")
     if checkpoint is not None and (now := hash_file(checkpoint)) != frames.source["sha256"]:
-        found.append(f"{frames.folder} shows checkpoint {frames.source['sha256'][:12]}, but {checkpoint} is {now[:12]}: it is stale, render it again.")
+        found.append(f"{frames.folder} shows checkpoint {frames.source['sha256'][:12]}, but {checkpoint} "
+                     f"is {now[:12]}: it is stale, render it again.")
     if weights and frames.source["kind"] == "student" and frames.source["weights"] != weights:
-        found.append(f"{frames.folder} shows the {frames.source['weights'] or 'unnamed'} weights, {weights} ones were meant.")
+        found.append(f"{frames.folder} shows the {frames.source['weights'] or 'unnamed'} weights, "
+                     f"{weights} ones were meant.")
     if isinstance(other, FrameFolder): found += _between_folders(frames, other, same_checkpoint)
     elif other is not None: found += _with_dataset(frames, list(other))
     for name in frames.names if read else ():
@@ -101,38 +124,47 @@ def check_agreement(*arguments: Any, **options: Any) -> None:
     found = disagreements(*arguments, **options)
     if found: raise KiloError(" ".join(found))
 
-# %% ../../nbs/distill/evaluation.ipynb #933871ee
+# %% ../../nbs/distill/evaluation.ipynb #3c6bd273
 Metrics = Mapping[str, Callable[[Tensor, Tensor], float]]
 
 
-def against_photo(seen: Any, photo: ViewTarget, lpips: Metrics | None = None, background: str | float | Sequence[float] = "white") -> dict[str, float]:
-    """The metrics of `metrics.images.evaluate_image`; on another background than white, psnr_srgb_<background>_db besides."""
+def against_photo(seen: Any, photo: ViewTarget, lpips: Metrics | None = None,
+                  background: str | float | Sequence[float] = "white") -> dict[str, float]:
+    """The metrics of `metrics.images.evaluate_image`; on another background than white, psnr_srgb_<background>_db
+    besides."""
     scores = evaluate_image(seen.rgb_premultiplied, seen.alpha, photo.rgb_premultiplied, photo.alpha, lpips)
     name, colour = background_colour(background)
     if name == "white": return scores
     pictures = [composite(side.rgb_premultiplied, side.alpha, colour) for side in (seen, photo)]
     return {**scores, f"psnr_srgb_{name}_db": psnr_srgb_db(pictures[0].clamp(0, 1), pictures[1])}
 
-
-def against_teacher(seen: Any, teacher: Any, photo: ViewTarget | None = None, lpips: Metrics | None = None) -> dict[str, float]:
-    """psnr_vs_teacher_db and ssim_vs_teacher, on white; beside a photo, the teacher's own psnr (teacher_psnr_srgb_white_db); without one, all metrics."""
+# %% ../../nbs/distill/evaluation.ipynb #fa0f8a71
+def against_teacher(
+    seen: Any, teacher: Any, photo: ViewTarget | None = None, lpips: Metrics | None = None
+) -> dict[str, float]:
+    """psnr_vs_teacher_db and ssim_vs_teacher, on white; beside a photo, the teacher's own psnr
+    (teacher_psnr_srgb_white_db); without one, all metrics."""
     if photo is not None:
         pictures = [composite(side.rgb_premultiplied, side.alpha).clamp(0, 1) for side in (seen, teacher, photo)]
-        return {"psnr_vs_teacher_db": psnr_srgb_db(pictures[0], pictures[1]), "ssim_vs_teacher": ssim(pictures[0], pictures[1]),
+        return {"psnr_vs_teacher_db": psnr_srgb_db(pictures[0], pictures[1]),
+                "ssim_vs_teacher": ssim(pictures[0], pictures[1]),
                 "teacher_psnr_srgb_white_db": psnr_srgb_db(pictures[1], pictures[2])}
     scores = evaluate_image(seen.rgb_premultiplied, seen.alpha, teacher.rgb_premultiplied, teacher.alpha, lpips)
-    renamed = {"psnr_srgb_white_db": "psnr_vs_teacher_db", "psnr_srgb_foreground_db": "psnr_foreground_vs_teacher_db", "ssim_white": "ssim_vs_teacher",
-               "psnr_linear_white_db": "psnr_linear_vs_teacher_db", "psnr_blank_white_db": "psnr_blank_vs_teacher_db"}
+    renamed = {"psnr_srgb_white_db": "psnr_vs_teacher_db", "psnr_srgb_foreground_db": "psnr_foreground_vs_teacher_db",
+               "ssim_white": "ssim_vs_teacher", "psnr_linear_white_db": "psnr_linear_vs_teacher_db",
+               "psnr_blank_white_db": "psnr_blank_vs_teacher_db"}
     return {renamed.get(name, f"{name}_vs_teacher"): value for name, value in scores.items()}
 
-# %% ../../nbs/distill/evaluation.ipynb #c24ab2d2
+# %% ../../nbs/distill/evaluation.ipynb #50a298f5
 Subject = FrameSource | FrameFolder | Student | Gaussians | str | Path
 
 
 def as_subject(subject: Subject, weights: str | None = None) -> FrameSource | FrameFolder:
-    """A source or a folder of frames, from anything: an object in memory, a checkpoint, a run's folder, a PLY, a folder with a frames.json.
+    """A source or a folder of frames, from anything: an object in memory, a checkpoint, a run's folder, a PLY, a folder
+    with a frames.json.
 
-    weights: see `frames.open_source`; "averaged" or "raw" also refuses a folder of other frames. KiloError where it is none of these.
+    weights: see `frames.open_source`; "averaged" or "raw" also refuses a folder of other frames. KiloError where it is
+    none of these.
     """
     if isinstance(subject, Student): return source_of_student(subject, weights or "raw")
     if isinstance(subject, Gaussians): return source_of_gaussians(subject)
@@ -143,26 +175,31 @@ def as_subject(subject: Subject, weights: str | None = None) -> FrameSource | Fr
     if weights: check_agreement(subject, weights=weights)
     return subject
 
-
+# %% ../../nbs/distill/evaluation.ipynb #08db0b28
 def look(subject: FrameSource | FrameFolder, name: str, camera: PinholeCamera) -> RenderedFrame:
-    """What a subject shows of a named view, on the CPU. KiloError where a folder has another camera or size for it, or a render is not finite."""
+    """What a subject shows of a named view, on the CPU. KiloError where a folder has another camera or size for it, or
+    a render is not finite."""
     if isinstance(subject, FrameSource):
         seen = subject.render(camera, None)
-        return RenderedFrame(name, *(t.detach().float().cpu() for t in (seen.rgb_premultiplied, seen.alpha, seen.expected_depth))).check()
+        return RenderedFrame(name,
+                             *(t.detach().float().cpu()
+                               for t in (seen.rgb_premultiplied, seen.alpha, seen.expected_depth))).check()
     frame, size = subject.read(name), f"{camera.width}x{camera.height}"
     if (subject.width, subject.height) != (camera.width, camera.height):
         own = f"{subject.width}x{subject.height}"
-        raise KiloError(f"Frame '{name}' of {subject.folder} is {own}, its target {size}: load the target at the frame's resolution.")
+        raise KiloError(f"Frame '{name}' of {subject.folder} is {own}, its target {size}: load the target at "
+                        "the frame's resolution.")
     if subject.frames[name]["camera"] != camera_digest(camera):
         raise KiloError(f"Frame '{name}' of {subject.folder} was rendered from another camera than its target's.")
     return frame
 
-# %% ../../nbs/distill/evaluation.ipynb #773c19c0
+# %% ../../nbs/distill/evaluation.ipynb #27c753aa
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of a subject on named views.
 
-    subject: what was scored, in words. sha256, weights: of its checkpoint. scores: view -> metric -> value. lpips_views: the views that have an LPIPS.
+    subject: what was scored, in words. sha256, weights: of its checkpoint. scores: view -> metric -> value.
+    lpips_views: the views that have an LPIPS.
     """
 
     subject: str
@@ -179,20 +216,26 @@ class Evaluation:
         return mean_scores(self.scores)
 
     def worst(self, count: int = 8, metric: str = "") -> list[str]:
-        """Names of the `count` worst views by a metric (the first PSNR by default), the worst first; views that lack it, or have NaN, come last."""
+        """Names of the `count` worst views by a metric (the first PSNR by default), the worst first; views that lack
+        it, or have NaN, come last."""
         metric = metric or next(name for name in self.means() if name.startswith("psnr"))
-        if metric not in self.means(): raise KiloError(f"There is no metric '{metric}'; there are {', '.join(self.means())}.")
+        if metric not in self.means():
+            raise KiloError(f"There is no metric '{metric}'; there are {', '.join(self.means())}.")
         sign = -1 if metric.startswith(("lpips", "halo", "haze", "leak")) else 1
         value = lambda name: sign * self.scores[name].get(metric, math.nan)
         return sorted(self.scores, key=lambda name: math.inf if math.isnan(value(name)) else value(name))[:count]
 
     def results(self, prefix: str = "test") -> dict[str, Any]:
-        """The means under the names of a run's results (`test_psnr_srgb_white_db`), with `test_views`, `test_lpips_views`, the worst view and the gap."""
+        """The means under the names of a run's results (`test_psnr_srgb_white_db`), with `test_views`,
+        `test_lpips_views`, the worst view and the gap."""
         means = {f"{prefix}_{name}": value for name, value in self.means().items()}
         worst = self.worst(1)[0]
-        told = {f"{prefix}_views": len(self.scores), f"{prefix}_lpips_views": len(self.lpips_views), f"{prefix}_worst_view": worst}
+        told = {f"{prefix}_views": len(self.scores), f"{prefix}_lpips_views": len(self.lpips_views),
+                f"{prefix}_worst_view": worst}
         own, teacher = means.get(f"{prefix}_psnr_srgb_white_db"), means.get(f"{prefix}_teacher_psnr_srgb_white_db")
-        return {**means, **({f"{prefix}_gap_to_teacher_db": teacher - own} if own is not None and teacher is not None else {}), **told}
+        return {**means,
+                **({f"{prefix}_gap_to_teacher_db": teacher - own} if own is not None and teacher is not None else {}),
+                **told}
 
     def table(self) -> str:
         """One line a view, the mean below; a dash where a view was not measured."""
@@ -204,20 +247,23 @@ class Evaluation:
         """Everything as JSON, atomically."""
         write_json(path, {**asdict(self), "frames": self.names, "means": self.means()})
 
-# %% ../../nbs/distill/evaluation.ipynb #a405644f
+# %% ../../nbs/distill/evaluation.ipynb #7bd1b673
 def _photo(view: Any) -> ViewTarget | None:
     if isinstance(view, ViewTarget): return view if view.source == "image" else None
     return targets_from_images([view])[0] if hasattr(view, "rgba_straight") else None
 
 
-def _named(view: Any) -> tuple[str, PinholeCamera]: return view if isinstance(view, tuple) and len(view) == 2 else (view.name, view.camera)
+def _named(view: Any) -> tuple[str, PinholeCamera]:
+    return view if isinstance(view, tuple) and len(view) == 2 else (view.name, view.camera)
 
 
 def _told(subject: FrameSource | FrameFolder) -> tuple[str, str, str]:
     """A subject in words, its checkpoint's sha256, its weights."""
     if isinstance(subject, FrameSource): return str(subject), subject.sha256, subject.weights
     source = subject.source
-    words = f"frames in {subject.folder}: {source['kind']} {source['name']}" + (f", {source['weights']} weights" if source["weights"] else "")
+    words = f"frames in {subject.folder}: {source['kind']} {source['name']}" + (
+        f", {source['weights']} weights" if source["weights"] else ""
+    )
     return words, source["sha256"], source["weights"]
 
 
@@ -225,21 +271,27 @@ def _lesson(view: Any, teacher: FrameSource | FrameFolder | None) -> Any:
     if teacher is not None: return look(teacher, *_named(view))
     return view if isinstance(view, ViewTarget) and view.source == "teacher" else None
 
-# %% ../../nbs/distill/evaluation.ipynb #29a3f39f
-def evaluate_frames(subject: Subject, views: Iterable[Any], *, teacher: Subject | None = None, lpips: Metrics | None = None, lpips_every: int = 1,
-                    background: str | float | Sequence[float] = "white", weights: str | None = None, quiet: bool = False) -> Evaluation:
+# %% ../../nbs/distill/evaluation.ipynb #6430522d
+def evaluate_frames(subject: Subject, views: Iterable[Any], *, teacher: Subject | None = None,
+                    lpips: Metrics | None = None, lpips_every: int = 1,
+                    background: str | float | Sequence[float] = "white", weights: str | None = None,
+                    quiet: bool = False) -> Evaluation:
     """Score a subject on exactly these views, in this order.
 
-    subject, teacher: anything `as_subject` takes. views: frames of a dataset or targets (photographs), targets of a teacher, or (name, camera) pairs, which
-    need a teacher. lpips: see `metrics.perceptual.lpips_metrics`; only on every `lpips_every`-th view. background: one besides white.
+    subject, teacher: anything `as_subject` takes. views: frames of a dataset or targets (photographs), targets of a
+    teacher, or (name, camera) pairs, which need a teacher. lpips: see `metrics.perceptual.lpips_metrics`; only on every
+    `lpips_every`-th view. background: one besides white.
     weights: "averaged" or "raw" insists. The targets are checked against themselves first.
     Raises KiloError without views, without anything to compare with, or where sizes, cameras or frames disagree.
     """
-    views, subject, teacher = list(views), as_subject(subject, weights), None if teacher is None else as_subject(teacher)
+    views, subject, teacher = list(views), as_subject(subject,
+                                                      weights), None if teacher is None else as_subject(teacher)
     if not views: raise KiloError("There are no views to score: the list of frames is empty.")
     if lpips_every < 1: raise KiloError(f"lpips_every is {lpips_every}; expected 1 or more.")
     names = [_named(view)[0] for view in views]
-    if len(set(names)) < len(names): raise KiloError(f"View '{next(n for n in names if names.count(n) > 1)}' is given twice: a mean would count it twice.")
+    if len(set(names)) < len(names):
+        raise KiloError(f"View '{next(n for n in names if names.count(n) > 1)}' is given twice: a mean would "
+                        "count it twice.")
     told, sha256, held = _told(subject)
     if not quiet: print(f"scoring {told}\non {told_frames(names)}")
     scores, with_lpips = {}, []
@@ -250,20 +302,24 @@ def evaluate_frames(subject: Subject, views: Iterable[Any], *, teacher: Subject 
         if chosen: with_lpips.append(name)
     return Evaluation(told, sha256, held, scores, with_lpips)
 
-# %% ../../nbs/distill/evaluation.ipynb #1d00f975
+# %% ../../nbs/distill/evaluation.ipynb #b4a8032f
 def check_targets(name: str, photo: ViewTarget | None, lesson: Any, lpips: Metrics | None = None) -> None:
-    """The ruler before the measurement: each target of a view scored against itself. KiloError where that is not perfect, or where there is none."""
-    if photo is None and lesson is None: raise KiloError(f"View '{name}' has neither a photograph nor a teacher: there is nothing to compare it with.")
+    """The ruler before the measurement: each target of a view scored against itself. KiloError where that is not
+    perfect, or where there is none."""
+    if photo is None and lesson is None:
+        raise KiloError(f"View '{name}' has neither a photograph nor a teacher: there is nothing to compare it with.")
     for target in (photo, lesson):
         if target is not None: self_check(target.rgb_premultiplied, target.alpha, lpips)
 
-
+# %% ../../nbs/distill/evaluation.ipynb #13dfae1c
 def score_view(seen: RenderedFrame, photo: ViewTarget | None, lesson: Any, lpips: Metrics | None = None,
                background: str | float | Sequence[float] = "white") -> dict[str, float]:
-    """All scores of one view against its targets, with halo_mean, haze_mean and leak_mean (see `diagnostics.alpha_report`)."""
+    """All scores of one view against its targets, with halo_mean, haze_mean and leak_mean (see
+    `diagnostics.alpha_report`)."""
     for target in (photo, lesson):
         if target is not None and target.alpha.shape != seen.alpha.shape:
-            raise KiloError(f"View '{seen.name}' is {list(seen.alpha.shape)}, its target {list(target.alpha.shape)} (height, width): use one resolution.")
+            raise KiloError(f"View '{seen.name}' is {list(seen.alpha.shape)}, its target "
+                            f"{list(target.alpha.shape)} (height, width): use one resolution.")
     scores = {} if photo is None else against_photo(seen, photo, lpips, background)
     if lesson is not None: scores |= against_teacher(seen, lesson, photo, None if photo is not None else lpips)
     report = alpha_report(seen.alpha, (photo or lesson).alpha)
@@ -275,15 +331,16 @@ def target_picture(view: Any, background: str | float | Sequence[float] = "white
     target = view if isinstance(view, ViewTarget) else targets_from_images([view])[0]
     return composite(target.rgb_premultiplied, target.alpha, background_colour(background)[1]).clamp(0, 1)
 
-# %% ../../nbs/distill/evaluation.ipynb #1f567342
-SUMMARY = ("test_psnr_srgb_white_db", "test_psnr_srgb_foreground_db", "test_psnr_blank_white_db", "test_ssim_white", "test_lpips_vgg", "test_lpips_views",
-           "test_views", "test_psnr_vs_teacher_db", "test_gap_to_teacher_db", "psnr_srgb_white_db", "psnr_blank_white_db", "frames_per_s",
-           "fit_s", "train_s", "total_s")
+# %% ../../nbs/distill/evaluation.ipynb #bf1be2a2
+SUMMARY = ("test_psnr_srgb_white_db", "test_psnr_srgb_foreground_db", "test_psnr_blank_white_db", "test_ssim_white",
+           "test_lpips_vgg", "test_lpips_views", "test_views", "test_psnr_vs_teacher_db", "test_gap_to_teacher_db",
+           "psnr_srgb_white_db", "psnr_blank_white_db", "frames_per_s", "fit_s", "train_s", "total_s")
 
 
 @dataclass(frozen=True)
 class SummaryTable:
-    """Results of runs, one row a run. headings: run, data, status, then results; rows: texts and numbers, None where a run has no such result."""
+    """Results of runs, one row a run. headings: run, data, status, then results; rows: texts and numbers, None where a
+    run has no such result."""
 
     headings: list[str]
     rows: list[list[Any]]
@@ -297,34 +354,41 @@ class SummaryTable:
     def csv(self) -> str:
         """All digits."""
         stream = io.StringIO()
-        csv.writer(stream, lineterminator="\n").writerows([self.headings, *(["" if value is None else value for value in row] for row in self.rows)])
+        csv.writer(stream,
+                   lineterminator="\n").writerows([self.headings,
+                                                   *(["" if value is None else value for value in row]
+                                                     for row in self.rows)])
         return stream.getvalue()
 
     def write(self, path: str | Path) -> Path:
         """Write as the ending says: .csv, .md, .html or .txt."""
         forms = {".csv": self.csv, ".md": self.markdown, ".html": self._repr_html_, ".txt": self.text}
-        if (ending := Path(path).suffix) not in forms: raise KiloError(f"A table cannot be written as '{ending}': {', '.join(forms)} are possible.")
+        if (ending := Path(path).suffix) not in forms:
+            raise KiloError(f"A table cannot be written as '{ending}': {', '.join(forms)} are possible.")
         with atomic_write(path) as partial: partial.write_text(forms[ending](), encoding="utf-8")
         return Path(path)
 
-# %% ../../nbs/distill/evaluation.ipynb #6e9065cc
+# %% ../../nbs/distill/evaluation.ipynb #af48b33c
 def _standing(record: RunRecord) -> str:
     """How a run stands, in a word or two: its status, or how many of its gates are green."""
     if record.status != "finished": return record.status
     return f"{record.report.count('green')} of {len(record.report.lines)} green" if record.report.lines else ""
 
-
-def summarise_runs(runs: Iterable[RunRecord | str | os.PathLike] | str | os.PathLike | None = None, columns: Sequence[str] = SUMMARY) -> SummaryTable:
+# %% ../../nbs/distill/evaluation.ipynb #b75e9713
+def summarise_runs(runs: Iterable[RunRecord | str | os.PathLike] | str | os.PathLike | None = None,
+                   columns: Sequence[str] = SUMMARY) -> SummaryTable:
     """Results of many runs, from their results.json.
 
-    runs: records or folders of runs, or one folder of all outputs (None: the usual one). columns: names or patterns of results, in order; a column that no
-    run has is left out. A run that is not finished, or unreadable, has its status and no numbers. KiloError where there are no runs.
+    runs: records or folders of runs, or one folder of all outputs (None: the usual one). columns: names or patterns of
+    results, in order; a column that no run has is left out. A run that is not finished, or unreadable, has its status
+    and no numbers. KiloError where there are no runs.
     """
     single = runs is None or isinstance(runs, (str, os.PathLike))
     records = list_runs(runs) if single else [run if isinstance(run, RunRecord) else read_run(run) for run in runs]
     if not records: raise KiloError(f"There are no runs in {runs or 'outputs'}: name folders of runs.")
     known = dict.fromkeys(name for record in records for name in record.results)
     chosen = list(dict.fromkeys(name for pattern in columns for name in known if fnmatchcase(name, pattern)))
-    rows = [[record.name, data_label(record), _standing(record), *(record.results.get(name) if record.status == "finished" else None for name in chosen)]
+    rows = [[record.name, data_label(record), _standing(record),
+             *(record.results.get(name) if record.status == "finished" else None for name in chosen)]
             for record in records]
     return SummaryTable(["run", "data", "gates", *chosen], rows)

@@ -25,39 +25,48 @@ from ..splats.gaussians import Gaussians
 from ..splats.lookup import GaussianLookup
 from ..training.guards import TrainingStopped
 
-# %% ../../nbs/distill/features.ipynb #fa0d3656
-FEATURE_NAMES = (*(f"sh_{k}_{colour}" for k in range(16) for colour in "rgb"), "opacity", "log_scale_large", "log_scale_middle", "log_scale_small")
+# %% ../../nbs/distill/features.ipynb #9954f74c
+FEATURE_NAMES = (*(f"sh_{k}_{colour}" for k in range(16) for colour in "rgb"), "opacity", "log_scale_large",
+                 "log_scale_middle", "log_scale_small")
 
 
 def teacher_features(gaussians: Gaussians, sh_degree: int | None = None) -> Tensor:
     """What a teacher knows of each gaussian: [G, 52], in the order of `FEATURE_NAMES`.
 
-    48 spherical-harmonic coefficients (coefficient by coefficient, red, green, blue; a teacher of lower degree has zeros above it), the opacity in 0..1,
-    and the three log-scales (of metres), largest first. sh_degree: the degree the teacher must have, None: any.
+    48 spherical-harmonic coefficients (coefficient by coefficient, red, green, blue; a teacher of lower degree has
+    zeros above it), the opacity in 0..1, and the three log-scales (of metres), largest first. sh_degree: the degree the
+    teacher must have, None: any.
     Raises KiloError where it has another one, a shape is wrong or a value is not finite.
     """
     gaussians.validate()
     if sh_degree not in (None, gaussians.sh_degree):
-        raise KiloError(f"The teacher has spherical harmonics of degree {gaussians.sh_degree}, and {sh_degree} was asked for: ask for its own or none.")
+        raise KiloError(f"The teacher has spherical harmonics of degree {gaussians.sh_degree}, and "
+                        f"{sh_degree} was asked for: ask for its own or none.")
     sh = torch.nn.functional.pad(gaussians.sh.detach(), (0, 0, 0, 16 - gaussians.sh.shape[1])).flatten(1)
-    return torch.cat([sh, gaussians.opacities.detach()[:, None], gaussians.log_scales.detach().sort(1, descending=True).values], 1).float()
+    return torch.cat([sh, gaussians.opacities.detach()[:, None],
+                      gaussians.log_scales.detach().sort(1, descending=True).values], 1).float()
 
-# %% ../../nbs/distill/features.ipynb #079b92f8
+# %% ../../nbs/distill/features.ipynb #4eb8627e
 class TeacherAdapter(nn.Module):
-    """Teacher features [..., 52] normalised and brought to [..., channels], whose mean square is 1 over the teacher it was made for.
+    """Teacher features [..., 52] normalised and brought to [..., channels], whose mean square is 1 over the teacher it
+    was made for.
 
-    features: [G, 52] of that teacher. opacities: [G], weights of its statistics. kind: "pca", "orthogonal" or, trainable, "linear".
+    features: [G, 52] of that teacher. opacities: [G], weights of its statistics. kind: "pca", "orthogonal" or,
+    trainable, "linear".
     generator: draws the rotation of the latter two. Everything it knows is in its state_dict.
     """
 
-    def __init__(self, features: Tensor, opacities: Tensor, channels: int = 24, kind: Literal["pca", "orthogonal", "linear"] = "pca",
-                 generator: torch.Generator | None = None):
+    def __init__(self, features: Tensor, opacities: Tensor, channels: int = 24,
+                 kind: Literal["pca", "orthogonal", "linear"] = "pca", generator: torch.Generator | None = None):
         super().__init__()
-        if kind not in ("pca", "orthogonal", "linear"): raise KiloError(f"The adapter's kind is '{kind}'; expected 'pca', 'orthogonal' or 'linear'.")
+        if kind not in ("pca", "orthogonal", "linear"):
+            raise KiloError(f"The adapter's kind is '{kind}'; expected 'pca', 'orthogonal' or 'linear'.")
         if features.dim() != 2 or len(features) != len(opacities):
-            raise KiloError(f"The teacher's features have shape {list(features.shape)} beside {len(opacities)} opacities; expected a row for each.")
+            raise KiloError(f"The teacher's features have shape {list(features.shape)} beside {len(opacities)} "
+                            "opacities; expected a row for each.")
         width = features.shape[1]
-        if channels < 1 or (kind == "pca" and channels > width): raise KiloError(f"channels is {channels}; the PCA of {width} features has 1 to {width}.")
+        if channels < 1 or (kind == "pca" and channels > width):
+            raise KiloError(f"channels is {channels}; the PCA of {width} features has 1 to {width}.")
         share = opacities.detach().double() / opacities.detach().double().sum()
         mean = (share[:, None] * features.double()).sum(0)
         std = (share[:, None] * (features.double() - mean).square()).sum(0).sqrt()
@@ -85,32 +94,37 @@ class TeacherAdapter(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor: return self.project(self.normalised(features))
 
-# %% ../../nbs/distill/features.ipynb #92a3b1dd
+# %% ../../nbs/distill/features.ipynb #fc3a47eb
 def principal_axes(covariance: Tensor, count: int) -> Tensor:
-    """The `count` eigenvectors [D, count] of a covariance [D, D] with the largest eigenvalues; the largest entry of each is positive."""
+    """The `count` eigenvectors [D, count] of a covariance [D, D] with the largest eigenvalues; the largest entry of
+    each is positive."""
     axes = torch.linalg.eigh(covariance).eigenvectors.flip(-1)[:, :count]
     return axes * axes.gather(0, axes.abs().argmax(0, keepdim=True)).sign()
 
 
 def random_axes(width: int, count: int, generator: torch.Generator | None = None) -> Tensor:
     """A random [width, count] whose shorter side is orthonormal."""
-    square = torch.linalg.qr(torch.randn(max(width, count), max(width, count), generator=generator, dtype=torch.float64))[0]
+    square = torch.linalg.qr(torch.randn(max(width, count), max(width, count), generator=generator,
+                                         dtype=torch.float64))[0]
     return square[:width, :count]
 
-# %% ../../nbs/distill/features.ipynb #48b0767b
+# %% ../../nbs/distill/features.ipynb #d34019cb
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Linear centred kernel alignment of features x [N, P] and y [N, Q] of the same N places, a number in 0..1; 0 where one of them is constant.
+    """Linear centred kernel alignment of features x [N, P] and y [N, Q] of the same N places, a number in 0..1; 0 where
+    one of them is constant.
 
-    1: the same up to rotation and scale. Independent features have about sqrt(P Q) / N. Raises KiloError for other shapes or fewer than two places.
+    1: the same up to rotation and scale. Independent features have about sqrt(P Q) / N. Raises KiloError for other
+    shapes or fewer than two places.
     Source: Kornblith et al. 2019, "Similarity of neural network representations revisited", section 3.
     """
     if x.dim() != 2 or y.dim() != 2 or len(x) != len(y) or len(x) < 2:
-        raise KiloError(f"CKA compares features of the same places, [N, P] and [N, Q] with N of 2 or more; got {list(x.shape)} and {list(y.shape)}.")
+        raise KiloError("CKA compares features of the same places, [N, P] and [N, Q] with N of 2 or more; "
+                        f"got {list(x.shape)} and {list(y.shape)}.")
     x, y = (t.detach().double() - t.detach().double().mean(0) for t in (x, y))
     own = (x.T @ x).norm() * (y.T @ y).norm()
     return torch.where(own > 0, (y.T @ x).square().sum() / own.clamp(min=1e-300), torch.zeros_like(own))
 
-# %% ../../nbs/distill/features.ipynb #e273ac90
+# %% ../../nbs/distill/features.ipynb #a9053119
 class Projector(nn.Module):
     """The student's features [..., F] brought to [..., channels]: linear, or through one hidden layer.
 
@@ -119,7 +133,9 @@ class Projector(nn.Module):
 
     def __init__(self, width: int, channels: int, hidden: int = 0, generator: torch.Generator | None = None):
         super().__init__()
-        if min(width, channels) < 1 or hidden < 0: raise KiloError(f"A projector from {width} to {channels} features with {hidden} hidden ones cannot be made.")
+        if min(width, channels) < 1 or hidden < 0:
+            raise KiloError(f"A projector from {width} to {channels} features with {hidden} hidden ones "
+                            "cannot be made.")
         sizes = [width, *([hidden] if hidden else []), channels]
         layers = [nn.Linear(inputs, outputs) for inputs, outputs in pairwise(sizes)]
         for layer in layers:
@@ -128,31 +144,41 @@ class Projector(nn.Module):
         self.layers = nn.Sequential(layers[0], nn.ReLU(), layers[1]) if hidden else layers[0]
 
     def forward(self, features: Tensor, frozen: bool = False) -> Tensor:
-        """[..., channels]; frozen: no gradient reaches the projector's own weights, and an optimiser leaves them alone."""
+        """[..., channels]; frozen: no gradient reaches the projector's own weights, and an optimiser leaves them
+        alone."""
         if not frozen: return self.layers(features)
-        return torch.func.functional_call(self.layers, {name: weight.detach() for name, weight in self.layers.named_parameters()}, (features,))
+        return torch.func.functional_call(self.layers,
+                                          {name: weight.detach() for name, weight in self.layers.named_parameters()},
+                                          (features,))
 
-# %% ../../nbs/distill/features.ipynb #bcfd5238
+# %% ../../nbs/distill/features.ipynb #93256e15
 def feature_loss(predicted: Tensor, wanted: Tensor, cosine_weight: float, l2_weight: float) -> dict[str, Tensor]:
-    """predicted, wanted: [K, C]. Returns "loss" = cosine_weight (1 - cosine) + l2_weight (mean squared error), "cosine_similarity" and "l2", means over K.
+    """predicted, wanted: [K, C]. Returns "loss" = cosine_weight (1 - cosine) + l2_weight (mean squared error),
+    "cosine_similarity" and "l2", means over K.
 
     Vectors shorter than .01 count as that long: their direction means nothing.
     """
-    if predicted.shape != wanted.shape: raise KiloError(f"Features of shape {list(predicted.shape)} cannot be compared with {list(wanted.shape)}.")
+    if predicted.shape != wanted.shape:
+        raise KiloError(f"Features of shape {list(predicted.shape)} cannot be compared with {list(wanted.shape)}.")
     cosine = nn.functional.cosine_similarity(predicted, wanted, dim=-1, eps=1e-2).mean()
     l2 = (predicted - wanted).square().mean()
-    return {"loss": cosine_weight * (1 - cosine) + l2_weight * l2, "cosine_similarity": cosine.detach(), "l2": l2.detach()}
+    return {"loss": cosine_weight * (1 - cosine) + l2_weight * l2, "cosine_similarity": cosine.detach(),
+            "l2": l2.detach()}
 
-# %% ../../nbs/distill/features.ipynb #0db08715
+# %% ../../nbs/distill/features.ipynb #da8ddc24
 @dataclass(frozen=True)
 class FeatureConfig:
     """How features are taught. Shares are of the run, 0..1.
 
-    channels, adapter: see `TeacherAdapter`. hidden: of the projector, 0: linear. learning_rate_ratio: the projector's rate over the student's, at most .5.
-    cosine_weight, l2_weight: of the two losses. ramp: share in which they rise from 0. fade_start, fade_end: shares between which the cosine fades into L2;
-    both 1: cosine only, both 0: L2 only. projector_alone: until this share the student does not listen. freeze: from this share the projector stands still;
-    1: never. mask_fraction: share of the samples that is asked, drawn by their weight in the picture. minimum_density: 1/metre, samples where the teacher is
-    thinner do not count. minimum_kept: if fewer than this share of those asked count, `patience` steps in a row, the run stops. cka_every: steps, 0: never.
+    channels, adapter: see `TeacherAdapter`. hidden: of the projector, 0: linear. learning_rate_ratio: the projector's
+    rate over the student's, at most .5.
+    cosine_weight, l2_weight: of the two losses. ramp: share in which they rise from 0. fade_start, fade_end: shares
+    between which the cosine fades into L2;
+    both 1: cosine only, both 0: L2 only. projector_alone: until this share the student does not listen. freeze: from
+    this share the projector stands still;
+    1: never. mask_fraction: share of the samples that is asked, drawn by their weight in the picture. minimum_density:
+    1/metre, samples where the teacher is thinner do not count. minimum_kept: if fewer than this share of those asked
+    count, `patience` steps in a row, the run stops. cka_every: steps, 0: never.
     """
 
     channels: int = 24
@@ -175,15 +201,23 @@ class FeatureConfig:
     def __post_init__(self):
         shares = ("ramp", "fade_start", "fade_end", "projector_alone", "freeze", "minimum_kept")
         for name in shares:
-            if not 0 <= getattr(self, name) <= 1: raise KiloError(f"The feature loss's {name} is {getattr(self, name)}; expected a share, 0 to 1.")
-        if not 0 < self.mask_fraction <= 1: raise KiloError(f"mask_fraction is {self.mask_fraction}; expected a share of the samples above 0, at most 1.")
+            if not 0 <= getattr(self, name) <= 1:
+                raise KiloError(f"The feature loss's {name} is {getattr(self, name)}; expected a share, 0 to 1.")
+        if not 0 < self.mask_fraction <= 1:
+            raise KiloError(f"mask_fraction is {self.mask_fraction}; expected a share of the samples above "
+                            "0, at most 1.")
         if not 0 < self.learning_rate_ratio <= 0.5:
-            raise KiloError(f"The projector's learning rate is {self.learning_rate_ratio:g} of the student's: expected above 0, at most .5.")
-        if self.fade_start > self.fade_end: raise KiloError(f"The cosine fades from {self.fade_start:g} to {self.fade_end:g} of the run: give them in order.")
+            raise KiloError(f"The projector's learning rate is {self.learning_rate_ratio:g} of the student's: "
+                            "expected above 0, at most .5.")
+        if self.fade_start > self.fade_end:
+            raise KiloError(f"The cosine fades from {self.fade_start:g} to {self.fade_end:g} of the run: give "
+                            "them in order.")
         if self.freeze <= self.projector_alone:
-            raise KiloError(f"The projector freezes at {self.freeze:g} of the run, while it still learns alone (until {self.projector_alone:g}).")
+            raise KiloError(f"The projector freezes at {self.freeze:g} of the run, while it still learns alone "
+                            f"(until {self.projector_alone:g}).")
         if min(self.cosine_weight, self.l2_weight) < 0 or self.cosine_weight + self.l2_weight == 0:
-            raise KiloError("The feature loss's weights must be 0 or more, and one of them above; to do without features, leave the term out.")
+            raise KiloError("The feature loss's weights must be 0 or more, and one of them above; to do without "
+                            "features, leave the term out.")
         if min(self.minimum_density, self.cka_every) < 0 or self.patience < 1:
             raise KiloError("minimum_density and cka_every must be 0 or more, and patience 1 or more.")
 
@@ -195,29 +229,41 @@ class FeatureConfig:
         faded = (1 - math.cos(math.pi * way)) / 2
         return self.cosine_weight * risen * (1 - faded), self.l2_weight * risen * faded
 
-# %% ../../nbs/distill/features.ipynb #866daa09
+# %% ../../nbs/distill/features.ipynb #d4ebee0b
 def draw_by_weight(weights: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Indices [count] of samples, ascending, each drawn about count x its share of the weights [N]; none where all weights are 0."""
+    """Indices [count] of samples, ascending, each drawn about count x its share of the weights [N]; none where all
+    weights are 0."""
     line = weights.detach().double().cumsum(0)
     if len(line) == 0 or not line[-1] > 0: return torch.zeros(0, dtype=torch.int64, device=weights.device)
-    marks = (torch.arange(count, device=weights.device) + torch.rand(count, generator=generator, device=weights.device, dtype=torch.float64)) / count
+    marks = (torch.arange(count, device=weights.device)
+             + torch.rand(count, generator=generator, device=weights.device, dtype=torch.float64)) / count
     return torch.searchsorted(line, marks * line[-1], right=True).clamp(max=len(line) - 1)
 
-# %% ../../nbs/distill/features.ipynb #647cb06c
+# %% ../../nbs/distill/features.ipynb #09852836
 class FeatureTerm(Term):
-    """Teaches a student's hidden features what the teacher knows at the same points; a term for `distill.student.distill`.
+    """Teaches a student's hidden features what the teacher knows at the same points; a term for
+    `distill.student.distill`.
 
-    teacher: where features are looked up. width: the student's `field.feature_width`. steps: of the run. seed: of projector and adapter.
-    Logs, each behind the term's name: loss, cosine_similarity, l2, cosine_weight and l2_weight in effect, kept (share of the samples asked that count),
-    projector_gradient_norm (of the step before), and every `cka_every` steps cka, of the student's features and the teacher's 52.
+    teacher: where features are looked up. width: the student's `field.feature_width`. steps: of the run. seed: of
+    projector and adapter. Logs, each behind the term's name: loss, cosine_similarity, l2, cosine_weight and l2_weight
+    in effect, kept (share of the samples asked that count), projector_gradient_norm (of the step before), and every
+    `cka_every` steps cka, of the student's features and the teacher's 52.
     """
 
-    def __init__(self, teacher: GaussianLookup, width: int, steps: int, config: FeatureConfig | None = None, seed: int = 0, name: str = "features"):
+    def __init__(self, teacher: GaussianLookup, width: int, steps: int, config: FeatureConfig | None = None,
+                 seed: int = 0, name: str = "features"):
         if steps < 1: raise KiloError(f"A feature term for a run of {steps} steps was asked for; expected at least 1.")
-        self.teacher, self.width, self.steps, self.config, self.name = teacher, width, steps, config or FeatureConfig(), name
+        self.teacher, self.width, self.steps, self.config, self.name = (
+            teacher,
+            width,
+            steps,
+            config or FeatureConfig(),
+            name,
+        )
         generator = torch.Generator().manual_seed(seed)
         features = teacher_features(teacher.gaussians).cpu()
-        self.adapter = TeacherAdapter(features, teacher.gaussians.opacities.cpu(), self.config.channels, self.config.adapter, generator)
+        self.adapter = TeacherAdapter(features, teacher.gaussians.opacities.cpu(), self.config.channels,
+                                      self.config.adapter, generator)
         self.projector = Projector(width, self.config.channels, self.config.hidden, generator)
         self.table = self.adapter.normalised(features)
         self.gradient_norm, self.misses = 0.0, 0
@@ -237,24 +283,33 @@ class FeatureTerm(Term):
 
     def to(self, device: torch.device | str) -> "FeatureTerm":
         """The term itself, its weights and tables moved to a device; call it before the optimiser is made."""
-        self.adapter, self.projector, self.table = self.adapter.to(device), self.projector.to(device), self.table.to(device)
+        self.adapter, self.projector, self.table = (
+            self.adapter.to(device),
+            self.projector.to(device),
+            self.table.to(device),
+        )
         return self
 
-    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender, generator: torch.Generator) -> dict[str, Tensor | float]:
+    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender,
+                 generator: torch.Generator) -> dict[str, Tensor | float]:
         """The weighted loss of this step and what is logged. Raises TrainingStopped where the mask has collapsed."""
         weights, frozen = self.config.weights_at(step / self.steps), self.frozen(step)
         positions, directions, wanted, normal, kept = self.lesson(seen, generator)
-        logged = {"kept": kept, "cosine_weight": weights[0], "l2_weight": weights[1], "projector_gradient_norm": self.gradient_norm}
+        logged = {"kept": kept, "cosine_weight": weights[0], "l2_weight": weights[1],
+                  "projector_gradient_norm": self.gradient_norm}
         self.count_misses(step, kept)
         if len(positions) < 2: return self.named(logged)
         features = self.features_of(student, positions, directions)
         if self.config.cka_every and step % self.config.cka_every == 0: logged["cka"] = linear_cka(features, normal)
         if not self.listening(step): features = features.detach()
         loss = feature_loss(self.projector(features, frozen), wanted.detach() if frozen else wanted, *weights)
-        return {"loss": loss.pop("loss"), **self.named({"loss": weights[0] * (1 - loss["cosine_similarity"]) + weights[1] * loss["l2"], **loss, **logged})}
+        return {"loss": loss.pop("loss"),
+                **self.named({"loss": weights[0] * (1 - loss["cosine_similarity"]) + weights[1] * loss["l2"], **loss,
+                              **logged})}
 
     def lesson(self, seen: RayRender, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, float]:
-        """Where to compare, K points: positions [K, 3], directions [K, 3], wanted [K, C], the teacher's normalised features [K, 52]; and the share kept."""
+        """Where to compare, K points: positions [K, 3], directions [K, 3], wanted [K, C], the teacher's normalised
+        features [K, 52]; and the share kept."""
         count = max(1, round(self.config.mask_fraction * len(seen.weights)))
         index = draw_by_weight(seen.weights, count, generator)
         positions, directions = seen.samples.positions[index].detach(), seen.samples.directions[index]
@@ -266,22 +321,25 @@ class FeatureTerm(Term):
     def features_of(self, student: nn.Module, positions: Tensor, directions: Tensor) -> Tensor:
         """The student's features [K, width], or a KiloError that says what it lacks."""
         field = student.field
-        if not hasattr(field, "features"): raise KiloError(f"The field, {type(field).__name__}, shows no features: it needs features(positions, directions).")
+        if not hasattr(field, "features"):
+            raise KiloError(f"The field, {type(field).__name__}, shows no features: it needs features(positions, "
+                            "directions).")
         features = field.features(positions, directions)
         if features.shape != (len(positions), self.width):
-            raise KiloError(f"The student's features are {list(features.shape)[1:]} wide, the term expects {self.width}: give it the field's feature_width.")
+            raise KiloError(f"The student's features are {list(features.shape)[1:]} wide, the term expects "
+                            f"{self.width}: give it the field's feature_width.")
         return features
 
     def count_misses(self, step: int, kept: float) -> None:
         """Stop the run where too few samples count for too long."""
         self.misses = self.misses + 1 if kept < self.config.minimum_kept else 0
         if self.misses < self.config.patience: return
-        raise TrainingStopped(
-            f"Training stopped at step {step}: for {self.misses} steps in a row less than {self.config.minimum_kept:.0%} of what the student sees lies where "
-            "the teacher is: check that both share axes and scale, or lower minimum_density."
-        )
+        raise TrainingStopped(f"Training stopped at step {step}: for {self.misses} steps in a row less than "
+                              f"{self.config.minimum_kept:.0%} of what the student sees lies where "
+                              "the teacher is: check that both share axes and scale, or lower minimum_density.")
 
-    def named(self, values: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]: return {f"{self.name}_{key}": value for key, value in values.items()}
+    def named(self, values: Mapping[str, Tensor | float]) -> dict[str, Tensor | float]:
+        return {f"{self.name}_{key}": value for key, value in values.items()}
 
     def after_step(self, step: int) -> None:
         """Note the gradient that the projector just followed; 0 once it is frozen."""
@@ -291,8 +349,10 @@ class FeatureTerm(Term):
     def state_dict(self) -> dict[str, Any]:
         """Settings, weights, normalisation and counters."""
         weights = {"projector": self.projector.state_dict(), "adapter": self.adapter.state_dict()}
-        return {"settings": {**asdict(self.config), "steps": self.steps, "width": self.width}, "gradient_norm": self.gradient_norm, "misses": self.misses,
-                **{name: {key: value.detach().clone() for key, value in state.items()} for name, state in weights.items()}}
+        return {"settings": {**asdict(self.config), "steps": self.steps, "width": self.width},
+                "gradient_norm": self.gradient_norm, "misses": self.misses,
+                **{name: {key: value.detach().clone() for key, value in state.items()} for name,
+                   state in weights.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put them back. Raises KiloError where the settings differ."""

@@ -44,23 +44,27 @@ from ..training.averaging import load_weights
 from ..training.checkpoints import newest_checkpoint, read_checkpoint
 from ..training.progress import Progress
 
-# %% ../../nbs/distill/frames.ipynb #50d03770
+# %% ../../nbs/distill/frames.ipynb #9b9ebf06
 def choose_frames(count: int, start: int = 0, stop: int | None = None, step: int = 1, max_frames: int | None = None,
                   explicit: Sequence[int] | None = None) -> list[int]:
-    """Indices into `count` frames: a range start, start + step, ... below stop, at most `max_frames` of it, or the `explicit` ones in their order.
+    """Indices into `count` frames: a range start, start + step, ... below stop, at most `max_frames` of it, or the
+    `explicit` ones in their order.
 
     Raises KiloError where nothing is left, where an index is not there or is named twice.
     """
     if step < 1: raise KiloError(f"step is {step}; expected 1 or more.")
-    if max_frames is not None and max_frames < 1: raise KiloError(f"max_frames is {max_frames}; expected 1 or more, or None for all.")
+    if max_frames is not None and max_frames < 1:
+        raise KiloError(f"max_frames is {max_frames}; expected 1 or more, or None for all.")
     chosen = list(range(count)[start:stop:step] if explicit is None else explicit)
     absent = [i for i in chosen if not 0 <= i < count]
     if absent: raise KiloError(f"Frame {absent[0]} is not there: there are {count} frames, 0 to {count - 1}.")
-    if len(set(chosen)) < len(chosen): raise KiloError(f"Frame {next(i for i in chosen if chosen.count(i) > 1)} is named twice.")
-    if not chosen: raise KiloError(f"No frame is chosen: start {start}, stop {stop}, step {step} leave nothing of {count} frames.")
+    if len(set(chosen)) < len(chosen):
+        raise KiloError(f"Frame {next(i for i in chosen if chosen.count(i) > 1)} is named twice.")
+    if not chosen:
+        raise KiloError(f"No frame is chosen: start {start}, stop {stop}, step {step} leave nothing of {count} frames.")
     return chosen[:max_frames]
 
-# %% ../../nbs/distill/frames.ipynb #f00803ed
+# %% ../../nbs/distill/frames.ipynb #252e4fc1
 class NamedCamera(NamedTuple):
     """A camera with its place in the dataset and its name there."""
 
@@ -68,41 +72,53 @@ class NamedCamera(NamedTuple):
     name: str
     camera: PinholeCamera
 
+# %% ../../nbs/distill/frames.ipynb #4c87d4e2
+def named_cameras(views: Iterable[Any], frames: Sequence[int] | None = None,
+                  resolution: int | tuple[int, int] | None = None) -> list[NamedCamera]:
+    """Cameras of `views` (anything with a name and a camera, or pairs of them), only those of `frames`, at another
+    size.
 
-def named_cameras(views: Iterable[Any], frames: Sequence[int] | None = None, resolution: int | tuple[int, int] | None = None) -> list[NamedCamera]:
-    """Cameras of `views` (anything with a name and a camera, or pairs of them), only those of `frames`, at another size.
-
-    resolution: a width in pixels (height in proportion) or (width, height). Raises KiloError where a name is used twice or nothing is chosen.
+    resolution: a width in pixels (height in proportion) or (width, height). Raises KiloError where a name is used twice
+    or nothing is chosen.
     """
-    named = [view if isinstance(view, NamedCamera) else NamedCamera(i, *(view if isinstance(view, tuple) else (view.name, view.camera)))
-             for i, view in enumerate(views)]
+    named = [view if isinstance(view, NamedCamera)
+             else NamedCamera(i, *(view if isinstance(view, tuple) else (view.name, view.camera))) for i,
+             view in enumerate(views)]
     chosen = [named[i] for i in choose_frames(len(named), explicit=frames)]
     files = [file_name(view.name) for view in chosen]
-    if len(set(files)) < len(files): raise KiloError(f"Two frames would be kept in one file, '{next(f for f in files if files.count(f) > 1)}': rename one.")
+    if len(set(files)) < len(files):
+        raise KiloError("Two frames would be kept in one file, "
+                        f"'{next(f for f in files if files.count(f) > 1)}': rename one.")
     if resolution is None: return chosen
-    sizes = [(resolution, round(c.camera.height * resolution / c.camera.width)) if isinstance(resolution, int) else resolution for c in chosen]
-    if min(map(min, sizes)) < 1: raise KiloError(f"Resolution {resolution} leaves no pixel; expected a width, or a width and a height, above 0.")
+    sizes = [(resolution, round(c.camera.height * resolution / c.camera.width)) if isinstance(resolution, int)
+             else resolution for c in chosen]
+    if min(map(min, sizes)) < 1:
+        raise KiloError(f"Resolution {resolution} leaves no pixel; expected a width, or a width and a height, above 0.")
     return [view._replace(camera=view.camera.resized(*size)) for view, size in zip(chosen, sizes)]
 
-
+# %% ../../nbs/distill/frames.ipynb #70263041
 def file_name(name: str) -> str:
     """A frame's name as a file name: `test/r_0` becomes `test_r_0.npz`."""
     return re.sub(r"[^A-Za-z0-9.+-]+", "_", name).strip("._") + ".npz"
 
-# %% ../../nbs/distill/frames.ipynb #f6b12716
+# %% ../../nbs/distill/frames.ipynb #3ac87b57
 def camera_digest(camera: PinholeCamera) -> str:
     """Sixteen hexadecimal digits for a camera: pose, intrinsics (to a millionth of the width) and size."""
     numbers = [f"{value:.5f}" for value in camera.camera_to_world.double().flatten().tolist()]
     numbers += [f"{value / camera.width:.6f}" for value in (camera.fx, camera.fy, camera.cx, camera.cy)]
-    return hashlib.sha256(" ".join([*numbers, f"{camera.width}x{camera.height}"]).replace("-0.00000", "0.00000").encode()).hexdigest()[:16]
+    return hashlib.sha256(
+        " ".join([*numbers, f"{camera.width}x{camera.height}"]).replace("-0.00000", "0.00000").encode()
+    ).hexdigest()[:16]
 
-# %% ../../nbs/distill/frames.ipynb #9e7efbde
+# %% ../../nbs/distill/frames.ipynb #040432e1
 @dataclass(frozen=True)
 class FrameSource:
     """Something that can be looked at.
 
-    render: (camera, chunk_rays or None) -> an object with rgb_premultiplied [H, W, 3], alpha [H, W], expected_depth [H, W] and, if it has it, samples_per_ray.
-    kind: "student" or "teacher". sha256: of the file, or of the weights where there is no file. weights: "averaged", "raw" or "" (gaussians have only one).
+    render: (camera, chunk_rays or None) -> an object with rgb_premultiplied [H, W, 3], alpha [H, W], expected_depth [H,
+    W] and, if it has it, samples_per_ray.
+    kind: "student" or "teacher". sha256: of the file, or of the weights where there is no file. weights: "averaged",
+    "raw" or "" (gaussians have only one).
     name: where it comes from, for people. device: what it renders on. model: the student or the gaussians themselves.
     """
 
@@ -115,9 +131,11 @@ class FrameSource:
     model: Any = None
 
     def __str__(self) -> str:
-        return f"{self.kind} {self.name}, {self.weights + ' weights, ' if self.weights else ''}sha256 {self.sha256[:12]}"
+        return (
+            f"{self.kind} {self.name}, {self.weights + ' weights, ' if self.weights else ''}sha256 {self.sha256[:12]}"
+        )
 
-# %% ../../nbs/distill/frames.ipynb #8753d7ff
+# %% ../../nbs/distill/frames.ipynb #9213fa21
 def tensors_digest(tensors: dict[str, Tensor]) -> str:
     """SHA-256 over names, shapes and values."""
     digest = hashlib.sha256()
@@ -126,17 +144,22 @@ def tensors_digest(tensors: dict[str, Tensor]) -> str:
         digest.update(value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
 
-
+# %% ../../nbs/distill/frames.ipynb #c8757c47
 def source_of_student(student: Student, weights: str = "raw", name: str = "in memory", sha256: str = "") -> FrameSource:
     """A student as something to look at. Its own `render` is used, unless rays are asked for in chunks."""
     device = str(next(student.parameters()).device)
 
     def render(camera: PinholeCamera, chunk_rays: int | None) -> Any:
         camera = camera.to(device)
-        return student.render(camera) if chunk_rays is None else render_image(student.field, camera, student.grid, student.step, chunk_rays)
-    return FrameSource(render, "student", sha256 or tensors_digest(student.state_dict()), weights, name, device, student)
+        return (
+            student.render(camera)
+            if chunk_rays is None
+            else render_image(student.field, camera, student.grid, student.step, chunk_rays)
+        )
+    return FrameSource(render, "student", sha256 or tensors_digest(student.state_dict()), weights, name, device,
+                       student)
 
-
+# %% ../../nbs/distill/frames.ipynb #a43228f3
 class Seen(NamedTuple):
     """What a camera sees: rgb_premultiplied [H, W, 3], alpha [H, W], expected_depth [H, W] camera z, metres."""
 
@@ -144,48 +167,59 @@ class Seen(NamedTuple):
     alpha: Tensor
     expected_depth: Tensor
 
-
+# %% ../../nbs/distill/frames.ipynb #281008e4
 def source_of_gaussians(gaussians: Gaussians, name: str = "in memory", sha256: str = "") -> FrameSource:
-    """A teacher as something to look at; its colours are cut off at its alpha, as `targets_from_teacher` does, since a screen shows no more."""
+    """A teacher as something to look at; its colours are cut off at its alpha, as `targets_from_teacher` does, since a
+    screen shows no more."""
     @torch.no_grad()
     def render(camera: PinholeCamera, chunk_rays: int | None) -> Seen:
         picture = render_gaussians(gaussians, camera.to(gaussians.device))
         alpha = picture.alpha.clamp(0, 1)
-        return Seen(torch.minimum(picture.rgb_premultiplied.clamp(min=0), alpha[..., None]), alpha, picture.expected_depth)
-    return FrameSource(render, "teacher", sha256 or tensors_digest(gaussians.parameters()), "", name, str(gaussians.device), gaussians)
+        return Seen(torch.minimum(picture.rgb_premultiplied.clamp(min=0), alpha[..., None]), alpha,
+                    picture.expected_depth)
+    return FrameSource(render, "teacher", sha256 or tensors_digest(gaussians.parameters()), "", name,
+                       str(gaussians.device), gaussians)
 
-# %% ../../nbs/distill/frames.ipynb #cea50de3
+# %% ../../nbs/distill/frames.ipynb #34c839db
 def student_of_checkpoint(path: Path, weights: str | None = None, like: Student | None = None) -> tuple[Student, str]:
     """A student with the weights of a checkpoint of the training loop, and which they are: "averaged" or "raw".
 
-    like: a student of the same shape; it is changed. None: the student.pt of the same run gives the shape. KiloError where it does not fit.
+    like: a student of the same shape; it is changed. None: the student.pt of the same run gives the shape. KiloError
+    where it does not fit.
     """
     beside = path.parent.parent / "student.pt"
     if like is None and not beside.is_file():
-        raise KiloError(f"{path} holds weights but not the shape of their student, and there is no {beside.name} in its run: "
+        raise KiloError(f"{path} holds weights but not the shape of their student, and there is no "
+                        f"{beside.name} in its run: "
                         "give a student of that shape (like=), or resume the run to its end.")
     student = load_student(beside)[0] if like is None else like
     try: said = load_weights(path, student, weights)
     except KiloError as error: raise KiloError(f"{path} is of a student of another config: {error}") from None
     return student, said.split()[0]
 
-# %% ../../nbs/distill/frames.ipynb #73935887
+# %% ../../nbs/distill/frames.ipynb #0e6124c2
 def _checked_weights(path: Path, held: str, wanted: str | None) -> str:
     if wanted not in (None, "averaged", "raw"): raise KiloError(f"weights is '{wanted}'; expected 'averaged' or 'raw'.")
-    if wanted and held != wanted: raise KiloError(f"{path} holds {held} weights, but {wanted} ones were asked for: give a checkpoint of the training loop.")
+    if wanted and held != wanted:
+        raise KiloError(f"{path} holds {held} weights, but {wanted} ones were asked for: give a checkpoint of "
+                        "the training loop.")
     return held
 
-
-def open_source(path: str | Path, weights: str | None = None, like: Student | None = None, device: str = "cpu") -> FrameSource:
+# %% ../../nbs/distill/frames.ipynb #d5b1c43e
+def open_source(path: str | Path, weights: str | None = None, like: Student | None = None,
+                device: str = "cpu") -> FrameSource:
     """What is in a file or a run's folder, as something to look at.
 
-    path: a saved student, a checkpoint of the training loop, the folder of a run (its student.pt, else its newest checkpoint), or a PLY of gaussians.
-    weights: None takes the averaged ones where there are some; "averaged" or "raw" insists. like: see `student_of_checkpoint`.
+    path: a saved student, a checkpoint of the training loop, the folder of a run (its student.pt, else its newest
+    checkpoint), or a PLY of gaussians.
+    weights: None takes the averaged ones where there are some; "averaged" or "raw" insists. like: see
+    `student_of_checkpoint`.
     Raises KiloError where there is nothing, or something damaged, or of another config.
     """
     path = Path(path)
     if path.is_dir(): path = own if (own := path / "student.pt").is_file() else newest_checkpoint(path)
-    if not path.is_file(): raise KiloError(f"There is no {path}: give a student.pt, a run's folder, a checkpoint or a PLY of gaussians.")
+    if not path.is_file():
+        raise KiloError(f"There is no {path}: give a student.pt, a run's folder, a checkpoint or a PLY of gaussians.")
     if path.suffix.lower() == ".ply": return source_of_gaussians(read_ply(path).to(device), str(path), hash_file(path))
     if read_checkpoint(path).get("kind") is None: student, held = student_of_checkpoint(path, weights, like)
     else:
@@ -193,7 +227,7 @@ def open_source(path: str | Path, weights: str | None = None, like: Student | No
         _checked_weights(path, held, weights)
     return source_of_student(student.to(device), held, str(path), hash_file(path))
 
-# %% ../../nbs/distill/frames.ipynb #78c22311
+# %% ../../nbs/distill/frames.ipynb #61588293
 CONVENTIONS = ("premultiplied", "straight")
 
 
@@ -201,8 +235,10 @@ CONVENTIONS = ("premultiplied", "straight")
 class RenderedFrame:
     """A frame in memory: always premultiplied, always float32.
 
-    rgb_premultiplied: [H, W, 3] sRGB. alpha: [H, W]. expected_depth: [H, W] camera z, metres, or None. stored: the convention of the file it came from.
-    identity: digest of what it was rendered from. seconds, samples_per_ray: of the render; warm: not the first of its session.
+    rgb_premultiplied: [H, W, 3] sRGB. alpha: [H, W]. expected_depth: [H, W] camera z, metres, or None. stored: the
+    convention of the file it came from.
+    identity: digest of what it was rendered from. seconds, samples_per_ray: of the render; warm: not the first of its
+    session.
     """
 
     name: str
@@ -221,49 +257,64 @@ class RenderedFrame:
         for name, value in parts.items():
             if value is None: continue
             if value.shape[:2] != self.alpha.shape:
-                raise KiloError(f"The {name} of frame '{self.name}' is {list(value.shape)}, its alpha {list(self.alpha.shape)}.")
+                raise KiloError(f"The {name} of frame '{self.name}' is {list(value.shape)}, its alpha "
+                                f"{list(self.alpha.shape)}.")
             bad = (~torch.isfinite(value)).sum().item()
-            if bad: raise KiloError(f"The {name} of frame '{self.name}' holds {bad} values that are NaN or infinite: the checkpoint or its render is broken.")
+            if bad:
+                raise KiloError(f"The {name} of frame '{self.name}' holds {bad} values that are NaN or infinite: the "
+                                "checkpoint or its render is broken.")
         return self
 
-# %% ../../nbs/distill/frames.ipynb #a2660c0f
+# %% ../../nbs/distill/frames.ipynb #9cdd3cd3
 def write_frame(path: str | Path, frame: RenderedFrame, dtype: str = "float16") -> None:
-    """Write a frame as .npz, whole or not at all. dtype: of colour and alpha, "float16" (an error below 0.0005) or "float32"; depth is always float32."""
+    """Write a frame as .npz, whole or not at all. dtype: of colour and alpha, "float16" (an error below 0.0005) or
+    "float32"; depth is always float32."""
     if dtype not in ("float16", "float32"): raise KiloError(f"dtype is '{dtype}'; expected 'float16' or 'float32'.")
     frame.check()
-    arrays = {"rgb_premultiplied": frame.rgb_premultiplied.cpu().numpy().astype(dtype), "alpha": frame.alpha.cpu().numpy().astype(dtype)}
-    if frame.expected_depth is not None: arrays["expected_depth"] = frame.expected_depth.cpu().numpy().astype(np.float32)
-    told = {"alpha_convention": "premultiplied", "colour_space": "srgb", "name": frame.name, "identity": frame.identity, "seconds": frame.seconds,
+    arrays = {"rgb_premultiplied": frame.rgb_premultiplied.cpu().numpy().astype(dtype),
+              "alpha": frame.alpha.cpu().numpy().astype(dtype)}
+    if frame.expected_depth is not None:
+        arrays["expected_depth"] = frame.expected_depth.cpu().numpy().astype(np.float32)
+    told = {"alpha_convention": "premultiplied", "colour_space": "srgb", "name": frame.name, "identity": frame.identity,
+            "seconds": frame.seconds,
             "samples_per_ray": np.nan if frame.samples_per_ray is None else frame.samples_per_ray, "warm": frame.warm}
     with atomic_write(path) as partial, open(partial, "wb") as file: np.savez_compressed(file, **arrays, **told)
 
-# %% ../../nbs/distill/frames.ipynb #afd04cbe
+# %% ../../nbs/distill/frames.ipynb #6d11017d
 def _unpack_frame(path: Path) -> dict[str, Any]:
-    if not path.is_file(): raise KiloError(f"The frame {path} is missing: render it again, the frames that are there are kept.")
+    if not path.is_file():
+        raise KiloError(f"The frame {path} is missing: render it again, the frames that are there are kept.")
     try:
         with np.load(path, allow_pickle=False) as packed: return {name: packed[name] for name in packed.files}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, AttributeError) as error:
-        raise KiloError(f"The frame {path} cannot be read; it is cut off, damaged or not an .npz: delete it and render it again.") from error
+        raise KiloError(f"The frame {path} cannot be read; it is cut off, damaged or not an .npz: delete it "
+                        "and render it again.") from error
 
-
+# %% ../../nbs/distill/frames.ipynb #ea4a144b
 def _named_colour(path: Path, content: dict[str, Any]) -> tuple[np.ndarray, str]:
     told = {key: str(content[key]) for key in ("alpha_convention", "colour_space") if key in content}
     absent = next((key for key in ("alpha_convention", "colour_space", "alpha") if key not in content), None)
-    if absent: raise KiloError(f"The frame {path} has no '{absent}': a frame says its convention, its colour space and its alpha; render it again.")
+    if absent:
+        raise KiloError(f"The frame {path} has no '{absent}': a frame says its convention, its colour space "
+                        "and its alpha; render it again.")
     convention = told["alpha_convention"]
-    if convention not in CONVENTIONS: raise KiloError(f"The frame {path} has alpha convention '{convention}'; expected premultiplied or straight.")
+    if convention not in CONVENTIONS:
+        raise KiloError(f"The frame {path} has alpha convention '{convention}'; expected premultiplied or straight.")
     if told["colour_space"] != "srgb":
-        raise KiloError(f"The frame {path} is in colour space '{told['colour_space']}'; only srgb frames can be scored or recomposed.")
+        raise KiloError(f"The frame {path} is in colour space '{told['colour_space']}'; only srgb frames can "
+                        "be scored or recomposed.")
     if f"rgb_{convention}" not in content:
         there = ", ".join(name for name in content if name.startswith("rgb")) or "no colours"
-        raise KiloError(f"The frame {path} says that its alpha is {convention}, but holds {there}; expected rgb_{convention}.")
+        raise KiloError(f"The frame {path} says that its alpha is {convention}, but holds {there}; expected "
+                        f"rgb_{convention}.")
     return content[f"rgb_{convention}"], convention
 
-# %% ../../nbs/distill/frames.ipynb #dc81b793
+# %% ../../nbs/distill/frames.ipynb #1de30927
 def read_frame(path: str | Path) -> RenderedFrame:
     """A frame from its .npz, premultiplied whatever it was stored as; `stored` says which.
 
-    Raises KiloError where the file is missing, damaged, of an unknown convention, holds NaN, or where its colours cannot be what it calls them.
+    Raises KiloError where the file is missing, damaged, of an unknown convention, holds NaN, or where its colours
+    cannot be what it calls them.
     """
     path = Path(path)
     content = _unpack_frame(path)
@@ -271,35 +322,40 @@ def read_frame(path: str | Path) -> RenderedFrame:
     alpha = torch.from_numpy(content["alpha"].astype(np.float32))
     rgb = torch.from_numpy(rgb.astype(np.float32))
     if rgb.ndim != 3 or rgb.shape[-1] != 3 or rgb.shape[:2] != alpha.shape:
-        raise KiloError(f"The frame {path} holds colours {list(rgb.shape)} and alpha {list(alpha.shape)}; expected [H, W, 3] and [H, W].")
+        raise KiloError(f"The frame {path} holds colours {list(rgb.shape)} and alpha {list(alpha.shape)}; "
+                        "expected [H, W, 3] and [H, W].")
     if stored == "straight": rgb, alpha = straight_to_premultiplied(torch.cat([rgb, alpha[..., None]], -1))
     depth = torch.from_numpy(content["expected_depth"].astype(np.float32)) if "expected_depth" in content else None
     samples = float(content.get("samples_per_ray", np.nan))
-    frame = RenderedFrame(str(content.get("name", path.stem)), rgb, alpha, depth, stored, str(content.get("identity", "")), float(content.get("seconds", 0)),
+    frame = RenderedFrame(str(content.get("name", path.stem)), rgb, alpha, depth, stored,
+                          str(content.get("identity", "")), float(content.get("seconds", 0)),
                           None if np.isnan(samples) else samples, bool(content.get("warm", True)))
     try: check_premultiplied(frame.check().rgb_premultiplied, frame.alpha)
     except KiloError as error: raise KiloError(f"The frame {path} cannot be used: {error}") from None
     return frame
 
-# %% ../../nbs/distill/frames.ipynb #05b0d08f
+# %% ../../nbs/distill/frames.ipynb #9053cfd4
 def background_colour(background: str | float | Sequence[float]) -> tuple[str, Tensor]:
-    """(name, [3] sRGB) of a background: a name or #rrggbb as in CSS, a grey level 0..1, or a triple. Raises KiloError on anything else."""
+    """(name, [3] sRGB) of a background: a name or #rrggbb as in CSS, a grey level 0..1, or a triple. Raises KiloError
+    on anything else."""
     try:
-        if isinstance(background, str): return background.lstrip("#"), torch.tensor(ImageColor.getrgb(background)[:3]) / 255
+        if isinstance(background, str):
+            return background.lstrip("#"), torch.tensor(ImageColor.getrgb(background)[:3]) / 255
         colour = torch.as_tensor(background, dtype=torch.float32).expand(3)
         if not ((colour >= 0) & (colour <= 1)).all(): raise ValueError
     except (ValueError, TypeError, RuntimeError):
-        raise KiloError(f"Background {background!r} is no colour; expected white, black, #rrggbb, a grey level in 0..1 or three of them.") from None
+        raise KiloError(f"Background {background!r} is no colour; expected white, black, #rrggbb, a grey "
+                        "level in 0..1 or three of them.") from None
     named = {(1.0, 1.0, 1.0): "white", (0.0, 0.0, 0.0): "black"}
     return named.get(tuple(colour.tolist()), "".join(f"{round(255 * v):02x}" for v in colour.tolist())), colour
 
-
+# %% ../../nbs/distill/frames.ipynb #972d8e59
 def recomposite(frame: RenderedFrame | str | Path, background: str | float | Sequence[float] = "white") -> Tensor:
     """A frame, or the file of one, on a background: [H, W, 3] sRGB, clamped to 0..1."""
     frame = frame if isinstance(frame, RenderedFrame) else read_frame(frame)
     return composite(frame.rgb_premultiplied, frame.alpha, background_colour(background)[1]).clamp(0, 1)
 
-# %% ../../nbs/distill/frames.ipynb #906a079d
+# %% ../../nbs/distill/frames.ipynb #d657bc7b
 def nvml_power(uuid: str, library: Any = None) -> Callable[[], float | None]:
     """A function that returns the present power of the GPU with this UUID, watts, or None where NVML does not answer.
 
@@ -308,13 +364,20 @@ def nvml_power(uuid: str, library: Any = None) -> Callable[[], float | None]:
     handle, milliwatts = ctypes.c_void_p(), ctypes.c_uint()
     try:
         library = library or ctypes.CDLL("libnvidia-ml.so.1")
-        ready = library.nvmlInit_v2() == 0 and library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) == 0
+        ready = (
+            library.nvmlInit_v2() == 0 and library.nvmlDeviceGetHandleByUUID(uuid.encode(), ctypes.byref(handle)) == 0
+        )
     except (OSError, AttributeError): ready = False
-    return lambda: milliwatts.value / 1000 if ready and library.nvmlDeviceGetPowerUsage(handle, ctypes.byref(milliwatts)) == 0 else None
+    return lambda: (
+        milliwatts.value / 1000
+        if ready and library.nvmlDeviceGetPowerUsage(handle, ctypes.byref(milliwatts)) == 0
+        else None
+    )
 
-
+# %% ../../nbs/distill/frames.ipynb #1cded34d
 class PowerMeter:
-    """Within the `with`, `read` is called every `period_s` seconds in a thread; `mean_w` is the mean of what it said, None where it said nothing."""
+    """Within the `with`, `read` is called every `period_s` seconds in a thread; `mean_w` is the mean of what it said,
+    None where it said nothing."""
 
     def __init__(self, read: Callable[[], float | None], period_s: float = 0.1):
         self.read, self.period_s, self.readings, self.over = read, period_s, [], threading.Event()
@@ -336,7 +399,7 @@ class PowerMeter:
         self.over.set()
         self.thread.join()
 
-# %% ../../nbs/distill/frames.ipynb #c8643c5c
+# %% ../../nbs/distill/frames.ipynb #b3d448c6
 def device_power(device: str) -> Callable[[], float | None]:
     """The power of the GPU behind a torch device, watts; a function of None on a CPU."""
     if torch.device(device).type != "cuda": return lambda: None
@@ -349,11 +412,13 @@ def _synchronise(device: str) -> None:
 
 
 def peak_memory(device: str) -> dict[str, Any]:
-    """`peak_memory_mb`, 10^6 bytes, and `peak_memory_of`: tensors on the GPU since the render began, or the whole process since its start."""
-    if torch.device(device).type == "cuda": return {"peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6, "peak_memory_of": "gpu"}
+    """`peak_memory_mb`, 10^6 bytes, and `peak_memory_of`: tensors on the GPU since the render began, or the whole
+    process since its start."""
+    if torch.device(device).type == "cuda":
+        return {"peak_memory_mb": torch.cuda.max_memory_allocated(device) / 1e6, "peak_memory_of": "gpu"}
     return {"peak_memory_mb": peak_memory_mb(), "peak_memory_of": "process"}
 
-# %% ../../nbs/distill/frames.ipynb #4dc2ae31
+# %% ../../nbs/distill/frames.ipynb #40142b23
 FORMAT = "kilonb frames 1"
 
 
@@ -361,7 +426,8 @@ FORMAT = "kilonb frames 1"
 class FrameFolder:
     """A folder of rendered frames, by its manifest.
 
-    source: kind, name, sha256, weights. width, height: pixels. dtype: of colour and alpha. frames: name -> index, file, camera digest; in dataset order.
+    source: kind, name, sha256, weights. width, height: pixels. dtype: of colour and alpha. frames: name -> index, file,
+    camera digest; in dataset order.
     """
 
     folder: Path
@@ -383,7 +449,8 @@ class FrameFolder:
 
     def path(self, name: str) -> Path:
         """Where a frame is. KiloError where the manifest does not list it."""
-        if name not in self.frames: raise KiloError(f"Frame '{name}' is not in {self.folder}, which holds {told_frames(self.names)}.")
+        if name not in self.frames:
+            raise KiloError(f"Frame '{name}' is not in {self.folder}, which holds {told_frames(self.names)}.")
         return self.folder / self.frames[name]["file"]
 
     def missing(self) -> list[str]:
@@ -392,104 +459,130 @@ class FrameFolder:
 
     def identity(self, name: str) -> str:
         """What the file of a frame must carry."""
-        parts = [FORMAT, self.source["sha256"], self.source["weights"], self.frames[name]["camera"], self.dtype, self.alpha_convention, self.colour_space]
+        parts = [FORMAT, self.source["sha256"], self.source["weights"], self.frames[name]["camera"], self.dtype,
+                 self.alpha_convention, self.colour_space]
         return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
     def read(self, name: str) -> RenderedFrame:
         """A frame. KiloError where it is missing, damaged, of another render or of another size."""
         frame = read_frame(self.path(name))
-        if frame.identity != self.identity(name): raise KiloError(f"{self.path(name)} was not rendered from what frames.json says: render the folder again.")
+        if frame.identity != self.identity(name):
+            raise KiloError(f"{self.path(name)} was not rendered from what frames.json says: render the folder again.")
         if frame.alpha.shape != (self.height, self.width):
-            raise KiloError(f"{self.path(name)} is {frame.alpha.shape[1]}x{frame.alpha.shape[0]}, but frames.json says {self.width}x{self.height}.")
+            raise KiloError(f"{self.path(name)} is {frame.alpha.shape[1]}x{frame.alpha.shape[0]}, but frames.json "
+                            f"says {self.width}x{self.height}.")
         return frame
 
-
+# %% ../../nbs/distill/frames.ipynb #9d2afb7d
 def told_frames(names: Sequence[str], limit: int = 6) -> str:
     """A list of frames in print: how many, and which."""
     shown = [*names] if len(names) <= limit else [*names[:limit - 2], "...", names[-1]]
     return f"{len(names)} frame{'s' * (len(names) != 1)}: {', '.join(shown) or 'none'}"
 
-# %% ../../nbs/distill/frames.ipynb #67cc7536
+# %% ../../nbs/distill/frames.ipynb #02714eaa
 def read_frames(folder: str | Path) -> FrameFolder:
     """The folder of frames by its frames.json. Raises KiloError where there is none or it is damaged."""
     path = Path(folder) / "frames.json"
-    if not path.is_file(): raise KiloError(f"{folder} holds no frames.json: give a folder that frames were rendered into.")
+    if not path.is_file():
+        raise KiloError(f"{folder} holds no frames.json: give a folder that frames were rendered into.")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format"] != FORMAT: raise KiloError(f"{path} is of format '{content['format']}'; expected '{FORMAT}'.")
-        frames = {entry["name"]: {key: entry[key] for key in ("index", "file", "camera")} for entry in content["frames"]}
+        if content["format"] != FORMAT:
+            raise KiloError(f"{path} is of format '{content['format']}'; expected '{FORMAT}'.")
+        frames = {entry["name"]: {key: entry[key] for key in ("index", "file", "camera")}
+                  for entry in content["frames"]}
         source = {key: str(content["source"][key]) for key in ("kind", "name", "sha256", "weights")}
-        return FrameFolder(Path(folder), source, *(content[key] for key in ("width", "height", "dtype", "alpha_convention", "colour_space")), frames)
+        return FrameFolder(Path(folder), source,
+                           *(content[key] for key in ("width", "height", "dtype", "alpha_convention", "colour_space")),
+                           frames)
     except (ValueError, KeyError, TypeError):
-        raise KiloError(f"{path} is not a manifest of frames; it is damaged: delete the folder and render again.") from None
+        raise KiloError(f"{path} is not a manifest of frames; it is damaged: delete the folder and "
+                        "render again.") from None
 
-
+# %% ../../nbs/distill/frames.ipynb #df6042ad
 def write_frames(folder: FrameFolder) -> None:
     """Write frames.json, atomically."""
     entries = [{"name": name, **entry} for name, entry in folder.frames.items()]
-    write_json(folder.folder / "frames.json", {
-        "format": FORMAT, "source": folder.source, "width": folder.width, "height": folder.height, "dtype": folder.dtype, "cameras": folder.cameras,
-        "alpha_convention": folder.alpha_convention, "colour_space": folder.colour_space, "frames": entries})
+    write_json(folder.folder / "frames.json",
+               {"format": FORMAT, "source": folder.source, "width": folder.width, "height": folder.height,
+                "dtype": folder.dtype, "cameras": folder.cameras, "alpha_convention": folder.alpha_convention,
+                "colour_space": folder.colour_space, "frames": entries})
 
-# %% ../../nbs/distill/frames.ipynb #01dbc48d
+# %% ../../nbs/distill/frames.ipynb #d7593b36
 def _claim(folder: Path, source: FrameSource, views: Sequence[NamedCamera], dtype: str) -> FrameFolder:
     sizes = {(view.camera.width, view.camera.height) for view in views}
-    if len(sizes) > 1: raise KiloError(f"The cameras have {len(sizes)} sizes; expected one: give resolution=(width, height).")
+    if len(sizes) > 1:
+        raise KiloError(f"The cameras have {len(sizes)} sizes; expected one: give resolution=(width, height).")
     told = {"kind": source.kind, "name": source.name, "sha256": source.sha256, "weights": source.weights}
-    entries = {view.name: {"index": view.index, "file": file_name(view.name), "camera": camera_digest(view.camera)} for view in views}
+    entries = {view.name: {"index": view.index, "file": file_name(view.name), "camera": camera_digest(view.camera)}
+               for view in views}
     fresh = FrameFolder(folder, told, *sizes.pop(), dtype, "premultiplied", "srgb", entries)
     if not (folder / "frames.json").is_file():
         if folder.is_file() or (folder.is_dir() and any(folder.glob("*.npz"))):
             raise KiloError(f"{folder} holds something else than frames with a manifest: choose another folder.")
         return fresh
     before = read_frames(folder)
-    refuse = lambda what, was, now: KiloError(f"{folder} holds frames of {what} {was}, not {now}: choose another folder, or delete it.")
+    refuse = lambda what, was, now: KiloError(f"{folder} holds frames of {what} {was}, not {now}: choose another "
+                                              "folder, or delete it.")
     for key, what in (("sha256", "another checkpoint,"), ("weights", "the weights")):
-        if before.source[key] != told[key]: raise refuse(what, before.source[key][:12] or "none", told[key][:12] or "none")
-    for what, was, now in (("the size", f"{before.width}x{before.height}", f"{fresh.width}x{fresh.height}"), ("the number format", before.dtype, dtype)):
+        if before.source[key] != told[key]:
+            raise refuse(what, before.source[key][:12] or "none", told[key][:12] or "none")
+    for what, was, now in (("the size", f"{before.width}x{before.height}", f"{fresh.width}x{fresh.height}"),
+                           ("the number format", before.dtype, dtype)):
         if was != now: raise refuse(what, was, now)
-    moved = [name for name in entries if name in before.frames and before.frames[name]["camera"] != entries[name]["camera"]]
-    if moved: raise KiloError(f"{folder} holds frame '{moved[0]}' from another camera: choose another folder, or delete it.")
+    moved = [name for name in entries if name in before.frames
+             and before.frames[name]["camera"] != entries[name]["camera"]]
+    if moved:
+        raise KiloError(f"{folder} holds frame '{moved[0]}' from another camera: choose another folder, or delete it.")
     files = {entry["file"]: name for name, entry in before.frames.items()}
     clash = next((name for name, entry in entries.items() if files.get(entry["file"], name) != name), None)
-    if clash: raise KiloError(f"{folder} keeps '{files[entries[clash]['file']]}' in the file that '{clash}' would go to: choose another folder.")
+    if clash:
+        raise KiloError(f"{folder} keeps '{files[entries[clash]['file']]}' in the file that '{clash}' would "
+                        "go to: choose another folder.")
     return replace(fresh, frames=dict(sorted({**before.frames, **entries}.items(), key=lambda item: item[1]["index"])))
 
-# %% ../../nbs/distill/frames.ipynb #23a60571
+# %% ../../nbs/distill/frames.ipynb #cf0949dc
 def frame_statistics(frames: Sequence[RenderedFrame]) -> dict[str, Any]:
-    """Speed of some frames: the mean without those that came first in their session (they pay for compiling and loading), unless there are no others."""
+    """Speed of some frames: the mean without those that came first in their session (they pay for compiling and
+    loading), unless there are no others."""
     timed = [f.seconds for f in frames if f.warm] or [f.seconds for f in frames]
     cold = [f.seconds for f in frames if not f.warm]
     samples = [f.samples_per_ray for f in frames if f.samples_per_ray is not None]
     mean = sum(timed) / len(timed)
-    return {"frames": len(frames), "frames_timed": len(timed), "seconds_per_frame": mean, "frames_per_s": 1 / mean if mean else None,
-            "first_frame_s": max(cold) if cold else None, "samples_per_ray": sum(samples) / len(samples) if samples else None}
+    return {"frames": len(frames), "frames_timed": len(timed), "seconds_per_frame": mean,
+            "frames_per_s": 1 / mean if mean else None, "first_frame_s": max(cold) if cold else None,
+            "samples_per_ray": sum(samples) / len(samples) if samples else None}
 
-# %% ../../nbs/distill/frames.ipynb #628f8d9e
+# %% ../../nbs/distill/frames.ipynb #8467872d
 @dataclass(frozen=True)
 class RenderOutcome:
-    """What `render_frames` did: the folder, the names that were asked for, how many of them were there already, and the statistics."""
+    """What `render_frames` did: the folder, the names that were asked for, how many of them were there already, and the
+    statistics."""
 
     frames: FrameFolder
     names: list[str]
     kept: int
     statistics: dict[str, Any]
 
-
-def _render_one(source: FrameSource, view: NamedCamera, chunk_rays: int | None, identity: str, warm: bool) -> RenderedFrame:
+# %% ../../nbs/distill/frames.ipynb #e073f65d
+def _render_one(source: FrameSource, view: NamedCamera, chunk_rays: int | None, identity: str,
+                warm: bool) -> RenderedFrame:
     _synchronise(source.device)
     began = time.perf_counter()
     seen = source.render(view.camera, chunk_rays)
     _synchronise(source.device)
     seconds = time.perf_counter() - began
-    rgb, alpha, depth = (tensor.detach().float().cpu() for tensor in (seen.rgb_premultiplied, seen.alpha, seen.expected_depth))
+    rgb, alpha, depth = (tensor.detach().float().cpu()
+                         for tensor in (seen.rgb_premultiplied, seen.alpha, seen.expected_depth))
     if rgb.shape != (view.camera.height, view.camera.width, 3):
-        raise KiloError(f"The render of '{view.name}' is {list(rgb.shape)}, its camera {view.camera.width}x{view.camera.height}.")
-    frame = RenderedFrame(view.name, rgb, alpha, depth, "premultiplied", identity, seconds, getattr(seen, "samples_per_ray", None), warm).check()
+        raise KiloError(f"The render of '{view.name}' is {list(rgb.shape)}, its camera "
+                        f"{view.camera.width}x{view.camera.height}.")
+    frame = RenderedFrame(view.name, rgb, alpha, depth, "premultiplied", identity, seconds,
+                          getattr(seen, "samples_per_ray", None), warm).check()
     check_premultiplied(rgb, alpha)
     return frame
 
-
+# %% ../../nbs/distill/frames.ipynb #1041e7e2
 def _whole(folder: FrameFolder, name: str) -> RenderedFrame | None:
     """The frame if its file is whole and belongs to the manifest, without its pictures kept in memory."""
     if not folder.path(name).is_file(): return None
@@ -497,25 +590,28 @@ def _whole(folder: FrameFolder, name: str) -> RenderedFrame | None:
     except KiloError: return None
     return _without_pictures(frame)
 
-
+# %% ../../nbs/distill/frames.ipynb #f6d3d3d2
 def _without_pictures(frame: RenderedFrame) -> RenderedFrame:
     nothing = torch.empty(0, 0)
     return replace(frame, rgb_premultiplied=nothing, alpha=nothing, expected_depth=None)
 
-# %% ../../nbs/distill/frames.ipynb #22f85666
+# %% ../../nbs/distill/frames.ipynb #3c4a4f38
 def _write_png(path: Path, frame: RenderedFrame) -> None:
     alpha = frame.alpha[..., None]
-    write_rgba(path, torch.cat([torch.where(alpha > 0, frame.rgb_premultiplied / alpha.clamp(min=1e-6), 0.0), alpha], -1))
+    write_rgba(path,
+               torch.cat([torch.where(alpha > 0, frame.rgb_premultiplied / alpha.clamp(min=1e-6), 0.0), alpha], -1))
 
-
+# %% ../../nbs/distill/frames.ipynb #4809c05f
 def render_frames(source: FrameSource, views: Iterable[Any], folder: str | Path, frames: Sequence[int] | None = None,
-                  resolution: int | tuple[int, int] | None = None, chunk_rays: int | None = None, dtype: str = "float16", png: bool = False,
-                  quiet: bool = False) -> RenderOutcome:
+                  resolution: int | tuple[int, int] | None = None, chunk_rays: int | None = None,
+                  dtype: str = "float16", png: bool = False, quiet: bool = False) -> RenderOutcome:
     """Render cameras into a folder; frames that are there, whole and of the same render, are kept.
 
-    views: things with a name and a camera (a scene's frames, targets), or pairs. frames: indices into them, all by default (see `choose_frames`).
-    resolution: see `named_cameras`. chunk_rays: rays at a time, a student's own habit by default. dtype: see `write_frame`. png: also as straight RGBA.
-    Writes frames.json first, one .npz a frame, render_stats.json last. Raises KiloError where the folder holds another render, or a render is not finite.
+    views: things with a name and a camera (a scene's frames, targets), or pairs. frames: indices into them, all by
+    default (see `choose_frames`).
+    resolution: see `named_cameras`. chunk_rays: rays at a time, a student's own habit by default. dtype: see
+    `write_frame`. png: also as straight RGBA. Writes frames.json first, one .npz a frame, render_stats.json last.
+    Raises KiloError where the folder holds another render, or a render is not finite.
     """
     folder, cameras = Path(folder), named_cameras(views, frames, resolution)
     if dtype not in ("float16", "float32"): raise KiloError(f"dtype is '{dtype}'; expected 'float16' or 'float32'.")
@@ -536,15 +632,17 @@ def render_frames(source: FrameSource, views: Iterable[Any], folder: str | Path,
             done.append(frame)
             progress.update(count, {"s/frame": frame.seconds})
     progress.close()
-    statistics = {**frame_statistics(done), "kept": kept, "width": manifest.width, "height": manifest.height, "device": source.device,
-                  "weights": source.weights, "chunk_rays": chunk_rays, **peak_memory(source.device), "power_w": meter.mean_w}
+    statistics = {**frame_statistics(done), "kept": kept, "width": manifest.width, "height": manifest.height,
+                  "device": source.device, "weights": source.weights, "chunk_rays": chunk_rays,
+                  **peak_memory(source.device), "power_w": meter.mean_w}
     write_json(folder / "render_stats.json", {"source": manifest.source, **statistics, "names": names})
     return RenderOutcome(manifest, names, kept, statistics)
 
-# %% ../../nbs/distill/frames.ipynb #670516cd
+# %% ../../nbs/distill/frames.ipynb #9674abb4
 def recomposite_folder(frames: FrameFolder, folder: str | Path, background: str | float | Sequence[float] = "white",
                        names: Sequence[str] | None = None) -> list[Path]:
-    """Write frames on a background as 8-bit PNGs named `<frame>_<background>.png`; returns their paths. names: all by default; an empty list is an error."""
+    """Write frames on a background as 8-bit PNGs named `<frame>_<background>.png`; returns their paths. names: all by
+    default; an empty list is an error."""
     chosen = frames.names if names is None else list(names)
     if not chosen: raise KiloError("No frame is named: give at least one, or None for all.")
     paths = []

@@ -27,10 +27,11 @@ from ..core.html import CONTENT_SECURITY_POLICY
 from ..imaging.pictures import save_comparison
 from ..metrics.images import check_images
 
-# %% ../../nbs/distill/gallery.ipynb #808f52dc
+# %% ../../nbs/distill/gallery.ipynb #b7c1195a
 @dataclass(frozen=True)
 class Entry:
-    """One view of a gallery. target, student: [H, W, 3] sRGB in 0..1, on the same background. scores: metric -> value, the first is the one it is ranked by."""
+    """One view of a gallery. target, student: [H, W, 3] sRGB in 0..1, on the same background. scores: metric -> value,
+    the first is the one it is ranked by."""
 
     name: str
     target: Tensor
@@ -41,30 +42,33 @@ class Entry:
         check_images(self.student, self.target)
         if not self.scores: raise KiloError(f"View '{self.name}' has no scores: a gallery ranks by one.")
 
-
+# %% ../../nbs/distill/gallery.ipynb #890421c1
 def lower_is_better(metric: str) -> bool:
     """Whether a small value of a metric is good: errors, LPIPS, halo and leak."""
     return metric.startswith(("lpips", "halo", "leak", "haze", "mean_absolute", "largest"))
 
-
+# %% ../../nbs/distill/gallery.ipynb #8ff4bf72
 def ranked(entries: Sequence[Entry], metric: str = "", count: int | None = None) -> list[Entry]:
-    """The worst first, by a metric (the first of the first entry); views without it, or with NaN, come last. KiloError where nobody has it."""
+    """The worst first, by a metric (the first of the first entry); views without it, or with NaN, come last. KiloError
+    where nobody has it."""
     if not entries: raise KiloError("There are no views to show: the list is empty.")
     metric = metric or next(iter(entries[0].scores))
-    if all(metric not in entry.scores for entry in entries): raise KiloError(f"No view has the metric '{metric}'; there are {', '.join(entries[0].scores)}.")
+    if all(metric not in entry.scores for entry in entries):
+        raise KiloError(f"No view has the metric '{metric}'; there are {', '.join(entries[0].scores)}.")
     def badness(entry: Entry) -> tuple[bool, float]:
         value = entry.scores.get(metric, math.nan)
         return (False, 0.0) if math.isnan(value) else (True, value if lower_is_better(metric) else -value)
     return sorted(entries, key=badness, reverse=True)[:count]
 
-# %% ../../nbs/distill/gallery.ipynb #f4f9a29e
+# %% ../../nbs/distill/gallery.ipynb #2aaa13a7
 def to_image(picture: Tensor) -> Image.Image:
     """[H, W, 3] in 0..1 as an 8-bit picture."""
     return Image.fromarray((picture.detach().clamp(0, 1) * 255).round().byte().cpu().numpy())
 
 
 def error_picture(student: Tensor, target: Tensor, gain: float = 5.0) -> Tensor:
-    """[H, W, 3]: black where the two agree, over red and yellow to white where their mean absolute error times `gain` reaches 1."""
+    """[H, W, 3]: black where the two agree, over red and yellow to white where their mean absolute error times `gain`
+    reaches 1."""
     error = ((student - target).abs().mean(-1) * gain).clamp(0, 1)
     return torch.stack([(error * 3).clamp(max=1), (error * 3 - 1).clamp(0, 1), (error * 3 - 2).clamp(0, 1)], -1)
 
@@ -76,20 +80,21 @@ def _fitted(picture: Tensor, size: int) -> Image.Image:
     wanted = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(wanted, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
-# %% ../../nbs/distill/gallery.ipynb #99614827
+# %% ../../nbs/distill/gallery.ipynb #70115bcc
 def told(name: str, value: float) -> str:
     """A score as a caption has it: `psnr_srgb_white 28.13 dB`, `lpips_vgg 0.0431`."""
     if value is None or math.isnan(value): return f"{name} not measured"
     return f"{name.removesuffix('_db')} {value:.2f} dB" if name.endswith("_db") else f"{name} {spell(value)}"
 
-
+# %% ../../nbs/distill/gallery.ipynb #86f6598f
 def triptych(entry: Entry, size: int = 200, gain: float = 5.0, metric: str = "") -> Image.Image:
     """Target, student and error x gain beside each other, with the view's name and its score above.
 
     size: longer side of each, pixels. gain: what the error is multiplied by. metric: the score, the first by default.
     """
     metric = metric or next(iter(entry.scores))
-    parts = [_fitted(picture, size) for picture in (entry.target, entry.student, error_picture(entry.student, entry.target, gain))]
+    parts = [_fitted(picture, size)
+             for picture in (entry.target, entry.student, error_picture(entry.student, entry.target, gain))]
     font, line = ImageFont.load_default(size=max(10, size // 15)), max(10, size // 15) + 5
     sheet = Image.new("RGB", (3 * parts[0].width + 8, parts[0].height + 2 * line), "white")
     draw = ImageDraw.Draw(sheet)
@@ -99,8 +104,9 @@ def triptych(entry: Entry, size: int = 200, gain: float = 5.0, metric: str = "")
         draw.text((i * (part.width + 4) + 2, line + part.height), title, fill="#555555", font=font)
     return sheet
 
-# %% ../../nbs/distill/gallery.ipynb #d7fb5238
-def contact_sheet(entries: Sequence[Entry], columns: int = 2, size: int = 160, gain: float = 5.0, metric: str = "", gap: int = 10) -> Image.Image:
+# %% ../../nbs/distill/gallery.ipynb #c2307015
+def contact_sheet(entries: Sequence[Entry], columns: int = 2, size: int = 160, gain: float = 5.0, metric: str = "",
+                  gap: int = 10) -> Image.Image:
     """Triptychs in rows, in the order given. KiloError without entries."""
     if not entries: raise KiloError("There are no views for the contact sheet: the list is empty.")
     parts = [triptych(entry, size, gain, metric) for entry in entries]
@@ -110,20 +116,22 @@ def contact_sheet(entries: Sequence[Entry], columns: int = 2, size: int = 160, g
     for i, part in enumerate(parts): sheet.paste(part, (i % columns * width, i // columns * height))
     return sheet
 
-# %% ../../nbs/distill/gallery.ipynb #c142ef37
+# %% ../../nbs/distill/gallery.ipynb #177f3a11
 def picture_address(picture: Tensor, size: int = 400, quality: int = 88) -> str:
-    """A picture [H, W, 3] as a `data:` address: at most `size` pixels on its longer side, JPEG or PNG, whichever is smaller."""
+    """A picture [H, W, 3] as a `data:` address: at most `size` pixels on its longer side, JPEG or PNG, whichever is
+    smaller."""
     image = to_image(picture)
     if max(image.size) > size: image = _fitted(picture, size)
     packed = {}
-    for kind, options in (("png", {"optimize": True}), ("jpeg", {"quality": quality, "subsampling": 0, "optimize": True})):
+    for kind, options in (("png", {"optimize": True}),
+                          ("jpeg", {"quality": quality, "subsampling": 0, "optimize": True})):
         buffer = io.BytesIO()
         image.save(buffer, format=kind, **options)
         packed[kind] = buffer.getvalue()
     kind = min(packed, key=lambda k: len(packed[k]))
     return f"data:image/{kind};base64,{base64.b64encode(packed[kind]).decode()}"
 
-# %% ../../nbs/distill/gallery.ipynb #f8fb64c8
+# %% ../../nbs/distill/gallery.ipynb #4f46c447
 STYLE = """
 :root { --ink: #1d2129; --soft: #5c6470; --line: #dfe3e8; --blue: #0b5fa5; }
 * { box-sizing: border-box; }
@@ -136,7 +144,8 @@ h1 { font-size: 1.5rem; line-height: 1.2; margin: 0 0 .3rem; } h1, p, h2, td { o
 select, button { font: inherit; color: var(--ink); padding: .35rem .6rem; border: 1px solid var(--line); border-radius: .3rem;
   background: #f6f7f9; max-width: 100%; }
 button[aria-pressed=true] { background: var(--blue); border-color: var(--blue); color: #fff; }
-#cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem; margin-top: 1rem; }
+#cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); gap: 1rem; margin-top:
+#1rem; }
 .card { border: 1px solid var(--line); border-radius: .4rem; padding: .5rem; min-width: 0; }
 .card h2 { font-size: 1rem; margin: 0 0 .3rem; display: flex; justify-content: space-between; gap: .6rem; }
 .card h2 b { font-weight: 600; color: var(--blue); white-space: nowrap; }
@@ -146,9 +155,11 @@ button[aria-pressed=true] { background: var(--blue); border-color: var(--blue); 
 table { border-collapse: collapse; font-size: .8rem; width: 100%; } td { padding: .1rem .4rem .1rem 0; border-top: 1px solid var(--line); }
 td:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 details summary { cursor: pointer; color: var(--soft); font-size: .85rem; margin-top: .3rem; }
-#large { border: 0; border-radius: .5rem; padding: .8rem; width: min(96vw, 60rem); max-height: 96vh; } #large::backdrop { background: rgb(0 0 0 / .75); }
+#large { border: 0; border-radius: .5rem; padding: .8rem; width: min(96vw, 60rem); max-height: 96vh; } #large::backdrop
+#{ background: rgb(0 0 0 / .75); }
 #large img { display: block; margin: .6rem auto; width: min(100%, 70vh); height: auto; image-rendering: pixelated; }
-#large .row { display: flex; gap: .4rem; flex-wrap: wrap; align-items: center; } #large h2 { font-size: 1rem; margin: 0 0 .5rem; }
+#large .row { display: flex; gap: .4rem; flex-wrap: wrap; align-items: center; } #large h2 { font-size: 1rem; margin: 0
+#0 .5rem; }
 .spacer { flex: 1; }
 """
 
@@ -203,26 +214,38 @@ for (const select of [metric, order]) select.addEventListener("change", sort);
 sort();
 """
 
-# %% ../../nbs/distill/gallery.ipynb #2ad99ccd
+# %% ../../nbs/distill/gallery.ipynb #f56c8d97
 def _card(entry: Entry, gain: float, size: int) -> str:
-    name, faces = html.escape(entry.name), {"target": entry.target, "student": entry.student, "error": error_picture(entry.student, entry.target, gain)}
-    figures = "".join(f'<figure><img data-face="{face}" alt="{face} of {name}" loading="lazy" src="{picture_address(picture, size)}">'
-                      f"<figcaption>{f'error x {gain:g}' if face == 'error' else face}</figcaption></figure>" for face, picture in faces.items())
-    scores, words = html.escape(dumps(dict(entry.scores))), html.escape(dumps({key: told(key, value) for key, value in entry.scores.items()}))
-    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(spell(value))}</td></tr>" for key, value in entry.scores.items())
-    return (f'<article class="card" data-name="{name}" data-scores="{scores}" data-told="{words}"><h2><span>{name}</span><b></b></h2>'
-            f'<button class="trio" type="button" aria-label="enlarge {name}">{figures}</button>'
-            f"<details><summary>all scores</summary><table>{rows}</table></details></article>")
+    name, faces = html.escape(entry.name), {"target": entry.target, "student": entry.student,
+                                            "error": error_picture(entry.student, entry.target, gain)}
+    figures = "".join(
+        f'<figure><img data-face="{face}" alt="{face} of {name}" loading="lazy" src="{picture_address(picture, size)}">'
+        f"<figcaption>{f'error x {gain:g}' if face == 'error' else face}</figcaption></figure>"
+        for face, picture in faces.items()
+    )
+    scores, words = (
+        html.escape(dumps(dict(entry.scores))),
+        html.escape(dumps({key: told(key, value) for key, value in entry.scores.items()})),
+    )
+    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(spell(value))}</td></tr>" for key,
+                   value in entry.scores.items())
+    return (
+        f'<article class="card" data-name="{name}" data-scores="{scores}" data-told="{words}"><h2><span>{name}</span><b></b></h2>'
+        f'<button class="trio" type="button" aria-label="enlarge {name}">{figures}</button>'
+        f"<details><summary>all scores</summary><table>{rows}</table></details></article>"
+    )
 
-
-def gallery_html(entries: Sequence[Entry], title: str, under: str = "", metric: str = "", gain: float = 5.0, size: int = 400) -> str:
+# %% ../../nbs/distill/gallery.ipynb #446eb4dc
+def gallery_html(entries: Sequence[Entry], title: str, under: str = "", metric: str = "", gain: float = 5.0,
+                 size: int = 400) -> str:
     """The page as text; see `write_gallery`."""
     metrics = list(dict.fromkeys(name for entry in entries for name in entry.scores))
     first = metric or next(iter(metrics), "")
     entries = ranked(entries, first)
     options = "".join(f"<option{' selected' if name == first else ''}>{html.escape(name)}</option>" for name in metrics)
     lower = dumps([name for name in metrics if lower_is_better(name)]).replace("<", "\\u003c")
-    buttons = "".join(f'<button type="button" data-show="{face}">{face}</button>' for face in ("target", "student", "error"))
+    buttons = "".join(f'<button type="button" data-show="{face}">{face}</button>'
+                      for face in ("target", "student", "error"))
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">
@@ -238,32 +261,40 @@ def gallery_html(entries: Sequence[Entry], title: str, under: str = "", metric: 
 <script type="application/json" id="lower">{lower}</script><script>{SCRIPT}</script></body></html>
 """
 
-# %% ../../nbs/distill/gallery.ipynb #24aac462
-def write_gallery(path: str | Path, entries: Sequence[Entry], title: str, under: str = "", metric: str = "", gain: float = 5.0, size: int = 400) -> Path:
-    """Write a gallery of some views as one HTML file, atomically; the worst by `metric` first (the first score of the first entry by default).
+# %% ../../nbs/distill/gallery.ipynb #409247b4
+def write_gallery(path: str | Path, entries: Sequence[Entry], title: str, under: str = "", metric: str = "",
+                  gain: float = 5.0, size: int = 400) -> Path:
+    """Write a gallery of some views as one HTML file, atomically; the worst by `metric` first (the first score of the
+    first entry by default).
 
-    title, under: what stands above, as plain text. gain: of the error maps. size: longest side of a picture, pixels; 200 views of 400 pixels are about 10 MB.
+    title, under: what stands above, as plain text. gain: of the error maps. size: longest side of a picture, pixels;
+    200 views of 400 pixels are about 10 MB.
     Raises KiloError without entries, or where no view has the metric. Returns the path.
     """
-    with atomic_write(path) as partial: partial.write_text(gallery_html(entries, title, under, metric, gain, size), encoding="utf-8")
+    with atomic_write(path) as partial:
+        partial.write_text(gallery_html(entries, title, under, metric, gain, size), encoding="utf-8")
     return Path(path)
 
-# %% ../../nbs/distill/gallery.ipynb #3dc2db62
+# %% ../../nbs/distill/gallery.ipynb #74c30f08
 def entries_of(evaluation: object, pictures: Mapping[str, tuple[Tensor, Tensor]], metric: str = "") -> list[Entry]:
-    """Entries of the views in `pictures` (name -> (target, student), [H, W, 3] on one background) with the scores of an `Evaluation`; `metric` comes first."""
+    """Entries of the views in `pictures` (name -> (target, student), [H, W, 3] on one background) with the scores of an
+    `Evaluation`; `metric` comes first."""
     scores = {name: evaluation.scores[name] for name in pictures if name in evaluation.scores}
     lost = [name for name in pictures if name not in scores]
     if lost: raise KiloError(f"View '{lost[0]}' has a picture but no scores: evaluate it first.")
     first = lambda values: {**({metric: values[metric]} if metric in values else {}), **values}
     return [Entry(name, *pictures[name], first(values)) for name, values in scores.items()]
 
-# %% ../../nbs/distill/gallery.ipynb #c95950dc
-def save_views(folder: str | os.PathLike, scores: Mapping[str, Mapping[str, float]], pictures_of: Callable[[str], Mapping[str, Tensor]],
-               metric: str = "psnr_srgb_white_db", worst: int = 4, middle: int = 2, gain: float = 5.0) -> list[str]:
-    """Leave the worst views and some from the middle in a run's folder, for its report; returns their names, the worst first.
+# %% ../../nbs/distill/gallery.ipynb #c92cc401
+def save_views(folder: str | os.PathLike, scores: Mapping[str, Mapping[str, float]],
+               pictures_of: Callable[[str], Mapping[str, Tensor]], metric: str = "psnr_srgb_white_db", worst: int = 4,
+               middle: int = 2, gain: float = 5.0) -> list[str]:
+    """Leave the worst views and some from the middle in a run's folder, for its report; returns their names, the worst
+    first.
 
-    scores: view -> metric -> value. pictures_of: from a view's name to its pictures, [H, W, 3] sRGB in 0..1: target first, then what is judged, then others.
-    The second's error times `gain` is added. metric: what views are ranked by; those without it come last. KiloError where no view has it.
+    scores: view -> metric -> value. pictures_of: from a view's name to its pictures, [H, W, 3] sRGB in 0..1: target
+    first, then what is judged, then others. The second's error times `gain` is added. metric: what views are ranked by;
+    those without it come last. KiloError where no view has it.
     """
     if not scores: raise KiloError("There are no views to leave for the report: the list is empty.")
     known = dict.fromkeys(key for values in scores.values() for key in values)

@@ -27,7 +27,7 @@ from ..splats.gaussians import Gaussians
 from ..splats.ply import read_ply
 from ..splats.rasterizer import render_gaussians
 
-# %% ../../nbs/distill/lesson.ipynb #042a87fd
+# %% ../../nbs/distill/lesson.ipynb #50e6a9c8
 def centre_and_reach(gaussians: Gaussians) -> tuple[Tensor, float]:
     """(median [3] of the gaussians that matter, radius in metres around it that holds 98% of them)."""
     strong = gaussians.opacities > 0.1
@@ -35,35 +35,43 @@ def centre_and_reach(gaussians: Gaussians) -> tuple[Tensor, float]:
     centre = means.median(0).values
     return centre, (means - centre).norm(dim=-1).quantile(0.98).item()
 
-
+# %% ../../nbs/distill/lesson.ipynb #9ca5c17a
 def upward(axis: str) -> Tensor:
     """The unit vector [3] of an axis by name: x, y, z, -x, -y or -z."""
-    if axis.removeprefix("-") not in ("x", "y", "z"): raise KiloError(f"up is '{axis}': x, y, z, -x, -y or -z is expected.")
+    if axis.removeprefix("-") not in ("x", "y", "z"):
+        raise KiloError(f"up is '{axis}': x, y, z, -x, -y or -z is expected.")
     return (-1.0 if axis[0] == "-" else 1.0) * torch.eye(3)["xyz".index(axis[-1])]
 
-
-def cameras_around(gaussians: Gaussians, count: int, width: int, up: Tensor, elevation_deg: tuple[float, float] = (-10.0, 75.0), offset: float = 0.5,
+# %% ../../nbs/distill/lesson.ipynb #06ce79d8
+def cameras_around(gaussians: Gaussians, count: int, width: int, up: Tensor,
+                   elevation_deg: tuple[float, float] = (-10.0, 75.0), offset: float = 0.5,
                    field_of_view_deg: float = 39.6) -> list[PinholeCamera]:
     """`count` square cameras of `width` pixels that look at a teacher from all around.
 
-    up: [3] unit. elevation_deg: lowest and highest, above the plane across `up`. offset: 0 to 1, where in its step each camera
-    stands; another offset, other views.
+    up: [3] unit. elevation_deg: lowest and highest, above the plane across `up`. offset: 0 to 1, where in its step each
+    camera stands; another offset, other views.
     """
     centre, reach = centre_and_reach(gaussians)
     low, high = (math.sin(math.radians(degrees)) for degrees in elevation_deg)
-    if not (count > 0 and -1 < low < high < 1): raise KiloError(f"{count} cameras between {elevation_deg} degrees: expected at least 1, from lower to higher.")
-    radius, side = 1.15 * reach / math.sin(math.radians(field_of_view_deg / 2)), torch.linalg.cross(up, torch.eye(3)[int(up.abs().argmin())])
+    if not (count > 0 and -1 < low < high < 1):
+        raise KiloError(f"{count} cameras between {elevation_deg} degrees: expected at least 1, from lower to higher.")
+    radius, side = (
+        1.15 * reach / math.sin(math.radians(field_of_view_deg / 2)),
+        torch.linalg.cross(up, torch.eye(3)[int(up.abs().argmin())]),
+    )
     side = torch.nn.functional.normalize(side, dim=0)
     front, cameras = torch.linalg.cross(side, up), []
     for k in range(count):
         height, azimuth = low + (high - low) * (k + offset) / count, (k + offset) * math.pi * (3 - math.sqrt(5))
         around = math.sqrt(1 - height**2) * (math.cos(azimuth) * front + math.sin(azimuth) * side)
-        cameras.append(camera_from_angle(look_at(centre + radius * (around + height * up), centre, up), width, width, math.radians(field_of_view_deg)))
+        cameras.append(camera_from_angle(look_at(centre + radius * (around + height * up), centre, up), width, width,
+                                         math.radians(field_of_view_deg)))
     return cameras
 
-# %% ../../nbs/distill/lesson.ipynb #d726dcca
+# %% ../../nbs/distill/lesson.ipynb #5516a7f5
 def check_teacher(gaussians: Gaussians, targets: Sequence[ViewTarget], margin_db: float = 3.0) -> float:
-    """Mean PSNR in dB of a teacher on photographs, on white. Raises KiloError unless it is `margin_db` above a blank page on average."""
+    """Mean PSNR in dB of a teacher on photographs, on white. Raises KiloError unless it is `margin_db` above a blank
+    page on average."""
     ours, blank = [], []
     for target in targets:
         seen = render_gaussians(gaussians, target.camera)
@@ -72,16 +80,17 @@ def check_teacher(gaussians: Gaussians, targets: Sequence[ViewTarget], margin_db
         blank.append(blank_baseline_db(wanted))
     mean, nothing = sum(ours) / len(ours), sum(blank) / len(blank)
     if mean < nothing + margin_db:
-        raise KiloError(f"The teacher scores {mean:.1f} dB on the photographs, a blank page {nothing:.1f}: it does not belong to them; "
-                        "its up axis, scale or origin is another, or the poses are.")
+        raise KiloError(f"The teacher scores {mean:.1f} dB on the photographs, a blank page {nothing:.1f}: it "
+                        "does not belong to them; " "its up axis, scale or origin is another, or the poses are.")
     return mean
 
-# %% ../../nbs/distill/lesson.ipynb #c10f2b39
+# %% ../../nbs/distill/lesson.ipynb #9802f7fb
 @dataclass(frozen=True)
 class Lesson:
     """What a student learns from and is tested on.
 
-    teacher: gaussians. photos: the training views, empty where the data is a PLY. train, test: (name, camera) pairs. test_photos: as `test`, or empty.
+    teacher: gaussians. photos: the training views, empty where the data is a PLY. train, test: (name, camera) pairs.
+    test_photos: as `test`, or empty.
     fit_s: seconds that the teacher took, 0 where it was given. origin: of the teacher, in words.
     """
 
@@ -95,27 +104,34 @@ class Lesson:
 
     def targets(self, kind: str, cache: Path | None = None) -> list[ViewTarget]:
         """Training targets: "images", "teacher" or "both"; those of the teacher are kept in the folder `cache`."""
-        if kind not in ("images", "teacher", "both"): raise KiloError(f"targets is '{kind}': images, teacher or both is expected.")
-        if kind != "teacher" and not self.photos: raise KiloError(f"targets is '{kind}', but a PLY has no photographs: choose teacher.")
+        if kind not in ("images", "teacher", "both"):
+            raise KiloError(f"targets is '{kind}': images, teacher or both is expected.")
+        if kind != "teacher" and not self.photos:
+            raise KiloError(f"targets is '{kind}', but a PLY has no photographs: choose teacher.")
         photos = targets_from_images(self.photos) if kind != "teacher" else []
         return photos + (targets_from_teacher(self.teacher, self.train, cache) if kind != "images" else [])
 
-
+# %% ../../nbs/distill/lesson.ipynb #68e3c6ca
 def spread(items: Sequence, count: int) -> list:
     """`count` of the items, evenly spread from the first on; all of them for 0, or where there are not so many."""
     return list(items) if not count or count >= len(items) else [items[i * len(items) // count] for i in range(count)]
 
-# %% ../../nbs/distill/lesson.ipynb #35338c75
-def lesson_from_ply(path: str | Path, up: str = "z", views: int = 100, test_views: int = 20, width: int = 400) -> Lesson:
-    """A lesson from gaussians alone: the student is shown `views` renders of theirs, and tested from `test_views` cameras in between."""
+# %% ../../nbs/distill/lesson.ipynb #71735bd2
+def lesson_from_ply(path: str | Path, up: str = "z", views: int = 100, test_views: int = 20,
+                    width: int = 400) -> Lesson:
+    """A lesson from gaussians alone: the student is shown `views` renders of theirs, and tested from `test_views`
+    cameras in between."""
     teacher = read_ply(path)
     named = lambda split, cameras: [(f"{split}_{i}", camera) for i, camera in enumerate(cameras)]
     return Lesson(teacher, [], named("train", cameras_around(teacher, views or 100, width, upward(up))),
-                  named("test", cameras_around(teacher, test_views or 20, width, upward(up), offset=0.0)), [], 0.0, f"given: {Path(path).name}")
+                  named("test", cameras_around(teacher, test_views or 20, width, upward(up), offset=0.0)), [], 0.0,
+                  f"given: {Path(path).name}")
 
-
-def lesson_from_views(train: Sequence[View], test: Sequence[View], teacher: str | Path | FitConfig, folder: str | Path, resume: bool = False) -> Lesson:
-    """A lesson from photographs. teacher: a PLY, or how to fit one, which then lies in `folder`, with its seconds in fit.json. test may be empty.
+# %% ../../nbs/distill/lesson.ipynb #d6746d6c
+def lesson_from_views(train: Sequence[View], test: Sequence[View], teacher: str | Path | FitConfig, folder: str | Path,
+                      resume: bool = False) -> Lesson:
+    """A lesson from photographs. teacher: a PLY, or how to fit one, which then lies in `folder`, with its seconds in
+    fit.json. test may be empty.
 
     Raises KiloError where the teacher does not belong to the photographs.
     """
@@ -127,18 +143,22 @@ def lesson_from_views(train: Sequence[View], test: Sequence[View], teacher: str 
         gaussians, seconds, origin = fit.gaussians, fit.seconds, f"fitted in {fit.steps} steps and {fit.seconds:.0f} s"
     else: gaussians, seconds, origin = read_ply(teacher), 0.0, f"given: {Path(teacher).name}"
     check_teacher(gaussians, targets_from_images(spread(train, 3)))
-    return Lesson(gaussians, train, [(v.name, v.camera) for v in train], [(v.name, v.camera) for v in test], test, seconds, origin)
+    return Lesson(gaussians, train, [(v.name, v.camera) for v in train], [(v.name, v.camera) for v in test], test,
+                  seconds, origin)
 
-# %% ../../nbs/distill/lesson.ipynb #9440062a
-def open_lesson(kind: str, path: str | Path, folder: str | Path, *, teacher: str = "auto", fit: FitConfig | None = None, up: str = "z", views: int = 0,
-                test_views: int = 0, width: int = 0, resume: bool = False) -> Lesson:
-    """A lesson from a dataset. kind: "blender" or "ply". folder: of the run; a teacher that has to be fitted goes to its `teacher/`.
+# %% ../../nbs/distill/lesson.ipynb #e714a3e7
+def open_lesson(kind: str, path: str | Path, folder: str | Path, *, teacher: str = "auto", fit: FitConfig | None = None,
+                up: str = "z", views: int = 0, test_views: int = 0, width: int = 0, resume: bool = False) -> Lesson:
+    """A lesson from a dataset. kind: "blender" or "ply". folder: of the run; a teacher that has to be fitted goes to
+    its `teacher/`.
 
-    teacher: "auto" takes the dataset's own teacher.ply and fits one where it has none, "fit" always fits, anything else is a PLY. views, test_views:
-    evenly spread; 0: all (of a PLY 100 and 20). width: of the pictures, pixels; 0: as they are (of a PLY 400).
+    teacher: "auto" takes the dataset's own teacher.ply and fits one where it has none, "fit" always fits, anything else
+    is a PLY. views, test_views: evenly spread; 0: all (of a PLY 100 and 20). width: of the pictures, pixels; 0: as they
+    are (of a PLY 400).
     """
     if kind == "ply": return lesson_from_ply(path, up, views, test_views, width or 400)
     if kind != "blender": raise KiloError(f"A lesson needs data of kind blender or ply, not {kind}.")
     train, test = (load_blender(path, split, width or None) for split in ("train", "test"))
     own = None if teacher == "fit" else find_teacher(path, teacher)
-    return lesson_from_views(spread(train, views), spread(test, test_views), own or fit or FitConfig(), Path(folder) / "teacher", resume)
+    return lesson_from_views(spread(train, views), spread(test, test_views), own or fit or FitConfig(),
+                             Path(folder) / "teacher", resume)

@@ -18,13 +18,15 @@ from .targets import RayBatch
 from ..fields.rendering import RayRender
 from ..core.errors import KiloError
 
-# %% ../../nbs/distill/losses.ipynb #e4d0c874
+# %% ../../nbs/distill/losses.ipynb #af1f93a2
 @dataclass(frozen=True)
 class ResponseLossConfig:
     """Weights of the response losses; a weight of 0 leaves the term out.
 
-    colour: "l2", or "charbonnier" sqrt(e^2 + charbonnier_epsilon^2), which forgives outliers. background: "random" per ray, or "white", "black".
-    depth_scale_m: distance error at which the Huber loss turns linear. depth_alpha: only targets at least this solid have a depth.
+    colour: "l2", or "charbonnier" sqrt(e^2 + charbonnier_epsilon^2), which forgives outliers. background: "random" per
+    ray, or "white", "black".
+    depth_scale_m: distance error at which the Huber loss turns linear. depth_alpha: only targets at least this solid
+    have a depth.
     """
 
     colour: Literal["l2", "charbonnier"] = "l2"
@@ -37,8 +39,10 @@ class ResponseLossConfig:
     depth_alpha: float = 0.5
 
     def __post_init__(self):
-        if min(self.colour_weight, self.alpha_weight, self.depth_weight) < 0: raise KiloError("Loss weights must be 0 or more.")
-        if not self.colour_weight + self.alpha_weight > 0: raise KiloError("Colour and alpha both have weight 0: the student would learn nothing.")
+        if min(self.colour_weight, self.alpha_weight, self.depth_weight) < 0:
+            raise KiloError("Loss weights must be 0 or more.")
+        if not self.colour_weight + self.alpha_weight > 0:
+            raise KiloError("Colour and alpha both have weight 0: the student would learn nothing.")
 
 # %% ../../nbs/distill/losses.ipynb #64396530
 def background_colours(kind: str, count: int, generator: torch.Generator, like: Tensor) -> Tensor:
@@ -46,7 +50,7 @@ def background_colours(kind: str, count: int, generator: torch.Generator, like: 
     if kind == "random": return torch.rand(count, 3, generator=generator, dtype=like.dtype, device=like.device)
     return torch.full((count, 3), 1.0 if kind == "white" else 0.0, dtype=like.dtype, device=like.device)
 
-# %% ../../nbs/distill/losses.ipynb #ca82d8c6
+# %% ../../nbs/distill/losses.ipynb #409ef2bb
 def colour_error(predicted: Tensor, target: Tensor, kind: str, epsilon: float) -> Tensor:
     """Mean colour error of [R, 3]: squared, or Charbonnier (less its epsilon, so that no error costs nothing)."""
     squared = (predicted - target).square()
@@ -54,13 +58,15 @@ def colour_error(predicted: Tensor, target: Tensor, kind: str, epsilon: float) -
 
 
 def depth_error(expected: Tensor, target: Tensor, alpha: Tensor, scale: float, minimum_alpha: float) -> Tensor:
-    """Huber loss of distances [R], metres, in units of `scale`, over rays whose target is solid and has a distance; 0 without such rays."""
+    """Huber loss of distances [R], metres, in units of `scale`, over rays whose target is solid and has a distance; 0
+    without such rays."""
     solid = (alpha > minimum_alpha) & (target > 0) & (expected > 0)
     error = smooth_l1_loss(expected / scale, target / scale, reduction="none")
     return (error * solid).sum() / solid.sum().clamp(min=1)
 
-# %% ../../nbs/distill/losses.ipynb #4c299599
-def response_loss(seen: RayRender, target: RayBatch, config: ResponseLossConfig, generator: torch.Generator) -> dict[str, Tensor]:
+# %% ../../nbs/distill/losses.ipynb #f87860e6
+def response_loss(seen: RayRender, target: RayBatch, config: ResponseLossConfig,
+                  generator: torch.Generator) -> dict[str, Tensor]:
     """The loss of a batch of rays and what it is made of.
 
     Returns "loss", the weighted sum; "colour_loss", "alpha_loss", "depth_loss" before weighting, of the terms in use;
@@ -71,20 +77,25 @@ def response_loss(seen: RayRender, target: RayBatch, config: ResponseLossConfig,
     wanted = target.rgb_premultiplied + (1 - target.alpha[:, None]) * background
     colour = colour_error(predicted, wanted, config.colour, config.charbonnier_epsilon)
     terms = {"colour_loss": colour, "alpha_loss": (seen.alpha - target.alpha).square().mean()}
-    if config.depth_weight: terms["depth_loss"] = depth_error(seen.expected_distance, target.distance, target.alpha, config.depth_scale_m, config.depth_alpha)
-    weights = {"colour_loss": config.colour_weight, "alpha_loss": config.alpha_weight, "depth_loss": config.depth_weight}
+    if config.depth_weight:
+        terms["depth_loss"] = depth_error(seen.expected_distance, target.distance, target.alpha, config.depth_scale_m,
+                                          config.depth_alpha)
+    weights = {"colour_loss": config.colour_weight, "alpha_loss": config.alpha_weight,
+               "depth_loss": config.depth_weight}
     loss = sum(weights[name] * value for name, value in terms.items())
     alpha = seen.alpha.detach()
     mean_where = lambda chosen: (alpha * chosen).sum() / chosen.sum().clamp(min=1)
-    shares = {"ray_alpha_foreground": mean_where(target.alpha > 0.5), "ray_alpha_background": mean_where(target.alpha == 0)}
+    shares = {"ray_alpha_foreground": mean_where(target.alpha > 0.5),
+              "ray_alpha_background": mean_where(target.alpha == 0)}
     return {"loss": loss, **{k: v.detach() for k, v in terms.items()}, **shares}
 
-# %% ../../nbs/distill/losses.ipynb #c0ee05bc
+# %% ../../nbs/distill/losses.ipynb #3034fb07
 class Term:
     """A loss beside the response losses. name: prefix of what it logs, unique in a run.
 
-    shareable: whether several ranks may share a run with it (`training.parallel`): it is where the term looks at what whole rays saw or asks the field
-    itself, which all ranks do alike, and never at the samples along rays, of which each rank has only its own.
+    shareable: whether several ranks may share a run with it (`training.parallel`): it is where the term looks at what
+    whole rays saw or asks the field itself, which all ranks do alike, and never at the samples along rays, of which
+    each rank has only its own.
     """
 
     name = "term"
@@ -94,8 +105,10 @@ class Term:
         """Adam's groups {"params", "lr"} of the term's own parameters. learning_rate: the student's."""
         return []
 
-    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender, generator: torch.Generator) -> dict[str, Tensor | float]:
-        """"loss": weighted, to be added, may be left out; everything else is logged. step counts from 0; every random number comes from `generator`."""
+    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender,
+                 generator: torch.Generator) -> dict[str, Tensor | float]:
+        """"loss": weighted, to be added, may be left out; everything else is logged. step counts from 0; every random
+        number comes from `generator`."""
         raise NotImplementedError
 
     def after_step(self, step: int) -> None:
@@ -108,17 +121,24 @@ class Term:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put `state_dict`'s values back."""
 
-# %% ../../nbs/distill/losses.ipynb #8a24a4c9
-def add_terms(values: dict[str, Tensor | float], added: Mapping[str, Mapping[str, Tensor | float]]) -> dict[str, Tensor | float]:
-    """`values` with the "loss" of every term in `added` (name -> what it returned) summed into its own, and the terms' other numbers beside.
+# %% ../../nbs/distill/losses.ipynb #29902429
+def add_terms(
+    values: dict[str, Tensor | float], added: Mapping[str, Mapping[str, Tensor | float]]
+) -> dict[str, Tensor | float]:
+    """`values` with the "loss" of every term in `added` (name -> what it returned) summed into its own, and the terms'
+    other numbers beside.
 
     A term's share is logged as `<name>_term`. Raises KiloError where two of them log the same name.
     """
     values = dict(values)
     for name, entries in added.items():
         if "loss" in entries: values["loss"] = values["loss"] + entries["loss"]
-        logged = {key: value for key, value in entries.items() if key != "loss"} | ({f"{name}_term": entries["loss"].detach()} if "loss" in entries else {})
+        logged = {key: value for key,
+                  value in entries.items() if key != "loss"} | ({f"{name}_term": entries["loss"].detach()}
+                                                                if "loss" in entries else {})
         twice = sorted(set(logged) & set(values))
-        if twice: raise KiloError(f"The term '{name}' logs '{twice[0]}', which another part of the loss logs already: give it a name of its own.")
+        if twice:
+            raise KiloError(f"The term '{name}' logs '{twice[0]}', which another part of the loss logs already: "
+                            "give it a name of its own.")
         values |= logged
     return values

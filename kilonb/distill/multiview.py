@@ -31,14 +31,17 @@ from ..splats.lookup import GaussianLookup
 from ..training.loop import TrainingResult
 from ..training.parallel import ALONE, World, together
 
-# %% ../../nbs/distill/multiview.ipynb #6450bb21
+# %% ../../nbs/distill/multiview.ipynb #dd7414e5
 @dataclass(frozen=True)
 class TeachingConfig:
     """How a student is taught a scene. Lengths are in parts of the longest edge of the scene's box.
 
-    kind: "kilonerf", "mlp" (one network, the control) or "hashgrid". network: its own settings, by name. cells: of a KiloNeRF along the longest edge.
-    march_steps, voxels: samples and occupancy voxels along it. density: of softplus 1, per longest edge. targets: "images", "teacher" or "both".
-    seen_weight: contribution to a ray from which on a voxel belongs to the space. continuity: weight of the loss on cell walls, 0: none.
+    kind: "kilonerf", "mlp" (one network, the control) or "hashgrid". network: its own settings, by name. cells: of a
+    KiloNeRF along the longest edge.
+    march_steps, voxels: samples and occupancy voxels along it. density: of softplus 1, per longest edge. targets:
+    "images", "teacher" or "both".
+    seen_weight: contribution to a ray from which on a voxel belongs to the space. continuity: weight of the loss on
+    cell walls, 0: none.
     points: None leaves the stage out. rays: the last stage. seed: of the student's weights.
     """
 
@@ -52,25 +55,31 @@ class TeachingConfig:
     seen_weight: float = 0.01
     continuity: float = 0.02
     points: PointsConfig | None = field(default_factory=PointsConfig)
-    rays: DistillConfig = field(default_factory=lambda: DistillConfig(first_refresh=500, refresh_weight=0.01, refresh_until=0.8))
+    rays: DistillConfig = field(default_factory=lambda: DistillConfig(first_refresh=500, refresh_weight=0.01,
+                                                                      refresh_until=0.8))
     seed: int = 0
 
     def __post_init__(self):
         for name in ("cells", "march_steps", "voxels", "density"):
-            if not getattr(self, name) > 0: raise KiloError(f"{name} is {getattr(self, name)}; expected a number above 0.")
-        if self.cells > self.voxels: raise KiloError(f"cells is {self.cells} and voxels {self.voxels}: a cell must hold at least one voxel.")
-        if self.kind not in ("kilonerf", "mlp", "hashgrid"): raise KiloError(f"kind is '{self.kind}': kilonerf, mlp or hashgrid is expected.")
+            if not getattr(self, name) > 0:
+                raise KiloError(f"{name} is {getattr(self, name)}; expected a number above 0.")
+        if self.cells > self.voxels:
+            raise KiloError(f"cells is {self.cells} and voxels {self.voxels}: a cell must hold at least one voxel.")
+        if self.kind not in ("kilonerf", "mlp", "hashgrid"):
+            raise KiloError(f"kind is '{self.kind}': kilonerf, mlp or hashgrid is expected.")
 
     def shape(self, edge: float) -> FieldConfig:
         """The field's config for a box whose longest edge is `edge` metres."""
-        scale = {"density_scale": self.density / edge, **({"density_bias": -1.0} if self.points else {"density_bias": 2.0}), **self.network}
+        scale = {"density_scale": self.density / edge,
+                 **({"density_bias": -1.0} if self.points else {"density_bias": 2.0}), **self.network}
         if self.kind == "kilonerf": return KiloNeRFConfig(cell_size=edge / self.cells, **scale)
         return (MLPConfig if self.kind == "mlp" else HashGridConfig)(**scale)
 
-# %% ../../nbs/distill/multiview.ipynb #5e522257
+# %% ../../nbs/distill/multiview.ipynb #0a6a368f
 def space_of_scene(gaussians: Gaussians, cameras: Sequence[PinholeCamera], config: TeachingConfig,
                    world: World = ALONE) -> tuple[OccupancyGrid, Field, float]:
-    """What the cameras see of a teacher, in a box fitted to it: (grid, the teacher as a field, the marcher's step in metres).
+    """What the cameras see of a teacher, in a box fitted to it: (grid, the teacher as a field, the marcher's step in
+    metres).
 
     Seen coarsely first, since a few stray gaussians can make the box of all footprints many times too large.
     world: ranks that share the work. Raises KiloError where the cameras see nothing.
@@ -79,14 +88,16 @@ def space_of_scene(gaussians: Gaussians, cameras: Sequence[PinholeCamera], confi
     coarse = space_of_teacher(gaussians, 96)
     rough = (coarse.box[1] - coarse.box[0]).max().item() / 160
     rough_lookup = GaussianLookup(gaussians, minimum_scale=rough / 2)
-    quick = [camera.resized(max(camera.width // 4, 1), max(camera.height // 4, 1)) for camera in cameras[::max(len(cameras) // 24, 1)]]
+    quick = [camera.resized(max(camera.width // 4, 1), max(camera.height // 4, 1))
+             for camera in cameras[::max(len(cameras) // 24, 1)]]
     box = tight_box(seen_space(rough_lookup, coarse, quick, rough, config.seen_weight, dilate=1, world=world))
     step = (box[1] - box[0]).max().item() / config.march_steps
     teacher = GaussianLookup(gaussians, minimum_scale=step / 2)
-    footprints = occupancy_from_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, config.voxels, box)
+    footprints = occupancy_from_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities,
+                                          config.voxels, box)
     return seen_space(teacher, footprints, look, step, config.seen_weight, world=world), teacher, step
 
-# %% ../../nbs/distill/multiview.ipynb #1f6cea96
+# %% ../../nbs/distill/multiview.ipynb #8afcbe82
 @dataclass(frozen=True)
 class Taught:
     """A taught student. space_s, points_s: seconds of the first two stages; rays: of the last, with its own.
@@ -111,24 +122,33 @@ class Taught:
         """The numbers of the teaching, by the names that run records use."""
         size = sum(p.numel() for p in self.student.field.parameters())
         cells = {"networks": self.student.field.cells.count} if isinstance(self.student.field, KiloNeRF) else {}
-        return {"space_s": self.space_s, "points_s": self.points.seconds if self.points else 0.0, "train_s": self.rays.seconds, "student_s": self.seconds,
-                "steps": self.rays.steps, "parameters": size, "size_mb": 4 * size / 2**20, **cells, "occupied_fraction": self.student.grid.fraction,
-                "lost_alpha": self.lost_alpha, "samples_per_ray": self.rays.records[-1]["samples_per_ray"], "march_step_m": self.student.step}
+        return {"space_s": self.space_s, "points_s": self.points.seconds if self.points else 0.0,
+                "train_s": self.rays.seconds, "student_s": self.seconds, "steps": self.rays.steps, "parameters": size,
+                "size_mb": 4 * size / 2**20, **cells, "occupied_fraction": self.student.grid.fraction,
+                "lost_alpha": self.lost_alpha, "samples_per_ray": self.rays.records[-1]["samples_per_ray"],
+                "march_step_m": self.student.step}
 
+# %% ../../nbs/distill/multiview.ipynb #4400feb0
+def teach(lesson: Lesson, config: TeachingConfig, folder: Path | None = None, *,
+          terms: Callable[[Student, Field], Sequence[Term]] | None = None, resume: bool = False,
+          blank_db: float | None = None, settings: dict | None = None, quiet: bool = False,
+          world: World | None = None) -> Taught:
+    """Teach a student a lesson: space, points, rays. folder: for logs and checkpoints, those of the points in
+    `points/`; None keeps nothing.
 
-def teach(lesson: Lesson, config: TeachingConfig, folder: Path | None = None, *, terms: Callable[[Student, Field], Sequence[Term]] | None = None,
-          resume: bool = False, blank_db: float | None = None, settings: dict | None = None, quiet: bool = False, world: World | None = None) -> Taught:
-    """Teach a student a lesson: space, points, rays. folder: for logs and checkpoints, those of the points in `points/`; None keeps nothing.
-
-    terms: further losses for the rays, made of the student and the teacher as a field. resume: go on where the folder's checkpoints are.
-    world: the ranks that share the work (`training.parallel`), all with the same lesson and config; each returns the same student.
+    terms: further losses for the rays, made of the student and the teacher as a field. resume: go on where the folder's
+    checkpoints are.
+    world: the ranks that share the work (`training.parallel`), all with the same lesson and config; each returns the
+    same student.
     """
     world = world or ALONE
-    with together(world): return _teach(lesson, config, folder, terms, resume, blank_db, settings, quiet or not world.first, world)
+    with together(world):
+        return _teach(lesson, config, folder, terms, resume, blank_db, settings, quiet or not world.first, world)
 
-
-def _teach(lesson: Lesson, config: TeachingConfig, folder: Path | None, terms: Callable[[Student, Field], Sequence[Term]] | None, resume: bool,
-           blank_db: float | None, settings: dict | None, quiet: bool, world: World) -> Taught:
+# %% ../../nbs/distill/multiview.ipynb #22d013ac
+def _teach(lesson: Lesson, config: TeachingConfig, folder: Path | None,
+           terms: Callable[[Student, Field], Sequence[Term]] | None, resume: bool, blank_db: float | None,
+           settings: dict | None, quiet: bool, world: World) -> Taught:
     began = time.perf_counter()
     cameras = [camera for _, camera in lesson.train]
     grid, teacher, step = space_of_scene(lesson.teacher, cameras, config, world)
@@ -142,18 +162,24 @@ def _teach(lesson: Lesson, config: TeachingConfig, folder: Path | None, terms: C
         kept = None if folder is None else folder / "points"
         points = distill_points(student, teacher, cameras, config.points, kept, resume=resume, quiet=quiet, world=world)
         points = replace(points, seconds=max(points.seconds, time.perf_counter() - began))
-    further = [Continuity(student, config.continuity, world=world)] if config.continuity and config.kind == "kilonerf" else []
+    further = [Continuity(student, config.continuity,
+                          world=world)] if config.continuity and config.kind == "kilonerf" else []
     further += terms(student, teacher) if terms else []
     known = {"teaching": {k: v for k, v in asdict(config).items() if k not in ("points", "rays")}} | (settings or {})
-    rays = distill(student, pool, config.rays, folder, terms=further, resume=resume, blank_db=blank_db, settings=known, quiet=quiet, world=world)
+    rays = distill(student, pool, config.rays, folder, terms=further, resume=resume, blank_db=blank_db, settings=known,
+                   quiet=quiet, world=world)
     return Taught(student, rays, points, space_s, pool.lost_alpha)
 
-# %% ../../nbs/distill/multiview.ipynb #d6dca8aa
-def steps_in(seconds: float, lesson: Lesson, config: TeachingConfig, *, terms: Callable[[Student, Field], Sequence[Term]] | None = None,
-             trial_steps: int = 30) -> int:
-    """How many steps of rays a student takes in `seconds`, by a trial of `trial_steps` after a few steps of points; at least 1."""
-    loop = replace(config.rays.loop, steps=trial_steps, warmup_steps=min(5, trial_steps - 1), log_every_steps=max(1, trial_steps // 6), time_limit_s=None)
-    points = config.points and replace(config.points, bank=min(config.points.bank, 200_000), loop=replace(config.points.loop, steps=30, warmup_steps=5))
-    records = teach(lesson, replace(config, points=points, rays=replace(config.rays, loop=loop)), terms=terms, quiet=True).rays.records
+# %% ../../nbs/distill/multiview.ipynb #64265e65
+def steps_in(seconds: float, lesson: Lesson, config: TeachingConfig, *,
+             terms: Callable[[Student, Field], Sequence[Term]] | None = None, trial_steps: int = 30) -> int:
+    """How many steps of rays a student takes in `seconds`, by a trial of `trial_steps` after a few steps of points; at
+    least 1."""
+    loop = replace(config.rays.loop, steps=trial_steps, warmup_steps=min(5, trial_steps - 1),
+                   log_every_steps=max(1, trial_steps // 6), time_limit_s=None)
+    points = config.points and replace(config.points, bank=min(config.points.bank, 200_000),
+                                       loop=replace(config.points.loop, steps=30, warmup_steps=5))
+    records = teach(lesson, replace(config, points=points, rays=replace(config.rays, loop=loop)), terms=terms,
+                    quiet=True).rays.records
     pace = (records[-1]["elapsed_s"] - records[0]["elapsed_s"]) / (records[-1]["step"] - records[0]["step"])
     return max(1, round(seconds / pace))

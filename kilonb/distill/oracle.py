@@ -22,17 +22,21 @@ from ..metrics.images import composite, psnr_srgb_db
 from ..splats.gaussians import Gaussians
 from ..splats.harmonics import evaluate_sh
 
-# %% ../../nbs/distill/oracle.ipynb #8c812587
-def bake_teacher(gaussians: Gaussians, camera: PinholeCamera, resolution: int = 160, box: Tensor | None = None) -> VoxelField:
-    """A teacher as voxels, in the colours that `camera` sees. resolution: voxels along the longest edge of `box` [2, 3] metres."""
+# %% ../../nbs/distill/oracle.ipynb #49aa6fc3
+def bake_teacher(gaussians: Gaussians, camera: PinholeCamera, resolution: int = 160,
+                 box: Tensor | None = None) -> VoxelField:
+    """A teacher as voxels, in the colours that `camera` sees. resolution: voxels along the longest edge of `box` [2, 3]
+    metres."""
     directions = torch.nn.functional.normalize(gaussians.means - camera.position, dim=-1)
     colours = evaluate_sh(gaussians.sh, directions, gaussians.sh_degree).clamp(0, 1)
-    return bake_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, colours, resolution, box)
+    return bake_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, colours, resolution,
+                          box)
 
-# %% ../../nbs/distill/oracle.ipynb #07029144
+# %% ../../nbs/distill/oracle.ipynb #06c03e6a
 def silhouette_shift(first: Tensor, second: Tensor) -> float:
     """Distance in pixels by which `second` must be moved to lie best on `first`, alpha images [H, W]."""
-    if not first.any() or not second.any(): raise KiloError("One of the two silhouettes is empty: there is nothing to compare.")
+    if not first.any() or not second.any():
+        raise KiloError("One of the two silhouettes is empty: there is nothing to compare.")
     padded = [2 * n for n in first.shape]
     spectra = [torch.fft.rfft2(alpha.double(), s=padded) for alpha in (first, second)]
     correlation = torch.fft.irfft2(spectra[0] * spectra[1].conj(), s=padded)
@@ -46,17 +50,18 @@ def silhouette_shift(first: Tensor, second: Tensor) -> float:
 
     return math.hypot(offset(0), offset(1))
 
-
+# %% ../../nbs/distill/oracle.ipynb #8c90e290
 def silhouette_overlap(first: Tensor, second: Tensor) -> float:
     """Intersection over union of two alpha images [H, W], as soft sets: sum of minima over sum of maxima."""
     return (torch.minimum(first, second).sum() / torch.maximum(first, second).sum().clamp(min=1e-12)).item()
 
-# %% ../../nbs/distill/oracle.ipynb #54f2d110
+# %% ../../nbs/distill/oracle.ipynb #447fc7ba
 @dataclass(frozen=True)
 class OracleReport:
     """What the oracle found.
 
-    marcher_psnr_db: the student's step and occupancy against a quarter of the step everywhere. silhouette_shift_px, silhouette_iou: against the rasteriser.
+    marcher_psnr_db: the student's step and occupancy against a quarter of the step everywhere. silhouette_shift_px,
+    silhouette_iou: against the rasteriser.
     marched, rasterized_alpha: the pictures.
     """
 
@@ -75,20 +80,25 @@ class OracleReport:
     def check(self) -> "OracleReport":
         """Itself where the marcher can be trusted; a KiloError that says what is off elsewhere."""
         if self.marcher_psnr_db < 40:
-            raise KiloError(f"The marcher is {self.marcher_psnr_db:.1f} dB from a finer step, 40 are needed: halve the step or widen the occupancy.")
+            raise KiloError(f"The marcher is {self.marcher_psnr_db:.1f} dB from a finer step, 40 are needed: "
+                            "halve the step or widen the occupancy.")
         if self.silhouette_shift_px > 0.5:
-            raise KiloError(f"Marcher and rasteriser are {self.silhouette_shift_px:.2f} pixels apart: look for a half pixel or a flipped axis.")
+            raise KiloError(f"Marcher and rasteriser are {self.silhouette_shift_px:.2f} pixels apart: look for a "
+                            "half pixel or a flipped axis.")
         return self
 
-
-def ask_oracle(gaussians: Gaussians, camera: PinholeCamera, grid: OccupancyGrid, step: float, resolution: int | None = None) -> OracleReport:
+# %% ../../nbs/distill/oracle.ipynb #c4eeba08
+def ask_oracle(gaussians: Gaussians, camera: PinholeCamera, grid: OccupancyGrid, step: float,
+               resolution: int | None = None) -> OracleReport:
     """Put the marcher to the test with a teacher's gaussians. grid, step: the student's.
 
-    resolution: voxels of the baked field along its longest edge; by default twice those of the grid, so that what is baked fits into the space made for it.
+    resolution: voxels of the baked field along its longest edge; by default twice those of the grid, so that what is
+    baked fits into the space made for it.
     """
     resolution = resolution or 2 * max(grid.resolution)
     field = bake_teacher(gaussians, camera, resolution)
     marched, fine = render_image(field, camera, grid, step), render_image(field, camera, field.occupancy(), step / 4)
     psnr = psnr_srgb_db(*(composite(seen.rgb_premultiplied, seen.alpha) for seen in (marched, fine)))
     alpha = targets_from_teacher(gaussians, [("oracle", camera)])[0].alpha
-    return OracleReport(psnr, silhouette_shift(marched.alpha, alpha), silhouette_overlap(marched.alpha, alpha), marched, alpha)
+    return OracleReport(psnr, silhouette_shift(marched.alpha, alpha), silhouette_overlap(marched.alpha, alpha), marched,
+                        alpha)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encode_picture', 'Looker', 'NewestWins', 'drag_speed', 'encode_sheet', 'Orbit']
 
-# %% ../../nbs/distill/orbit_widget.ipynb #5a81e1cf
+# %% ../../nbs/distill/orbit_widget.ipynb #881807e5
 import asyncio
 import base64
 import io
@@ -20,8 +20,8 @@ import traitlets
 from PIL import Image
 
 from .student import Student
-from .viewing import (CHANNELS, OrbitPose, Sight, ViewSettings, listed_gaussians, paint, pose_around, see_student_in_bands, see_teacher,
-                                    view_sheet)
+from .viewing import (CHANNELS, OrbitPose, Sight, ViewSettings, listed_gaussians, paint, pose_around,
+                                    see_student_in_bands, see_teacher, view_sheet)
 from ..core.errors import KiloError
 from ..splats.gaussians import Gaussians
 
@@ -270,74 +270,90 @@ _STYLE = """
 .kilonb-orbit .hint { color: var(--soft); font-size: .85em; margin: .5rem 0 0; }
 """
 
-# %% ../../nbs/distill/orbit_widget.ipynb #80982486
+# %% ../../nbs/distill/orbit_widget.ipynb #f0db1d77
 _BAND_ROWS = 64
 
 
 def _pose_of(request: Mapping[str, Any], home: OrbitPose) -> OrbitPose:
     given = request.get("pose") or {}
-    try: return replace(home, **{name: tuple(map(float, value)) if name == "target" else float(value) for name, value in given.items() if name != "up"})
-    except (TypeError, ValueError, AttributeError): raise KiloError("The request's pose is not made of numbers with the names of an OrbitPose.") from None
+    try:
+        return replace(home,
+                       **{name: tuple(map(float, value)) if name == "target" else float(value) for name,
+                          value in given.items() if name != "up"})
+    except (TypeError, ValueError, AttributeError):
+        raise KiloError("The request's pose is not made of numbers with the names of an OrbitPose.") from None
 
 
 def _settings_of(request: Mapping[str, Any], settings: ViewSettings) -> ViewSettings:
     given, kinds = request.get("settings") or {}, {"channel": str, "stop": (int, float), "drag_width": int}
-    if not isinstance(given, Mapping) or not all(isinstance(given[name], kind) for name, kind in kinds.items() if name in given):
+    if not isinstance(given, Mapping) or not all(isinstance(given[name], kind) for name,
+                                                 kind in kinds.items() if name in given):
         raise KiloError("The request's settings are of the wrong types.")
     chosen = replace(settings, **{name: given[name] for name in kinds if name in given})
     return chosen if request.get("full") else replace(chosen.dragging(), drag_width=chosen.drag_width)
 
-# %% ../../nbs/distill/orbit_widget.ipynb #610d3459
+# %% ../../nbs/distill/orbit_widget.ipynb #1cadde7c
 class Looker:
     """Answers requests to look at a teacher and a student.
 
-    home: where nothing else is asked for. settings: size, channel and so on, which a request may change. parts: "teacher", "student" or both.
+    home: where nothing else is asked for. settings: size, channel and so on, which a request may change. parts:
+    "teacher", "student" or both.
     """
 
-    def __init__(self, teacher: Gaussians, student: Student, home: OrbitPose, settings: ViewSettings, parts: tuple[str, ...] = ("teacher", "student")):
+    def __init__(self, teacher: Gaussians, student: Student, home: OrbitPose, settings: ViewSettings,
+                 parts: tuple[str, ...] = ("teacher", "student")):
         self.teacher, self.student, self.home, self.settings, self.parts = teacher, student, home, settings, parts
 
     def look(self, request: Mapping[str, Any]) -> Iterator[tuple[dict, list[bytes]] | None]:
-        """Yields None between the bands of a full picture, and at last (message, buffers). Raises KiloError for a request that makes no sense."""
+        """Yields None between the bands of a full picture, and at last (message, buffers). Raises KiloError for a
+        request that makes no sense."""
         began, full, pose = time.perf_counter(), bool(request.get("full")), _pose_of(request, self.home)
         settings = _settings_of(request, self.settings)
         camera, sights = pose.camera(settings.width, settings.height), {}
         if "teacher" in self.parts: sights["teacher"] = see_teacher(self.teacher, camera)
         if full: yield None
         if "student" in self.parts:
-            for seen in see_student_in_bands(self.student, camera, settings.stop, _BAND_ROWS if full else settings.height):
+            for seen in see_student_in_bands(self.student, camera, settings.stop,
+                                             _BAND_ROWS if full else settings.height):
                 if seen is not None: sights["student"] = seen
                 elif full: yield None
         pictures, buffers = [], []
         for name, view in self._views(sights, settings, bool((request.get("settings") or {}).get("difference"))):
             kind, packed = encode_picture(view.image, full or view.statistics["channel"] == "cells")
-            pictures.append({"name": name, "type": kind, "milliseconds": sights[name].milliseconds if name in sights else None, "bar": view.statistics["bar"]})
+            pictures.append({"name": name, "type": kind,
+                             "milliseconds": sights[name].milliseconds if name in sights else None,
+                             "bar": view.statistics["bar"]})
             buffers.append(packed)
         samples = sights["student"].samples.double().mean().item() if "student" in sights else None
-        yield {"kind": "frame", "view": request.get("view"), "number": request.get("number"), "full": full, "pictures": pictures, "width": settings.width,
-               "height": settings.height, "samples_per_ray": samples, "milliseconds": 1e3 * (time.perf_counter() - began)}, buffers
+        yield {"kind": "frame", "view": request.get("view"), "number": request.get("number"), "full": full,
+               "pictures": pictures, "width": settings.width, "height": settings.height, "samples_per_ray": samples,
+               "milliseconds": 1e3 * (time.perf_counter() - began)}, buffers
 
     def _views(self, sights: dict[str, Sight], settings: ViewSettings, difference: bool) -> Iterator:
         taught, learnt = sights.get("teacher"), sights.get("student")
         colours = replace(settings, channel="rgb")
         if taught is not None:
             listed = listed_gaussians(self.teacher, taught.camera) if settings.channel == "samples" else None
-            yield "teacher", paint(taught, colours if settings.channel == "error" else settings, self.student, learnt, listed)
+            yield "teacher", paint(taught, colours if settings.channel == "error" else settings, self.student, learnt,
+                                   listed)
         if learnt is not None: yield "student", paint(learnt, settings, self.student, taught)
-        if difference and len(sights) == 2: yield "difference", paint(learnt, replace(settings, channel="error"), self.student, taught)
+        if difference and len(sights) == 2:
+            yield "difference", paint(learnt, replace(settings, channel="error"), self.student, taught)
 
-# %% ../../nbs/distill/orbit_widget.ipynb #ed5c8171
+# %% ../../nbs/distill/orbit_widget.ipynb #f706015c
 class NewestWins:
     """Answers the newest request and forgets those it never got to.
 
-    look: request -> iterator of None (a breath, at which a newer request takes over) and answers. send: gets the answers.
+    look: request -> iterator of None (a breath, at which a newer request takes over) and answers. send: gets the
+    answers.
     failed: gets a request that could not be answered, and why in a sentence. answered, abandoned, forgotten: counts.
     In a running event loop `hear` returns at once; without one it returns when all is answered.
     """
 
     breath_s = 0.001
 
-    def __init__(self, look: Callable[[Any], Iterator], send: Callable[[Any], None], failed: Callable[[Any, str], None]):
+    def __init__(self, look: Callable[[Any], Iterator], send: Callable[[Any], None],
+                 failed: Callable[[Any, str], None]):
         self.look, self.send, self.failed = look, send, failed
         self.wanted, self._task, self.answered, self.abandoned, self.forgotten = None, None, 0, 0, 0
 
@@ -373,7 +389,7 @@ class NewestWins:
                 self.abandoned += 1
                 return
 
-# %% ../../nbs/distill/orbit_widget.ipynb #69022bb9
+# %% ../../nbs/distill/orbit_widget.ipynb #ccfc9335
 class _Page(anywidget.AnyWidget):
     """What page and kernel share."""
 
@@ -391,16 +407,20 @@ class _Page(anywidget.AnyWidget):
 
 
 def _page_pose(pose: OrbitPose) -> dict[str, Any]:
-    return {**{name: getattr(pose, name) for name in ("azimuth_deg", "elevation_deg", "radius", "field_of_view_deg")}, "target": list(pose.target)}
+    return {**{name: getattr(pose, name) for name in ("azimuth_deg", "elevation_deg", "radius", "field_of_view_deg")},
+            "target": list(pose.target)}
 
-# %% ../../nbs/distill/orbit_widget.ipynb #3c872882
+# %% ../../nbs/distill/orbit_widget.ipynb #13863ff9
 def drag_speed(looker: Looker, pictures: int = 40) -> dict[str, float]:
-    """How fast a drag is: a pose in, encoded pictures out, one after the other, along an orbit; the first three are not counted.
+    """How fast a drag is: a pose in, encoded pictures out, one after the other, along an orbit; the first three are not
+    counted.
 
-    Returns pictures_per_s, the medians picture_ms, teacher_ms and student_ms, samples_per_ray and bytes_per_picture; a picture is all of the looker's parts.
+    Returns pictures_per_s, the medians picture_ms, teacher_ms and student_ms, samples_per_ray and bytes_per_picture; a
+    picture is all of the looker's parts.
     """
     if pictures < 1: raise KiloError(f"pictures is {pictures}; expected at least 1.")
-    if "student" not in looker.parts: raise KiloError("A drag without a student is not measured: give a looker that shows one.")
+    if "student" not in looker.parts:
+        raise KiloError("A drag without a student is not measured: give a looker that shows one.")
     times, answers, home = [], [], looker.home
     for i in range(-3, pictures):
         request = {"number": i, "pose": {**_page_pose(home), "azimuth_deg": home.azimuth_deg + 360 * i / pictures}}
@@ -409,40 +429,51 @@ def drag_speed(looker: Looker, pictures: int = 40) -> dict[str, float]:
         times.append(time.perf_counter() - began)
     times, answers = times[3:], answers[3:]
     shown = [picture for message, _ in answers for picture in message["pictures"]]
-    def median(name: str) -> float: return float(np.median([picture["milliseconds"] for picture in shown if picture["name"] == name] or [0]))
-    return {"pictures_per_s": pictures / sum(times), "picture_ms": 1e3 * float(np.median(times)), "teacher_ms": median("teacher"),
-            "student_ms": median("student"), "samples_per_ray": float(np.mean([message["samples_per_ray"] for message, _ in answers])),
+    def median(name: str) -> float:
+        return float(np.median([picture["milliseconds"] for picture in shown if picture["name"] == name] or [0]))
+    return {"pictures_per_s": pictures / sum(times), "picture_ms": 1e3 * float(np.median(times)),
+            "teacher_ms": median("teacher"), "student_ms": median("student"),
+            "samples_per_ray": float(np.mean([message["samples_per_ray"] for message, _ in answers])),
             "bytes_per_picture": float(np.mean([sum(map(len, buffers)) for _, buffers in answers]))}
 
-
+# %% ../../nbs/distill/orbit_widget.ipynb #e2424f23
 def encode_sheet(sheet: Image.Image) -> bytes:
     """A sheet as PNG in 256 colours."""
     buffer = io.BytesIO()
     sheet.quantize(256).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
-# %% ../../nbs/distill/orbit_widget.ipynb #eed81e6b
+# %% ../../nbs/distill/orbit_widget.ipynb #9a5a414a
 class Orbit(_Page):
     """Teacher and student side by side, turned by dragging.
 
-    teacher: gaussians. student: a student, on any device. pose: where it starts and returns to; without it all of the teacher, seen with `up` upwards.
-    settings: size of the full picture, and what the controls start with. difference: show a third picture, of the error. title: text above.
-    `channel`, `stop`, `drag_width` and `difference` can be set from Python and follow the page; `pose` tells where the page is and moves it.
-    In a page without a kernel the output shows `sheet()`. Raises KiloError where teacher or student are something else, and for bad settings.
+    teacher: gaussians. student: a student, on any device. pose: where it starts and returns to; without it all of the
+    teacher, seen with `up` upwards.
+    settings: size of the full picture, and what the controls start with. difference: show a third picture, of the
+    error. title: text above. `channel`, `stop`, `drag_width` and `difference` can be set from Python and follow the
+    page; `pose` tells where the page is and moves it. In a page without a kernel the output shows `sheet()`. Raises
+    KiloError where teacher or student are something else, and for bad settings.
     """
 
     _looker, requests = None, None
 
-    def __init__(self, teacher: Gaussians, student: Student, *, pose: OrbitPose | None = None, up: tuple[float, float, float] = (0.0, 0.0, 1.0),
-                 settings: ViewSettings | None = None, difference: bool = False, title: str = ""):
-        if not isinstance(teacher, Gaussians): raise KiloError(f"teacher is of type {type(teacher).__name__}; expected Gaussians, such as read_ply gives.")
-        if not isinstance(student, Student): raise KiloError(f"student is of type {type(student).__name__}; expected a Student, such as load_student gives.")
+    def __init__(self, teacher: Gaussians, student: Student, *, pose: OrbitPose | None = None,
+                 up: tuple[float, float, float] = (0.0, 0.0, 1.0), settings: ViewSettings | None = None,
+                 difference: bool = False, title: str = ""):
+        if not isinstance(teacher, Gaussians):
+            raise KiloError(f"teacher is of type {type(teacher).__name__}; expected Gaussians, such as read_ply gives.")
+        if not isinstance(student, Student):
+            raise KiloError(f"student is of type {type(student).__name__}; expected a Student, such as "
+                            "load_student gives.")
         settings, pose = settings or ViewSettings(), pose or pose_around(teacher, up)
         self._looker, self._pose, self._sheet = Looker(teacher, student, pose, settings), pose, None
         self.requests = NewestWins(self._look, lambda answer: self.send(*answer), self._failed)
-        super().__init__(title=title, home=_page_pose(pose), basis=list(pose.basis), size=[settings.width, settings.height], channels=list(CHANNELS),
-                         channel=settings.channel, stop=settings.stop, drag_width=settings.drag_width, difference=difference)
-        self.on_msg(lambda _, content, __: self.requests.hear(content) if isinstance(content, dict) and content.get("kind") == "look" else None)
+        super().__init__(title=title, home=_page_pose(pose), basis=list(pose.basis),
+                         size=[settings.width, settings.height], channels=list(CHANNELS), channel=settings.channel,
+                         stop=settings.stop, drag_width=settings.drag_width, difference=difference)
+        self.on_msg(lambda _, content,
+                    __: self.requests.hear(content) if isinstance(content, dict) and content.get("kind") == "look"
+                    else None)
 
     @traitlets.validate("channel", "stop", "drag_width")
     def _check(self, proposal: Any) -> Any:
@@ -473,7 +504,8 @@ class Orbit(_Page):
     def sheet(self) -> Image.Image:
         """Teacher, student and the student's channels from where the page is, as one picture."""
         looker = self._open()
-        return view_sheet(looker.teacher, looker.student, self._pose.camera(*self.size), replace(looker.settings, channel="rgb"))
+        return view_sheet(looker.teacher, looker.student, self._pose.camera(*self.size),
+                          replace(looker.settings, channel="rgb"))
 
     def benchmark(self, pictures: int = 40, student_only: bool = False) -> dict[str, float]:
         """How fast a drag is here: see `drag_speed`."""

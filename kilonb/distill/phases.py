@@ -21,10 +21,11 @@ from ..core.errors import KiloError, unknown_name
 from ..training.checkpoints import portable
 from ..training.guards import TrainingStopped
 
-# %% ../../nbs/distill/phases.ipynb #93a702e7
+# %% ../../nbs/distill/phases.ipynb #54102b83
 @dataclass(frozen=True)
 class Condition:
-    """A bound on a logged value: at_least, at_most, inclusive, one of them or both; it holds after `patience` checks in a row within it."""
+    """A bound on a logged value: at_least, at_most, inclusive, one of them or both; it holds after `patience` checks in
+    a row within it."""
 
     value: str
     at_least: float | None = None
@@ -32,30 +33,39 @@ class Condition:
     patience: int = 1
 
     def __post_init__(self):
-        if self.at_least is None and self.at_most is None: raise KiloError(f"The condition on '{self.value}' has no bound: give at_least or at_most.")
+        if self.at_least is None and self.at_most is None:
+            raise KiloError(f"The condition on '{self.value}' has no bound: give at_least or at_most.")
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
-            raise KiloError(f"The condition on '{self.value}' asks for at_least = {self.at_least:g} and at_most = {self.at_most:g}: nothing is both.")
-        if self.patience < 1: raise KiloError(f"The condition on '{self.value}' has patience = {self.patience}; expected 1 check or more.")
+            raise KiloError(f"The condition on '{self.value}' asks for at_least = {self.at_least:g} and at_most = "
+                            f"{self.at_most:g}: nothing is both.")
+        if self.patience < 1:
+            raise KiloError(f"The condition on '{self.value}' has patience = {self.patience}; expected 1 "
+                            "check or more.")
 
     def met(self, value: float) -> bool:
         """Whether a value is within the bounds; NaN is not."""
-        return (self.at_least is None or value >= self.at_least) and (self.at_most is None or value <= self.at_most) and value == value
+        return (self.at_least is None or value >= self.at_least) and (self.at_most is None
+                                                                      or value <= self.at_most) and value == value
 
     @property
     def bound(self) -> str:
         """In print: `alpha_loss <= 0.01 (3 checks in a row)`."""
-        parts = [f"{sign} {bound:g}" for sign, bound in ((">=", self.at_least), ("<=", self.at_most)) if bound is not None]
-        return f"{self.value} {' and '.join(parts)}" + (f" ({self.patience} checks in a row)" if self.patience > 1 else "")
+        parts = [f"{sign} {bound:g}" for sign,
+                 bound in ((">=", self.at_least), ("<=", self.at_most)) if bound is not None]
+        return f"{self.value} {' and '.join(parts)}" + (f" ({self.patience} checks in a row)" if self.patience > 1
+                                                        else "")
 
-# %% ../../nbs/distill/phases.ipynb #9846cdef
+# %% ../../nbs/distill/phases.ipynb #538fdeb9
 @dataclass(frozen=True)
 class Phase:
     """A part of a run.
 
-    weights: a factor for every term of the run, 0: the term is off and costs nothing. share (of the run) or steps: its length; neither in the last phase, which
-    lasts to the end. frozen: names of what stands still: "student", a term (all its own parameters), or the "name" of a term's parameter group.
-    gates: conditions that must hold before this phase begins; until then the phase before it goes on, for at most the share `maximum_wait` of the run; after
-    that the run stops, or this phase begins all the same ("go on"). needs: terms without which this phase vanishes.
+    weights: a factor for every term of the run, 0: the term is off and costs nothing. share (of the run) or steps: its
+    length; neither in the last phase, which lasts to the end. frozen: names of what stands still: "student", a term
+    (all its own parameters), or the "name" of a term's parameter group.
+    gates: conditions that must hold before this phase begins; until then the phase before it goes on, for at most the
+    share `maximum_wait` of the run; after that the run stops, or this phase begins all the same ("go on"). needs: terms
+    without which this phase vanishes.
     """
 
     name: str
@@ -71,27 +81,37 @@ class Phase:
     def __post_init__(self):
         for name in ("frozen", "gates", "needs"):
             given = getattr(self, name)
-            if not isinstance(given, (list, tuple)): raise KiloError(f"{name} of phase '{self.name}' must be a list, empty for none: got {given!r}.")
+            if not isinstance(given, (list, tuple)):
+                raise KiloError(f"{name} of phase '{self.name}' must be a list, empty for none: got {given!r}.")
         if self.share is not None and self.steps is not None:
-            raise KiloError(f"Phase '{self.name}' has share = {self.share:g} and steps = {self.steps}: give one of them.")
-        if self.share is not None and not 0 < self.share < 1: raise KiloError(f"Phase '{self.name}' has share = {self.share:g}; expected between 0 and 1.")
-        if self.steps is not None and self.steps < 1: raise KiloError(f"Phase '{self.name}' has steps = {self.steps}; expected 1 or more.")
-        if any(weight < 0 for weight in self.weights.values()): raise KiloError(f"Phase '{self.name}' has a weight below 0: {dict(self.weights)}.")
-        if self.gates and (self.maximum_wait is None or not 0 <= self.maximum_wait < 1 or self.if_blocked not in ("stop", "go on")):
-            raise KiloError(f"Phase '{self.name}' has gates: give maximum_wait, a share of the run below 1, and if_blocked, 'stop' or 'go on'.")
+            raise KiloError(f"Phase '{self.name}' has share = {self.share:g} and steps = {self.steps}: give "
+                            "one of them.")
+        if self.share is not None and not 0 < self.share < 1:
+            raise KiloError(f"Phase '{self.name}' has share = {self.share:g}; expected between 0 and 1.")
+        if self.steps is not None and self.steps < 1:
+            raise KiloError(f"Phase '{self.name}' has steps = {self.steps}; expected 1 or more.")
+        if any(weight < 0 for weight in self.weights.values()):
+            raise KiloError(f"Phase '{self.name}' has a weight below 0: {dict(self.weights)}.")
+        if self.gates and (self.maximum_wait is None or not 0 <= self.maximum_wait < 1
+                           or self.if_blocked not in ("stop", "go on")):
+            raise KiloError(f"Phase '{self.name}' has gates: give maximum_wait, a share of the run below 1, and "
+                            "if_blocked, 'stop' or 'go on'.")
         if not self.gates and (self.maximum_wait is not None or self.if_blocked is not None):
-            raise KiloError(f"Phase '{self.name}' has no gates, but maximum_wait or if_blocked: nothing would wait; leave them out.")
+            raise KiloError(f"Phase '{self.name}' has no gates, but maximum_wait or if_blocked: nothing would "
+                            "wait; leave them out.")
 
     def length(self, run_steps: int) -> int:
         """Steps of the phase in a run of `run_steps`."""
         return self.steps if self.steps is not None else max(1, round(self.share * run_steps))
 
-# %% ../../nbs/distill/phases.ipynb #c9493b18
+# %% ../../nbs/distill/phases.ipynb #b550c318
 def phases_of_run(phases: Sequence[Phase], terms: Sequence[str]) -> tuple[list[Phase], list[str]]:
-    """The phases that a run with these terms has, with weights for its terms only, and a sentence for all that vanished.
+    """The phases that a run with these terms has, with weights for its terms only, and a sentence for all that
+    vanished.
 
     Where the first phases vanish, the gates after them go, too: there is nothing to wait in.
-    Raises KiloError where a phase has no weight for a term, or one for a term that is not there and that no phase `needs`.
+    Raises KiloError where a phase has no weight for a term, or one for a term that is not there and that no phase
+    `needs`.
     """
     optional = {name for phase in phases for name in phase.needs}
     kept, said = [], []
@@ -101,9 +121,12 @@ def phases_of_run(phases: Sequence[Phase], terms: Sequence[str]) -> tuple[list[P
             said.append(f"Phase '{phase.name}' is left out: this run has no {', '.join(missing)}.")
             continue
         for name in phase.weights:
-            if name not in terms and name not in optional: raise unknown_name(f"term in the weights of phase '{phase.name}'", name, terms)
+            if name not in terms and name not in optional:
+                raise unknown_name(f"term in the weights of phase '{phase.name}'", name, terms)
         forgotten = [name for name in terms if name not in phase.weights]
-        if forgotten: raise KiloError(f"Phase '{phase.name}' has no weight for {', '.join(forgotten)}: give one to every term, 0 turns it off.")
+        if forgotten:
+            raise KiloError(f"Phase '{phase.name}' has no weight for {', '.join(forgotten)}: give one to every "
+                            "term, 0 turns it off.")
         weights = {name: float(phase.weights[name]) for name in terms}
         frozen = [name for name in phase.frozen if name not in optional or name in terms]
         opens = {"gates": (), "maximum_wait": None, "if_blocked": None} if said and not kept and phase.gates else {}
@@ -111,29 +134,36 @@ def phases_of_run(phases: Sequence[Phase], terms: Sequence[str]) -> tuple[list[P
         kept.append(replace(phase, weights=weights, frozen=frozen, **opens))
     return kept, said
 
-
+# %% ../../nbs/distill/phases.ipynb #1b1246a8
 def check_lengths(phases: Sequence[Phase], steps: int) -> None:
-    """KiloError where the phases and their waits do not fit in a run of `steps` steps, or a length or gate stands where it has no meaning."""
+    """KiloError where the phases and their waits do not fit in a run of `steps` steps, or a length or gate stands where
+    it has no meaning."""
     names = [phase.name for phase in phases]
     if len(set(names)) < len(names): raise KiloError(f"Two phases have the same name: {', '.join(names)}.")
     for phase in phases[:-1]:
-        if phase.share is None and phase.steps is None: raise KiloError(f"Phase '{phase.name}' has no length, and others follow it: give it a share or steps.")
-    if phases and phases[0].gates: raise KiloError(f"Phase '{phases[0].name}' is the first and has gates: nothing could go on until they hold.")
+        if phase.share is None and phase.steps is None:
+            raise KiloError(f"Phase '{phase.name}' has no length, and others follow it: give it a share or steps.")
+    if phases and phases[0].gates:
+        raise KiloError(f"Phase '{phases[0].name}' is the first and has gates: nothing could go on until they hold.")
     lengths = {phase.name: phase.length(steps) for phase in phases[:-1]}
     waits = {phase.name: round((phase.maximum_wait or 0) * steps) for phase in phases[1:]}
     if sum(lengths.values()) + sum(waits.values()) >= steps and phases:
-        told = ", ".join([f"'{name}' {n} steps" for name, n in lengths.items()] + [f"waiting for '{name}' up to {n}" for name, n in waits.items() if n])
-        raise KiloError(f"The phases do not fit in the run, steps = {steps}: {told}; nothing is left for '{phases[-1].name}'.")
+        told = ", ".join([f"'{name}' {n} steps" for name, n in lengths.items()]
+                         + [f"waiting for '{name}' up to {n}" for name, n in waits.items() if n])
+        raise KiloError(f"The phases do not fit in the run, steps = {steps}: {told}; nothing is left for "
+                        f"'{phases[-1].name}'.")
 
-# %% ../../nbs/distill/phases.ipynb #d1d24778
+# %% ../../nbs/distill/phases.ipynb #5964c6a3
 class PhasePlan:
     """Where a run stands in its phases.
 
-    phases: in order; without any, every term keeps its own weight throughout. steps: of the run. terms: names of those it governs. check_every: steps between
-    two looks at the gates, each at the means since the last. say: is told each sentence that `history` keeps.
+    phases: in order; without any, every term keeps its own weight throughout. steps: of the run. terms: names of those
+    it governs. check_every: steps between two looks at the gates, each at the means since the last. say: is told each
+    sentence that `history` keeps.
     """
 
-    def __init__(self, phases: Sequence[Phase], steps: int, terms: Sequence[str], check_every: int = 20, say: Callable[[str], None] = print):
+    def __init__(self, phases: Sequence[Phase], steps: int, terms: Sequence[str], check_every: int = 20,
+                 say: Callable[[str], None] = print):
         if check_every < 1: raise KiloError(f"check_every is {check_every}; expected 1 step or more.")
         self.phases, said = phases_of_run(phases, terms)
         check_lengths(self.phases, steps)
@@ -153,9 +183,11 @@ class PhasePlan:
         return self.phases[self.index + 1].gates if self.index + 1 < len(self.phases) else ()
 
     def weights(self, step: int, record: Mapping[str, float] | None = None) -> dict[str, float]:
-        """The factor of each term's loss at `step`, after a look at a record of logged values with its "step" (each is judged once).
+        """The factor of each term's loss at `step`, after a look at a record of logged values with its "step" (each is
+        judged once).
 
-        Raises KiloError where a gate asks for a value that is not logged, TrainingStopped where it has waited in vain and stops the run.
+        Raises KiloError where a gate asks for a value that is not logged, TrainingStopped where it has waited in vain
+        and stops the run.
         """
         if record is not None and record["step"] > self.judged: self.judge(record)
         self.advance(step)
@@ -164,7 +196,9 @@ class PhasePlan:
     def judge(self, record: Mapping[str, float]) -> None:
         """Count for each gate of the next phase how often in a row it held."""
         for gate in self.gates:
-            if gate.value not in record: raise unknown_name(f"value in the gates of phase '{self.phases[self.index + 1].name}'", gate.value, record)
+            if gate.value not in record:
+                raise unknown_name(f"value in the gates of phase '{self.phases[self.index + 1].name}'", gate.value,
+                                   record)
         before = self.streaks or [0] * len(self.gates)
         self.streaks = [count + 1 if gate.met(record[gate.value]) else 0 for gate, count in zip(self.gates, before)]
         self.judged = int(record["step"])
@@ -178,11 +212,13 @@ class PhasePlan:
         """Begin the next phase if it is time."""
         if self.index + 1 >= len(self.phases) or step < self.began + self.phase.length(self.steps): return
         following = self.phases[self.index + 1]
-        missed = [gate.bound for gate, count in zip(self.gates, self.streaks or [0] * len(self.gates)) if count < gate.patience]
+        missed = [gate.bound for gate,
+                  count in zip(self.gates, self.streaks or [0] * len(self.gates)) if count < gate.patience]
         if missed and self.waiting(step) < round(following.maximum_wait * self.steps): return
         told = f"has waited {self.waiting(step)} steps for {', '.join(missed)}"
         if missed and following.if_blocked == "stop":
-            raise TrainingStopped(f"Training stopped at step {step}: phase '{following.name}' {told}. Train the phase before it longer, or ease its gates.")
+            raise TrainingStopped(f"Training stopped at step {step}: phase '{following.name}' {told}. Train the phase "
+                                  "before it longer, or ease its gates.")
         self.index, self.began, self.streaks = self.index + 1, step, []
         self.tell(f"Step {step}: phase '{following.name}' begins" + (f", though it {told}." if missed else "."))
 
@@ -191,26 +227,31 @@ class PhasePlan:
         self.history.append(sentence)
         self.say(sentence)
 
-# %% ../../nbs/distill/phases.ipynb #53ed0fed
+# %% ../../nbs/distill/phases.ipynb #3f6f419b
 def plan_state(plan: PhasePlan) -> dict[str, Any]:
     """Everything that a resumed run needs to know of its phases."""
     given = {"steps": plan.steps, "check_every": plan.check_every, "phases": [asdict(phase) for phase in plan.phases]}
     return {"plan": given, **{name: getattr(plan, name) for name in ("index", "began", "judged", "streaks", "history")}}
 
-
+# %% ../../nbs/distill/phases.ipynb #8d340318
 def restore_plan(plan: PhasePlan, state: Mapping[str, Any]) -> None:
     """Put a plan where `plan_state` saw it. Raises KiloError where the checkpoint's plan is another."""
     stored, now = portable(state["plan"]), portable(plan_state(plan)["plan"])
     names = [[phase["name"] for phase in side["phases"]] for side in (stored, now)]
     for key in now:
         if stored[key] != now[key]:
-            what = f"{key} = {stored[key]}, this one {now[key]}" if key != "phases" else f"the phases {names[0]}, this one {names[1]}, or others of these names"
+            what = (
+                f"{key} = {stored[key]}, this one {now[key]}"
+                if key != "phases"
+                else f"the phases {names[0]}, this one {names[1]}, or others of these names"
+            )
             raise KiloError(f"The checkpoint's run had {what}: resume with the same plan.")
     for name in ("index", "began", "judged", "streaks", "history"): setattr(plan, name, state[name])
 
-# %% ../../nbs/distill/phases.ipynb #f14f2245
+# %% ../../nbs/distill/phases.ipynb #e880b849
 class PhaseClock(Term):
-    """The term that runs a plan: see `phased`. Logs `phase_index` from 0, `phase_waiting_steps`, `phase_colour_error`."""
+    """The term that runs a plan: see `phased`. Logs `phase_index` from 0, `phase_waiting_steps`,
+    `phase_colour_error`."""
 
     name, shareable = "phase", True
 
@@ -236,11 +277,13 @@ class PhaseClock(Term):
             self.sums[name] = self.sums.get(name, 0.0) + torch.as_tensor(values[name]).detach().double()
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender, generator: torch.Generator) -> dict[str, Tensor | float]:
+    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender,
+                 generator: torch.Generator) -> dict[str, Tensor | float]:
         """See `Term`; there is no loss."""
         with torch.no_grad(): measured = response_loss(seen, batch, ResponseLossConfig(background="black"), generator)
         colour = {"phase_colour_error": measured["colour_loss"]}
-        self.observe({name: measured[name] for name in ("ray_alpha_foreground", "ray_alpha_background", "alpha_loss")} | colour)
+        self.observe({name: measured[name] for name in ("ray_alpha_foreground", "ray_alpha_background", "alpha_loss")}
+                     | colour)
         return {"phase_index": float(self.plan.index), "phase_waiting_steps": float(self.plan.waiting(step)), **colour}
 
     def after_step(self, step: int) -> None:
@@ -249,7 +292,9 @@ class PhaseClock(Term):
         self.steps += 1
         if self.steps == self.plan.check_every:
             for gate in self.plan.gates:
-                if gate.value not in self.sums: raise unknown_name("value in a gate, which nothing logged since the last look,", gate.value, self.names)
+                if gate.value not in self.sums:
+                    raise unknown_name("value in a gate, which nothing logged since the last look,", gate.value,
+                                       self.names)
             record = {"step": step + 1, **{name: float(value) / self.counts[name] for name, value in self.sums.items()}}
             self.begin_look()
         self.plan.weights(step + 1, record)
@@ -267,9 +312,10 @@ class PhaseClock(Term):
         self.sums, self.counts, self.steps = dict(state["sums"]), dict(state["counts"]), state["seen_steps"]
         self.freeze()
 
-# %% ../../nbs/distill/phases.ipynb #fe79f90c
+# %% ../../nbs/distill/phases.ipynb #bb1314b9
 class PhasedTerm(Term):
-    """A term whose loss and logged effective weight are multiplied by the present phase's factor, logged as `<name>_phase_weight`; at 0 it is not asked."""
+    """A term whose loss and logged effective weight are multiplied by the present phase's factor, logged as
+    `<name>_phase_weight`; at 0 it is not asked."""
 
     def __init__(self, term: Term, clock: PhaseClock):
         self.term, self.clock, self.name, self.shareable, self.asked = term, clock, term.name, term.shareable, False
@@ -278,7 +324,8 @@ class PhasedTerm(Term):
         """The term's own."""
         return self.term.parameter_groups(learning_rate)
 
-    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender, generator: torch.Generator) -> dict[str, Tensor | float]:
+    def __call__(self, step: int, student: nn.Module, batch: RayBatch, seen: RayRender,
+                 generator: torch.Generator) -> dict[str, Tensor | float]:
         """See `Term`."""
         factor = self.clock.plan.weights(step)[self.name]
         self.asked = factor > 0
@@ -300,26 +347,31 @@ class PhasedTerm(Term):
         """The term's own."""
         self.term.load_state_dict(state)
 
-# %% ../../nbs/distill/phases.ipynb #2fd3a8d9
+# %% ../../nbs/distill/phases.ipynb #5a43c984
 def phased(plan: PhasePlan, terms: Sequence[Term], student: nn.Module | None = None) -> list[Term]:
-    """The terms under a plan, to be given to `distill.student.distill` in their place; the same terms where the plan has no phases.
+    """The terms under a plan, to be given to `distill.student.distill` in their place; the same terms where the plan
+    has no phases.
 
-    student: needed where a phase freezes "student". Raises KiloError where the plan was made for other terms, freezes what is not there, or leaves
-    nothing to learn.
+    student: needed where a phase freezes "student". Raises KiloError where the plan was made for other terms, freezes
+    what is not there, or leaves nothing to learn.
     """
     if plan.terms != [term.name for term in terms]:
-        raise KiloError(f"The plan was made for the terms {plan.terms}, but it is given {[term.name for term in terms]}: make it for these.")
+        raise KiloError(f"The plan was made for the terms {plan.terms}, but it is given "
+                        f"{[term.name for term in terms]}: make it for these.")
     if not plan.phases: return list(terms)
     groups = {} if student is None else {"student": list(student.parameters())}
     own = {term.name: term.parameter_groups(1.0) for term in terms}
     groups |= {group["name"]: list(group["params"]) for parts in own.values() for group in parts if "name" in group}
-    groups |= {name: [parameter for group in parts for parameter in group["params"]] for name, parts in own.items() if parts}
+    groups |= {name: [parameter for group in parts for parameter in group["params"]] for name,
+               parts in own.items() if parts}
     for phase in plan.phases:
         for name in phase.frozen:
             if name not in groups: raise unknown_name(f"name in frozen of phase '{phase.name}'", name, groups)
         still = {id(parameter) for name in phase.frozen for parameter in groups[name]}
-        moving = [parameter for name in own if phase.weights[name] > 0 for parameter in groups.get(name, []) if id(parameter) not in still]
+        moving = [parameter for name in own if phase.weights[name] > 0 for parameter in groups.get(name, [])
+                  if id(parameter) not in still]
         if "student" in phase.frozen and not moving:
-            raise KiloError(f"Phase '{phase.name}' freezes the student, and no term in it has parameters that move: nothing would learn.")
+            raise KiloError(f"Phase '{phase.name}' freezes the student, and no term in it has parameters that "
+                            "move: nothing would learn.")
     clock = PhaseClock(plan, groups)
     return [clock, *(PhasedTerm(term, clock) for term in terms)]

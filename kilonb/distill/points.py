@@ -22,12 +22,14 @@ from ..core.errors import KiloError
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World, gather_rows, largest_over_ranks, share, share_weight
 
-# %% ../../nbs/distill/points.ipynb #83888964
-def seen_space(field: Field, grid: OccupancyGrid, cameras: Sequence[PinholeCamera], step: float, minimum_weight: float = 0.01,
-               dilate: int = 1, world: World = ALONE) -> OccupancyGrid:
-    """The voxels of `grid` that contribute at least `minimum_weight` to some ray of some camera, and `dilate` voxels around them.
+# %% ../../nbs/distill/points.ipynb #9e9d7109
+def seen_space(field: Field, grid: OccupancyGrid, cameras: Sequence[PinholeCamera], step: float,
+               minimum_weight: float = 0.01, dilate: int = 1, world: World = ALONE) -> OccupancyGrid:
+    """The voxels of `grid` that contribute at least `minimum_weight` to some ray of some camera, and `dilate` voxels
+    around them.
 
-    field: what the cameras look at. step: metres between samples. world: ranks that share the cameras; all come to the same grid.
+    field: what the cameras look at. step: metres between samples. world: ranks that share the cameras; all come to the
+    same grid.
     Raises KiloError where the cameras see nothing of it.
     """
     if not cameras: raise KiloError("There is no camera to look with: the list is empty.")
@@ -38,10 +40,11 @@ def seen_space(field: Field, grid: OccupancyGrid, cameras: Sequence[PinholeCamer
             contributions.add(seen.samples.positions, seen.weights, seen.densities)
     largest_over_ranks(contributions.best, world)
     if not (contributions.best >= minimum_weight).any():
-        raise KiloError(f"None of the {len(cameras)} cameras sees anything of the teacher: check that poses and teacher share their axes and their scale.")
+        raise KiloError(f"None of the {len(cameras)} cameras sees anything of the teacher: check that poses "
+                        "and teacher share their axes and their scale.")
     return OccupancyGrid(grid.box, contributions.refreshed(minimum_weight, dilate).occupied)
 
-# %% ../../nbs/distill/points.ipynb #700efde7
+# %% ../../nbs/distill/points.ipynb #de128cdd
 @dataclass(frozen=True)
 class PointBank:
     """Points and what the teacher says there. positions, directions: [N, 3]. alpha: [N] of one step. rgb: [N, 3]."""
@@ -53,7 +56,7 @@ class PointBank:
 
     def __len__(self) -> int: return len(self.alpha)
 
-
+# %% ../../nbs/distill/points.ipynb #67933825
 def points_in(grid: OccupancyGrid, count: int, generator: torch.Generator) -> Tensor:
     """`count` uniform random points [count, 3] in the occupied voxels, metres."""
     places = grid.occupied.nonzero()
@@ -61,18 +64,21 @@ def points_in(grid: OccupancyGrid, count: int, generator: torch.Generator) -> Te
     chosen = places[torch.randint(len(places), (count,), generator=generator)]
     return grid.box[0] + (chosen + torch.rand(count, 3, generator=generator)) * grid.voxel_size
 
-
+# %% ../../nbs/distill/points.ipynb #027206ce
 def rays_to(points: Tensor, cameras: Sequence[PinholeCamera], generator: torch.Generator) -> Tensor:
     """Unit directions [N, 3] in which points are seen, each from a random one of the cameras."""
     origins = torch.stack([camera.position for camera in cameras])
-    return torch.nn.functional.normalize(points - origins[torch.randint(len(origins), (len(points),), generator=generator)], dim=-1)
+    return torch.nn.functional.normalize(points
+                                         - origins[torch.randint(len(origins), (len(points),), generator=generator)],
+                                         dim=-1)
 
-# %% ../../nbs/distill/points.ipynb #63b58905
-def ask_teacher(teacher: Field, grid: OccupancyGrid, cameras: Sequence[PinholeCamera], step: float, count: int, generator: torch.Generator,
-                near_surface: float = 0.5) -> PointBank:
+# %% ../../nbs/distill/points.ipynb #57caff89
+def ask_teacher(teacher: Field, grid: OccupancyGrid, cameras: Sequence[PinholeCamera], step: float, count: int,
+                generator: torch.Generator, near_surface: float = 0.5) -> PointBank:
     """`count` points with the teacher's answers.
 
-    step: metres, over which density becomes alpha. near_surface: share of the points drawn beside points whose alpha is between .05 and .95.
+    step: metres, over which density becomes alpha. near_surface: share of the points drawn beside points whose alpha is
+    between .05 and .95.
     Raises KiloError where an answer is not finite.
     """
     positions = points_in(grid, count, generator)
@@ -88,13 +94,15 @@ def ask_teacher(teacher: Field, grid: OccupancyGrid, cameras: Sequence[PinholeCa
         rest = count - len(nearby)
         positions, directions = torch.cat([positions[:rest], nearby]), torch.cat([directions[:rest], towards])
         sigma, rgb = torch.cat([sigma[:rest], more[0]]), torch.cat([rgb[:rest], more[1]])
-    if not (torch.isfinite(sigma).all() and torch.isfinite(rgb).all()): raise KiloError("The teacher answers with NaN or infinity: check its parameters.")
+    if not (torch.isfinite(sigma).all() and torch.isfinite(rgb).all()):
+        raise KiloError("The teacher answers with NaN or infinity: check its parameters.")
     return PointBank(positions, directions, -torch.expm1(-sigma * step), rgb.clamp(0, 1))
 
-# %% ../../nbs/distill/points.ipynb #66fc03ee
+# %% ../../nbs/distill/points.ipynb #77e72cde
 @dataclass(frozen=True)
 class PointsConfig:
-    """How a student is taught by points. bank: points that the teacher is asked for. points: per step. near_surface: see `ask_teacher`.
+    """How a student is taught by points. bank: points that the teacher is asked for. points: per step. near_surface:
+    see `ask_teacher`.
 
     colour_weight: of the colour's squared error beside that of alpha. loop: steps and learning rate.
     """
@@ -103,45 +111,60 @@ class PointsConfig:
     points: int = 32_768
     near_surface: float = 0.5
     colour_weight: float = 1.0
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1000, learning_rate=1e-2, warmup_steps=50, minimum_learning_rate_ratio=0.1))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=1000, learning_rate=1e-2, warmup_steps=50,
+                                                                minimum_learning_rate_ratio=0.1))
 
     def __post_init__(self):
-        if min(self.bank, self.points) < 1: raise KiloError(f"bank is {self.bank} and points is {self.points}; expected at least 1 of each.")
-        if not 0 <= self.near_surface <= 1: raise KiloError(f"near_surface is {self.near_surface:g}; expected a share from 0 to 1.")
+        if min(self.bank, self.points) < 1:
+            raise KiloError(f"bank is {self.bank} and points is {self.points}; expected at least 1 of each.")
+        if not 0 <= self.near_surface <= 1:
+            raise KiloError(f"near_surface is {self.near_surface:g}; expected a share from 0 to 1.")
 
-
-def point_loss(sigma: Tensor, rgb: Tensor, alpha: Tensor, colour: Tensor, step: float, colour_weight: float) -> dict[str, Tensor]:
-    """The loss of points, and its two parts. sigma [N] 1/metre, rgb [N, 3]: the student's. alpha [N], colour [N, 3]: the teacher's. step: metres."""
+# %% ../../nbs/distill/points.ipynb #e2d5bb96
+def point_loss(sigma: Tensor, rgb: Tensor, alpha: Tensor, colour: Tensor, step: float,
+               colour_weight: float) -> dict[str, Tensor]:
+    """The loss of points, and its two parts. sigma [N] 1/metre, rgb [N, 3]: the student's. alpha [N], colour [N, 3]:
+    the teacher's. step: metres."""
     alpha_loss = (-torch.expm1(-sigma * step) - alpha).square().mean()
     colour_loss = (alpha[:, None] * (rgb - colour).square()).mean()
-    return {"loss": alpha_loss + colour_weight * colour_loss, "point_alpha_loss": alpha_loss.detach(), "point_colour_loss": colour_loss.detach()}
+    return {"loss": alpha_loss + colour_weight * colour_loss, "point_alpha_loss": alpha_loss.detach(),
+            "point_colour_loss": colour_loss.detach()}
 
-# %% ../../nbs/distill/points.ipynb #69e296c8
+# %% ../../nbs/distill/points.ipynb #ea2872ec
 def asked_together(field: Field, world: World) -> Field:
-    """The field, asked by all ranks for the same points: each answers its share, and all know everything. Not differentiable."""
+    """The field, asked by all ranks for the same points: each answers its share, and all know everything. Not
+    differentiable."""
     if world.size == 1: return field
     def ask(positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         mine = share(len(positions), world)
         with torch.no_grad(): return tuple(gather_rows(field(positions[mine], directions[mine]), len(positions), world))
-    return lambda positions, directions: field(positions, directions) if len(positions) < world.size else ask(positions, directions)
+    return lambda positions, directions: (
+        field(positions, directions) if len(positions) < world.size else ask(positions, directions)
+    )
 
-# %% ../../nbs/distill/points.ipynb #12905541
-def distill_points(student: Student, teacher: Field, cameras: Sequence[PinholeCamera], config: PointsConfig, folder: Path | None = None, *,
-                   resume: bool = False, quiet: bool = False, world: World | None = None) -> TrainingResult:
+# %% ../../nbs/distill/points.ipynb #3193f66c
+def distill_points(student: Student, teacher: Field, cameras: Sequence[PinholeCamera], config: PointsConfig,
+                   folder: Path | None = None, *, resume: bool = False, quiet: bool = False,
+                   world: World | None = None) -> TrainingResult:
     """Teach a student a teacher's field at points of its occupied space, as seen from `cameras`.
 
-    teacher: e.g. a `GaussianLookup`. folder: for logs and checkpoints, another one than that of the rays; None keeps nothing. world: ranks that share it.
+    teacher: e.g. a `GaussianLookup`. folder: for logs and checkpoints, another one than that of the rays; None keeps
+    nothing. world: ranks that share it.
     Raises KiloError where the teacher's answers are not finite, TrainingStopped where the loss is not.
     """
     generator = torch.Generator().manual_seed(config.loop.seed)
     mine, weight = share(config.points, world or ALONE), share_weight(config.points, world or ALONE)
-    bank = ask_teacher(asked_together(teacher, world or ALONE), student.grid, cameras, student.step, config.bank, generator, config.near_surface)
+    bank = ask_teacher(asked_together(teacher, world or ALONE), student.grid, cameras, student.step, config.bank,
+                       generator, config.near_surface)
 
     def step(number: int, generator: torch.Generator) -> dict[str, Tensor | float]:
         chosen = torch.randint(len(bank), (config.points,), generator=generator)[mine]
         sigma, rgb = student.field(bank.positions[chosen], bank.directions[chosen])
-        return point_loss(sigma, rgb, bank.alpha[chosen], bank.rgb[chosen], student.step, config.colour_weight) | {"share": weight}
+        return point_loss(sigma, rgb, bank.alpha[chosen], bank.rgb[chosen], student.step,
+                          config.colour_weight) | {"share": weight}
 
-    optimizer = torch.optim.Adam(student.parameters(), lr=config.loop.learning_rate, betas=(0.9, 0.99), eps=1e-15, fused=True)
+    optimizer = torch.optim.Adam(student.parameters(), lr=config.loop.learning_rate, betas=(0.9, 0.99), eps=1e-15,
+                                 fused=True)
     settings = {f"points.{name}": value for name, value in asdict(config).items() if name != "loop"}
-    return train(step, optimizer, config.loop, model=student, folder=folder, settings=settings, resume=resume, description="points", quiet=quiet, world=world)
+    return train(step, optimizer, config.loop, model=student, folder=folder, settings=settings, resume=resume,
+                 description="points", quiet=quiet, world=world)

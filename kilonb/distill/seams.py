@@ -20,20 +20,22 @@ from ..core.errors import KiloError
 from ..metrics.images import composite
 from ..training.parallel import ALONE, World, gather_rows, share
 
-# %% ../../nbs/distill/seams.ipynb #60124e62
+# %% ../../nbs/distill/seams.ipynb #c29532e5
 def wall_distance(cells: CellGrid, points: Tensor) -> Tensor:
     """How far points [..., 3] metres are from the nearest wall between two cells, in cells: 0 to 1/2."""
     scaled = (points - cells.lower) / cells.cell_size
     return (scaled - scaled.round()).abs().amin(-1)
 
-
+# %% ../../nbs/distill/seams.ipynb #698150a0
 def seam_error(student: Student, targets: Sequence[ViewTarget], within: float = 0.05) -> dict[str, float]:
     """Error of pixels that show a wall between cells, against that of all others; solid pixels only, on white.
 
-    within: distance to a wall, in cells, that counts as seam. Returns seam_rmse, interior_rmse (sRGB, 0..1), seam_ratio, and seam_share of the solid pixels.
+    within: distance to a wall, in cells, that counts as seam. Returns seam_rmse, interior_rmse (sRGB, 0..1),
+    seam_ratio, and seam_share of the solid pixels.
     Raises KiloError for a field without cells, and where no pixel is solid.
     """
-    if not isinstance(student.field, KiloNeRF): raise KiloError(f"A {student.field.kind} field has no cells, hence no seams: seam_error is for a KiloNeRF.")
+    if not isinstance(student.field, KiloNeRF):
+        raise KiloError(f"A {student.field.kind} field has no cells, hence no seams: seam_error is for a KiloNeRF.")
     total, count = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for target in targets:
         seen, rays = student.render(target.camera), target.camera.rays()
@@ -41,37 +43,48 @@ def seam_error(student: Student, targets: Sequence[ViewTarget], within: float = 
         squared = (picture - wanted).square().mean(-1)
         distance = seen.expected_depth.flatten() / (rays.directions @ target.camera.camera_to_world[:3, 2])
         solid = (seen.alpha > 0.95) & (target.alpha > 0.95)
-        seam = wall_distance(student.field.cells, rays.origins + distance[:, None] * rays.directions).reshape(solid.shape) < within
+        seam = wall_distance(student.field.cells,
+                             rays.origins + distance[:, None] * rays.directions).reshape(solid.shape) < within
         for i, chosen in enumerate((solid & seam, solid & ~seam)):
             total[i] += squared[chosen].double().sum(); count[i] += chosen.sum()
-    if not (count > 0).all(): raise KiloError("No solid pixel shows a wall, or none shows anything else: there is no seam to measure in these views.")
+    if not (count > 0).all():
+        raise KiloError("No solid pixel shows a wall, or none shows anything else: there is no seam to "
+                        "measure in these views.")
     rmse = (total / count).sqrt()
     return {"seam_rmse": rmse[0].item(), "interior_rmse": rmse[1].item(), "seam_ratio": (rmse[0] / rmse[1]).item(),
             "seam_share": (count[0] / count.sum()).item()}
 
-# %% ../../nbs/distill/seams.ipynb #37561104
+# %% ../../nbs/distill/seams.ipynb #0af4f4da
 def neighbours(cells: CellGrid) -> Tensor:
-    """Pairs of cells that share a wall, [M, 3]: the lower one's network, the upper one's, and the axis 0, 1, 2 that leads from one to the other."""
+    """Pairs of cells that share a wall, [M, 3]: the lower one's network, the upper one's, and the axis 0, 1, 2 that
+    leads from one to the other."""
     pairs, numbers = [], cells.network
     for axis in range(3):
-        lower, upper = numbers.narrow(axis, 0, numbers.shape[axis] - 1), numbers.narrow(axis, 1, numbers.shape[axis] - 1)
+        lower, upper = (
+            numbers.narrow(axis, 0, numbers.shape[axis] - 1),
+            numbers.narrow(axis, 1, numbers.shape[axis] - 1),
+        )
         both = (lower >= 0) & (upper >= 0)
         pairs.append(torch.stack([lower[both], upper[both], torch.full_like(lower[both], axis)], -1))
     return torch.cat(pairs)
 
-
+# %% ../../nbs/distill/seams.ipynb #f8335f91
 class Continuity(Term):
-    """A loss on the jump between neighbouring networks, at random points of the walls between them that lie in occupied space.
+    """A loss on the jump between neighbouring networks, at random points of the walls between them that lie in occupied
+    space.
 
-    weight: beside the response losses. points: on walls, per step. student: a KiloNeRF. Logs continuity_alpha_jump and continuity_colour_jump, root mean
-    squares. world: the ranks that share the points. Source: ours; after the submodel consistency of SMERF (Duckworth et al. 2023), section 4.3.
+    weight: beside the response losses. points: on walls, per step. student: a KiloNeRF. Logs continuity_alpha_jump and
+    continuity_colour_jump, root mean squares. world: the ranks that share the points. Source: ours; after the submodel
+    consistency of SMERF (Duckworth et al. 2023), section 4.3.
     """
 
     name, shareable = "continuity", True
 
     def __init__(self, student: Student, weight: float = 0.1, points: int = 2048, world: World = ALONE):
-        if not isinstance(student.field, KiloNeRF): raise KiloError(f"A {student.field.kind} field has no cells: leave the continuity loss out.")
-        if not weight > 0 or points < 1: raise KiloError(f"The continuity loss has weight {weight:g} and {points} points; expected both above 0.")
+        if not isinstance(student.field, KiloNeRF):
+            raise KiloError(f"A {student.field.kind} field has no cells: leave the continuity loss out.")
+        if not weight > 0 or points < 1:
+            raise KiloError(f"The continuity loss has weight {weight:g} and {points} points; expected both above 0.")
         self.weight, self.points, self.world = weight, points, world
         cells = student.field.cells
         place = torch.zeros(cells.count, 3)
@@ -79,7 +92,8 @@ class Continuity(Term):
         self.pairs, self.corners = neighbours(cells), cells.lower + cells.cell_size * place
 
     def walls(self, student: Student, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-        """(pairs [M, 3], cell coordinates on the lower cell's side [M, 3], on the upper cell's [M, 3]) of points in occupied space."""
+        """(pairs [M, 3], cell coordinates on the lower cell's side [M, 3], on the upper cell's [M, 3]) of points in
+        occupied space."""
         chosen = self.pairs[torch.randint(len(self.pairs), (self.points,), generator=generator)]
         below = 2 * torch.rand(self.points, 3, generator=generator) - 1
         above, axis = below.clone(), chosen[:, 2:]
@@ -87,16 +101,20 @@ class Continuity(Term):
         within = student.grid.contains(self.corners[chosen[:, 0]] + student.field.cells.cell_size * (below + 1) / 2)
         return chosen[within], below[within], above[within]
 
-    def __call__(self, step: int, student: Student, batch: RayBatch, seen: RayRender, generator: torch.Generator) -> dict[str, Tensor]:
+    def __call__(self, step: int, student: Student, batch: RayBatch, seen: RayRender,
+                 generator: torch.Generator) -> dict[str, Tensor]:
         """See `Term`."""
         pairs, below, above = self.walls(student, generator)
         directions = batch.rays.directions[torch.randint(len(batch.alpha), (len(pairs),), generator=generator)]
         world, count = self.world if len(pairs) >= self.world.size else ALONE, max(len(pairs), 1)
-        mine, below, above, directions = (t[share(len(pairs), world)] if world.size > 1 else t for t in (pairs, below, above, directions))
+        mine, below, above, directions = (t[share(len(pairs), world)] if world.size > 1 else t
+                                          for t in (pairs, below, above, directions))
         networks, local = torch.cat([mine[:, 0], mine[:, 1]]), torch.cat([below, above])
         sigma, rgb = student.field.ask(networks, local, directions.repeat(2, 1))
         alpha = -torch.expm1(-sigma * student.step)
         a, b, first, second = gather_rows([*alpha.split(len(mine)), *rgb.split(len(mine))], len(pairs), world)
-        jump, colour_jump = (a - b).square().sum() / count, ((a + b)[:, None] / 2 * (first - second).square()).sum() / count
+        jump, colour_jump = (a
+                             - b).square().sum() / count, ((a + b)[:, None] / 2
+                                                           * (first - second).square()).sum() / count
         logged = {"continuity_alpha_jump": jump.detach().sqrt(), "continuity_colour_jump": colour_jump.detach().sqrt()}
         return {"loss": self.weight * (jump + colour_jump), **logged}

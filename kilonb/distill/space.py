@@ -16,26 +16,33 @@ from ..geometry.cameras import focus
 from ..core.errors import KiloError
 from ..splats.gaussians import Gaussians
 
-# %% ../../nbs/distill/space.ipynb #834c45a6
+# %% ../../nbs/distill/space.ipynb #8fb99c6b
 def space_of_teacher(gaussians: Gaussians, resolution: int = 128, dilate: int = 1) -> OccupancyGrid:
-    """The occupied space of a teacher: its 3-sigma footprints. resolution: voxels along the longest edge. dilate: voxels added around."""
-    return occupancy_from_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, resolution, dilate=dilate)
+    """The occupied space of a teacher: its 3-sigma footprints. resolution: voxels along the longest edge. dilate:
+    voxels added around."""
+    return occupancy_from_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, resolution,
+                                    dilate=dilate)
 
-# %% ../../nbs/distill/space.ipynb #6298ceec
+# %% ../../nbs/distill/space.ipynb #f6c32245
 def tight_box(grid: OccupancyGrid, voxels: int = 1) -> torch.Tensor:
     """The bounds [2, 3] of a grid's occupied voxels, `voxels` of margin around them, metres."""
     places = grid.occupied.nonzero()
     if not len(places): raise KiloError("The occupancy grid is empty: it has no bounds.")
-    return torch.stack([grid.box[0] + (places.amin(0) - voxels) * grid.voxel_size, grid.box[0] + (places.amax(0) + 1 + voxels) * grid.voxel_size])
+    return torch.stack([grid.box[0] + (places.amin(0) - voxels) * grid.voxel_size,
+                        grid.box[0] + (places.amax(0) + 1 + voxels) * grid.voxel_size])
 
-
+# %% ../../nbs/distill/space.ipynb #cadb9a3d
 def space_of_views(targets: Sequence[ViewTarget], resolution: int = 128, dilate: int = 0) -> OccupancyGrid:
     """The visual hull of the views' silhouettes, in a box found from the cameras.
 
-    targets: two views at least, of one image size. resolution: voxels along the longest edge. dilate: voxels added around.
-    Raises KiloError for a single view, whose silhouette bounds no depth, and where the silhouettes have nothing in common.
+    targets: two views at least, of one image size. resolution: voxels along the longest edge. dilate: voxels added
+    around.
+    Raises KiloError for a single view, whose silhouette bounds no depth, and where the silhouettes have nothing in
+    common.
     """
-    if len(targets) < 2: raise KiloError("One silhouette bounds no depth: give the silhouettes of all views of the dataset, or a teacher.")
+    if len(targets) < 2:
+        raise KiloError("One silhouette bounds no depth: give the silhouettes of all views of the dataset, "
+                        "or a teacher.")
     sizes = {(t.camera.width, t.camera.height) for t in targets}
     if len(sizes) > 1: raise KiloError(f"The views have different sizes ({sorted(sizes)}): give views of one size.")
     cameras, alphas = [t.camera for t in targets], [t.alpha for t in targets]

@@ -32,7 +32,7 @@ from ..training.guards import AlphaGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World, gather_rows, largest_over_ranks, share, smallest_over_ranks
 
-# %% ../../nbs/distill/student.ipynb #b0cb946a
+# %% ../../nbs/distill/student.ipynb #b12f48c8
 class Student(nn.Module):
     """A field and its occupied space. step: metres between samples when it is rendered and trained."""
 
@@ -42,13 +42,19 @@ class Student(nn.Module):
         self._grid, self._grid_version = None, -1
         self.register_buffer("box", grid.box.clone())
         self.register_buffer("occupied", grid.occupied.clone())
-        self.register_buffer("least_density", torch.zeros(grid.resolution) if grid.least_density is None else grid.least_density.clone())
+        self.register_buffer("least_density",
+                             torch.zeros(grid.resolution) if grid.least_density is None else grid.least_density.clone())
 
     @property
     def grid(self) -> OccupancyGrid:
         """The occupied space; one object until it changes, since it remembers how far a ray may jump in it."""
-        if self._grid is None or self._grid.occupied is not self.occupied or self._grid_version != self.occupied._version:
-            self._grid, self._grid_version = OccupancyGrid(self.box, self.occupied, self.least_density), self.occupied._version
+        if (
+            self._grid is None
+            or self._grid.occupied is not self.occupied
+            or self._grid_version != self.occupied._version
+        ):
+            self._grid, self._grid_version = OccupancyGrid(self.box, self.occupied,
+                                                           self.least_density), self.occupied._version
         return self._grid
 
     @grid.setter
@@ -57,32 +63,37 @@ class Student(nn.Module):
         self.least_density.copy_(torch.zeros(grid.resolution) if grid.least_density is None else grid.least_density)
 
     def render(self, camera: PinholeCamera, stop: float = 1e-4) -> FieldImage:
-        """What a camera sees; rays end where less than `stop` of the light is left. See `fields.rendering.render_image`."""
+        """What a camera sees; rays end where less than `stop` of the light is left. See
+        `fields.rendering.render_image`."""
         return render_image(self.field, camera, self.grid, self.step, stop=stop)
 
-
+# %% ../../nbs/distill/student.ipynb #8f473511
 FieldConfig = KiloNeRFConfig | MLPConfig | HashGridConfig
 
 
 def make_student(grid: OccupancyGrid, config: FieldConfig, step: float, seed: int = 0) -> Student:
-    """A fresh student for an occupied space; the config's class says which kind of field. Raises KiloError where the space is empty."""
+    """A fresh student for an occupied space; the config's class says which kind of field. Raises KiloError where the
+    space is empty."""
     if not grid.occupied.any(): raise KiloError("The occupancy grid is empty: there is no space for a student.")
     generator = torch.Generator().manual_seed(seed)
     if isinstance(config, KiloNeRFConfig): field = KiloNeRF(cells_of(grid, config.cell_size), config, generator)
     else: field = (MLPField if isinstance(config, MLPConfig) else HashGridField)(grid.box, config, generator)
     return Student(field, grid, step)
 
-# %% ../../nbs/distill/student.ipynb #48025d44
+# %% ../../nbs/distill/student.ipynb #a7f79418
 @dataclass(frozen=True)
 class DistillConfig:
     """How a student is trained from rays.
 
-    rays: per step. foreground: share of them that hit the object. first_refresh: step of the first occupancy refresh; it doubles from then on, and comes every
-    refresh_every steps besides; 0: never. refresh_until: share of the run after which the occupancy stays. refresh_weight: contribution to a ray below
-    which a voxel is dropped.
-    overlap: share of a cell, below 1/2, by which a KiloNeRF's cells overlap while training, which closes the seams between them (`distill.seams`).
-    fixed_batch: show the same rays in every step; a student that cannot learn those by heart has a fault that no data will mend.
-    alpha_floor: mean alpha on solid rays below which training stops. loop: steps, learning rate, averaging, checkpoints. loss: the terms.
+    rays: per step. foreground: share of them that hit the object. first_refresh: step of the first occupancy refresh;
+    it doubles from then on, and comes every refresh_every steps besides; 0: never. refresh_until: share of the run
+    after which the occupancy stays. refresh_weight: contribution to a ray below which a voxel is dropped.
+    overlap: share of a cell, below 1/2, by which a KiloNeRF's cells overlap while training, which closes the seams
+    between them (`distill.seams`).
+    fixed_batch: show the same rays in every step; a student that cannot learn those by heart has a fault that no data
+    will mend.
+    alpha_floor: mean alpha on solid rays below which training stops. loop: steps, learning rate, averaging,
+    checkpoints. loss: the terms.
     """
 
     rays: int = 4096
@@ -94,17 +105,21 @@ class DistillConfig:
     overlap: float = 0.0
     fixed_batch: bool = False
     alpha_floor: float = 0.1
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=2000, learning_rate=5e-3, warmup_steps=50, ema_decay=0.99))
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=2000, learning_rate=5e-3, warmup_steps=50,
+                                                                ema_decay=0.99))
     loss: ResponseLossConfig = field(default_factory=ResponseLossConfig)
 
     def __post_init__(self):
         if self.rays < 1: raise KiloError(f"rays is {self.rays}; expected at least 1 per step.")
-        if not 0 <= self.overlap < 0.5: raise KiloError(f"overlap is {self.overlap:g}; expected a share of a cell from 0 to less than 1/2.")
-        if not 0 <= self.foreground <= 1: raise KiloError(f"foreground is {self.foreground:g}; expected a share from 0 to 1.")
+        if not 0 <= self.overlap < 0.5:
+            raise KiloError(f"overlap is {self.overlap:g}; expected a share of a cell from 0 to less than 1/2.")
+        if not 0 <= self.foreground <= 1:
+            raise KiloError(f"foreground is {self.foreground:g}; expected a share from 0 to 1.")
 
     def refreshes(self, step: int) -> bool:
         """Whether the occupancy is refreshed after `step` steps are done."""
-        if step > self.refresh_until * self.loop.steps or not self.first_refresh or step < self.first_refresh: return False
+        if step > self.refresh_until * self.loop.steps or not self.first_refresh or step < self.first_refresh:
+            return False
         ratio, rest = divmod(step, self.first_refresh)
         return (rest == 0 and ratio & (ratio - 1) == 0) or (self.refresh_every > 0 and step % self.refresh_every == 0)
 
@@ -117,24 +132,36 @@ def overlapping(field: nn.Module, share: float) -> Iterator[None]:
     finally:
         if isinstance(field, KiloNeRF): field.overlap = 0.0
 
-# %% ../../nbs/distill/student.ipynb #1649693b
+# %% ../../nbs/distill/student.ipynb #21afc45e
 def seen_together(seen: RayRender, count: int, world: World) -> RayRender:
-    """What all `count` rays of a batch saw, of which `seen` are our share; weights, samples and densities stay our own."""
+    """What all `count` rays of a batch saw, of which `seen` are our share; weights, samples and densities stay our
+    own."""
     rgb, alpha, distance = gather_rows([seen.rgb_premultiplied, seen.alpha, seen.expected_distance], count, world)
     return seen._replace(rgb_premultiplied=rgb, alpha=alpha, expected_distance=distance)
 
-# %% ../../nbs/distill/student.ipynb #48cbe390
+# %% ../../nbs/distill/student.ipynb #01210897
 class Distillation:
-    """One training run of a student: the step function, the refresh after it, and what a checkpoint needs to know of both.
+    """One training run of a student: the step function, the refresh after it, and what a checkpoint needs to know of
+    both.
 
     world: the ranks that share it. Raises KiloError where a term or the number of rays cannot be shared.
     """
 
-    def __init__(self, student: Student, pool: RayPool, config: DistillConfig, terms: Sequence[Term] = (), world: World = ALONE):
-        self.student, self.pool, self.config, self.world, self.terms = student, pool, config, world, {term.name: term for term in terms}
-        if len(self.terms) < len(terms): raise KiloError(f"Two terms have the same name: {', '.join(term.name for term in terms)}.")
+    def __init__(self, student: Student, pool: RayPool, config: DistillConfig, terms: Sequence[Term] = (),
+                 world: World = ALONE):
+        self.student, self.pool, self.config, self.world, self.terms = (
+            student,
+            pool,
+            config,
+            world,
+            {term.name: term for term in terms},
+        )
+        if len(self.terms) < len(terms):
+            raise KiloError(f"Two terms have the same name: {', '.join(term.name for term in terms)}.")
         apart = [term.name for term in terms if world.size > 1 and not term.shareable]
-        if apart: raise KiloError(f"The term '{apart[0]}' looks at single samples, which {world.size} ranks do not have together: train on one, or without it.")
+        if apart:
+            raise KiloError(f"The term '{apart[0]}' looks at single samples, which {world.size} ranks do not have "
+                            "together: train on one, or without it.")
         self.mine = share(config.rays, world)
         self.contributions = VoxelContributions(student.grid)
 
@@ -144,11 +171,15 @@ class Distillation:
         batch = self.pool.sample(self.config.rays, self.config.foreground, drawn)
         offset = torch.rand(len(batch.alpha), generator=drawn)
         student, rays = self.student, Rays(batch.rays.origins[self.mine], batch.rays.directions[self.mine])
-        with overlapping(student.field, self.config.overlap): seen = render_rays(student.field, rays, student.grid, student.step, offset[self.mine])
-        if step <= self.config.refresh_until * self.config.loop.steps: self.contributions.add(seen.samples.positions, seen.weights, seen.densities)
+        with overlapping(student.field, self.config.overlap):
+            seen = render_rays(student.field, rays, student.grid, student.step, offset[self.mine])
+        if step <= self.config.refresh_until * self.config.loop.steps:
+            self.contributions.add(seen.samples.positions, seen.weights, seen.densities)
         seen, samples = seen_together(seen, len(batch.alpha), self.world), self.world.size * len(seen.weights)
-        values = response_loss(seen, batch, self.config.loss, generator) | {"samples_per_ray": samples / len(batch.alpha)}
-        return add_terms(values, {name: term(step, self.student, batch, seen, generator) for name, term in self.terms.items()})
+        values = response_loss(seen, batch, self.config.loss,
+                               generator) | {"samples_per_ray": samples / len(batch.alpha)}
+        return add_terms(values,
+                         {name: term(step, self.student, batch, seen, generator) for name, term in self.terms.items()})
 
     def after_step(self, step: int, records: list[dict[str, float]]) -> None:
         """Refresh the occupancy when it is time."""
@@ -165,63 +196,81 @@ class Distillation:
 
     def state_dict(self) -> dict[str, Any]:
         """The occupancy's statistics and every term's state."""
-        return {**self.contributions.state_dict(), "terms": {name: term.state_dict() for name, term in self.terms.items()}}
+        return {**self.contributions.state_dict(),
+                "terms": {name: term.state_dict() for name, term in self.terms.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put them back. Raises KiloError where the run had other terms."""
         if set(state["terms"]) != set(self.terms):
-            raise KiloError(f"The checkpoint's run had the terms {sorted(state['terms'])}, this one has {sorted(self.terms)}.")
+            raise KiloError(f"The checkpoint's run had the terms {sorted(state['terms'])}, this one has "
+                            f"{sorted(self.terms)}.")
         self.contributions.load_state_dict(state)
         for name, term in self.terms.items(): term.load_state_dict(state["terms"][name])
 
-# %% ../../nbs/distill/student.ipynb #c286f543
-def distill(student: Student, pool: RayPool, config: DistillConfig, folder: Path | None = None, *, terms: Sequence[Term] = (), resume: bool = False,
-            blank_db: float | None = None, settings: dict | None = None, quiet: bool = False, world: World | None = None) -> TrainingResult:
-    """Train a student on a pool of rays; afterwards it holds the averaged weights where the loop keeps an average, the last ones elsewhere.
+# %% ../../nbs/distill/student.ipynb #5dd14d43
+def distill(student: Student, pool: RayPool, config: DistillConfig, folder: Path | None = None, *,
+            terms: Sequence[Term] = (), resume: bool = False, blank_db: float | None = None,
+            settings: dict | None = None, quiet: bool = False, world: World | None = None) -> TrainingResult:
+    """Train a student on a pool of rays; afterwards it holds the averaged weights where the loop keeps an average, the
+    last ones elsewhere.
 
-    folder: of the run, for logs and checkpoints; None keeps nothing. terms: further losses, see `distill.losses.Term`. resume: go on from the folder's
-    checkpoint. blank_db: score of an all-white image, for the guard's message. settings: what else must be the same when resuming.
-    world: the ranks that share each step, all with the same student and pool; it changes neither the rays nor the schedule.
-    Raises TrainingStopped where ray alpha collapses or the loss is not finite, KeyboardInterrupt on Ctrl-C once a checkpoint is saved.
+    folder: of the run, for logs and checkpoints; None keeps nothing. terms: further losses, see `distill.losses.Term`.
+    resume: go on from the folder's checkpoint. blank_db: score of an all-white image, for the guard's message.
+    settings: what else must be the same when resuming.
+    world: the ranks that share each step, all with the same student and pool; it changes neither the rays nor the
+    schedule.
+    Raises TrainingStopped where ray alpha collapses or the loss is not finite, KeyboardInterrupt on Ctrl-C once a
+    checkpoint is saved.
     """
     run, rate = Distillation(student, pool, config, terms, world or ALONE), config.loop.learning_rate
-    groups = [{"params": list(student.parameters()), "lr": rate}, *(group for term in terms for group in term.parameter_groups(rate))]
+    groups = [{"params": list(student.parameters()), "lr": rate},
+              *(group for term in terms for group in term.parameter_groups(rate))]
     optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99), eps=1e-15, fused=True)
     guard = AlphaGuard(config.alpha_floor, patience=5, warmup_steps=config.loop.warmup_steps, blank_db=blank_db)
-    known = {f"distill.{k}": v for k, v in asdict(config).items() if k != "loop"} | {"views": list(pool.views)} | (settings or {})
-    result = train(run.step, optimizer, config.loop, model=student, folder=folder, stateful={"distillation": run}, guards=[guard],
-                   after_step=run.after_step, settings=known, resume=resume, description="distilling", quiet=quiet, world=world)
+    known = {f"distill.{k}": v for k,
+             v in asdict(config).items() if k != "loop"} | {"views": list(pool.views)} | (settings or {})
+    result = train(run.step, optimizer, config.loop, model=student, folder=folder, stateful={"distillation": run},
+                   guards=[guard], after_step=run.after_step, settings=known, resume=resume, description="distilling",
+                   quiet=quiet, world=world)
     if result.averaged is not None: student.load_state_dict(result.averaged.average, strict=False)
     return result
 
-# %% ../../nbs/distill/student.ipynb #1fffc028
+# %% ../../nbs/distill/student.ipynb #e6a887a4
 def evaluate(student: Student, targets: Sequence[ViewTarget], lpips: dict | None = None) -> dict[str, dict[str, float]]:
-    """Scores of a student on named views, by name: see `metrics.images.evaluate_image`. The target is checked against itself first."""
+    """Scores of a student on named views, by name: see `metrics.images.evaluate_image`. The target is checked against
+    itself first."""
     scores = {}
     for target in targets:
         self_check(target.rgb_premultiplied, target.alpha, lpips)
         seen = student.render(target.camera)
-        scores[target.name] = evaluate_image(seen.rgb_premultiplied, seen.alpha, target.rgb_premultiplied, target.alpha, lpips)
+        scores[target.name] = evaluate_image(seen.rgb_premultiplied, seen.alpha, target.rgb_premultiplied, target.alpha,
+                                             lpips)
     return scores
 
-# %% ../../nbs/distill/student.ipynb #fa9e7a0d
+# %% ../../nbs/distill/student.ipynb #11ab7ef1
 def save_student(student: Student, path: str | Path, weights: str) -> None:
     """Write a student, whole or not at all. weights: which ones it holds, "averaged" or "raw"."""
     field = student.field
-    write_checkpoint(path, {"kind": "student", "field": field.kind, "config": asdict(field.config), "step_m": student.step, "weights": weights,
-                            "state": dict(student.state_dict())})
+    write_checkpoint(path,
+                     {"kind": "student", "field": field.kind, "config": asdict(field.config), "step_m": student.step,
+                      "weights": weights, "state": dict(student.state_dict())})
 
-
+# %% ../../nbs/distill/student.ipynb #c0e7282f
 def load_student(path: str | Path) -> tuple[Student, str]:
-    """A student and which weights it holds ("averaged" or "raw"). Raises KiloError where the file is damaged, something else or of another config."""
+    """A student and which weights it holds ("averaged" or "raw"). Raises KiloError where the file is damaged, something
+    else or of another config."""
     content, kinds = read_checkpoint(path), {"kilonerf": KiloNeRFConfig, "mlp": MLPConfig, "hashgrid": HashGridConfig}
-    if content.get("kind") != "student": raise KiloError(f"{path} is not a saved student; give the student.pt of a run.")
-    if content["field"] not in kinds: raise KiloError(f"{path} holds a field of kind '{content['field']}'; known are {', '.join(kinds)}.")
+    if content.get("kind") != "student":
+        raise KiloError(f"{path} is not a saved student; give the student.pt of a run.")
+    if content["field"] not in kinds:
+        raise KiloError(f"{path} holds a field of kind '{content['field']}'; known are {', '.join(kinds)}.")
     state, config = content["state"], build_config(kinds[content["field"]], content["config"])
     grid = OccupancyGrid(state["box"], state["occupied"], state["least_density"])
-    if content["field"] == "kilonerf": field = KiloNeRF(CellGrid(state["field.cells.lower"], config.cell_size, state["field.cells.network"]), config)
+    if content["field"] == "kilonerf":
+        field = KiloNeRF(CellGrid(state["field.cells.lower"], config.cell_size, state["field.cells.network"]), config)
     else: field = (MLPField if content["field"] == "mlp" else HashGridField)(grid.box, config)
     student = Student(field, grid, content["step_m"])
     try: student.load_state_dict(state)
-    except RuntimeError as error: raise KiloError(f"{path} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error
+    except RuntimeError as error:
+        raise KiloError(f"{path} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error
     return student, content["weights"]

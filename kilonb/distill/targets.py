@@ -25,7 +25,7 @@ from ..metrics.images import straight_to_premultiplied
 from ..splats.gaussians import Gaussians
 from ..splats.rasterizer import render_gaussians
 
-# %% ../../nbs/distill/targets.ipynb #639ec7e6
+# %% ../../nbs/distill/targets.ipynb #f4d2be5a
 class View(Protocol):
     """Anything with a name, a camera and straight RGBA pixels [H, W, 4]: a frame of a dataset."""
 
@@ -34,12 +34,13 @@ class View(Protocol):
 
     def rgba_straight(self) -> Tensor: ...
 
-
+# %% ../../nbs/distill/targets.ipynb #5b244313
 @dataclass(frozen=True)
 class ViewTarget:
     """What one camera should see.
 
-    rgb_premultiplied: [H, W, 3] sRGB times alpha. alpha: [H, W] in 0..1. expected_depth: [H, W] camera z, metres, 0 where nothing is; None where unknown.
+    rgb_premultiplied: [H, W, 3] sRGB times alpha. alpha: [H, W] in 0..1. expected_depth: [H, W] camera z, metres, 0
+    where nothing is; None where unknown.
     source: "image" or "teacher".
     """
 
@@ -52,70 +53,83 @@ class ViewTarget:
 
     def __post_init__(self):
         shape = (self.camera.height, self.camera.width)
-        for name, value in (("colour", self.rgb_premultiplied[..., 0]), ("alpha", self.alpha), ("depth", self.expected_depth)):
+        for name, value in (("colour", self.rgb_premultiplied[..., 0]), ("alpha", self.alpha),
+                            ("depth", self.expected_depth)):
             if value is not None and tuple(value.shape) != shape:
-                raise KiloError(f"The {name} of view '{self.name}' has size {tuple(value.shape)}; its camera has {shape} (height, width).")
-            if value is not None and not torch.isfinite(value).all(): raise KiloError(f"The {name} of view '{self.name}' holds NaN or infinity.")
+                raise KiloError(f"The {name} of view '{self.name}' has size {tuple(value.shape)}; its camera has "
+                                f"{shape} (height, width).")
+            if value is not None and not torch.isfinite(value).all():
+                raise KiloError(f"The {name} of view '{self.name}' holds NaN or infinity.")
 
 # %% ../../nbs/distill/targets.ipynb #dcb78654
 def targets_from_images(views: Iterable[View]) -> list[ViewTarget]:
     """Targets from frames with straight alpha; no depth."""
     return [ViewTarget(v.name, v.camera, *straight_to_premultiplied(v.rgba_straight()), None, "image") for v in views]
 
-# %% ../../nbs/distill/targets.ipynb #53eb327f
+# %% ../../nbs/distill/targets.ipynb #10bbf0c4
 def digest(gaussians: Gaussians, camera: PinholeCamera) -> str:
     """Sixteen letters that name a picture: everything that a render depends on."""
     content = hashlib.sha256()
-    for tensor in (*gaussians.parameters().values(), camera.camera_to_world, torch.tensor([camera.fx, camera.fy, camera.cx, camera.cy], dtype=torch.float64)):
+    for tensor in (*gaussians.parameters().values(), camera.camera_to_world,
+                   torch.tensor([camera.fx, camera.fy, camera.cx, camera.cy], dtype=torch.float64)):
         content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     content.update(f"{camera.width}x{camera.height} v1".encode())
     return content.hexdigest()[:16]
 
-
-def targets_from_teacher(gaussians: Gaussians, views: Sequence[tuple[str, PinholeCamera]], cache: Path | None = None) -> list[ViewTarget]:
-    """A teacher's pictures of named cameras: colour, alpha, expected depth. cache: folder in which they are kept, none by default."""
+# %% ../../nbs/distill/targets.ipynb #8805c9d1
+def targets_from_teacher(gaussians: Gaussians, views: Sequence[tuple[str, PinholeCamera]],
+                         cache: Path | None = None) -> list[ViewTarget]:
+    """A teacher's pictures of named cameras: colour, alpha, expected depth. cache: folder in which they are kept, none
+    by default."""
     return [_teacher_view(gaussians, name, camera, cache) for name, camera in views]
 
-
+# %% ../../nbs/distill/targets.ipynb #965c9473
 def _teacher_view(gaussians: Gaussians, name: str, camera: PinholeCamera, cache: Path | None) -> ViewTarget:
     path = None if cache is None else Path(cache) / f"{digest(gaussians, camera)}.npz"
     if path is not None and path.is_file():
-        with np.load(path, allow_pickle=False) as kept: arrays = [torch.from_numpy(kept[key]) for key in ("rgb_premultiplied", "alpha", "expected_depth")]
+        with np.load(path, allow_pickle=False) as kept:
+            arrays = [torch.from_numpy(kept[key]) for key in ("rgb_premultiplied", "alpha", "expected_depth")]
         return ViewTarget(name, camera, *arrays, "teacher")
     with torch.no_grad(): seen = render_gaussians(gaussians, camera)
     alpha = seen.alpha.clamp(0, 1)
-    target = ViewTarget(name, camera, torch.minimum(seen.rgb_premultiplied.clamp(min=0), alpha[..., None]), alpha, seen.expected_depth, "teacher")
+    target = ViewTarget(name, camera, torch.minimum(seen.rgb_premultiplied.clamp(min=0), alpha[..., None]), alpha,
+                        seen.expected_depth, "teacher")
     if path is not None:
         with atomic_write(path) as partial, open(partial, "wb") as file:
-            np.savez(file, rgb_premultiplied=target.rgb_premultiplied.numpy(), alpha=target.alpha.numpy(), expected_depth=target.expected_depth.numpy())
+            np.savez(file, rgb_premultiplied=target.rgb_premultiplied.numpy(), alpha=target.alpha.numpy(),
+                     expected_depth=target.expected_depth.numpy())
     return target
 
-# %% ../../nbs/distill/targets.ipynb #5a74ffc2
+# %% ../../nbs/distill/targets.ipynb #077d3206
 def find_teacher(root: str | Path, choice: str = "auto") -> Path | None:
     """The PLY of the teacher to learn from, None to learn from the images.
 
-    root: of the dataset. choice: "auto" takes the dataset's own teacher.ply where it has one; "images" never does; anything else is a path.
+    root: of the dataset. choice: "auto" takes the dataset's own teacher.ply where it has one; "images" never does;
+    anything else is a path.
     """
     own = Path(root) / "teacher.ply"
     if choice == "auto": return own if own.is_file() else None
     if choice == "images": return None
-    if not Path(choice).is_file(): raise KiloError(f"There is no teacher {choice}: give the path of a PLY file, or 'images', or 'auto'.")
+    if not Path(choice).is_file():
+        raise KiloError(f"There is no teacher {choice}: give the path of a PLY file, or 'images', or 'auto'.")
     return Path(choice)
 
-# %% ../../nbs/distill/targets.ipynb #48a31c77
+# %% ../../nbs/distill/targets.ipynb #1e68b551
 class RayBatch(NamedTuple):
-    """Rays and what they should see. rays: R of them. rgb_premultiplied: [R, 3]. alpha: [R]. distance: [R] metres, 0 where unknown or empty."""
+    """Rays and what they should see. rays: R of them. rgb_premultiplied: [R, 3]. alpha: [R]. distance: [R] metres, 0
+    where unknown or empty."""
 
     rays: Rays
     rgb_premultiplied: Tensor
     alpha: Tensor
     distance: Tensor
 
-
+# %% ../../nbs/distill/targets.ipynb #eaefd101
 class RayPool:
     """All rays of some views that meet the occupied space.
 
-    views: names, in order. lost_alpha: share of the views' summed alpha on rays that miss the occupied space; 0 where the occupancy is right.
+    views: names, in order. lost_alpha: share of the views' summed alpha on rays that miss the occupied space; 0 where
+    the occupancy is right.
     """
 
     def __init__(self, targets: Sequence[ViewTarget], grid: OccupancyGrid, step: float):
@@ -125,20 +139,30 @@ class RayPool:
             rays, alpha = target.camera.rays(), target.alpha.flatten()
             meets = march(rays, grid, step).offsets.diff() > 0
             cosine = rays.directions @ target.camera.camera_to_world[:3, 2]
-            distance = torch.zeros_like(alpha) if target.expected_depth is None else target.expected_depth.flatten() / cosine
-            parts.append([t[meets] for t in (rays.origins, rays.directions, target.rgb_premultiplied.flatten(0, 1), alpha, distance)])
+            distance = (
+                torch.zeros_like(alpha) if target.expected_depth is None else target.expected_depth.flatten() / cosine
+            )
+            parts.append([t[meets]
+                          for t in (rays.origins, rays.directions, target.rgb_premultiplied.flatten(0, 1), alpha,
+                                    distance)])
             lost, total = lost + alpha[~meets].sum().item(), total + alpha.sum().item()
-        self.origins, self.directions, self.rgb_premultiplied, self.alpha, self.distance = (torch.cat(p) for p in zip(*parts))
+        self.origins, self.directions, self.rgb_premultiplied, self.alpha, self.distance = (
+            torch.cat(p) for p in zip(*parts)
+        )
         self.views, self.lost_alpha = [t.name for t in targets], lost / max(total, 1e-12)
         self.foreground, self.background = (self.alpha > 0).nonzero().flatten(), (self.alpha == 0).nonzero().flatten()
-        if not len(self.foreground): raise KiloError(f"The views {', '.join(self.views[:5])} show nothing: alpha is 0 wherever a ray meets occupied space.")
+        if not len(self.foreground):
+            raise KiloError(f"The views {', '.join(self.views[:5])} show nothing: alpha is 0 wherever a ray meets "
+                            "occupied space.")
 
     def __len__(self) -> int: return len(self.alpha)
 
     def sample(self, count: int, foreground: float, generator: torch.Generator) -> RayBatch:
         """`count` random rays; a share `foreground` of them with alpha > 0, the rest beside the object."""
-        if not 0 <= foreground <= 1: raise KiloError(f"The share of foreground rays is {foreground:g}; expected 0 to 1.")
+        if not 0 <= foreground <= 1:
+            raise KiloError(f"The share of foreground rays is {foreground:g}; expected 0 to 1.")
         wanted = count if not len(self.background) else round(count * foreground)
         draw = lambda pool, n: pool[torch.randint(len(pool), (n,), generator=generator)] if n else pool[:0]
         index = torch.cat([draw(self.foreground, wanted), draw(self.background, count - wanted)])
-        return RayBatch(Rays(self.origins[index], self.directions[index]), self.rgb_premultiplied[index], self.alpha[index], self.distance[index])
+        return RayBatch(Rays(self.origins[index], self.directions[index]), self.rgb_premultiplied[index],
+                        self.alpha[index], self.distance[index])

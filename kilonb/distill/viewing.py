@@ -35,7 +35,7 @@ from ..splats.gaussians import Gaussians
 from ..splats.rasterizer import rasterize, render_gaussians
 from ..splats.tiles import TILE
 
-# %% ../../nbs/distill/viewing.ipynb #e6f96edb
+# %% ../../nbs/distill/viewing.ipynb #9afc0364
 CHANNELS = ("rgb", "alpha", "depth", "normals", "cells", "samples", "error")
 
 
@@ -43,9 +43,12 @@ CHANNELS = ("rgb", "alpha", "depth", "normals", "cells", "samples", "error")
 class ViewSettings:
     """How a viewer's picture is made.
 
-    width, height: of a full picture, pixels. drag_width: of a picture while dragging; its height is in proportion. channel: one of `CHANNELS`.
-    stop: a student's ray ends where less than this share of the light is left. background: a colour's name, #rrggbb or a grey level.
-    depth_range: (near, far) of the depth's colours, metres; None: what is in the picture. most_samples: top of the samples' colours; 0: what is in the picture.
+    width, height: of a full picture, pixels. drag_width: of a picture while dragging; its height is in proportion.
+    channel: one of `CHANNELS`.
+    stop: a student's ray ends where less than this share of the light is left. background: a colour's name, #rrggbb or
+    a grey level.
+    depth_range: (near, far) of the depth's colours, metres; None: what is in the picture. most_samples: top of the
+    samples' colours; 0: what is in the picture.
     error_gain: what errors are multiplied by. Raises KiloError for values that make no picture.
     """
 
@@ -61,10 +64,14 @@ class ViewSettings:
 
     def __post_init__(self):
         if not 8 <= min(self.width, self.height) <= max(self.width, self.height) <= 4096:
-            raise KiloError(f"A picture of {self.width} x {self.height} pixels was asked for; expected 8 to 4096 each way.")
-        if not 8 <= self.drag_width <= self.width: raise KiloError(f"drag_width is {self.drag_width}; expected 8 to width, {self.width}.")
-        if self.channel not in CHANNELS: raise KiloError(f"channel is '{self.channel}'; there are {', '.join(CHANNELS)}.")
-        if not 0 < self.stop < 1: raise KiloError(f"stop is {self.stop:g}; expected a share of the light between 0 and 1.")
+            raise KiloError(f"A picture of {self.width} x {self.height} pixels was asked for; expected 8 to "
+                            "4096 each way.")
+        if not 8 <= self.drag_width <= self.width:
+            raise KiloError(f"drag_width is {self.drag_width}; expected 8 to width, {self.width}.")
+        if self.channel not in CHANNELS:
+            raise KiloError(f"channel is '{self.channel}'; there are {', '.join(CHANNELS)}.")
+        if not 0 < self.stop < 1:
+            raise KiloError(f"stop is {self.stop:g}; expected a share of the light between 0 and 1.")
         if self.depth_range is not None and not 0 <= self.depth_range[0] < self.depth_range[1]:
             raise KiloError(f"depth_range is {self.depth_range}; expected two distances, the nearer one first.")
         if self.error_gain <= 0: raise KiloError(f"error_gain is {self.error_gain:g}; expected more than 0.")
@@ -74,12 +81,13 @@ class ViewSettings:
         """The settings of the small picture."""
         return replace(self, width=self.drag_width, height=max(8, round(self.height * self.drag_width / self.width)))
 
-# %% ../../nbs/distill/viewing.ipynb #2596b58e
+# %% ../../nbs/distill/viewing.ipynb #614c0c87
 @dataclass(frozen=True)
 class OrbitPose:
     """A camera on a sphere around `target` (x, y, z, metres).
 
-    azimuth_deg: around `up`. elevation_deg: above the plane across `up`, -89 to 89. radius: metres. field_of_view_deg: horizontal, 5 to 120.
+    azimuth_deg: around `up`. elevation_deg: above the plane across `up`, -89 to 89. radius: metres. field_of_view_deg:
+    horizontal, 5 to 120.
     Raises KiloError for values out of these ranges.
     """
 
@@ -92,18 +100,22 @@ class OrbitPose:
 
     def __post_init__(self):
         numbers = (self.azimuth_deg, self.elevation_deg, self.radius, self.field_of_view_deg, *self.target, *self.up)
-        if not all(math.isfinite(value) for value in numbers): raise KiloError(f"The pose {numbers} holds a value that is not a finite number.")
+        if not all(math.isfinite(value) for value in numbers):
+            raise KiloError(f"The pose {numbers} holds a value that is not a finite number.")
         if not (self.radius > 0 and abs(self.elevation_deg) <= 89 and 5 <= self.field_of_view_deg <= 120):
-            raise KiloError(f"A pose of radius {self.radius:g} m, elevation {self.elevation_deg:g} and field of view {self.field_of_view_deg:g} degrees "
+            raise KiloError(f"A pose of radius {self.radius:g} m, elevation {self.elevation_deg:g} and field of "
+                            f"view {self.field_of_view_deg:g} degrees "
                             "was given; expected a radius above 0, at most 89 up or down, and 5 to 120.")
-        if len(self.target) != 3 or len(self.up) != 3 or not any(self.up): raise KiloError("target and up need three coordinates each, and up a length.")
+        if len(self.target) != 3 or len(self.up) != 3 or not any(self.up):
+            raise KiloError("target and up need three coordinates each, and up a length.")
 
     def camera(self, width: int, height: int) -> PinholeCamera:
         """What stands there, with a picture of `width` x `height` pixels."""
         target, up = torch.tensor(self.target), torch.nn.functional.normalize(torch.tensor(self.up), dim=0)
         start = orbit_cameras(1, self.radius, self.elevation_deg, target, up, width, height, self.field_of_view_deg)[0]
         half = math.radians(self.azimuth_deg) / 2
-        turn, pose = quat_to_rotmat(torch.cat([torch.tensor([math.cos(half)]), math.sin(half) * up])), start.camera_to_world.clone()
+        turn, pose = quat_to_rotmat(torch.cat([torch.tensor([math.cos(half)]),
+                                               math.sin(half) * up])), start.camera_to_world.clone()
         pose[:3, :3], pose[:3, 3] = turn @ pose[:3, :3], target + turn @ (pose[:3, 3] - target)
         return replace(start, camera_to_world=pose)
 
@@ -114,18 +126,21 @@ class OrbitPose:
         front, side = (replace(origin, azimuth_deg=azimuth).camera(8, 8).position for azimuth in (0.0, 90.0))
         return front.tolist(), side.tolist(), torch.nn.functional.normalize(torch.tensor(self.up), dim=0).tolist()
 
-# %% ../../nbs/distill/viewing.ipynb #ed444dc9
-def pose_around(gaussians: Gaussians, up: tuple[float, float, float] = (0.0, 0.0, 1.0), azimuth_deg: float = 35.0, elevation_deg: float = 25.0,
-                field_of_view_deg: float = 39.6) -> OrbitPose:
+# %% ../../nbs/distill/viewing.ipynb #1ec03688
+def pose_around(gaussians: Gaussians, up: tuple[float, float, float] = (0.0, 0.0, 1.0), azimuth_deg: float = 35.0,
+                elevation_deg: float = 25.0, field_of_view_deg: float = 39.6) -> OrbitPose:
     """The pose from which a teacher's gaussians fill the picture."""
     centre, reach = centre_and_reach(gaussians)
-    return OrbitPose(azimuth_deg, elevation_deg, 1.12 * reach / math.sin(math.radians(field_of_view_deg / 2)), tuple(centre.tolist()), up, field_of_view_deg)
+    return OrbitPose(azimuth_deg, elevation_deg, 1.12 * reach / math.sin(math.radians(field_of_view_deg / 2)),
+                     tuple(centre.tolist()), up, field_of_view_deg)
 
-# %% ../../nbs/distill/viewing.ipynb #ef018fce
+# %% ../../nbs/distill/viewing.ipynb #126b56c6
 class Sight(NamedTuple):
-    """What a camera saw. rgb_premultiplied: [H, W, 3], cut off at alpha. alpha: [H, W]. expected_depth: [H, W] camera z, metres, 0 where nothing is.
+    """What a camera saw. rgb_premultiplied: [H, W, 3], cut off at alpha. alpha: [H, W]. expected_depth: [H, W] camera
+    z, metres, 0 where nothing is.
 
-    samples: [H, W], for how many places a student was asked; None for a teacher, which has none. camera: on the CPU, as the rest. milliseconds: it took.
+    samples: [H, W], for how many places a student was asked; None for a teacher, which has none. camera: on the CPU, as
+    the rest. milliseconds: it took.
     """
 
     rgb_premultiplied: Tensor
@@ -135,7 +150,7 @@ class Sight(NamedTuple):
     camera: PinholeCamera
     milliseconds: float
 
-
+# %% ../../nbs/distill/viewing.ipynb #e8140017
 @torch.no_grad()
 def see_teacher(gaussians: Gaussians, camera: PinholeCamera) -> Sight:
     """What a camera sees of gaussians."""
@@ -143,16 +158,20 @@ def see_teacher(gaussians: Gaussians, camera: PinholeCamera) -> Sight:
     seen = render_gaussians(gaussians, camera.to(gaussians.device))
     alpha = seen.alpha.clamp(0, 1)
     colour = torch.minimum(seen.rgb_premultiplied.clamp(min=0), alpha[..., None])
-    return Sight(colour.cpu(), alpha.cpu(), seen.expected_depth.cpu(), None, camera, 1e3 * (time.perf_counter() - began))
+    return Sight(colour.cpu(), alpha.cpu(), seen.expected_depth.cpu(), None, camera,
+                 1e3 * (time.perf_counter() - began))
 
-# %% ../../nbs/distill/viewing.ipynb #a3708070
+# %% ../../nbs/distill/viewing.ipynb #d5b836f2
 def bands(camera: PinholeCamera, rows: int) -> list[PinholeCamera]:
     """Cameras that see `rows` rows each of what `camera` sees, from top to bottom."""
-    return [replace(camera, cy=camera.cy - top, height=min(rows, camera.height - top)) for top in range(0, camera.height, rows)]
+    return [replace(camera, cy=camera.cy - top, height=min(rows, camera.height - top))
+            for top in range(0, camera.height, rows)]
 
-
-def see_student_in_bands(student: Student, camera: PinholeCamera, stop: float = 0.01, rows: int = 4096) -> Iterator[Sight | None]:
-    """Yields None after each band of `rows` rows, and at last what the camera saw of the student. stop: share of the light below which a ray ends."""
+# %% ../../nbs/distill/viewing.ipynb #f2b9b53a
+def see_student_in_bands(student: Student, camera: PinholeCamera, stop: float = 0.01,
+                         rows: int = 4096) -> Iterator[Sight | None]:
+    """Yields None after each band of `rows` rows, and at last what the camera saw of the student. stop: share of the
+    light below which a ray ends."""
     device, parts, milliseconds = student.box.device, [], 0.0
     for band in bands(camera, rows):
         began = time.perf_counter()
@@ -163,18 +182,18 @@ def see_student_in_bands(student: Student, camera: PinholeCamera, stop: float = 
     colour, alpha, depth, samples = (parts[0] if len(parts) == 1 else (torch.cat(rows) for rows in zip(*parts)))
     yield Sight(torch.minimum(colour.clamp(min=0), alpha[..., None]), alpha, depth, samples, camera, milliseconds)
 
-
+# %% ../../nbs/distill/viewing.ipynb #c415d9cd
 def see_student(student: Student, camera: PinholeCamera, stop: float = 0.01) -> Sight:
     """What a camera sees of a student. stop: share of the light below which a ray ends."""
     return [*see_student_in_bands(student, camera, stop)][-1]
 
-# %% ../../nbs/distill/viewing.ipynb #02608542
+# %% ../../nbs/distill/viewing.ipynb #9612e748
 @numba.njit(cache=True, inline="always")
 def _point(depth, v, u, fx, fy, cx, cy):
     z = depth[v, u]
     return (u + 0.5 - cx) / fx * z, (v + 0.5 - cy) / fy * z, z
 
-
+# %% ../../nbs/distill/viewing.ipynb #b1ae21c7
 @numba.njit(cache=True)
 def _tangent(depth, solid, v, u, dv, du, fx, fy, cx, cy):
     """Difference of the points at (v, u) towards (dv, du); zeros where neither neighbour is solid."""
@@ -191,10 +210,11 @@ def _tangent(depth, solid, v, u, dv, du, fx, fy, cx, cy):
     bx, by, bz = _point(depth, v - since * dv, u - since * du, fx, fy, cx, cy)
     return ax - bx, ay - by, az - bz
 
-
+# %% ../../nbs/distill/viewing.ipynb #c87fc718
 @numba.njit(cache=True)
 def _smoothed(depth, solid, reach, jump, smooth):
-    """Depths whose inverse is averaged over opposite pairs of neighbours, up to `reach` pixels away, that both differ by less than `jump` of one's own."""
+    """Depths whose inverse is averaged over opposite pairs of neighbours, up to `reach` pixels away, that both differ
+    by less than `jump` of one's own."""
     height, width = depth.shape
     for v in range(height):
         for u in range(width):
@@ -206,12 +226,14 @@ def _smoothed(depth, solid, reach, jump, smooth):
                 across = min(reach, u, width - 1 - u)
                 for du in range(-across if dv else 1, across + 1):
                     there, opposite = depth[v + dv, u + du], depth[v - dv, u - du]
-                    if not (solid[v + dv, u + du] and solid[v - dv, u - du] and max(abs(there - own), abs(opposite - own)) < jump * own): continue
+                    if not (solid[v + dv, u + du] and solid[v - dv, u - du]
+                            and max(abs(there - own), abs(opposite - own)) < jump * own):
+                        continue
                     total += 1 / there + 1 / opposite
                     count += 2
             smooth[v, u] = count / total
 
-
+# %% ../../nbs/distill/viewing.ipynb #0fb21691
 @numba.njit(cache=True)
 def _normals(depth, solid, fx, fy, cx, cy, normals):
     for v in range(depth.shape[0]):
@@ -227,51 +249,60 @@ def _normals(depth, solid, fx, fy, cx, cy, normals):
             if x * px + y * py + z * pz > 0: length = -length
             normals[v, u, 0], normals[v, u, 1], normals[v, u, 2] = x / length, y / length, z / length
 
-# %% ../../nbs/distill/viewing.ipynb #2ecbde53
+# %% ../../nbs/distill/viewing.ipynb #f7c3216a
 def normals_of(sight: Sight, least_alpha: float = 0.5) -> Tensor:
-    """Unit normals [H, W, 3] of the expected depth in the camera's frame (x right, y down, z forward), facing the camera; 0 where alpha is below."""
+    """Unit normals [H, W, 3] of the expected depth in the camera's frame (x right, y down, z forward), facing the
+    camera; 0 where alpha is below."""
     camera, normals = sight.camera, np.empty((*sight.alpha.shape, 3), np.float32)
     solid = (sight.alpha >= least_alpha) & (sight.expected_depth > 0)
     smooth = np.empty(solid.shape, np.float32)
-    _smoothed(sight.expected_depth.contiguous().numpy(), solid.numpy(), max(1, round(camera.width / 160)), 0.015, smooth)
+    _smoothed(sight.expected_depth.contiguous().numpy(), solid.numpy(), max(1, round(camera.width / 160)), 0.015,
+              smooth)
     _normals(smooth, solid.numpy(), camera.fx, camera.fy, camera.cx, camera.cy, normals)
     return torch.from_numpy(normals)
 
-# %% ../../nbs/distill/viewing.ipynb #550e92d4
+# %% ../../nbs/distill/viewing.ipynb #619937be
 @lru_cache(maxsize=8)
 def _table(name: str) -> np.ndarray:
     from matplotlib import colormaps
 
     return (colormaps[name](np.linspace(0, 1, 256))[:, :3] * 255).round().astype(np.uint8)
 
-
+# %% ../../nbs/distill/viewing.ipynb #346eab84
 def colour_bar(name: str, low: float, high: float, unit: str) -> dict[str, Any]:
     """A colour bar as plain values: its ends, their unit, and nine colours from low to high as #rrggbb."""
     colours = _table(name)[np.linspace(0, 255, 9).round().astype(int)]
-    return {"low": float(low), "high": float(high), "unit": unit, "colours": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colours]}
+    return {"low": float(low), "high": float(high), "unit": unit,
+            "colours": [f"#{r:02x}{g:02x}{b:02x}" for r, g, b in colours]}
 
-
+# %% ../../nbs/distill/viewing.ipynb #4d288b02
 def mapped(values: Tensor, low: float, high: float, name: str) -> np.ndarray:
     """[H, W, 3] uint8: values [H, W] in the colours of a matplotlib map, `low` to `high`."""
     return _table(name)[((values - low) * (255 / max(high - low, 1e-9))).clamp(0, 255).nan_to_num(0).byte().numpy()]
 
-
+# %% ../../nbs/distill/viewing.ipynb #0d01377b
 @lru_cache(maxsize=4)
 def cell_colours(count: int) -> np.ndarray:
     """[count, 3] uint8: a colour for each cell by its number, stable, and neighbours far apart in hue."""
     golden = (math.sqrt(5) - 1) / 2
-    colours = [colorsys.hsv_to_rgb(n * golden % 1, 0.45 + 0.4 * (n * golden * 7 % 1), 0.95 - 0.4 * (n * golden * 3 % 1)) for n in range(count)]
+    colours = [colorsys.hsv_to_rgb(n * golden % 1, 0.45 + 0.4 * (n * golden * 7 % 1), 0.95 - 0.4 * (n * golden * 3 % 1))
+               for n in range(count)]
     return (np.array(colours).reshape(-1, 3) * 255).round().astype(np.uint8)
 
-# %% ../../nbs/distill/viewing.ipynb #56e19e6f
+# %% ../../nbs/distill/viewing.ipynb #66ad427d
 def cells_of_sight(sight: Sight, student: Student, least_alpha: float = 0.5) -> Tensor:
-    """[H, W] int64: the number of the student's cell that each ray's expected point lies in; -1 where alpha is below, or there is no cell."""
+    """[H, W] int64: the number of the student's cell that each ray's expected point lies in; -1 where alpha is below,
+    or there is no cell."""
     points = sight.camera.unproject(sight.camera.pixel_centres(), sight.expected_depth.flatten())
     field = student.field
-    found = field.cells.locate(points.to(student.box.device))[0].cpu() if isinstance(field, KiloNeRF) else torch.zeros(len(points), dtype=torch.int64)
+    found = (
+        field.cells.locate(points.to(student.box.device))[0].cpu()
+        if isinstance(field, KiloNeRF)
+        else torch.zeros(len(points), dtype=torch.int64)
+    )
     return torch.where(sight.alpha >= least_alpha, found.reshape(sight.alpha.shape), -1)
 
-# %% ../../nbs/distill/viewing.ipynb #4628c069
+# %% ../../nbs/distill/viewing.ipynb #93d307b9
 @torch.no_grad()
 def listed_gaussians(gaussians: Gaussians, camera: PinholeCamera) -> Tensor:
     """[H, W]: how many gaussians the rasteriser looks at for each pixel, those listed for its tile."""
@@ -279,105 +310,138 @@ def listed_gaussians(gaussians: Gaussians, camera: PinholeCamera) -> Tensor:
     shapes = gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities
     meta = rasterize(*shapes, gaussians.opacities[:, None], view, K, camera.width, camera.height)[2]
     first = meta["isect_offsets"].flatten().cpu()
-    counts = torch.cat([first, torch.tensor([len(meta["flatten_ids"])])]).diff().reshape(meta["tile_height"], meta["tile_width"])
+    counts = (
+        torch.cat([first, torch.tensor([len(meta["flatten_ids"])])])
+        .diff()
+        .reshape(meta["tile_height"], meta["tile_width"])
+    )
     return counts.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)[:camera.height, :camera.width]
 
-# %% ../../nbs/distill/viewing.ipynb #5a4395dd
+# %% ../../nbs/distill/viewing.ipynb #76567df9
 class View(NamedTuple):
     """A picture to show. image: [H, W, 3] uint8.
 
-    statistics: milliseconds, rays, samples_per_ray (None for a teacher), channel, and bar: a `colour_bar`, or None where the colours measure nothing.
+    statistics: milliseconds, rays, samples_per_ray (None for a teacher), channel, and bar: a `colour_bar`, or None
+    where the colours measure nothing.
     """
 
     image: np.ndarray
     statistics: dict[str, Any]
 
-
+# %% ../../nbs/distill/viewing.ipynb #4172e953
 def _to_bytes(picture: Tensor) -> np.ndarray: return (picture.clamp(0, 1) * 255).round().byte().numpy()
 
-
+# %% ../../nbs/distill/viewing.ipynb #122e2af1
 def _on_background(colours: np.ndarray, alpha: Tensor, background: Tensor) -> np.ndarray:
     share = alpha[..., None]
     return _to_bytes(torch.from_numpy(colours).float() / 255 * share + background * (1 - share))
 
-
+# %% ../../nbs/distill/viewing.ipynb #b05e3ae1
 def _rounded_up(value: float) -> int:
     """The next of 1, 2, 4, 8, 12, 16, 24, 32, 48 ... so that a colour bar keeps its end while the camera moves."""
     if value <= 8: return 1 << max(0, math.ceil(value) - 1).bit_length()
     base = 1 << int(math.log2(value))
     return next(top for top in (base, base * 3 // 2, base * 2) if top >= value)
 
-
+# %% ../../nbs/distill/viewing.ipynb #dad5a77f
 def _heat(counts: Tensor, most: int, unit: str, name: str = "inferno") -> tuple[np.ndarray, dict]:
     top = most or _rounded_up(counts.double().flatten().kthvalue(max(1, int(0.995 * counts.numel()))).values.item())
     return mapped(counts.float(), 0, top, name), colour_bar(name, 0, top, unit)
 
-# %% ../../nbs/distill/viewing.ipynb #feed6953
+# %% ../../nbs/distill/viewing.ipynb #c11542d2
 def _paint_depth(sight: Sight, settings: ViewSettings, background: Tensor) -> tuple[np.ndarray, dict]:
     solid = sight.expected_depth[sight.alpha >= 0.5]
     low, high = settings.depth_range or ((solid.min().item(), solid.max().item()) if len(solid) else (0.0, 1.0))
-    return _on_background(mapped(sight.expected_depth, low, high, "viridis_r"), sight.alpha, background), colour_bar("viridis_r", low, high, "m")
+    return _on_background(mapped(sight.expected_depth, low, high, "viridis_r"), sight.alpha,
+                          background), colour_bar("viridis_r", low, high, "m")
 
-
+# %% ../../nbs/distill/viewing.ipynb #0d92d55b
 def _paint_normals(sight: Sight, background: Tensor) -> np.ndarray:
     normals = normals_of(sight)
     shown = (normals * torch.tensor([1.0, -1.0, -1.0]) + 1) / 2
     return _to_bytes(torch.where((normals != 0).any(-1, keepdim=True), shown, background))
 
-
+# %% ../../nbs/distill/viewing.ipynb #fcc88c7e
 def _paint_cells(sight: Sight, student: Student, background: Tensor) -> np.ndarray:
-    cells, count = cells_of_sight(sight, student), student.field.cells.count if isinstance(student.field, KiloNeRF) else 1
-    return np.concatenate([cell_colours(count), _to_bytes(background)[None]])[np.where(cells.numpy() < 0, count, cells.numpy())]
+    cells, count = (
+        cells_of_sight(sight, student),
+        student.field.cells.count if isinstance(student.field, KiloNeRF) else 1,
+    )
+    return np.concatenate([cell_colours(count), _to_bytes(background)[None]])[
+        np.where(cells.numpy() < 0, count, cells.numpy())
+    ]
 
-
+# %% ../../nbs/distill/viewing.ipynb #455d8c20
 def _paint_error(sight: Sight, other: Sight, settings: ViewSettings) -> tuple[np.ndarray, dict]:
-    difference = sight.rgb_premultiplied - other.rgb_premultiplied - background_colour(settings.background)[1] * (sight.alpha - other.alpha)[..., None]
-    return mapped(difference.abs().mean(-1), 0, 1 / settings.error_gain, "inferno"), colour_bar("inferno", 0, 1 / settings.error_gain, "mean |difference|")
+    difference = (
+        sight.rgb_premultiplied
+        - other.rgb_premultiplied
+        - background_colour(settings.background)[1] * (sight.alpha - other.alpha)[..., None]
+    )
+    return mapped(difference.abs().mean(-1), 0, 1 / settings.error_gain, "inferno"), colour_bar(
+        "inferno", 0, 1 / settings.error_gain, "mean |difference|"
+    )
 
-# %% ../../nbs/distill/viewing.ipynb #a1158149
-def paint(sight: Sight, settings: ViewSettings, student: Student | None = None, other: Sight | None = None, listed: Tensor | None = None) -> View:
+# %% ../../nbs/distill/viewing.ipynb #949396cf
+def paint(sight: Sight, settings: ViewSettings, student: Student | None = None, other: Sight | None = None,
+          listed: Tensor | None = None) -> View:
     """Show one channel of what a camera saw.
 
-    student: whose cells the channel `cells` shows. other: what `error` is measured against, colours on the background. listed: [H, W] `listed_gaussians`,
-    which the channel `samples` shows of a teacher. Raises KiloError where the channel needs one of these and it is not given.
+    student: whose cells the channel `cells` shows. other: what `error` is measured against, colours on the background.
+    listed: [H, W] `listed_gaussians`, which the channel `samples` shows of a teacher. Raises KiloError where the
+    channel needs one of these and it is not given.
     """
     channel, background, bar = settings.channel, background_colour(settings.background)[1], None
     counts = sight.samples if sight.samples is not None else listed
     missing = {"cells": student is None and "a student", "error": other is None and "something to compare with",
                "samples": counts is None and "the gaussians listed for each pixel"}.get(channel)
-    if missing: raise KiloError(f"The channel '{channel}' needs {missing}: give it, or choose another of {', '.join(CHANNELS)}.")
+    if missing:
+        raise KiloError(f"The channel '{channel}' needs {missing}: give it, or choose another of "
+                        f"{', '.join(CHANNELS)}.")
     if channel == "alpha": image, bar = mapped(sight.alpha, 0, 1, "gray"), colour_bar("gray", 0, 1, "alpha")
     elif channel == "depth": image, bar = _paint_depth(sight, settings, background)
     elif channel == "normals": image = _paint_normals(sight, background)
     elif channel == "cells": image = _paint_cells(sight, student, background)
     elif channel == "error": image, bar = _paint_error(sight, other, settings)
-    elif channel == "samples": image, bar = _heat(counts, settings.most_samples, "samples" if sight.samples is not None else "gaussians listed")
+    elif channel == "samples":
+        image, bar = _heat(counts, settings.most_samples,
+                           "samples" if sight.samples is not None else "gaussians listed")
     else: image = _to_bytes(sight.rgb_premultiplied + background * (1 - sight.alpha[..., None]))
     per_ray = None if sight.samples is None else sight.samples.double().mean().item()
-    return View(image, {"milliseconds": sight.milliseconds, "rays": sight.alpha.numel(), "samples_per_ray": per_ray, "channel": channel, "bar": bar})
+    return View(image,
+                {"milliseconds": sight.milliseconds, "rays": sight.alpha.numel(), "samples_per_ray": per_ray,
+                 "channel": channel, "bar": bar})
 
-# %% ../../nbs/distill/viewing.ipynb #f0c1ab2f
-def render_teacher_view(gaussians: Gaussians, camera: PinholeCamera, settings: ViewSettings, student: Student | None = None) -> View:
-    """A picture of a teacher, of the settings' size. student: whose cells are shown, or what the error is measured against, in these channels."""
+# %% ../../nbs/distill/viewing.ipynb #8e429674
+def render_teacher_view(gaussians: Gaussians, camera: PinholeCamera, settings: ViewSettings,
+                        student: Student | None = None) -> View:
+    """A picture of a teacher, of the settings' size. student: whose cells are shown, or what the error is measured
+    against, in these channels."""
     camera = camera.resized(settings.width, settings.height)
     other = see_student(student, camera, settings.stop) if settings.channel == "error" and student is not None else None
     listed = listed_gaussians(gaussians, camera) if settings.channel == "samples" else None
     return paint(see_teacher(gaussians, camera), settings, student, other, listed)
 
 
-def render_student_view(student: Student, camera: PinholeCamera, settings: ViewSettings, teacher: Gaussians | None = None) -> View:
+def render_student_view(student: Student, camera: PinholeCamera, settings: ViewSettings,
+                        teacher: Gaussians | None = None) -> View:
     """A picture of a student, of the settings' size. teacher: what the error is measured against, in that channel."""
     camera = camera.resized(settings.width, settings.height)
     other = see_teacher(teacher, camera) if settings.channel == "error" and teacher is not None else None
     return paint(see_student(student, camera, settings.stop), settings, student, other)
 
-# %% ../../nbs/distill/viewing.ipynb #e2139ef8
+# %% ../../nbs/distill/viewing.ipynb #11b239d8
 def _labelled(image: Image.Image, title: str, bar: dict | None, size: int) -> Image.Image:
-    font, small, line = ImageFont.load_default(size=max(11, size // 14)), ImageFont.load_default(size=max(9, size // 19)), max(18, size // 9)
+    font, small, line = (
+        ImageFont.load_default(size=max(11, size // 14)),
+        ImageFont.load_default(size=max(9, size // 19)),
+        max(18, size // 9),
+    )
     panel = Image.new("RGB", (size, image.height * size // image.width + 2 * line), "white")
     draw = ImageDraw.Draw(panel)
     draw.text((2, 1), title, fill="#1d2129", font=font)
-    picture = image.resize((size, image.height * size // image.width), Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS)
+    picture = image.resize((size, image.height * size // image.width),
+                           Image.Resampling.NEAREST if image.width < size else Image.Resampling.LANCZOS)
     panel.paste(picture, (0, line))
     if bar is None: return panel
     top, steps = line + picture.height + 3, bar["colours"]
@@ -386,9 +450,11 @@ def _labelled(image: Image.Image, title: str, bar: dict | None, size: int) -> Im
     draw.text((size // 4 + 8, top), f"{bar['low']:.3g} to {bar['high']:.3g} {bar['unit']}", fill="#5c6470", font=small)
     return panel
 
-
-def view_sheet(gaussians: Gaussians, student: Student, camera: PinholeCamera, settings: ViewSettings | None = None, size: int = 220) -> Image.Image:
-    """Teacher, student, error, and the student's alpha, depth, normals, cells and samples from one camera. size: width of each, pixels."""
+# %% ../../nbs/distill/viewing.ipynb #abc37069
+def view_sheet(gaussians: Gaussians, student: Student, camera: PinholeCamera, settings: ViewSettings | None = None,
+               size: int = 220) -> Image.Image:
+    """Teacher, student, error, and the student's alpha, depth, normals, cells and samples from one camera. size: width
+    of each, pixels."""
     settings = settings or ViewSettings()
     camera = camera.resized(settings.width, settings.height)
     taught, learnt, panels = see_teacher(gaussians, camera), see_student(student, camera, settings.stop), []
@@ -402,12 +468,15 @@ def view_sheet(gaussians: Gaussians, student: Student, camera: PinholeCamera, se
     for i, panel in enumerate(panels): sheet.paste(panel, (i % 4 * (width + gap), i // 4 * (height + gap)))
     return sheet
 
-# %% ../../nbs/distill/viewing.ipynb #7e983c28
+# %% ../../nbs/distill/viewing.ipynb #eb3b9ef1
 def newest_student(sha256: str, outputs: str | Path | None = None) -> Path | None:
-    """The student.pt of the newest finished run on the data with this hash, None where there is none; those of single-view experiments come last."""
+    """The student.pt of the newest finished run on the data with this hash, None where there is none; those of
+    single-view experiments come last."""
     found = []
     for record in list_runs(outputs):
-        if record.status != FINISHED or not any(sha256 and item.get("sha256") == sha256 for item in record.environment.get("data") or []): continue
+        if record.status != FINISHED or not any(sha256 and item.get("sha256") == sha256
+                                                for item in record.environment.get("data") or []):
+            continue
         students = sorted(record.folder.rglob("student.pt"), key=lambda path: path.stat().st_mtime)
         if students: found.append((not record.experiment.startswith("single_view"), record.started, students[-1]))
     return max(found)[-1] if found else None

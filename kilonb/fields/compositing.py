@@ -26,7 +26,7 @@ def ray_weights(sigma: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     reached = torch.exp(-(optical_depth.cumsum(-1) - optical_depth))
     return reached * -torch.expm1(-optical_depth), reached
 
-# %% ../../nbs/fields/compositing.ipynb #cb5e0917
+# %% ../../nbs/fields/compositing.ipynb #9ff766cb
 @numba.njit(cache=True, parallel=True)
 def _composite_forward(sigma, delta, rgb, distance, offsets, stop, colour, alpha, distance_sum, weights):
     for ray in numba.prange(len(offsets) - 1):
@@ -44,9 +44,10 @@ def _composite_forward(sigma, delta, rgb, distance, offsets, stop, colour, alpha
         colour[ray, 0] = red; colour[ray, 1] = green; colour[ray, 2] = blue
         alpha[ray] = total; distance_sum[ray] = far
 
-
+# %% ../../nbs/fields/compositing.ipynb #ad46bc83
 @numba.njit(cache=True, parallel=True)
-def _composite_backward(sigma, delta, rgb, distance, offsets, weights, stop, grad_colour, grad_alpha, grad_distance, grad_sigma, grad_rgb):
+def _composite_backward(sigma, delta, rgb, distance, offsets, weights, stop, grad_colour, grad_alpha, grad_distance,
+                        grad_sigma, grad_rgb):
     for ray in numba.prange(len(offsets) - 1):
         red, green, blue = grad_colour[ray, 0], grad_colour[ray, 1], grad_colour[ray, 2]
         optical_depth, behind, end = 0.0, 0.0, offsets[ray]
@@ -55,18 +56,29 @@ def _composite_backward(sigma, delta, rgb, distance, offsets, weights, stop, gra
             end += 1
         for i in range(end, offsets[ray + 1]): grad_sigma[i] = 0.0; grad_rgb[i, :] = 0.0
         for i in range(end - 1, offsets[ray] - 1, -1):
-            own = red * rgb[i, 0] + green * rgb[i, 1] + blue * rgb[i, 2] + grad_alpha[ray] + grad_distance[ray] * distance[i]
+            own = (
+                red * rgb[i, 0]
+                + green * rgb[i, 1]
+                + blue * rgb[i, 2]
+                + grad_alpha[ray]
+                + grad_distance[ray] * distance[i]
+            )
             grad_sigma[i] = delta[i] * (np.exp(-optical_depth) * own - behind)
             optical_depth -= sigma[i] * delta[i]
             behind += weights[i] * own
             grad_rgb[i, 0] = weights[i] * red; grad_rgb[i, 1] = weights[i] * green; grad_rgb[i, 2] = weights[i] * blue
 
-# %% ../../nbs/fields/compositing.ipynb #f246a198
+# %% ../../nbs/fields/compositing.ipynb #8a9b68d4
 class _Composite(torch.autograd.Function):
     @staticmethod
     def forward(ctx, sigma, rgb, delta, distance, offsets, stop):
         rays = len(offsets) - 1
-        colour, alpha, distance_sum, weights = sigma.new_zeros(rays, 3), sigma.new_zeros(rays), sigma.new_zeros(rays), torch.empty_like(sigma)
+        colour, alpha, distance_sum, weights = (
+            sigma.new_zeros(rays, 3),
+            sigma.new_zeros(rays),
+            sigma.new_zeros(rays),
+            torch.empty_like(sigma),
+        )
         arrays = [t.detach().contiguous().numpy() for t in (sigma, delta, rgb, distance, offsets)]
         _composite_forward(*arrays, stop, colour.numpy(), alpha.numpy(), distance_sum.numpy(), weights.numpy())
         ctx.save_for_backward(sigma, delta, rgb, distance, offsets, weights)
@@ -82,16 +94,17 @@ class _Composite(torch.autograd.Function):
         _composite_backward(*saved, ctx.stop, *grads, grad_sigma.numpy(), grad_rgb.numpy())
         return grad_sigma, grad_rgb, None, None, None, None
 
-# %% ../../nbs/fields/compositing.ipynb #6fd1f069
+# %% ../../nbs/fields/compositing.ipynb #fcf624c1
 def to_padded(values: Tensor, offsets: Tensor) -> Tensor:
-    """Packed samples [N, ...] as a table [rays, longest, ...], zeros where a ray has no more samples. Differentiable."""
+    """Packed samples [N, ...] as a table [rays, longest, ...], zeros where a ray has no more samples.
+    Differentiable."""
     counts = offsets[1:] - offsets[:-1]
     longest = int(counts.max()) if len(counts) else 0
     rays = torch.repeat_interleave(torch.arange(len(counts), device=values.device), counts)
     columns = torch.arange(len(values), device=values.device) - offsets[:-1][rays]
     return values.new_zeros(len(counts), longest, *values.shape[1:]).index_put((rays, columns), values)
 
-
+# %% ../../nbs/fields/compositing.ipynb #05dcb858
 def composite_reference(sigma: Tensor, rgb: Tensor, delta: Tensor, distance: Tensor, offsets: Tensor,
                         stop: float = 1e-4) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What `composite` computes, in plain torch: (colour, alpha, summed distance, packed weights)."""
@@ -102,9 +115,10 @@ def composite_reference(sigma: Tensor, rgb: Tensor, delta: Tensor, distance: Ten
     inside = columns[None] < (offsets[1:] - offsets[:-1])[:, None]
     return colour, weights.sum(1), (weights * to_padded(distance, offsets)).sum(1), weights[inside]
 
-# %% ../../nbs/fields/compositing.ipynb #be185a91
+# %% ../../nbs/fields/compositing.ipynb #c18c9788
 class Composited(NamedTuple):
-    """What rays saw. rgb_premultiplied: [R, 3]. alpha: [R]. distance_sum: [R], sum of weight x distance, metres. weights: [N], not differentiable."""
+    """What rays saw. rgb_premultiplied: [R, 3]. alpha: [R]. distance_sum: [R], sum of weight x distance, metres.
+    weights: [N], not differentiable."""
 
     rgb_premultiplied: Tensor
     alpha: Tensor
@@ -114,15 +128,19 @@ class Composited(NamedTuple):
     def expected_distance(self, minimum_alpha: float = 1e-4) -> Tensor:
         """Mean distance of what the ray met, metres, [R]; 0 where alpha is below `minimum_alpha`.
 
-        Divided by alpha: the undivided sum is pulled to the camera wherever a ray is half empty, which teaches a model to be thin.
+        Divided by alpha: the undivided sum is pulled to the camera wherever a ray is half empty, which teaches a model
+        to be thin.
         """
-        return torch.where(self.alpha < minimum_alpha, torch.zeros_like(self.alpha), self.distance_sum / self.alpha.clamp(min=minimum_alpha))
+        return torch.where(self.alpha < minimum_alpha, torch.zeros_like(self.alpha),
+                           self.distance_sum / self.alpha.clamp(min=minimum_alpha))
 
-
-def composite(sigma: Tensor, rgb: Tensor, delta: Tensor, distance: Tensor, offsets: Tensor, stop: float = 1e-4) -> Composited:
+# %% ../../nbs/fields/compositing.ipynb #aa907d3d
+def composite(sigma: Tensor, rgb: Tensor, delta: Tensor, distance: Tensor, offsets: Tensor,
+              stop: float = 1e-4) -> Composited:
     """Volume rendering of packed samples.
 
-    sigma: [N] density, 1/metre, >= 0. rgb: [N, 3]. delta: [N] step length, metres. distance: [N] from the ray's origin, metres.
+    sigma: [N] density, 1/metre, >= 0. rgb: [N, 3]. delta: [N] step length, metres. distance: [N] from the ray's origin,
+    metres.
     offsets: [R + 1] int64, samples of ray r are offsets[r]:offsets[r+1]. stop: transmittance below which a ray ends.
     Differentiable in sigma and rgb; numba on a CPU, plain torch elsewhere.
     """

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../../nbs/fields/encodings.ipynb #35f659bc
+# %% ../../nbs/fields/encodings.ipynb #428ff682
 def fourier_width(dimensions: int, frequencies: int) -> int:
     """Length of the encoding of a `dimensions`-vector."""
     return dimensions * (1 + 2 * frequencies)
@@ -20,7 +20,8 @@ def fourier_width(dimensions: int, frequencies: int) -> int:
 def fourier_encode(x: Tensor, frequencies: int) -> Tensor:
     """Fourier features [..., D (1 + 2 frequencies)] of x [..., D] in [-1, 1]: the input, all sines, all cosines.
 
-    frequencies = 0 returns x itself. Sines of doubled angles come from the double-angle formulas, so only one sin and one cos per coordinate are computed.
+    frequencies = 0 returns x itself. Sines of doubled angles come from the double-angle formulas, so only one sin and
+    one cos per coordinate are computed.
     """
     if frequencies == 0: return x
     sin, cos = torch.sin(math.pi * x), torch.cos(math.pi * x)

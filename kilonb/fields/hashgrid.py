@@ -23,15 +23,17 @@ from ..core.errors import KiloError
 
 PRIMES = 1, 2654435761, 805459861
 
-# %% ../../nbs/fields/hashgrid.ipynb #1983b99f
+# %% ../../nbs/fields/hashgrid.ipynb #85cddf17
 @dataclass(frozen=True)
 class HashGridConfig:
     """Shape of a multiresolution hash grid and of the network that reads it.
 
-    levels: grids, of two numbers per vertex. log2_table: a level has at most 2^log2_table places. base_resolution, finest_resolution: cells along the
-    box's longest edge at the first and at the last level. hidden: width of both hidden layers. features: numbers that pass from geometry to colour.
+    levels: grids, of two numbers per vertex. log2_table: a level has at most 2^log2_table places. base_resolution,
+    finest_resolution: cells along the box's longest edge at the first and at the last level. hidden: width of both
+    hidden layers. features: numbers that pass from geometry to colour.
     direction_frequencies: Fourier frequencies; 0 feeds raw directions.
-    density_scale: 1/metre per unit of softplus. density_bias: shift of the softplus; a negative one starts nearly empty.
+    density_scale: 1/metre per unit of softplus. density_bias: shift of the softplus; a negative one starts nearly
+    empty.
     """
 
     levels: int = 12
@@ -46,17 +48,23 @@ class HashGridConfig:
 
     def __post_init__(self):
         if not 1 <= self.levels <= 32: raise KiloError(f"levels is {self.levels}; expected 1 to 32.")
-        if not 4 <= self.log2_table <= 26: raise KiloError(f"log2_table is {self.log2_table}; expected 4 to 26, the logarithm of a level's size.")
+        if not 4 <= self.log2_table <= 26:
+            raise KiloError(f"log2_table is {self.log2_table}; expected 4 to 26, the logarithm of a level's size.")
         if not 1 <= self.base_resolution <= self.finest_resolution <= 65_536:
-            raise KiloError(f"Resolutions run from {self.base_resolution} to {self.finest_resolution}; expected them to rise, within 1 to 65536.")
-        if min(self.hidden, self.features) < 1: raise KiloError(f"hidden is {self.hidden} and features is {self.features}; expected at least 1 of both.")
-        if self.direction_frequencies < 0: raise KiloError(f"direction_frequencies is {self.direction_frequencies}; expected 0 or more.")
-        if not self.density_scale > 0: raise KiloError(f"density_scale is {self.density_scale:g} 1/m; expected a number above 0.")
+            raise KiloError(f"Resolutions run from {self.base_resolution} to {self.finest_resolution}; expected "
+                            "them to rise, within 1 to 65536.")
+        if min(self.hidden, self.features) < 1:
+            raise KiloError(f"hidden is {self.hidden} and features is {self.features}; expected at least 1 of both.")
+        if self.direction_frequencies < 0:
+            raise KiloError(f"direction_frequencies is {self.direction_frequencies}; expected 0 or more.")
+        if not self.density_scale > 0:
+            raise KiloError(f"density_scale is {self.density_scale:g} 1/m; expected a number above 0.")
 
-# %% ../../nbs/fields/hashgrid.ipynb #c4eadd48
+# %% ../../nbs/fields/hashgrid.ipynb #6e329e33
 @dataclass(frozen=True)
 class Level:
-    """One grid: `resolution` cells along the longest edge, `cells` [x, y, z] in the box, places start .. start + size - 1 of the table, hashed or not."""
+    """One grid: `resolution` cells along the longest edge, `cells` [x, y, z] in the box, places start .. start + size -
+    1 of the table, hashed or not."""
 
     resolution: int
     cells: tuple[int, int, int]
@@ -69,7 +77,7 @@ class Level:
         """What a step along x, y, z adds to the place of a vertex; the hash's factors where it is hashed."""
         return PRIMES if self.hashed else (1, self.cells[0] + 1, (self.cells[0] + 1) * (self.cells[1] + 1))
 
-
+# %% ../../nbs/fields/hashgrid.ipynb #dcd5ab91
 def place_levels(extent: list[float], config: HashGridConfig) -> list[Level]:
     """All levels over a box whose edges are `extent` [3], in units of its longest one."""
     growth = (config.finest_resolution / config.base_resolution) ** (1 / max(config.levels - 1, 1))
@@ -78,25 +86,32 @@ def place_levels(extent: list[float], config: HashGridConfig) -> list[Level]:
         resolution = int(config.base_resolution * growth**l + 0.5)
         cells = tuple(max(1, int(np.ceil(e * resolution - 1e-4))) for e in extent)
         vertices = prod(n + 1 for n in cells)
-        levels.append(Level(resolution, cells, start, min(vertices, 2**config.log2_table), vertices > 2**config.log2_table))
+        levels.append(Level(resolution, cells, start, min(vertices, 2**config.log2_table),
+                            vertices > 2**config.log2_table))
         start += levels[-1].size
     return levels
 
-# %% ../../nbs/fields/hashgrid.ipynb #b9804cae
+# %% ../../nbs/fields/hashgrid.ipynb #26df5836
 def kernel_levels(levels: list[Level]) -> np.ndarray:
     """[L, 8] int64: resolution, last cell along x, y, z, start, mask (0: not hashed), strides along y and z."""
-    return np.array([[v.resolution, *(n - 1 for n in v.cells), v.start, (v.size - 1) * v.hashed, *v.strides[1:]] for v in levels], np.int64)
+    return np.array([[v.resolution, *(n - 1 for n in v.cells), v.start, (v.size - 1) * v.hashed, *v.strides[1:]]
+                     for v in levels], np.int64)
 
-# %% ../../nbs/fields/hashgrid.ipynb #201c2d0a
+# %% ../../nbs/fields/hashgrid.ipynb #768d571a
 @numba.njit(cache=True, fastmath=True, forceinline=True)
 def _corners(level, x, y, z):
     """Where a point, in units of the longest edge, reads a level.
 
-    Returns the places of the four corners on the near side along x and on the far side, the far side's weight, the four edges' weights.
+    Returns the places of the four corners on the near side along x and on the far side, the far side's weight, the four
+    edges' weights.
     """
     one, scale, step = np.float32(1), np.float32(level[0]), np.uint32(1)
     x, y, z = x * scale, y * scale, z * scale
-    i, j, k = min(np.int32(x), np.int32(level[1])), min(np.int32(y), np.int32(level[2])), min(np.int32(z), np.int32(level[3]))
+    i, j, k = (
+        min(np.int32(x), np.int32(level[1])),
+        min(np.int32(y), np.int32(level[2])),
+        min(np.int32(z), np.int32(level[3])),
+    )
     u, v, w = x - np.float32(i), y - np.float32(j), z - np.float32(k)
     stride_y, stride_z, start, mask = np.uint32(level[6]), np.uint32(level[7]), np.uint64(level[4]), np.uint32(level[5])
     a, b, c = np.uint32(i), np.uint32(np.uint32(j) * stride_y), np.uint32(np.uint32(k) * stride_z)
@@ -111,31 +126,37 @@ def _corners(level, x, y, z):
         near, far = (p, q, r, s), (p + step, q + step, r + step, s + step)
     return near, far, u, ((one - v) * (one - w), v * (one - w), (one - v) * w, v * w)
 
-# %% ../../nbs/fields/hashgrid.ipynb #29bda6bd
+# %% ../../nbs/fields/hashgrid.ipynb #4335d986
 @numba.njit(cache=True, fastmath=True)
 def _read_level(level, points, first, last, table, out_0, out_1):
     for n in range(first, last):
-        (n0, n1, n2, n3), (f0, f1, f2, f3), u, (w0, w1, w2, w3) = _corners(level, points[n, 0], points[n, 1], points[n, 2])
+        (n0, n1, n2, n3), (f0, f1, f2, f3), u, (w0, w1, w2, w3) = _corners(
+            level, points[n, 0], points[n, 1], points[n, 2]
+        )
         t = np.float32(1) - u
         out_0[n] = (w0 * (t * table[n0, 0] + u * table[f0, 0]) + w1 * (t * table[n1, 0] + u * table[f1, 0])
                     + w2 * (t * table[n2, 0] + u * table[f2, 0]) + w3 * (t * table[n3, 0] + u * table[f3, 0]))
         out_1[n] = (w0 * (t * table[n0, 1] + u * table[f0, 1]) + w1 * (t * table[n1, 1] + u * table[f1, 1])
                     + w2 * (t * table[n2, 1] + u * table[f2, 1]) + w3 * (t * table[n3, 1] + u * table[f3, 1]))
 
-
+# %% ../../nbs/fields/hashgrid.ipynb #d8b8d857
 @numba.njit(cache=True, parallel=True)
 def read_grids(parts, levels, points, table, encoded):
-    """encoded [2 L, N] = the levels' interpolated numbers at points [N, 3], in units of the longest edge, inside the box; in `parts` threads."""
+    """encoded [2 L, N] = the levels' interpolated numbers at points [N, 3], in units of the longest edge, inside the
+    box; in `parts` threads."""
     for part in numba.prange(parts):
         first, last = len(points) * part // parts, len(points) * (part + 1) // parts
-        for l in range(len(levels)): _read_level(levels[l], points, first, last, table, encoded[2 * l], encoded[2 * l + 1])
+        for l in range(len(levels)):
+            _read_level(levels[l], points, first, last, table, encoded[2 * l], encoded[2 * l + 1])
 
-# %% ../../nbs/fields/hashgrid.ipynb #c2bf8a43
+# %% ../../nbs/fields/hashgrid.ipynb #26b7310f
 @numba.njit(cache=True, fastmath=True)
 def _write_level(level, points, kept, grad_0, grad_1, grad_table):
     for n in range(len(kept)):
         i = kept[n]
-        (n0, n1, n2, n3), (f0, f1, f2, f3), u, (w0, w1, w2, w3) = _corners(level, points[i, 0], points[i, 1], points[i, 2])
+        (n0, n1, n2, n3), (f0, f1, f2, f3), u, (w0, w1, w2, w3) = _corners(
+            level, points[i, 0], points[i, 1], points[i, 2]
+        )
         g, h, t = grad_0[n], grad_1[n], np.float32(1) - u
         grad_table[n0, 0] += w0 * t * g; grad_table[n0, 1] += w0 * t * h
         grad_table[f0, 0] += w0 * u * g; grad_table[f0, 1] += w0 * u * h
@@ -146,17 +167,20 @@ def _write_level(level, points, kept, grad_0, grad_1, grad_table):
         grad_table[n3, 0] += w3 * t * g; grad_table[n3, 1] += w3 * t * h
         grad_table[f3, 0] += w3 * u * g; grad_table[f3, 1] += w3 * u * h
 
-
+# %% ../../nbs/fields/hashgrid.ipynb #144a3452
 @numba.njit(cache=True, parallel=True)
 def write_grids(parts, levels, points, kept, grad_encoded, grad_table):
-    """Add to grad_table the gradient of the sum of grad_encoded [2 L, K] x encoded over the samples `kept` [K]; coarse and fine levels are dealt in turn."""
+    """Add to grad_table the gradient of the sum of grad_encoded [2 L, K] x encoded over the samples `kept` [K]; coarse
+    and fine levels are dealt in turn."""
     for part in numba.prange(parts):
-        for l in range(part, len(levels), parts): _write_level(levels[l], points, kept, grad_encoded[2 * l], grad_encoded[2 * l + 1], grad_table)
+        for l in range(part, len(levels), parts):
+            _write_level(levels[l], points, kept, grad_encoded[2 * l], grad_encoded[2 * l + 1], grad_table)
 
-# %% ../../nbs/fields/hashgrid.ipynb #8ffa873f
+# %% ../../nbs/fields/hashgrid.ipynb #9ad19ae2
 @dataclass(frozen=True)
 class HeadLayout:
-    """Shape of the small network and the place of its layers in one row of parameters: weights [inputs, outputs], then biases."""
+    """Shape of the small network and the place of its layers in one row of parameters: weights [inputs, outputs], then
+    biases."""
 
     inputs: int
     hidden: int
@@ -167,20 +191,24 @@ class HeadLayout:
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(inputs, outputs) of each layer, in the order of the row."""
         direction = fourier_width(3, self.direction_frequencies)
-        return {"first": (self.inputs, self.hidden), "density": (self.hidden, 1), "feature": (self.hidden, self.features),
-                "view": (self.features + direction, self.hidden), "colour": (self.hidden, 3)}
+        return {"first": (self.inputs, self.hidden), "density": (self.hidden, 1),
+                "feature": (self.hidden, self.features), "view": (self.features + direction, self.hidden),
+                "colour": (self.hidden, 3)}
 
-    offsets, size, fresh_row = NetworkLayout.offsets, NetworkLayout.size, NetworkLayout.fresh_row      # they follow from the shapes
+    # they follow from the shapes
+    offsets, size, fresh_row = NetworkLayout.offsets, NetworkLayout.size, NetworkLayout.fresh_row
 
     def table(self) -> np.ndarray:
-        """The numbers that the kernels read: frequencies, inputs, hidden, features, then weights and biases start of the five layers."""
+        """The numbers that the kernels read: frequencies, inputs, hidden, features, then weights and biases start of
+        the five layers."""
         head = [self.direction_frequencies, self.inputs, self.hidden, self.features]
         return np.array(head + [o for w, b, _ in self.offsets.values() for o in (w, b)], np.int64)
 
-# %% ../../nbs/fields/hashgrid.ipynb #96d771a2
+# %% ../../nbs/fields/hashgrid.ipynb #7e923d80
 @numba.njit(cache=True, fastmath=True)
 def _head_forward(w, t, x, view, one, features, two, results, lanes):
-    """The network (parameters w, layout table t) on a block; fills all activations. features = [features | encoded direction]."""
+    """The network (parameters w, layout table t) on a block; fills all activations. features = [features | encoded
+    direction]."""
     hidden, passed = t[2], t[3]
     _encode(view, features[passed * LANES:], t[0], lanes)
     _layer(w, t[4], t[5], x, one, t[1], hidden, lanes, True)
@@ -189,7 +217,7 @@ def _head_forward(w, t, x, view, one, features, two, results, lanes):
     _layer(w, t[10], t[11], features, two, passed + 3 + 6 * t[0], hidden, lanes, True)
     _layer(w, t[12], t[13], two, results[LANES:], hidden, 3, lanes, False)
 
-
+# %% ../../nbs/fields/hashgrid.ipynb #20cc9613
 @numba.njit(cache=True, fastmath=True)
 def _head_backward(w, grad_w, t, x, one, features, two, grad_results, g_x, g_one, g_features, g_two, lanes):
     """Gradients on a block whose activations `_head_forward` left behind: parameters added to grad_w, inputs in g_x."""
@@ -203,7 +231,7 @@ def _head_backward(w, grad_w, t, x, one, features, two, grad_results, g_x, g_one
     _mask(g_one, one, hidden)
     _layer_backward(w, grad_w, t[4], t[5], x, g_one, g_x, t[1], hidden, t[1], lanes)
 
-# %% ../../nbs/fields/hashgrid.ipynb #e989b472
+# %% ../../nbs/fields/hashgrid.ipynb #57f48ee0
 PARTS = 16
 
 
@@ -219,12 +247,17 @@ def _gather(kept, first, last, encoded, directions, x, view):
         for a in range(3): view[a * LANES + l] = directions[i, a]
     return lanes
 
-
+# %% ../../nbs/fields/hashgrid.ipynb #25f38315
 @numba.njit(cache=True, parallel=True, fastmath=True)
 def head_forward(w, t, kept, encoded, directions, raw):
-    """raw [N, 4] = density and colour before activation, from encoded positions [inputs, N] and unit directions [N, 3]; kept: all samples' numbers."""
+    """raw [N, 4] = density and colour before activation, from encoded positions [inputs, N] and unit directions [N, 3];
+    kept: all samples' numbers."""
     for part in numba.prange(PARTS):
-        x, view, results = np.zeros(t[1] * LANES, np.float32), np.zeros(3 * LANES, np.float32), np.zeros(4 * LANES, np.float32)
+        x, view, results = (
+            np.zeros(t[1] * LANES, np.float32),
+            np.zeros(3 * LANES, np.float32),
+            np.zeros(4 * LANES, np.float32),
+        )
         one, two = np.zeros(t[2] * LANES, np.float32), np.zeros(t[2] * LANES, np.float32)
         features = np.zeros((t[3] + 3 + 6 * t[0]) * LANES, np.float32)
         end = len(kept) * (part + 1) // PARTS
@@ -235,15 +268,24 @@ def head_forward(w, t, kept, encoded, directions, raw):
             for l in range(last - first):
                 for a in range(4): raw[kept[first + l], a] = results[a * LANES + l]
 
-# %% ../../nbs/fields/hashgrid.ipynb #eacfb7a0
+# %% ../../nbs/fields/hashgrid.ipynb #c1c8b1b8
 @numba.njit(cache=True, parallel=True, fastmath=True)
 def head_backward(w, t, kept, encoded, directions, grad_raw, grad_w, grad_encoded):
-    """Gradient of sum(grad_raw * raw) over the samples `kept` [K]: added to grad_w [PARTS, size], a row for each part, and in grad_encoded [inputs, K]."""
+    """Gradient of sum(grad_raw * raw) over the samples `kept` [K]: added to grad_w [PARTS, size], a row for each part,
+    and in grad_encoded [inputs, K]."""
     for part in numba.prange(PARTS):
-        x, view, results = np.zeros(t[1] * LANES, np.float32), np.zeros(3 * LANES, np.float32), np.zeros(4 * LANES, np.float32)
+        x, view, results = (
+            np.zeros(t[1] * LANES, np.float32),
+            np.zeros(3 * LANES, np.float32),
+            np.zeros(4 * LANES, np.float32),
+        )
         one, two = np.zeros(t[2] * LANES, np.float32), np.zeros(t[2] * LANES, np.float32)
         features, g_features = np.zeros((t[3] + 3 + 6 * t[0]) * LANES, np.float32), np.zeros(t[3] * LANES, np.float32)
-        g_x, g_one, g_two = np.zeros(t[1] * LANES, np.float32), np.zeros(t[2] * LANES, np.float32), np.zeros(t[2] * LANES, np.float32)
+        g_x, g_one, g_two = (
+            np.zeros(t[1] * LANES, np.float32),
+            np.zeros(t[2] * LANES, np.float32),
+            np.zeros(t[2] * LANES, np.float32),
+        )
         end = len(kept) * (part + 1) // PARTS
         for first in range(len(kept) * part // PARTS, end, LANES):
             last = min(first + LANES, end)
@@ -256,7 +298,7 @@ def head_backward(w, t, kept, encoded, directions, grad_raw, grad_w, grad_encode
             for k in range(t[1]):
                 for l in range(last - first): grad_encoded[k, first + l] = g_x[k * LANES + l]
 
-# %% ../../nbs/fields/hashgrid.ipynb #bbf583e8
+# %% ../../nbs/fields/hashgrid.ipynb #c48db8c7
 class _HashGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, network, points, directions, levels, head):
@@ -274,13 +316,16 @@ class _HashGrid(torch.autograd.Function):
         levels, head, shape = ctx.shape
         grad_raw = grad_raw.contiguous().numpy()
         kept = grad_raw.any(1).nonzero()[0]
-        grad_parts, grad_encoded = np.zeros((PARTS, len(network)), np.float32), np.empty((len(encoded), len(kept)), np.float32)
+        grad_parts, grad_encoded = (
+            np.zeros((PARTS, len(network)), np.float32),
+            np.empty((len(encoded), len(kept)), np.float32),
+        )
         head_backward(network, head, kept, encoded, directions, grad_raw, grad_parts, grad_encoded)
         grad_table = torch.zeros(shape)
         write_grids(min(numba.get_num_threads(), len(levels)), levels, points, kept, grad_encoded, grad_table.numpy())
         return grad_table, torch.from_numpy(grad_parts.sum(0)), None, None, None, None
 
-# %% ../../nbs/fields/hashgrid.ipynb #5d9de08d
+# %% ../../nbs/fields/hashgrid.ipynb #670f8091
 class HashGridField(BoxField):
     """A hash grid and its small network over a box; see `fields.mlp.BoxField` for how it is asked.
 
@@ -306,17 +351,22 @@ class HashGridField(BoxField):
     def _raw(self, positions: Tensor, directions: Tensor) -> Tensor:
         fused = self.table.device.type == "cpu" and self.table.dtype == torch.float32
         if not fused: return self.run_reference(positions, directions)
-        return _HashGrid.apply(self.table, self.network, self._units(positions), directions, kernel_levels(self.levels), self.layout.table())
+        return _HashGrid.apply(self.table, self.network, self._units(positions), directions, kernel_levels(self.levels),
+                               self.layout.table())
 
     def run_reference(self, positions: Tensor, directions: Tensor) -> Tensor:
-        """What the kernels compute, in plain torch: raw density and colour [N, 4]. Differentiable in positions and directions, too."""
+        """What the kernels compute, in plain torch: raw density and colour [N, 4]. Differentiable in positions and
+        directions, too."""
         h = self._hidden(positions)
-        seen = torch.cat([self._linear("feature", h), fourier_encode(directions, self.config.direction_frequencies)], -1)
-        return torch.cat([self._linear("density", h), self._linear("colour", torch.relu(self._linear("view", seen)))], -1)
+        seen = torch.cat([self._linear("feature", h), fourier_encode(directions, self.config.direction_frequencies)],
+                         -1)
+        return torch.cat([self._linear("density", h), self._linear("colour", torch.relu(self._linear("view", seen)))],
+                         -1)
 
     def _features(self, positions: Tensor) -> Tensor: return self._linear("feature", self._hidden(positions))
 
-    def _hidden(self, positions: Tensor) -> Tensor: return torch.relu(self._linear("first", self.encode_reference(positions)))
+    def _hidden(self, positions: Tensor) -> Tensor:
+        return torch.relu(self._linear("first", self.encode_reference(positions)))
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         weights, biases, end = self.layout.offsets[name]

@@ -18,10 +18,11 @@ from .encodings import fourier_width
 
 LANES = 64
 
-# %% ../../nbs/fields/kernels.ipynb #783929e3
+# %% ../../nbs/fields/kernels.ipynb #7f32c7ab
 @dataclass(frozen=True)
 class NetworkLayout:
-    """Shape of one tiny network and the place of its layers in a row of parameters. See `fields.kilonerf` for what the layers do."""
+    """Shape of one tiny network and the place of its layers in a row of parameters. See `fields.kilonerf` for what the
+    layers do."""
 
     position_frequencies: int
     direction_frequencies: int
@@ -33,8 +34,9 @@ class NetworkLayout:
         """(inputs, outputs) of each layer, in the order of the row."""
         position, direction = fourier_width(3, self.position_frequencies), fourier_width(3, self.direction_frequencies)
         second = self.hidden + position * self.refeed_position
-        return {"first": (position, self.hidden), "second": (second, self.hidden), "density": (self.hidden, 1), "feature": (self.hidden, self.hidden),
-                "view": (self.hidden + direction, self.hidden), "colour": (self.hidden, 3)}
+        return {"first": (position, self.hidden), "second": (second, self.hidden), "density": (self.hidden, 1),
+                "feature": (self.hidden, self.hidden), "view": (self.hidden + direction, self.hidden),
+                "colour": (self.hidden, 3)}
 
     @property
     def offsets(self) -> dict[str, tuple[int, int, int]]:
@@ -49,19 +51,22 @@ class NetworkLayout:
     def size(self) -> int: return max(end for _, _, end in self.offsets.values())
 
     def fresh_row(self, generator: torch.Generator | None = None) -> Tensor:
-        """Weights and biases of one network, [size]: He initialisation before a ReLU, 1/sqrt(inputs) elsewhere, biases 0."""
+        """Weights and biases of one network, [size]: He initialisation before a ReLU, 1/sqrt(inputs) elsewhere, biases
+        0."""
         parts = []
         for name, (inputs, outputs) in self.shapes.items():
             gain = 1.0 if name in ("density", "feature", "colour") else sqrt(2)
-            parts += [(torch.randn(inputs, outputs, generator=generator) * gain / sqrt(inputs)).flatten(), torch.zeros(outputs)]
+            parts += [(torch.randn(inputs, outputs, generator=generator) * gain / sqrt(inputs)).flatten(),
+                      torch.zeros(outputs)]
         return torch.cat(parts)
 
     def table(self) -> np.ndarray:
-        """The numbers that the kernels read: frequencies, hidden, inputs of the second layer, then weights and biases start of the six layers."""
+        """The numbers that the kernels read: frequencies, hidden, inputs of the second layer, then weights and biases
+        start of the six layers."""
         head = [self.position_frequencies, self.direction_frequencies, self.hidden, self.shapes["second"][0]]
         return np.array(head + [o for w, b, _ in self.offsets.values() for o in (w, b)], np.int64)
 
-# %% ../../nbs/fields/kernels.ipynb #56430fe9
+# %% ../../nbs/fields/kernels.ipynb #e5cc9222
 @numba.njit(cache=True, fastmath=True)
 def _multiply(w, start, step_in, step_out, x, out, inputs, outputs, lanes):
     """out[j, :] += sum over k of w[start + k step_in + j step_out] x[k, :]; x and out are flat blocks of rows of 64."""
@@ -89,7 +94,8 @@ def _multiply(w, start, step_in, step_out, x, out, inputs, outputs, lanes):
             w00 = w[a]; w01 = w[a + step_out]; w02 = w[a + 2 * step_out]; w03 = w[a + 3 * step_out]
             xk = x[k * LANES:(k + 1) * LANES]
             for l in range(lanes):
-                o[l] += w00 * xk[l]; o[LANES + l] += w01 * xk[l]; o[2 * LANES + l] += w02 * xk[l]; o[3 * LANES + l] += w03 * xk[l]
+                o[l] += w00 * xk[l]; o[LANES + l] += w01 * xk[l]; o[2 * LANES + l] += w02 * xk[l]
+                o[3 * LANES + l] += w03 * xk[l]
     for j in range(whole_out, outputs):
         o = out[j * LANES:(j + 1) * LANES]
         for k in range(inputs):
@@ -130,7 +136,7 @@ def _outer(x, y, w, start, inputs, outputs, lanes):
             for l in range(lanes): total += x[k * LANES + l] * y[j * LANES + l]
             w[start + k * outputs + j] += total
 
-# %% ../../nbs/fields/kernels.ipynb #851ed01f
+# %% ../../nbs/fields/kernels.ipynb #b1139f4e
 @numba.njit(cache=True, fastmath=True, inline="always")
 def _sin_pi(x):
     nearest = np.floor(x + np.float32(0.5))
@@ -144,13 +150,16 @@ def _sin_pi(x):
     p = p * s + np.float32(3.14159264)
     return sign * r * p
 
-
+# %% ../../nbs/fields/kernels.ipynb #b5807c75
 @numba.njit(cache=True, fastmath=True)
 def _encode(x, out, frequencies, lanes):
     """Rows of `fourier_encode`: the 3 inputs x, the sines, the cosines; three rows per frequency."""
     for l in range(3 * LANES): out[l] = x[l]
     if frequencies == 0: return
-    sines, cosines = out[3 * LANES:(3 + 3 * frequencies) * LANES], out[(3 + 3 * frequencies) * LANES:(3 + 6 * frequencies) * LANES]
+    sines, cosines = (
+        out[3 * LANES : (3 + 3 * frequencies) * LANES],
+        out[(3 + 3 * frequencies) * LANES : (3 + 6 * frequencies) * LANES],
+    )
     for a in range(3):
         for l in range(a * LANES, a * LANES + lanes):
             sines[l] = _sin_pi(x[l])
@@ -162,7 +171,7 @@ def _encode(x, out, frequencies, lanes):
                 sines[now + l] = np.float32(2) * s * c
                 cosines[now + l] = np.float32(1) - np.float32(2) * s * s
 
-# %% ../../nbs/fields/kernels.ipynb #50abc316
+# %% ../../nbs/fields/kernels.ipynb #3579bc61
 @numba.njit(cache=True, fastmath=True)
 def _layer(w, weights, biases, x, out, inputs, outputs, lanes, relu):
     for j in range(outputs):
@@ -172,10 +181,11 @@ def _layer(w, weights, biases, x, out, inputs, outputs, lanes, relu):
     if relu:
         for l in range(outputs * LANES): out[l] = max(out[l], np.float32(0))
 
-
+# %% ../../nbs/fields/kernels.ipynb #996586e1
 @numba.njit(cache=True, fastmath=True)
 def _block_forward(w, t, position, view, one, two, features, three, results, lanes):
-    """One network (parameters w, layout table t) on a block; fills all activations. one = [hidden | position], features = [feature | direction]."""
+    """One network (parameters w, layout table t) on a block; fills all activations. one = [hidden | position], features
+    = [feature | direction]."""
     hidden, second = t[2], t[3]
     positions, directions = one[hidden * LANES:], features[hidden * LANES:]
     _encode(position, positions, t[0], lanes)
@@ -187,7 +197,7 @@ def _block_forward(w, t, position, view, one, two, features, three, results, lan
     _layer(w, t[12], t[13], features, three, hidden + 3 + 6 * t[1], hidden, lanes, True)
     _layer(w, t[14], t[15], three, results[LANES:], hidden, 3, lanes, False)
 
-# %% ../../nbs/fields/kernels.ipynb #696829f5
+# %% ../../nbs/fields/kernels.ipynb #9a4b354e
 @numba.njit(cache=True, fastmath=True)
 def _layer_backward(w, grad_w, weights, biases, x, grad_out, grad_x, inputs, outputs, wanted, lanes):
     """Add the layer's parameter gradients to grad_w; add to grad_x the gradient of the first `wanted` inputs."""
@@ -198,12 +208,12 @@ def _layer_backward(w, grad_w, weights, biases, x, grad_out, grad_x, inputs, out
         grad_w[biases + j] += total
     if wanted: _multiply(w, weights, 1, outputs, grad_out, grad_x, outputs, wanted, lanes)
 
-
+# %% ../../nbs/fields/kernels.ipynb #bccbf1b0
 @numba.njit(cache=True, fastmath=True)
 def _mask(grad, activation, rows):
     for l in range(rows * LANES): grad[l] = grad[l] if activation[l] > 0 else np.float32(0)
 
-
+# %% ../../nbs/fields/kernels.ipynb #3791b5d3
 @numba.njit(cache=True, fastmath=True)
 def _block_backward(w, grad_w, t, one, two, features, three, grad_results, g_one, g_two, g_feature, g_three, lanes):
     """Gradients of one network on a block whose activations `_block_forward` left behind."""
@@ -219,7 +229,7 @@ def _block_backward(w, grad_w, t, one, two, features, three, grad_results, g_one
     _mask(g_one, one, hidden)
     _layer_backward(w, grad_w, t[4], t[5], one[hidden * LANES:], g_one, g_one, 3 + 6 * t[0], hidden, 0, lanes)
 
-# %% ../../nbs/fields/kernels.ipynb #0ea8066c
+# %% ../../nbs/fields/kernels.ipynb #0784a239
 @numba.njit(cache=True)
 def sort_by_network(network, count):
     """(order [N], starts [count + 1]): a stable counting sort of samples by their network number."""
@@ -232,7 +242,7 @@ def sort_by_network(network, count):
         place[network[i]] += 1
     return order, starts
 
-
+# %% ../../nbs/fields/kernels.ipynb #72071311
 @numba.njit(cache=True)
 def keep_wanted(order, starts, grad_raw):
     """`order` and `starts` without the samples whose gradient is zero: those behind the end of their ray."""
@@ -246,7 +256,7 @@ def keep_wanted(order, starts, grad_raw):
         bounds[n + 1] = used
     return kept[:used], bounds
 
-
+# %% ../../nbs/fields/kernels.ipynb #28087d9c
 @numba.njit(cache=True)
 def _shares(starts, parts):
     """Bounds [parts + 1] of consecutive runs of networks with about equally many blocks of 64 samples."""
@@ -257,10 +267,11 @@ def _shares(starts, parts):
     bounds[parts] = len(starts) - 1
     return bounds
 
-# %% ../../nbs/fields/kernels.ipynb #cc525a05
+# %% ../../nbs/fields/kernels.ipynb #98c878bf
 @numba.njit(cache=True, inline="always")
 def _gather(order, first, last, local, directions, position, view):
-    """Copy a block's coordinates across; repeat the last sample up to the next multiple of 16. Returns the lanes in use."""
+    """Copy a block's coordinates across; repeat the last sample up to the next multiple of 16. Returns the lanes in
+    use."""
     lanes = (last - first + 15) // 16 * 16
     for l in range(lanes):
         i = order[min(first + l, last - 1)]
@@ -269,16 +280,21 @@ def _gather(order, first, last, local, directions, position, view):
             view[a * LANES + l] = directions[i, a]
     return lanes
 
-
+# %% ../../nbs/fields/kernels.ipynb #bd2fbd00
 @numba.njit(cache=True, parallel=True, fastmath=True)
 def networks_forward(parts, networks, t, order, starts, local, directions, raw):
-    """raw [N, 4] = density and colour before activation, in `parts` threads, of samples with cell coordinates `local` [N, 3] and unit `directions` [N, 3]."""
+    """raw [N, 4] = density and colour before activation, in `parts` threads, of samples with cell coordinates `local`
+    [N, 3] and unit `directions` [N, 3]."""
     bounds = _shares(starts, parts)
     for part in numba.prange(parts):
         hidden, inputs, views = t[2], 3 + 6 * t[0], 3 + 6 * t[1]
         position, view = np.zeros(3 * LANES, np.float32), np.zeros(3 * LANES, np.float32)
         one, two = np.zeros((hidden + inputs) * LANES, np.float32), np.zeros(hidden * LANES, np.float32)
-        features, three, results = np.zeros((hidden + views) * LANES, np.float32), np.zeros(hidden * LANES, np.float32), np.zeros(4 * LANES, np.float32)
+        features, three, results = (
+            np.zeros((hidden + views) * LANES, np.float32),
+            np.zeros(hidden * LANES, np.float32),
+            np.zeros(4 * LANES, np.float32),
+        )
         for n in range(bounds[part], bounds[part + 1]):
             for first in range(starts[n], starts[n + 1], LANES):
                 last = min(first + LANES, starts[n + 1])
@@ -287,16 +303,21 @@ def networks_forward(parts, networks, t, order, starts, local, directions, raw):
                 for l in range(last - first):
                     for a in range(4): raw[order[first + l], a] = results[a * LANES + l]
 
-# %% ../../nbs/fields/kernels.ipynb #0d596081
+# %% ../../nbs/fields/kernels.ipynb #569a8344
 @numba.njit(cache=True, parallel=True, fastmath=True)
 def networks_backward(parts, networks, t, order, starts, local, directions, grad_raw, grad_networks):
-    """Add to grad_networks [networks, size] the gradient of sum(grad_raw * raw); activations are computed again rather than stored."""
+    """Add to grad_networks [networks, size] the gradient of sum(grad_raw * raw); activations are computed again rather
+    than stored."""
     bounds = _shares(starts, parts)
     for part in numba.prange(parts):
         hidden, inputs, views = t[2], 3 + 6 * t[0], 3 + 6 * t[1]
         position, view = np.zeros(3 * LANES, np.float32), np.zeros(3 * LANES, np.float32)
         one, two = np.zeros((hidden + inputs) * LANES, np.float32), np.zeros(hidden * LANES, np.float32)
-        features, three, results = np.zeros((hidden + views) * LANES, np.float32), np.zeros(hidden * LANES, np.float32), np.zeros(4 * LANES, np.float32)
+        features, three, results = (
+            np.zeros((hidden + views) * LANES, np.float32),
+            np.zeros(hidden * LANES, np.float32),
+            np.zeros(4 * LANES, np.float32),
+        )
         g_one, g_two = np.zeros((hidden + inputs) * LANES, np.float32), np.zeros(hidden * LANES, np.float32)
         g_feature, g_three = np.zeros(hidden * LANES, np.float32), np.zeros(hidden * LANES, np.float32)
         for n in range(bounds[part], bounds[part + 1]):
@@ -307,9 +328,10 @@ def networks_backward(parts, networks, t, order, starts, local, directions, grad
                 results[:] = 0
                 for l in range(last - first):
                     for a in range(4): results[a * LANES + l] = grad_raw[order[first + l], a]
-                _block_backward(networks[n], grad_networks[n], t, one, two, features, three, results, g_one, g_two, g_feature, g_three, lanes)
+                _block_backward(networks[n], grad_networks[n], t, one, two, features, three, results, g_one, g_two,
+                                g_feature, g_three, lanes)
 
-# %% ../../nbs/fields/kernels.ipynb #290e9edf
+# %% ../../nbs/fields/kernels.ipynb #884411c1
 class _Networks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, networks, local, directions, network, table):
@@ -326,14 +348,16 @@ class _Networks(torch.autograd.Function):
         networks, local, directions = (t.detach().contiguous().numpy() for t in ctx.saved_tensors)
         grad = torch.zeros_like(ctx.saved_tensors[0])
         (table, order, starts), grad_raw = ctx.sorted, grad_raw.contiguous().numpy()
-        networks_backward(numba.get_num_threads(), networks, table, *keep_wanted(order, starts, grad_raw), local, directions, grad_raw, grad.numpy())
+        networks_backward(numba.get_num_threads(), networks, table, *keep_wanted(order, starts, grad_raw), local,
+                          directions, grad_raw, grad.numpy())
         return grad, None, None, None, None
 
-
+# %% ../../nbs/fields/kernels.ipynb #ebd4de08
 def run_networks(networks: Tensor, layout: NetworkLayout, network: Tensor, local: Tensor, directions: Tensor) -> Tensor:
     """Raw density and colour [N, 4] from a table of networks, on the CPU.
 
-    networks: [C, layout.size] float32. network: [N] int64, which network each sample asks. local: [N, 3] cell coordinates in [-1, 1].
+    networks: [C, layout.size] float32. network: [N] int64, which network each sample asks. local: [N, 3] cell
+    coordinates in [-1, 1].
     directions: [N, 3] unit vectors. Differentiable in `networks`. Its plain-torch twin is `KiloNeRF.run_reference`.
     """
     return _Networks.apply(networks, local, directions, network, layout.table())

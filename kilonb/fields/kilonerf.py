@@ -19,14 +19,16 @@ from .mlp import activate
 from .occupancy import OccupancyGrid
 from ..core.errors import KiloError
 
-# %% ../../nbs/fields/kilonerf.ipynb #53e9e784
+# %% ../../nbs/fields/kilonerf.ipynb #7f343870
 @dataclass(frozen=True)
 class KiloNeRFConfig:
     """Shape of a grid of networks.
 
-    cell_size: edge of a cell, metres. position_frequencies, direction_frequencies: Fourier frequencies; 0 feeds raw coordinates.
+    cell_size: edge of a cell, metres. position_frequencies, direction_frequencies: Fourier frequencies; 0 feeds raw
+    coordinates.
     hidden: width of all hidden layers. refeed_position: give the encoded position to the second layer again.
-    density_scale: 1/metre per unit of softplus. density_bias: shift of the softplus; a negative one starts nearly empty.
+    density_scale: 1/metre per unit of softplus. density_bias: shift of the softplus; a negative one starts nearly
+    empty.
     """
 
     cell_size: float = 0.15
@@ -40,20 +42,26 @@ class KiloNeRFConfig:
     def __post_init__(self):
         if not self.cell_size > 0: raise KiloError(f"cell_size is {self.cell_size:g} m; expected a length above 0.")
         if self.hidden < 1: raise KiloError(f"hidden is {self.hidden}; expected at least 1.")
-        if min(self.position_frequencies, self.direction_frequencies) < 0: raise KiloError("The numbers of Fourier frequencies must be 0 or more.")
+        if min(self.position_frequencies, self.direction_frequencies) < 0:
+            raise KiloError("The numbers of Fourier frequencies must be 0 or more.")
 
-# %% ../../nbs/fields/kilonerf.ipynb #cfe5f274
+# %% ../../nbs/fields/kilonerf.ipynb #989baaa0
 @numba.njit(cache=True)
 def _locate(points, bits, lower, cell_size, network, overlap, found, local):
-    """bits: [N, 3] the points' own, as unsigned integers, from which each point draws its shift of up to `overlap` cells."""
+    """bits: [N, 3] the points' own, as unsigned integers, from which each point draws its shift of up to `overlap`
+    cells."""
     for n in range(len(points)):
-        mixed = (np.int64(bits[n, 0]) * 73856093) ^ (np.int64(bits[n, 1]) * 19349663) ^ (np.int64(bits[n, 2]) * 83492791)
+        mixed = (
+            (np.int64(bits[n, 0]) * 73856093) ^ (np.int64(bits[n, 1]) * 19349663) ^ (np.int64(bits[n, 2]) * 83492791)
+        )
         for attempt in range(2):
             inside, index = True, (0, 0, 0)
             for a in range(3):
                 scaled = (points[n, a] - lower[a]) / cell_size
                 shift = np.float32(0)
-                if attempt == 0 and overlap > 0: shift = overlap * (np.float32(((mixed * (a + 1)) >> 9) & 0xFFFF) / np.float32(32768) - np.float32(1))
+                if attempt == 0 and overlap > 0:
+                    shift = overlap * (np.float32(((mixed * (a + 1)) >> 9) & 0xFFFF) / np.float32(32768)
+                                       - np.float32(1))
                 cell = np.floor(scaled + shift)
                 local[n, a] = np.float32(2) * (scaled - cell) - np.float32(1)
                 inside = inside and 0 <= cell < network.shape[a]
@@ -61,7 +69,7 @@ def _locate(points, bits, lower, cell_size, network, overlap, found, local):
             found[n] = network[index] if inside else -1
             if found[n] >= 0 or overlap == 0: break
 
-# %% ../../nbs/fields/kilonerf.ipynb #a8193436
+# %% ../../nbs/fields/kilonerf.ipynb #71071553
 class CellGrid(nn.Module):
     """A box cut into cubic cells; the cells that matter are numbered 0, 1, 2 ...
 
@@ -78,14 +86,23 @@ class CellGrid(nn.Module):
     def count(self) -> int: return int(self.network.max()) + 1
 
     def locate(self, points: Tensor, overlap: float = 0.0) -> tuple[Tensor, Tensor]:
-        """Network numbers [N] (-1 outside) and coordinates [N, 3] within the cell, -1 to 1, of points [N, 3] metres. One compiled pass on a CPU.
+        """Network numbers [N] (-1 outside) and coordinates [N, 3] within the cell, -1 to 1, of points [N, 3] metres.
+        One compiled pass on a CPU.
 
-        overlap: share of a cell, below 1/2. A point so close to a wall may be given to the neighbour, the more often the closer it is, and then has
-        coordinates up to 2 overlap beyond 1. Which points are is drawn from the points themselves: the same point always goes to the same network.
+        overlap: share of a cell, below 1/2. A point so close to a wall may be given to the neighbour, the more often
+        the closer it is, and then has coordinates up to 2 overlap beyond 1. Which points are is drawn from the points
+        themselves: the same point always goes to the same network.
         """
         if points.device.type == "cpu" and points.dtype == torch.float32 and not points.requires_grad:
-            points, found, local = points.contiguous(), torch.empty(len(points), dtype=torch.int64), torch.empty(len(points), 3)
-            arrays = points.numpy(), points.numpy().view(np.uint32), self.lower.numpy(), np.float32(self.cell_size), self.network.numpy()
+            points, found, local = points.contiguous(), torch.empty(len(points),
+                                                                    dtype=torch.int64), torch.empty(len(points), 3)
+            arrays = (
+                points.numpy(),
+                points.numpy().view(np.uint32),
+                self.lower.numpy(),
+                np.float32(self.cell_size),
+                self.network.numpy(),
+            )
             _locate(*arrays, np.float32(overlap), found.numpy(), local.numpy())
             return found, local
         scaled = (points - self.lower) / self.cell_size
@@ -104,14 +121,16 @@ class CellGrid(nn.Module):
         x, y, z = cell.clamp(min=0).minimum(limit - 1).unbind(-1)
         return torch.where(((cell >= 0) & (cell < limit)).all(-1), self.network[x, y, z], -1)
 
-
+# %% ../../nbs/fields/kilonerf.ipynb #1c45f4ba
 def cells_of(grid: OccupancyGrid, cell_size: float) -> CellGrid:
     """Cells of `cell_size` metres over a grid's box, numbered where they hold an occupied voxel.
 
-    A voxel may straddle cells, so all the cells that its eight corners lie in are marked; voxels must not be larger than cells.
+    A voxel may straddle cells, so all the cells that its eight corners lie in are marked; voxels must not be larger
+    than cells.
     """
     if (grid.voxel_size > cell_size * 1.001).any():
-        raise KiloError(f"Cells of {cell_size:g} m are smaller than the occupancy's voxels, {grid.voxel_size.max():.3g} m; raise cell_size or the resolution.")
+        raise KiloError(f"Cells of {cell_size:g} m are smaller than the occupancy's voxels, "
+                        f"{grid.voxel_size.max():.3g} m; raise cell_size or the resolution.")
     counts = ((grid.box[1] - grid.box[0]) / cell_size - 1e-4).ceil().clamp(min=1).long()
     marked = torch.zeros(counts.tolist(), dtype=torch.bool, device=counts.device)
     corners = grid.occupied.nonzero()
@@ -121,10 +140,11 @@ def cells_of(grid: OccupancyGrid, cell_size: float) -> CellGrid:
     network = torch.where(marked, marked.flatten().cumsum(0).reshape(marked.shape) - 1, -1)
     return CellGrid(grid.box[0], cell_size, network)
 
-# %% ../../nbs/fields/kilonerf.ipynb #204ed3ef
+# %% ../../nbs/fields/kilonerf.ipynb #755e1bae
 @numba.njit(cache=True)
 def _assign_slots(network, counts, order, ratio, slots, group_networks, group_rows):
-    """Give every sample a row in the padded table; `order` lists networks by falling count. Returns (groups, rows in all)."""
+    """Give every sample a row in the padded table; `order` lists networks by falling count. Returns (groups, rows in
+    all)."""
     first_row = np.zeros(len(counts), np.int64)
     groups, rows, i = 0, 0, 0
     while i < len(order) and counts[order[i]] > 0:
@@ -145,10 +165,11 @@ def _assign_slots(network, counts, order, ratio, slots, group_networks, group_ro
         used[network[n]] += 1
     return groups, rows
 
-# %% ../../nbs/fields/kilonerf.ipynb #e78da765
+# %% ../../nbs/fields/kilonerf.ipynb #407aee5c
 @dataclass(frozen=True)
 class Routing:
-    """Where samples go. slots: [N] row of each sample. rows: height of the table. networks: active ones, by falling number of samples.
+    """Where samples go. slots: [N] row of each sample. rows: height of the table. networks: active ones, by falling
+    number of samples.
 
     groups: (number of networks, rows of each) of consecutive networks that are multiplied together.
     """
@@ -158,42 +179,54 @@ class Routing:
     networks: Tensor
     groups: list[tuple[int, int]]
 
-
+# %% ../../nbs/fields/kilonerf.ipynb #ee8598fa
 def route(network: Tensor, count: int, ratio: float = 0.7) -> Routing:
-    """Group samples by their network number [N], all in 0..count-1. ratio: the emptiest network of a group is at least this full."""
+    """Group samples by their network number [N], all in 0..count-1. ratio: the emptiest network of a group is at least
+    this full."""
     counts = torch.bincount(network, minlength=count)
     order = torch.argsort(counts, descending=True, stable=True)
-    slots, group_networks, group_rows = np.empty(len(network), np.int64), np.empty(count, np.int64), np.empty(count, np.int64)
+    slots, group_networks, group_rows = (
+        np.empty(len(network), np.int64),
+        np.empty(count, np.int64),
+        np.empty(count, np.int64),
+    )
     arrays = [t.cpu().numpy() for t in (network, counts, order)]
     groups, rows = _assign_slots(*arrays, ratio, slots, group_networks, group_rows)
     active = order[: int(group_networks[:groups].sum())]
-    return Routing(torch.from_numpy(slots).to(network.device), rows, active, list(zip(group_networks[:groups].tolist(), group_rows[:groups].tolist())))
+    return Routing(torch.from_numpy(slots).to(network.device), rows, active,
+                   list(zip(group_networks[:groups].tolist(), group_rows[:groups].tolist())))
 
-# %% ../../nbs/fields/kilonerf.ipynb #281f8ed4
+# %% ../../nbs/fields/kilonerf.ipynb #7003163c
 def _layer(layer: tuple[Tensor, Tensor], x: Tensor) -> Tensor: return torch.baddbmm(layer[1], x, layer[0])
 
-
+# %% ../../nbs/fields/kilonerf.ipynb #b35a9d3d
 class PaddedNetworks(nn.Module):
-    """The plain-torch side of a grid of networks: any device, any floating type, and the hidden features that the kernel keeps to itself."""
+    """The plain-torch side of a grid of networks: any device, any floating type, and the hidden features that the
+    kernel keeps to itself."""
 
     def layers(self, rows: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Views (weights [n, inputs, outputs], biases [n, 1, outputs]) of network parameters `rows` [n, layout.size]."""
+        """Views (weights [n, inputs, outputs], biases [n, 1, outputs]) of network parameters `rows` [n,
+        layout.size]."""
         sizes = [size for w, b, end in self.layout.offsets.values() for size in (b - w, end - b)]
         parts = rows.split(sizes, 1)                            # one split: its gradient is one concatenation
-        return {k: (weights.unflatten(1, shape), biases[:, None]) for (k, shape), weights, biases in zip(self.layout.shapes.items(), parts[::2], parts[1::2])}
+        return {k: (weights.unflatten(1, shape), biases[:, None]) for (k, shape), weights,
+                biases in zip(self.layout.shapes.items(), parts[::2], parts[1::2])}
 
     def run_reference(self, network: Tensor, local: Tensor, directions: Tensor) -> Tensor:
-        """What `fields.kernels.run_networks` computes, as batched matrix products in plain torch: raw density and colour [N, 4]."""
+        """What `fields.kernels.run_networks` computes, as batched matrix products in plain torch: raw density and
+        colour [N, 4]."""
         return self._routed(self._network, network, torch.cat([local, directions], -1), 4)
 
     def _routed(self, function, network: Tensor, inputs: Tensor, width: int) -> Tensor:
-        """[N, width] = function(layers, inputs) of n networks at a time, each on its rows of the padded table; inputs: [N, D] per sample."""
+        """[N, width] = function(layers, inputs) of n networks at a time, each on its rows of the padded table; inputs:
+        [N, D] per sample."""
         if len(network) == 0: return inputs.new_zeros(0, width)
         routing = route(network, self.cells.count)
         table = inputs.new_zeros(routing.rows, inputs.shape[1]).index_copy(0, routing.slots, inputs)
         chosen = self.networks.index_select(0, routing.networks).split([count for count, _ in routing.groups])
         blocks = table.split([count * height for count, height in routing.groups])
-        outputs = [function(self.layers(rows), block.view(len(rows), -1, block.shape[1])).flatten(0, 1) for rows, block in zip(chosen, blocks)]
+        outputs = [function(self.layers(rows), block.view(len(rows), -1, block.shape[1])).flatten(0, 1) for rows,
+                   block in zip(chosen, blocks)]
         return torch.cat(outputs).index_select(0, routing.slots)
 
     def _hidden(self, layers: dict[str, tuple[Tensor, Tensor]], local: Tensor) -> Tensor:
@@ -202,20 +235,24 @@ class PaddedNetworks(nn.Module):
         h = torch.relu(_layer(layers["first"], position))
         return torch.relu(_layer(layers["second"], torch.cat([h, position], -1) if self.config.refeed_position else h))
 
-    def _features(self, layers: dict[str, tuple[Tensor, Tensor]], local: Tensor) -> Tensor: return _layer(layers["feature"], self._hidden(layers, local))
+    def _features(self, layers: dict[str, tuple[Tensor, Tensor]], local: Tensor) -> Tensor:
+        return _layer(layers["feature"], self._hidden(layers, local))
 
     def _network(self, layers: dict[str, tuple[Tensor, Tensor]], inputs: Tensor) -> Tensor:
         """Raw density and colour [n, rows, 4] of n networks at cell coordinates and directions [n, rows, 6]."""
-        h, direction = self._hidden(layers, inputs[..., :3]), fourier_encode(inputs[..., 3:], self.config.direction_frequencies)
+        h, direction = (
+            self._hidden(layers, inputs[..., :3]),
+            fourier_encode(inputs[..., 3:], self.config.direction_frequencies),
+        )
         view = torch.relu(_layer(layers["view"], torch.cat([_layer(layers["feature"], h), direction], -1)))
         return torch.cat([_layer(layers["density"], h), _layer(layers["colour"], view)], -1)
 
-# %% ../../nbs/fields/kilonerf.ipynb #09685019
+# %% ../../nbs/fields/kilonerf.ipynb #1ec27148
 class KiloNeRF(PaddedNetworks):
     """A grid of tiny networks: `field(positions, directions)` gives density and colour.
 
-    cells: which cells have a network. All networks start from the same weights, so that the field starts alike in all cells.
-    `networks` [cells, layout.size] holds all parameters, one network per row.
+    cells: which cells have a network. All networks start from the same weights, so that the field starts alike in all
+    cells. `networks` [cells, layout.size] holds all parameters, one network per row.
     """
 
     kind = "kilonerf"
@@ -231,22 +268,28 @@ class KiloNeRF(PaddedNetworks):
         self.overlap = 0.0                      # share of a cell; above 0 only while training, see `CellGrid.locate`
 
     def forward(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Density [N], 1/metre, and colour [N, 3] in [0, 1] at `positions` [N, 3] metres seen along unit `directions` [N, 3]. Density 0 outside all cells."""
+        """Density [N], 1/metre, and colour [N, 3] in [0, 1] at `positions` [N, 3] metres seen along unit `directions`
+        [N, 3]. Density 0 outside all cells."""
         network, local = self.cells.locate(positions, self.overlap)
         known = network >= 0
         if bool(known.all()): return self.ask(network, local, directions)
         index = known.nonzero().flatten()
         sigma, rgb = self.ask(network[index], local[index], directions[index])
-        return positions.new_zeros(len(known)).index_copy(0, index, sigma), positions.new_zeros(len(known), 3).index_copy(0, index, rgb)
+        return positions.new_zeros(len(known)).index_copy(0, index, sigma), positions.new_zeros(
+            len(known), 3
+        ).index_copy(0, index, rgb)
 
     def ask(self, network: Tensor, local: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Density [N] and colour [N, 3] by networks of one's choice: numbers [N], cell coordinates [N, 3], unit directions [N, 3]."""
+        """Density [N] and colour [N, 3] by networks of one's choice: numbers [N], cell coordinates [N, 3], unit
+        directions [N, 3]."""
         fused = self.networks.device.type == "cpu" and self.networks.dtype == torch.float32
-        raw = run_networks(self.networks, self.layout, network, local, directions) if fused else self.run_reference(network, local, directions)
+        raw = run_networks(self.networks, self.layout, network, local,
+                           directions) if fused else self.run_reference(network, local, directions)
         return activate(raw, self.config.density_scale, self.config.density_bias)
 
     def features(self, positions: Tensor, directions: Tensor | None = None) -> Tensor:
-        """What the networks know of `positions` [N, 3] before they hear the direction: [N, feature_width], differentiable; 0 outside all cells."""
+        """What the networks know of `positions` [N, 3] before they hear the direction: [N, feature_width],
+        differentiable; 0 outside all cells."""
         network, local = self.cells.locate(positions)
         index = (network >= 0).nonzero().flatten()
         found = self._routed(self._features, network[index], local[index], self.feature_width)

@@ -18,9 +18,10 @@ from .occupancy import OccupancyGrid
 from ..geometry.cameras import Rays
 from ..core.errors import KiloError
 
-# %% ../../nbs/fields/marching.ipynb #f861d7fa
+# %% ../../nbs/fields/marching.ipynb #5760124f
 class Samples(NamedTuple):
-    """Packed samples of R rays. offsets: [R + 1] int64. ray: [N] int64. distance: [N] metres. delta: [N] metres. positions, directions: [N, 3]."""
+    """Packed samples of R rays. offsets: [R + 1] int64. ray: [N] int64. distance: [N] metres. delta: [N] metres.
+    positions, directions: [N, 3]."""
 
     offsets: Tensor
     ray: Tensor
@@ -36,12 +37,14 @@ def _slab(origin, direction, low, high, enter, leave):
     first, second = (low - origin) / direction, (high - origin) / direction
     return max(enter, min(first, second)), min(leave, max(first, second))
 
-# %% ../../nbs/fields/marching.ipynb #329eb805
+# %% ../../nbs/fields/marching.ipynb #bd0508fd
 @numba.njit(cache=True)
 def _walk(origin, direction, lower, upper, voxel, clearance, least, depth_limit, step, offset, near, far, distances):
-    """Write the kept distances of one ray; return how many. clearance: [X, Y, Z] 0 where occupied, else voxels to the nearest occupied one.
+    """Write the kept distances of one ray; return how many. clearance: [X, Y, Z] 0 where occupied, else voxels to the
+    nearest occupied one.
 
-    least: [X, Y, Z] least density, 1/metre, or [0, 0, 0] where none is known; the ray ends once its optical depth is beyond `depth_limit`.
+    least: [X, Y, Z] least density, 1/metre, or [0, 0, 0] where none is known; the ray ends once its optical depth is
+    beyond `depth_limit`.
     """
     enter, leave = near, far
     for a in range(3): enter, leave = _slab(origin[a], direction[a], lower[a], upper[a], enter, leave)
@@ -67,20 +70,23 @@ def _walk(origin, direction, lower, upper, voxel, clearance, least, depth_limit,
                 if depth > depth_limit: return count
         else: k += max(int((clear - 1) / (fastest * step)), 1)
 
-# %% ../../nbs/fields/marching.ipynb #5d6fa02e
+# %% ../../nbs/fields/marching.ipynb #de8c3906
 @numba.njit(cache=True, parallel=True)
-def _march(parts, origins, directions, lower, upper, voxel, clearance, least, depth_limit, step, offsets, near, far, longest, counts, kept):
-    """Each of `parts` threads walks a run of rays and packs their distances into its row of `kept`; counts: [R] samples of each ray."""
+def _march(parts, origins, directions, lower, upper, voxel, clearance, least, depth_limit, step, offsets, near, far,
+           longest, counts, kept):
+    """Each of `parts` threads walks a run of rays and packs their distances into its row of `kept`; counts: [R] samples
+    of each ray."""
     rays = len(origins)
     for part in numba.prange(parts):
         buffer, used = np.empty(longest, np.float32), 0
         for ray in range(rays * part // parts, rays * (part + 1) // parts):
-            count = _walk(origins[ray], directions[ray], lower, upper, voxel, clearance, least, depth_limit, step, offsets[ray], near, far, buffer)
+            count = _walk(origins[ray], directions[ray], lower, upper, voxel, clearance, least, depth_limit, step,
+                          offsets[ray], near, far, buffer)
             kept[part, used:used + count] = buffer[:count]
             counts[ray] = count
             used += count
 
-
+# %% ../../nbs/fields/marching.ipynb #a5494817
 @numba.njit(cache=True, parallel=True)
 def _unpack(parts, origins, directions, starts, kept, ray_index, distances, positions, views):
     rays = len(origins)
@@ -94,8 +100,9 @@ def _unpack(parts, origins, directions, starts, kept, ray_index, distances, posi
                     positions[i, a] = origins[ray, a] + t * directions[ray, a]
                     views[i, a] = directions[ray, a]
 
-# %% ../../nbs/fields/marching.ipynb #b713a340
-def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor, near: float, far: float, stop: float = 1e-4) -> Samples:
+# %% ../../nbs/fields/marching.ipynb #32ec58c3
+def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor, near: float, far: float,
+                    stop: float = 1e-4) -> Samples:
     """What `march` returns, from the whole lattice [R, K]; any device, any floating type."""
     if not step > 0: raise KiloError(f"The marching step is {step:g} m; expected a length above 0.")
     inverse = 1 / torch.where(rays.directions.abs() < 1e-12, torch.full_like(rays.directions, 1e-12), rays.directions)
@@ -117,9 +124,11 @@ def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor
     kept = distance[ray, column]
     return Samples(offsets, ray, kept, torch.full_like(kept, step), points[ray, column], rays.directions[ray])
 
-# %% ../../nbs/fields/marching.ipynb #b484511a
-def _walked(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None, near: float, far: float, stop: float) -> tuple[np.ndarray, ...]:
-    """(origins, directions, starts [R + 1], distances): the rays as arrays, and a row of packed distances for each part of the rays."""
+# %% ../../nbs/fields/marching.ipynb #f360fdb9
+def _walked(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None, near: float, far: float,
+            stop: float) -> tuple[np.ndarray, ...]:
+    """(origins, directions, starts [R + 1], distances): the rays as arrays, and a row of packed distances for each part
+    of the rays."""
     if not step > 0: raise KiloError(f"The marching step is {step:g} m; expected a length above 0.")
     origins, directions = (t.float().contiguous().numpy() for t in (rays.origins, rays.directions))
     box = [t.float().numpy() for t in (grid.box[0], grid.box[1], grid.voxel_size)]
@@ -129,16 +138,19 @@ def _walked(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None,
     kept, counts = np.empty((parts, (count // parts + 1) * longest), np.float32), np.empty(count, np.int64)
     least = np.empty((0, 0, 0), np.float32) if grid.least_density is None else grid.least_density.numpy()
     settings = (np.float32(value) for value in (-math.log(stop), step))
-    _march(parts, origins, directions, *box, grid.clearance, least, *settings, offsets, np.float32(near), np.float32(far), longest, counts, kept)
+    _march(parts, origins, directions, *box, grid.clearance, least, *settings, offsets, np.float32(near),
+           np.float32(far), longest, counts, kept)
     starts = np.zeros(count + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return origins, directions, starts, kept
 
-
-def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None, near: float = 0.0, far: float = 1e6, stop: float = 1e-4) -> Samples:
+# %% ../../nbs/fields/marching.ipynb #6b472f26
+def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None, near: float = 0.0,
+          far: float = 1e6, stop: float = 1e-4) -> Samples:
     """Samples of rays in the occupied voxels of a grid, as far as light comes.
 
-    step: metres between samples, > 0. offset: [R] in [0, 1), the lattice's shift per ray in steps; 1/2 without it. near, far: metres along the rays.
+    step: metres between samples, > 0. offset: [R] in [0, 1), the lattice's shift per ray in steps; 1/2 without it.
+    near, far: metres along the rays.
     stop: a ray ends where the grid's `least_density`, if it has one, lets less than this share of the light through.
     Numba on a CPU (float32), plain torch on a GPU. A ray that meets nothing has no samples.
     """
@@ -147,13 +159,20 @@ def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = 
         return march_reference(rays, grid, step, offset, near, far, stop)
     origins, directions, starts, kept = _walked(rays, grid, step, offset, near, far, stop)
     total = int(starts[-1])
-    ray, distance, positions, views = np.empty(total, np.int64), np.empty(total, np.float32), np.empty((total, 3), np.float32), np.empty((total, 3), np.float32)
+    ray, distance, positions, views = (
+        np.empty(total, np.int64),
+        np.empty(total, np.float32),
+        np.empty((total, 3), np.float32),
+        np.empty((total, 3), np.float32),
+    )
     _unpack(len(kept), origins, directions, starts, kept, ray, distance, positions, views)
-    return Samples(*(torch.from_numpy(a) for a in (starts, ray, distance)), torch.full((total,), step), torch.from_numpy(positions), torch.from_numpy(views))
+    return Samples(*(torch.from_numpy(a) for a in (starts, ray, distance)), torch.full((total,), step),
+                   torch.from_numpy(positions), torch.from_numpy(views))
 
-
+# %% ../../nbs/fields/marching.ipynb #241a191f
 def march_distances(rays: Rays, grid: OccupancyGrid, step: float, stop: float = 1e-4) -> tuple[np.ndarray, np.ndarray]:
-    """(starts [R + 1] int64, distances [N] float32, metres): where `march` samples the rays of a CPU, without the samples' positions."""
+    """(starts [R + 1] int64, distances [N] float32, metres): where `march` samples the rays of a CPU, without the
+    samples' positions."""
     *_, starts, kept = _walked(rays, grid, step, None, 0.0, 1e6, stop)
     parts, rays = len(kept), len(starts) - 1
     bounds = starts[[rays * part // parts for part in range(parts + 1)]]

@@ -25,12 +25,13 @@ def activate(raw: Tensor, density_scale: float, density_bias: float) -> tuple[Te
     """
     return density_scale * softplus(raw[:, 0] + density_bias), torch.sigmoid(raw[:, 1:]) * 1.002 - 0.001
 
-# %% ../../nbs/fields/mlp.ipynb #1f929b32
+# %% ../../nbs/fields/mlp.ipynb #f3ba42c8
 class BoxField(nn.Module):
     """A field over one box: `field(positions, directions)` gives density and colour, density 0 outside.
 
     box: [2, 3] lower and upper corner, metres. config: has density_scale and density_bias.
-    A kind of field gives `_raw` (density and colour before activation) and `_features`, both of positions inside the box only.
+    A kind of field gives `_raw` (density and colour before activation) and `_features`, both of positions inside the
+    box only.
     """
 
     kind: str
@@ -38,34 +39,44 @@ class BoxField(nn.Module):
     def __init__(self, box: Tensor, config):
         super().__init__()
         if box.shape != (2, 3) or not bool((box[1] > box[0]).all()):
-            raise KiloError(f"The field's box is {box.tolist()}; expected a lower corner and an upper one that is larger along all three axes, metres.")
+            raise KiloError(f"The field's box is {box.tolist()}; expected a lower corner and an upper one that is "
+                            "larger along all three axes, metres.")
         self.register_buffer("box", box.detach().float().clone())
         self.config = config
 
     def _inside(self, positions: Tensor) -> Tensor:
-        x, y, z = ((positions >= self.box[0]) & (positions <= self.box[1])).unbind(-1)          # far faster than all(-1) over three
+        # far faster than all(-1) over three
+        x, y, z = ((positions >= self.box[0]) & (positions <= self.box[1])).unbind(-1)
         return x & y & z
 
     def forward(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Density [N], 1/metre, and colour [N, 3] in [0, 1] at `positions` [N, 3] metres seen along unit `directions` [N, 3]."""
+        """Density [N], 1/metre, and colour [N, 3] in [0, 1] at `positions` [N, 3] metres seen along unit `directions`
+        [N, 3]."""
         inside = self._inside(positions)
-        if bool(inside.all()): return activate(self._raw(positions, directions), self.config.density_scale, self.config.density_bias)
+        if bool(inside.all()):
+            return activate(self._raw(positions, directions), self.config.density_scale, self.config.density_bias)
         index = inside.nonzero().flatten()
         sigma, rgb = self(positions[index], directions[index])
-        return positions.new_zeros(len(inside)).index_copy(0, index, sigma), positions.new_zeros(len(inside), 3).index_copy(0, index, rgb)
+        return positions.new_zeros(len(inside)).index_copy(0, index, sigma), positions.new_zeros(
+            len(inside), 3
+        ).index_copy(0, index, rgb)
 
     def features(self, positions: Tensor, directions: Tensor | None = None) -> Tensor:
-        """What the field knows of `positions` [N, 3] before it hears the direction: [N, feature_width], differentiable; 0 outside the box."""
+        """What the field knows of `positions` [N, 3] before it hears the direction: [N, feature_width], differentiable;
+        0 outside the box."""
         index = self._inside(positions).nonzero().flatten()
-        return positions.new_zeros(len(positions), self.feature_width).index_copy(0, index, self._features(positions[index]))
+        return positions.new_zeros(len(positions), self.feature_width).index_copy(
+            0, index, self._features(positions[index])
+        )
 
-# %% ../../nbs/fields/mlp.ipynb #217e974d
+# %% ../../nbs/fields/mlp.ipynb #7a145b2e
 @dataclass(frozen=True)
 class MLPConfig:
     """Shape of the one network.
 
-    position_frequencies, direction_frequencies: Fourier frequencies; 0 feeds raw coordinates. hidden: width of the `layers` hidden layers;
-    the direction's layer has half of it. density_scale: 1/metre per unit of softplus. density_bias: shift of the softplus; a negative one starts nearly empty.
+    position_frequencies, direction_frequencies: Fourier frequencies; 0 feeds raw coordinates. hidden: width of the
+    `layers` hidden layers; the direction's layer has half of it. density_scale: 1/metre per unit of softplus.
+    density_bias: shift of the softplus; a negative one starts nearly empty.
     """
 
     position_frequencies: int = 10
@@ -78,21 +89,25 @@ class MLPConfig:
     def __post_init__(self):
         if self.hidden < 2: raise KiloError(f"hidden is {self.hidden}; expected at least 2.")
         if self.layers < 1: raise KiloError(f"layers is {self.layers}; expected at least 1.")
-        if min(self.position_frequencies, self.direction_frequencies) < 0: raise KiloError("The numbers of Fourier frequencies must be 0 or more.")
-        if not self.density_scale > 0: raise KiloError(f"density_scale is {self.density_scale:g} 1/m; expected a number above 0.")
+        if min(self.position_frequencies, self.direction_frequencies) < 0:
+            raise KiloError("The numbers of Fourier frequencies must be 0 or more.")
+        if not self.density_scale > 0:
+            raise KiloError(f"density_scale is {self.density_scale:g} 1/m; expected a number above 0.")
 
-# %% ../../nbs/fields/mlp.ipynb #ecad61f0
+# %% ../../nbs/fields/mlp.ipynb #e603ba93
 def fresh_layer(inputs: int, outputs: int, generator: torch.Generator | None, gain: float = 1.0) -> nn.Linear:
-    """A linear layer with normal weights of deviation gain / sqrt(inputs), sqrt(2) being He's gain before a ReLU, and zero biases."""
+    """A linear layer with normal weights of deviation gain / sqrt(inputs), sqrt(2) being He's gain before a ReLU, and
+    zero biases."""
     layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
     with torch.no_grad():
         layer.weight.copy_(torch.randn(outputs, inputs, generator=generator) * gain / sqrt(inputs))
         layer.bias.zero_()
     return layer
 
-# %% ../../nbs/fields/mlp.ipynb #cb51e718
+# %% ../../nbs/fields/mlp.ipynb #8680b67c
 class MLPField(BoxField):
-    """One network over a whole box; see `BoxField` for how it is asked. In plain torch on every device, in every floating type."""
+    """One network over a whole box; see `BoxField` for how it is asked. In plain torch on every device, in every
+    floating type."""
 
     kind = "mlp"
 

@@ -21,13 +21,14 @@ from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import quat_to_rotmat
 from ..core.errors import KiloError
 
-# %% ../../nbs/fields/occupancy.ipynb #920fb0c8
+# %% ../../nbs/fields/occupancy.ipynb #8ddb7829
 @dataclass(frozen=True)
 class OccupancyGrid:
     """A box of voxels, each occupied or empty; everything outside the box is empty.
 
     box: [2, 3] float32, lower and upper corner in the world, metres. occupied: [X, Y, Z] bool.
-    least_density: [X, Y, Z] float32, 1/metre, a lower bound on the density in each voxel, by which rays end early; None where nothing is known.
+    least_density: [X, Y, Z] float32, 1/metre, a lower bound on the density in each voxel, by which rays end early; None
+    where nothing is known.
     """
 
     box: Tensor
@@ -35,7 +36,8 @@ class OccupancyGrid:
     least_density: Tensor | None = None
 
     def __post_init__(self):
-        if not (self.box[1] > self.box[0]).all(): raise KiloError(f"The occupancy box {self.box.tolist()} has no volume; give lower and upper corner.")
+        if not (self.box[1] > self.box[0]).all():
+            raise KiloError(f"The occupancy box {self.box.tolist()} has no volume; give lower and upper corner.")
 
     @property
     def resolution(self) -> tuple[int, int, int]: return tuple(self.occupied.shape)
@@ -52,13 +54,15 @@ class OccupancyGrid:
 
     @cached_property
     def clearance(self) -> np.ndarray:
-        """[X, Y, Z] int16: 0 where occupied, else how many voxels the nearest occupied one is away (along the axis where it is farthest)."""
+        """[X, Y, Z] int16: 0 where occupied, else how many voxels the nearest occupied one is away (along the axis
+        where it is farthest)."""
         if not self.occupied.any(): return np.full(self.resolution, max(self.resolution), np.int16)
         return ndimage.distance_transform_cdt(~self.occupied.cpu().numpy(), metric="chessboard").astype(np.int16)
 
     def centres(self) -> Tensor:
         """Voxel centres [X, Y, Z, 3], metres."""
-        axes = [self.box[0, i] + (torch.arange(n, device=self.box.device) + 0.5) * self.voxel_size[i] for i, n in enumerate(self.resolution)]
+        axes = [self.box[0, i] + (torch.arange(n, device=self.box.device) + 0.5) * self.voxel_size[i] for i,
+                n in enumerate(self.resolution)]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
 
     def _voxels(self, points: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -76,9 +80,10 @@ class OccupancyGrid:
         return self.at(self.occupied, points)
 
     def to(self, device: torch.device | str) -> "OccupancyGrid":
-        return OccupancyGrid(self.box.to(device), self.occupied.to(device), None if self.least_density is None else self.least_density.to(device))
+        return OccupancyGrid(self.box.to(device), self.occupied.to(device),
+                             None if self.least_density is None else self.least_density.to(device))
 
-# %% ../../nbs/fields/occupancy.ipynb #71ce13b1
+# %% ../../nbs/fields/occupancy.ipynb #abc9ccc9
 @numba.njit(cache=True)
 def _mark_gaussians(means, precisions, reach, extents, lower, voxel, occupied):
     nx, ny, nz = occupied.shape
@@ -94,20 +99,28 @@ def _mark_gaussians(means, precisions, reach, extents, lower, voxel, occupied):
                     y = lower[1] + (j + 0.5) * voxel[1] - means[g, 1]
                     z = lower[2] + (k + 0.5) * voxel[2] - means[g, 2]
                     p = precisions[g]
-                    squared = p[0, 0] * x * x + p[1, 1] * y * y + p[2, 2] * z * z + 2 * (p[0, 1] * x * y + p[0, 2] * x * z + p[1, 2] * y * z)
+                    squared = (
+                        p[0, 0] * x * x
+                        + p[1, 1] * y * y
+                        + p[2, 2] * z * z
+                        + 2 * (p[0, 1] * x * y + p[0, 2] * x * z + p[1, 2] * y * z)
+                    )
                     if squared <= reach[g] * reach[g]: occupied[i, j, k] = True
 
-# %% ../../nbs/fields/occupancy.ipynb #a066123a
+# %% ../../nbs/fields/occupancy.ipynb #be26950a
 def occupancy_from_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, resolution: int = 128,
                              box: Tensor | None = None, sigmas: float = 3.0, dilate: int = 1) -> OccupancyGrid:
     """The grid that gaussians cover.
 
-    means [N, 3] metres, quats [N, 4] wxyz, scales [N, 3] metres, opacities [N] in 0..1. resolution: voxels along the longest edge of the box.
-    box: [2, 3] metres, the footprints' bounds by default. sigmas: reach of a footprint, standard deviations. dilate: voxels added around.
+    means [N, 3] metres, quats [N, 4] wxyz, scales [N, 3] metres, opacities [N] in 0..1. resolution: voxels along the
+    longest edge of the box.
+    box: [2, 3] metres, the footprints' bounds by default. sigmas: reach of a footprint, standard deviations. dilate:
+    voxels added around.
     Raises KiloError where no gaussian is visible.
     """
     visible = opacities > 1 / 255
-    if not visible.any(): raise KiloError("No gaussian has an opacity above 1/255, so the teacher renders nothing; check its opacities.")
+    if not visible.any():
+        raise KiloError("No gaussian has an opacity above 1/255, so the teacher renders nothing; check its opacities.")
     means, scales, opacities = means[visible].double(), scales[visible].double(), opacities[visible].double()
     rotations = quat_to_rotmat(quats[visible].double())
     reach = torch.sqrt(2 * torch.log(255 * opacities)).clamp(max=sigmas)
@@ -121,7 +134,7 @@ def occupancy_from_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opaci
                     grid.box[0].double().numpy(), grid.voxel_size.double().numpy(), grid.occupied.numpy())
     return dilated(grid, dilate)
 
-# %% ../../nbs/fields/occupancy.ipynb #7048a03a
+# %% ../../nbs/fields/occupancy.ipynb #8f2e6f32
 def empty_grid(box: Tensor, resolution: int) -> OccupancyGrid:
     """An empty grid of nearly cubic voxels, `resolution` of them along the longest edge of `box` [2, 3]."""
     edges = (box[1] - box[0]).double()
@@ -132,9 +145,11 @@ def empty_grid(box: Tensor, resolution: int) -> OccupancyGrid:
 def dilated(grid: OccupancyGrid, voxels: int = 1) -> OccupancyGrid:
     """The grid with `voxels` layers of neighbours added on all sides, corners included."""
     if voxels <= 0: return grid
-    return replace(grid, occupied=torch.from_numpy(ndimage.maximum_filter(grid.occupied.numpy(), size=2 * voxels + 1, mode="constant", cval=False)))
+    return replace(grid,
+                   occupied=torch.from_numpy(ndimage.maximum_filter(grid.occupied.numpy(), size=2 * voxels + 1,
+                                                                    mode="constant", cval=False)))
 
-# %% ../../nbs/fields/occupancy.ipynb #bee8bb03
+# %% ../../nbs/fields/occupancy.ipynb #2e90f6f5
 @numba.njit(cache=True, parallel=True)
 def _carve(lower, voxel, world_to_camera, intrinsics, masks, occupied):
     nx, ny, nz = occupied.shape
@@ -149,18 +164,21 @@ def _carve(lower, voxel, world_to_camera, intrinsics, masks, occupied):
                     m = world_to_camera[v]
                     depth = m[2, 0] * x + m[2, 1] * y + m[2, 2] * z + m[2, 3]
                     if depth <= 0: continue
-                    column = int(np.floor(intrinsics[v, 0] * (m[0, 0] * x + m[0, 1] * y + m[0, 2] * z + m[0, 3]) / depth + intrinsics[v, 2]))
-                    row = int(np.floor(intrinsics[v, 1] * (m[1, 0] * x + m[1, 1] * y + m[1, 2] * z + m[1, 3]) / depth + intrinsics[v, 3]))
+                    column = int(np.floor(intrinsics[v, 0] * (m[0, 0] * x + m[0, 1] * y + m[0, 2] * z + m[0, 3]) / depth
+                                          + intrinsics[v, 2]))
+                    row = int(np.floor(intrinsics[v, 1] * (m[1, 0] * x + m[1, 1] * y + m[1, 2] * z + m[1, 3]) / depth
+                                       + intrinsics[v, 3]))
                     if 0 <= column < width and 0 <= row < height and not masks[v, row, column]:
                         occupied[i, j, k] = False
                         break
 
-# %% ../../nbs/fields/occupancy.ipynb #fbb02cbf
-def occupancy_from_silhouettes(cameras: Sequence[PinholeCamera], alphas: Sequence[Tensor], box: Tensor, resolution: int = 128,
-                               threshold: float = 1 / 255, dilate: int = 0) -> OccupancyGrid:
+# %% ../../nbs/fields/occupancy.ipynb #71006813
+def occupancy_from_silhouettes(cameras: Sequence[PinholeCamera], alphas: Sequence[Tensor], box: Tensor,
+                               resolution: int = 128, threshold: float = 1 / 255, dilate: int = 0) -> OccupancyGrid:
     """The visual hull of `alphas`, [H, W] each, seen by `cameras`, all of one image size.
 
-    box: [2, 3] metres, where the object may be. resolution: voxels along its longest edge. threshold: alpha from which a pixel belongs to the object.
+    box: [2, 3] metres, where the object may be. resolution: voxels along its longest edge. threshold: alpha from which
+    a pixel belongs to the object.
     Raises KiloError where nothing is left: cameras that see nothing, poses in another convention.
     """
     grid = empty_grid(box, resolution)
@@ -169,14 +187,16 @@ def occupancy_from_silhouettes(cameras: Sequence[PinholeCamera], alphas: Sequenc
     centre = box.mean(0)
     masks = []
     for camera, alpha in zip(cameras, alphas, strict=True):
-        distance = max((camera.position - centre).norm().item() - (box[1] - box[0]).norm().item() / 2, 0.05 * (camera.position - centre).norm().item())
+        distance = max((camera.position - centre).norm().item() - (box[1] - box[0]).norm().item() / 2,
+                       0.05 * (camera.position - centre).norm().item())
         pixels = int(np.ceil(radius * max(camera.fx, camera.fy) / max(distance, 1e-6)))
         masks.append(ndimage.maximum_filter(alpha.numpy() >= threshold, size=2 * min(pixels, max(alpha.shape)) + 1))
     poses = torch.stack([c.world_to_camera for c in cameras]).numpy()
     intrinsics = np.array([[c.fx, c.fy, c.cx, c.cy] for c in cameras], dtype=np.float32)
     _carve(box[0].numpy(), grid.voxel_size.numpy(), poses, intrinsics, np.stack(masks), grid.occupied.numpy())
     if not grid.occupied.any():
-        raise KiloError(f"The silhouettes of {len(masks)} views have nothing in common inside {box.tolist()}; check camera convention and alpha.")
+        raise KiloError(f"The silhouettes of {len(masks)} views have nothing in common inside {box.tolist()}; "
+                        "check camera convention and alpha.")
     return dilated(grid, dilate)
 
 # %% ../../nbs/fields/occupancy.ipynb #4e5a251a
@@ -191,9 +211,10 @@ def _scatter_extremes(points, weights, densities, lower, voxel, best, least):
             best[i, j, k] = max(best[i, j, k], weights[n])
             least[i, j, k] = min(least[i, j, k], densities[n])
 
-# %% ../../nbs/fields/occupancy.ipynb #604f56cf
+# %% ../../nbs/fields/occupancy.ipynb #82d39f10
 class VoxelContributions:
-    """The largest compositing weight and the least density that were met in each voxel of a grid since the last reset; feeds `refreshed`."""
+    """The largest compositing weight and the least density that were met in each voxel of a grid since the last reset;
+    feeds `refreshed`."""
 
     def __init__(self, grid: OccupancyGrid):
         self.grid, self.best, self.least = grid, torch.zeros(grid.resolution), torch.full(grid.resolution, torch.inf)
@@ -206,18 +227,22 @@ class VoxelContributions:
 
     def state_dict(self) -> dict[str, Tensor]:
         """For a checkpoint."""
-        return {"best": self.best, "least": self.least, "occupied": self.grid.occupied, "least_density": self.grid.least_density}
+        return {"best": self.best, "least": self.least, "occupied": self.grid.occupied,
+                "least_density": self.grid.least_density}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue where a checkpoint was."""
         known = state["least_density"]
-        self.grid = replace(self.grid, occupied=state["occupied"].clone(), least_density=None if known is None else known.clone())
+        self.grid = replace(self.grid, occupied=state["occupied"].clone(),
+                            least_density=None if known is None else known.clone())
         self.best, self.least = state["best"].clone(), state["least"].clone()
 
     def refreshed(self, minimum_weight: float = 0.01, dilate: int = 1, trust: float = 0.7) -> OccupancyGrid:
-        """The grid without the voxels that contributed less than `minimum_weight` to every ray, and with the least densities that were met.
+        """The grid without the voxels that contributed less than `minimum_weight` to every ray, and with the least
+        densities that were met.
 
-        trust: share of a measured least density that is relied on; voxels that no sample met keep what was known. Never empty: then the grid stays as it is.
+        trust: share of a measured least density that is relied on; voxels that no sample met keep what was known. Never
+        empty: then the grid stays as it is.
         """
         keep = self.best >= minimum_weight
         if not keep.any(): return self.grid

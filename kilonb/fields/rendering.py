@@ -22,12 +22,14 @@ from ..core.errors import KiloError
 
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
-# %% ../../nbs/fields/rendering.ipynb #434593a2
+# %% ../../nbs/fields/rendering.ipynb #b211121c
 class RayRender(NamedTuple):
     """What R rays saw of a field.
 
-    rgb_premultiplied: [R, 3]. alpha: [R] in [0, 1]. expected_distance: [R] metres along the ray, 0 where alpha is (almost) 0.
-    weights: [N] of the samples, not differentiable. samples: where the rays were sampled. densities: [N] of the samples, 1/metre, not differentiable.
+    rgb_premultiplied: [R, 3]. alpha: [R] in [0, 1]. expected_distance: [R] metres along the ray, 0 where alpha is
+    (almost) 0.
+    weights: [N] of the samples, not differentiable. samples: where the rays were sampled. densities: [N] of the
+    samples, 1/metre, not differentiable.
     """
 
     rgb_premultiplied: Tensor
@@ -37,22 +39,25 @@ class RayRender(NamedTuple):
     samples: Samples
     densities: Tensor | None = None
 
-
-def render_rays(field: Field, rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None, stop: float = 1e-4) -> RayRender:
+# %% ../../nbs/fields/rendering.ipynb #a10bcefd
+def render_rays(field: Field, rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None,
+                stop: float = 1e-4) -> RayRender:
     """Volume rendering of a field along rays, through the occupied voxels of `grid` only.
 
-    step: metres between samples. offset: [R] lattice shifts in [0, 1), 1/2 without it. stop: a ray ends where less than this share of the light is left.
-    Differentiable in the field's parameters.
+    step: metres between samples. offset: [R] lattice shifts in [0, 1), 1/2 without it. stop: a ray ends where less than
+    this share of the light is left. Differentiable in the field's parameters.
     """
     samples = march(rays, grid, step, offset, stop=stop)
     sigma, rgb = field(samples.positions, samples.directions)
     seen = composite(sigma, rgb, samples.delta, samples.distance, samples.offsets, stop)
-    return RayRender(seen.rgb_premultiplied, seen.alpha, seen.expected_distance(), seen.weights, samples, sigma.detach())
+    return RayRender(seen.rgb_premultiplied, seen.alpha, seen.expected_distance(), seen.weights, samples,
+                     sigma.detach())
 
-# %% ../../nbs/fields/rendering.ipynb #e600c3a9
+# %% ../../nbs/fields/rendering.ipynb #d5902098
 @numba.njit(cache=True)
 def _next_samples(alive, cursor, starts, distances, at_a_time, origins, directions, positions, views):
-    """Write the next samples of the rays `alive`, at most `at_a_time` each, one ray after the other; returns how many."""
+    """Write the next samples of the rays `alive`, at most `at_a_time` each, one ray after the other; returns how
+    many."""
     count = 0
     for ray in alive:
         for i in range(cursor[ray], min(cursor[ray] + at_a_time, starts[ray + 1])):
@@ -62,10 +67,11 @@ def _next_samples(alive, cursor, starts, distances, at_a_time, origins, directio
             count += 1
     return count
 
-
+# %% ../../nbs/fields/rendering.ipynb #dc47bbde
 @numba.njit(cache=True)
 def _add_samples(alive, cursor, starts, distances, at_a_time, step, stop, sigma, rgb, seen, going):
-    """Composite what the field said about those samples. seen: [R, 6] light left, red, green, blue, alpha, distance sum. going: which rays go on."""
+    """Composite what the field said about those samples. seen: [R, 6] light left, red, green, blue, alpha, distance
+    sum. going: which rays go on."""
     at = 0
     for n in range(len(alive)):
         ray = alive[n]
@@ -82,44 +88,55 @@ def _add_samples(alive, cursor, starts, distances, at_a_time, step, stop, sigma,
         cursor[ray] = last
         going[n] = end[0] >= stop and last < starts[ray + 1]
 
-# %% ../../nbs/fields/rendering.ipynb #55fc0213
+# %% ../../nbs/fields/rendering.ipynb #aa79c94f
 class TracedRays(NamedTuple):
-    """What R rays saw of a field. rgb_premultiplied: [R, 3]. alpha, expected_distance (metres, 0 where alpha is ~0): [R]. samples: [R] int64, asked for."""
+    """What R rays saw of a field. rgb_premultiplied: [R, 3]. alpha, expected_distance (metres, 0 where alpha is ~0):
+    [R]. samples: [R] int64, asked for."""
 
     rgb_premultiplied: Tensor
     alpha: Tensor
     expected_distance: Tensor
     samples: Tensor
 
-
+# %% ../../nbs/fields/rendering.ipynb #f7702ff3
 @torch.no_grad()
-def trace_rays(field: Field, rays: Rays, grid: OccupancyGrid, step: float, stop: float = 1e-4, at_a_time: int = 12) -> TracedRays:
-    """What `render_rays` sees, without gradients: the field is asked for at most `at_a_time` samples of a ray, then for more where light is left.
+def trace_rays(field: Field, rays: Rays, grid: OccupancyGrid, step: float, stop: float = 1e-4,
+               at_a_time: int = 12) -> TracedRays:
+    """What `render_rays` sees, without gradients: the field is asked for at most `at_a_time` samples of a ray, then for
+    more where light is left.
 
-    step: metres between samples. stop: a ray ends where less than this share of the light is left; what lies behind is not asked for.
-    On a GPU all samples are asked for at once.
+    step: metres between samples. stop: a ray ends where less than this share of the light is left; what lies behind is
+    not asked for. On a GPU all samples are asked for at once.
     """
-    if not (0 < stop < 1 and at_a_time >= 1): raise KiloError(f"stop is {stop:g} and at_a_time {at_a_time}; expected a share between 0 and 1, and at least 1.")
-    if rays.origins.is_cuda: return TracedRays(*(seen := render_rays(field, rays, grid, step, stop=stop))[:3], seen.samples.offsets.diff())
+    if not (0 < stop < 1 and at_a_time >= 1):
+        raise KiloError(f"stop is {stop:g} and at_a_time {at_a_time}; expected a share between 0 and 1, "
+                        "and at least 1.")
+    if rays.origins.is_cuda:
+        return TracedRays(*(seen := render_rays(field, rays, grid, step, stop=stop))[:3], seen.samples.offsets.diff())
     starts, distances = march_distances(rays, grid, step, stop)
     arrays = [t.float().contiguous().numpy() for t in rays]
     alive, cursor, seen = np.flatnonzero(np.diff(starts)), starts[:-1].copy(), np.zeros((len(starts) - 1, 6))
     seen[:, 0] = 1
     asked = np.empty((2, len(alive) * at_a_time, 3), np.float32)
     while len(alive):
-        count, going = _next_samples(alive, cursor, starts, distances, at_a_time, *arrays, *asked), np.empty(len(alive), np.bool_)
+        count, going = (
+            _next_samples(alive, cursor, starts, distances, at_a_time, *arrays, *asked),
+            np.empty(len(alive), np.bool_),
+        )
         sigma, rgb = field(*(torch.from_numpy(part[:count]) for part in asked))
-        _add_samples(alive, cursor, starts, distances, at_a_time, np.float32(step), stop, sigma.numpy(), rgb.contiguous().numpy(), seen, going)
+        _add_samples(alive, cursor, starts, distances, at_a_time, np.float32(step), stop, sigma.numpy(),
+                     rgb.contiguous().numpy(), seen, going)
         alive = alive[going]
     colour, alpha, far = (torch.from_numpy(seen[:, part].astype(np.float32)) for part in (slice(1, 4), 4, 5))
     distance = torch.where(alpha < 1e-4, torch.zeros_like(alpha), far / alpha.clamp(min=1e-4))
     return TracedRays(colour, alpha, distance, torch.from_numpy(cursor - starts[:-1]))
 
-# %% ../../nbs/fields/rendering.ipynb #81b41dff
+# %% ../../nbs/fields/rendering.ipynb #5b40491b
 class FieldImage(NamedTuple):
     """A picture of a field.
 
-    rgb_premultiplied: [H, W, 3]. alpha: [H, W]. expected_depth: [H, W] camera z, metres, 0 where nothing is. samples_per_ray: mean.
+    rgb_premultiplied: [H, W, 3]. alpha: [H, W]. expected_depth: [H, W] camera z, metres, 0 where nothing is.
+    samples_per_ray: mean.
     samples: [H, W] int64, for how many the field was asked.
     """
 
@@ -129,18 +146,21 @@ class FieldImage(NamedTuple):
     samples_per_ray: float
     samples: Tensor | None = None
 
-
+# %% ../../nbs/fields/rendering.ipynb #eee70193
 @torch.no_grad()
-def render_image(field: Field, camera: PinholeCamera, grid: OccupancyGrid, step: float, chunk_rays: int = 32_768, stop: float = 1e-4) -> FieldImage:
+def render_image(field: Field, camera: PinholeCamera, grid: OccupancyGrid, step: float, chunk_rays: int = 32_768,
+                 stop: float = 1e-4) -> FieldImage:
     """A field seen by a camera, `chunk_rays` rays at a time so that memory does not grow with the picture.
 
     stop: a ray ends where less than this share of the light is left; its colour and alpha then lack at most that much.
     """
     if chunk_rays < 1: raise KiloError(f"chunk_rays is {chunk_rays}; expected at least 1.")
     rays = camera.rays()
-    chunks = [trace_rays(field, Rays(o, d), grid, step, stop) for o, d in zip(rays.origins.split(chunk_rays), rays.directions.split(chunk_rays))]
+    chunks = [trace_rays(field, Rays(o, d), grid, step, stop) for o,
+              d in zip(rays.origins.split(chunk_rays), rays.directions.split(chunk_rays))]
     rgb, alpha, distance, samples = (torch.cat(parts) for parts in zip(*chunks))
     forward = rays.directions @ camera.camera_to_world[:3, 2]
     shape = camera.height, camera.width
     per_ray = samples.double().mean().item()
-    return FieldImage(rgb.reshape(*shape, 3), alpha.reshape(shape), (distance * forward).reshape(shape), per_ray, samples.reshape(shape))
+    return FieldImage(rgb.reshape(*shape, 3), alpha.reshape(shape), (distance * forward).reshape(shape), per_ray,
+                      samples.reshape(shape))

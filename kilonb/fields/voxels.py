@@ -18,18 +18,22 @@ from .occupancy import OccupancyGrid, empty_grid
 from ..geometry.transforms import quat_to_rotmat
 from ..core.errors import KiloError
 
-# %% ../../nbs/fields/voxels.ipynb #b1a94deb
+# %% ../../nbs/fields/voxels.ipynb #8f9d0915
 class VoxelField:
     """Density and colour on a grid, interpolated trilinearly; `field(positions, directions)` like any other field.
 
-    box: [2, 3] metres. density: [X, Y, Z] 1/metre, >= 0. rgb: [X, Y, Z, 3] in 0..1. Values sit at voxel centres; outside the box density is 0.
+    box: [2, 3] metres. density: [X, Y, Z] 1/metre, >= 0. rgb: [X, Y, Z, 3] in 0..1. Values sit at voxel centres;
+    outside the box density is 0.
     """
 
     def __init__(self, box: Tensor, density: Tensor, rgb: Tensor):
-        if rgb.shape != (*density.shape, 3): raise KiloError(f"The colours have shape {list(rgb.shape)}; expected {[*density.shape, 3]} beside the densities.")
+        if rgb.shape != (*density.shape, 3):
+            raise KiloError(f"The colours have shape {list(rgb.shape)}; expected {[*density.shape, 3]} beside "
+                            "the densities.")
         self.box, self.density = box, density
         values = torch.cat([density[..., None], rgb * density[..., None]], -1)
-        self.values = values.permute(3, 2, 1, 0)[None].contiguous()            # [1, 4, Z, Y, X], as grid_sample wants it
+        # [1, 4, Z, Y, X], as grid_sample wants it
+        self.values = values.permute(3, 2, 1, 0)[None].contiguous()
 
     def __call__(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Density [N], 1/metre, and colour [N, 3] at `positions` [N, 3] metres; the direction is not used."""
@@ -43,7 +47,7 @@ class VoxelField:
         padded = torch.nn.functional.max_pool3d(grid.occupied[None].float(), 3, stride=1, padding=1)[0] > 0
         return OccupancyGrid(self.box, padded)
 
-# %% ../../nbs/fields/voxels.ipynb #2a5465d0
+# %% ../../nbs/fields/voxels.ipynb #4bd3b034
 @numba.njit(cache=True)
 def _splat(means, precisions, extents, peaks, colours, lower, voxel, density, rgb):
     nx, ny, nz = density.shape
@@ -59,19 +63,26 @@ def _splat(means, precisions, extents, peaks, colours, lower, voxel, density, rg
                 y = lower[1] + (j + 0.5) * voxel[1] - means[g, 1]
                 for k in range(max(low[2], 0), min(high[2] + 1, nz)):
                     z = lower[2] + (k + 0.5) * voxel[2] - means[g, 2]
-                    squared = p[0, 0] * x * x + p[1, 1] * y * y + p[2, 2] * z * z + 2 * (p[0, 1] * x * y + p[0, 2] * x * z + p[1, 2] * y * z)
+                    squared = (
+                        p[0, 0] * x * x
+                        + p[1, 1] * y * y
+                        + p[2, 2] * z * z
+                        + 2 * (p[0, 1] * x * y + p[0, 2] * x * z + p[1, 2] * y * z)
+                    )
                     if squared > 9: continue
                     value = peaks[g] * np.exp(-0.5 * squared)
                     density[i, j, k] += value
                     for c in range(3): rgb[i, j, k, c] += value * colours[g, c]
 
-# %% ../../nbs/fields/voxels.ipynb #cb349b6c
+# %% ../../nbs/fields/voxels.ipynb #ac449dfd
 def bake_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colours: Tensor,
                    resolution: int = 128, box: Tensor | None = None) -> VoxelField:
     """A voxel field that looks like gaussians do.
 
-    means [N, 3] metres, quats [N, 4] wxyz, scales [N, 3] metres, opacities [N] in 0..1, colours [N, 3] in 0..1 (one per gaussian, no view dependence).
-    resolution: voxels along the longest edge of `box` [2, 3], by default the means' bounds and three of the largest scales' median around them.
+    means [N, 3] metres, quats [N, 4] wxyz, scales [N, 3] metres, opacities [N] in 0..1, colours [N, 3] in 0..1 (one per
+    gaussian, no view dependence).
+    resolution: voxels along the longest edge of `box` [2, 3], by default the means' bounds and three of the largest
+    scales' median around them.
     """
     if not len(means): raise KiloError("There are no gaussians to bake.")
     means, scales = means.double(), scales.double()
@@ -85,7 +96,9 @@ def bake_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tens
     extents = 3 * covariances.diagonal(dim1=-2, dim2=-1).sqrt()
     peaks = -torch.log1p(-opacities.double().clamp(max=0.999)) / (math.sqrt(2 * math.pi) * widened.amin(-1))
     density, rgb = np.zeros(grid.resolution), np.zeros((*grid.resolution, 3))
-    arrays = [t.numpy() for t in (means, torch.linalg.inv(covariances), extents, peaks, colours.double(), grid.box[0].double(), grid.voxel_size.double())]
+    arrays = [t.numpy()
+              for t in (means, torch.linalg.inv(covariances), extents, peaks, colours.double(), grid.box[0].double(),
+                        grid.voxel_size.double())]
     _splat(*arrays, density, rgb)
     colour = rgb / np.maximum(density, 1e-12)[..., None]
     return VoxelField(grid.box, torch.from_numpy(density).float(), torch.from_numpy(colour).float())

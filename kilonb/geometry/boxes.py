@@ -20,12 +20,14 @@ from ..core.errors import KiloError
 _SIGNS = torch.tensor([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)], dtype=torch.float64)
 EDGES = tuple((a, a | bit) for a in range(8) for bit in (1, 2, 4) if not a & bit)
 
-# %% ../../nbs/geometry/boxes.ipynb #7c1ff9b8
+# %% ../../nbs/geometry/boxes.ipynb #d801d168
 @dataclass(frozen=True)
 class Boxes:
-    """N oriented boxes. box_to_world: [N, 4, 4] float64, rigid, x front, y left, z up, origin at the centre. sizes: [N, 3] full length, width, height, metres.
+    """N oriented boxes. box_to_world: [N, 4, 4] float64, rigid, x front, y left, z up, origin at the centre. sizes: [N,
+    3] full length, width, height, metres.
 
-    labels, identities: what and which, one text each; both may be left out. Raises KiloError where shapes disagree or a size is not positive.
+    labels, identities: what and which, one text each; both may be left out. Raises KiloError where shapes disagree or a
+    size is not positive.
     """
     box_to_world: Tensor
     sizes: Tensor
@@ -35,12 +37,15 @@ class Boxes:
     def __post_init__(self) -> None:
         count = len(self.sizes)
         if tuple(self.sizes.shape) != (count, 3) or tuple(self.box_to_world.shape) != (count, 4, 4):
-            raise KiloError(f"Boxes need poses [N, 4, 4] and sizes [N, 3]: got {list(self.box_to_world.shape)} and {list(self.sizes.shape)}.")
+            raise KiloError(f"Boxes need poses [N, 4, 4] and sizes [N, 3]: got {list(self.box_to_world.shape)} "
+                            f"and {list(self.sizes.shape)}.")
         for name in ("labels", "identities"):
             texts = getattr(self, name) or ("",) * count
-            if len(texts) != count: raise KiloError(f"{count} boxes were given {len(texts)} {name}: one each is expected.")
+            if len(texts) != count:
+                raise KiloError(f"{count} boxes were given {len(texts)} {name}: one each is expected.")
             object.__setattr__(self, name, tuple(texts))
-        if not (torch.isfinite(self.sizes).all() and (self.sizes > 0).all()): raise KiloError("A box has a size that is not a positive number of metres.")
+        if not (torch.isfinite(self.sizes).all() and (self.sizes > 0).all()):
+            raise KiloError("A box has a size that is not a positive number of metres.")
         if count: check_rigid(self.box_to_world, "a box's pose")
 
     def __len__(self) -> int: return len(self.sizes)
@@ -78,17 +83,20 @@ class Boxes:
         for index in order.flip(0).tolist(): owners[self.subset([index]).contains(points, margin_m)[0]] = index
         return owners
 
-# %% ../../nbs/geometry/boxes.ipynb #24fea6cb
-def upright_boxes(centres: Tensor, sizes: Tensor, yaws: Tensor, labels: Sequence[str] = (), identities: Sequence[str] = ()) -> Boxes:
-    """Boxes that stand upright: centres [N, 3], full sizes [N, 3] (length, width, height), yaws [N] radians from world x towards world y to the front."""
+# %% ../../nbs/geometry/boxes.ipynb #3d87e6c2
+def upright_boxes(centres: Tensor, sizes: Tensor, yaws: Tensor, labels: Sequence[str] = (),
+                  identities: Sequence[str] = ()) -> Boxes:
+    """Boxes that stand upright: centres [N, 3], full sizes [N, 3] (length, width, height), yaws [N] radians from world
+    x towards world y to the front."""
     cosine, sine = yaws.double().cos(), yaws.double().sin()
     zero, one = torch.zeros_like(cosine), torch.ones_like(cosine)
     rotation = torch.stack([cosine, -sine, zero, sine, cosine, zero, zero, zero, one], -1).reshape(-1, 3, 3)
     return Boxes(rigid(rotation, centres.double()), sizes.double(), tuple(labels), tuple(identities))
 
-# %% ../../nbs/geometry/boxes.ipynb #678b73c0
+# %% ../../nbs/geometry/boxes.ipynb #e17eb1ea
 def segments(boxes: Boxes, camera: Camera, near_m: float = 0.1) -> list[Tensor]:
-    """Per box the visible parts of its edges in `camera`'s image: [E, 2, 2] pixels (segment, end, u/v), E <= 12; E = 0 where it is behind the camera."""
+    """Per box the visible parts of its edges in `camera`'s image: [E, 2, 2] pixels (segment, end, u/v), E <= 12; E = 0
+    where it is behind the camera."""
     first, second = torch.tensor(EDGES).unbind(-1)
     drawn = []
     for corners in boxes.corners.to(camera.world_to_camera):
@@ -102,21 +110,26 @@ def segments(boxes: Boxes, camera: Camera, near_m: float = 0.1) -> list[Tensor]:
         drawn.append(camera.project(ends.reshape(-1, 3))[0].reshape(-1, 2, 2))
     return drawn
 
-
+# %% ../../nbs/geometry/boxes.ipynb #2b6bfced
 def outline(boxes: Boxes, camera: Camera, near_m: float = 0.1) -> list[Tensor]:
-    """Per box the convex outline [K, 2] of what is in front of `camera`, pixels, counted around; K = 0 where it is behind the camera."""
+    """Per box the convex outline [K, 2] of what is in front of `camera`, pixels, counted around; K = 0 where it is
+    behind the camera."""
     return [convex_hull(ends.reshape(-1, 2)) for ends in segments(boxes, camera, near_m)]
 
-# %% ../../nbs/geometry/boxes.ipynb #7cb8e28e
+# %% ../../nbs/geometry/boxes.ipynb #576ba05c
 def convex_hull(points: Tensor) -> Tensor:
-    """The corners [K, 2] of the convex hull of points [N, 2], counted around from the leftmost. Source: Andrew 1979, monotone chain."""
+    """The corners [K, 2] of the convex hull of points [N, 2], counted around from the leftmost. Source: Andrew 1979,
+    monotone chain."""
     ordered = sorted(set(map(tuple, points.double().tolist())))
     if len(ordered) < 3: return torch.tensor(ordered, dtype=points.dtype).reshape(-1, 2)
 
     def chain(corners: list) -> list:
         kept: list = []
         for p in corners:
-            while len(kept) > 1 and (kept[-1][0] - kept[-2][0]) * (p[1] - kept[-2][1]) <= (kept[-1][1] - kept[-2][1]) * (p[0] - kept[-2][0]): kept.pop()
+            while len(kept) > 1 and (kept[-1][0] - kept[-2][0]) * (p[1] - kept[-2][1]) <= (
+                kept[-1][1] - kept[-2][1]
+            ) * (p[0] - kept[-2][0]):
+                kept.pop()
             kept.append(p)
         return kept[:-1]
     return torch.tensor(chain(ordered) + chain(ordered[::-1]), dtype=points.dtype)

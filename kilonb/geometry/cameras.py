@@ -31,9 +31,10 @@ class Rays(NamedTuple):
         """Points [N, 3] at `distances` [N] metres along the rays."""
         return self.origins + distances[..., None] * self.directions
 
-# %% ../../nbs/geometry/cameras.ipynb #f349abac
+# %% ../../nbs/geometry/cameras.ipynb #80eaa4fe
 class Camera:
-    """The part that all cameras share. A camera has camera_to_world [4, 4], OpenCV frame (x right, y down, z forward), width and height in pixels."""
+    """The part that all cameras share. A camera has camera_to_world [4, 4], OpenCV frame (x right, y down, z forward),
+    width and height in pixels."""
 
     camera_to_world: Tensor
     width: int
@@ -53,7 +54,8 @@ class Camera:
 
     def pixel_centres(self) -> Tensor:
         """Centres of all pixels [height * width, 2] as (u, v), row by row."""
-        columns, rows = (torch.arange(n, device=self.camera_to_world.device, dtype=self.camera_to_world.dtype) + 0.5 for n in (self.width, self.height))
+        columns, rows = (torch.arange(n, device=self.camera_to_world.device, dtype=self.camera_to_world.dtype) + 0.5
+                         for n in (self.width, self.height))
         return torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1).reshape(-1, 2)
 
     def rays(self, pixels: Tensor | None = None) -> Rays:
@@ -67,14 +69,15 @@ class Camera:
         return (u >= 0) & (u <= self.width) & (v >= 0) & (v <= self.height)
 
     def moved(self, transform: Tensor) -> "Camera":
-        """The same camera carried along by a rigid motion [4, 4] of the world: of the vehicle that it is mounted on, say."""
+        """The same camera carried along by a rigid motion [4, 4] of the world: of the vehicle that it is mounted on,
+        say."""
         return replace(self, camera_to_world=transform.to(self.camera_to_world) @ self.camera_to_world)
 
     def to(self, device: torch.device | str) -> "Camera":
         """The same camera with its pose on `device`."""
         return replace(self, camera_to_world=self.camera_to_world.to(device))
 
-# %% ../../nbs/geometry/cameras.ipynb #fd558279
+# %% ../../nbs/geometry/cameras.ipynb #8b3c88d9
 @dataclass(frozen=True)
 class PinholeCamera(Camera):
     """A pinhole camera in the OpenCV frame (x right, y down, z forward).
@@ -93,11 +96,13 @@ class PinholeCamera(Camera):
     @property
     def K(self) -> Tensor:
         """Intrinsics [3, 3], float32, pixels."""
-        return torch.tensor([[self.fx, 0, self.cx], [0, self.fy, self.cy], [0, 0, 1]], dtype=self.camera_to_world.dtype, device=self.camera_to_world.device)
+        return torch.tensor([[self.fx, 0, self.cx], [0, self.fy, self.cy], [0, 0, 1]], dtype=self.camera_to_world.dtype,
+                            device=self.camera_to_world.device)
 
     def directions(self, pixels: Tensor) -> Tensor:
         """Unit view directions [N, 3] in the world through `pixels` [N, 2]."""
-        local = torch.stack([(pixels[:, 0] - self.cx) / self.fx, (pixels[:, 1] - self.cy) / self.fy, torch.ones_like(pixels[:, 0])], -1)
+        local = torch.stack([(pixels[:, 0] - self.cx) / self.fx, (pixels[:, 1] - self.cy) / self.fy,
+                             torch.ones_like(pixels[:, 0])], -1)
         return torch.nn.functional.normalize(local, dim=-1) @ self.camera_to_world[:3, :3].mT
 
     def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,26 +116,31 @@ class PinholeCamera(Camera):
 
     def unproject(self, pixels: Tensor, depth: Tensor) -> Tensor:
         """World points [N, 3] seen at `pixels` [N, 2] with `depth` [N] (camera z, metres)."""
-        local = torch.stack([(pixels[:, 0] - self.cx) / self.fx, (pixels[:, 1] - self.cy) / self.fy, torch.ones_like(depth)], -1)
+        local = torch.stack([(pixels[:, 0] - self.cx) / self.fx, (pixels[:, 1] - self.cy) / self.fy,
+                             torch.ones_like(depth)], -1)
         return transform_points(self.camera_to_world, local * depth[:, None])
 
     def resized(self, width: int, height: int) -> "PinholeCamera":
         """The same camera with another image size; the field of view stays."""
         sx, sy = width / self.width, height / self.height
-        return replace(self, fx=self.fx * sx, fy=self.fy * sy, cx=self.cx * sx, cy=self.cy * sy, width=width, height=height)
+        return replace(self, fx=self.fx * sx, fy=self.fy * sy, cx=self.cx * sx, cy=self.cy * sy, width=width,
+                       height=height)
 
-# %% ../../nbs/geometry/cameras.ipynb #b4991250
+# %% ../../nbs/geometry/cameras.ipynb #1f8dd0f7
 def camera_from_angle(camera_to_world: Tensor, width: int, height: int, angle_x: float) -> PinholeCamera:
     """A centred camera with square pixels and horizontal field of view `angle_x`, radians."""
-    if not 0 < angle_x < pi: raise KiloError(f"The horizontal field of view is {angle_x:g} rad; expected a value between 0 and pi.")
+    if not 0 < angle_x < pi:
+        raise KiloError(f"The horizontal field of view is {angle_x:g} rad; expected a value between 0 and pi.")
     focal = 0.5 * width / tan(0.5 * angle_x)
     return PinholeCamera(camera_to_world, focal, focal, width / 2, height / 2, width, height)
 
-# %% ../../nbs/geometry/cameras.ipynb #a90edb7a
+# %% ../../nbs/geometry/cameras.ipynb #0b35be76
 class Visibility(NamedTuple):
-    """Where points are in a picture. pixels: [N, 2], NaN without one. inside: [N] bool, in the image. outside: how many have a pixel beyond its border.
+    """Where points are in a picture. pixels: [N, 2], NaN without one. inside: [N] bool, in the image. outside: how many
+    have a pixel beyond its border.
 
-    without_pixel: how many have none: behind a pinhole, at the centre of a panorama, beyond what a lens model describes.
+    without_pixel: how many have none: behind a pinhole, at the centre of a panorama, beyond what a lens model
+    describes.
     """
 
     pixels: Tensor
@@ -145,7 +155,7 @@ def visibility(camera: Camera, points: Tensor) -> Visibility:
     inside, lost = camera.contains(pixels), pixels.isnan().any(-1)
     return Visibility(pixels, inside, int((~inside & ~lost).sum()), int(lost.sum()))
 
-# %% ../../nbs/geometry/cameras.ipynb #d69ffdc1
+# %% ../../nbs/geometry/cameras.ipynb #ddaa1357
 @dataclass(frozen=True)
 class Lens:
     """OpenCV's rational model of a lens, on the normalised plane. Coefficients without unit.
@@ -164,10 +174,16 @@ class Lens:
 
     @cached_property
     def reach(self) -> float:
-        """The radius, tan of the angle to the axis, up to which the model goes outwards; infinite where it never turns around."""
-        s, above, below = np.poly1d([1, 0]), np.poly1d([self.k3, self.k2, self.k1, 1]), np.poly1d([self.k6, self.k5, self.k4, 1])
+        """The radius, tan of the angle to the axis, up to which the model goes outwards; infinite where it never turns
+        around."""
+        s, above, below = (
+            np.poly1d([1, 0]),
+            np.poly1d([self.k3, self.k2, self.k1, 1]),
+            np.poly1d([self.k6, self.k5, self.k4, 1]),
+        )
         turning = (above + 2 * s * above.deriv()) * below - 2 * s * above * below.deriv()
-        ends = [root.real for root in np.concatenate([turning.roots, below.roots]) if abs(root.imag) < 1e-9 and root.real > 0]
+        ends = [root.real for root in np.concatenate([turning.roots, below.roots]) if abs(root.imag) < 1e-9
+                and root.real > 0]
         return sqrt(min(ends)) if ends else inf
 
     def distort(self, plane: Tensor) -> Tensor:
@@ -175,7 +191,8 @@ class Lens:
         x, y = plane.unbind(-1)
         s = x * x + y * y
         radial = (1 + s * (self.k1 + s * (self.k2 + s * self.k3))) / (1 + s * (self.k4 + s * (self.k5 + s * self.k6)))
-        sideways = torch.stack([2 * self.p1 * x * y + self.p2 * (s + 2 * x * x), self.p1 * (s + 2 * y * y) + 2 * self.p2 * x * y], -1)
+        sideways = torch.stack([2 * self.p1 * x * y + self.p2 * (s + 2 * x * x),
+                                self.p1 * (s + 2 * y * y) + 2 * self.p2 * x * y], -1)
         return plane * radial[:, None] + sideways
 
     def slope(self, plane: Tensor) -> Tensor:
@@ -184,29 +201,35 @@ class Lens:
         s = x * x + y * y
         above, below = 1 + s * (self.k1 + s * (self.k2 + s * self.k3)), 1 + s * (self.k4 + s * (self.k5 + s * self.k6))
         radial, p1, p2 = above / below, 2 * self.p1, 2 * self.p2
-        bend = 2 * ((self.k1 + s * (2 * self.k2 + s * 3 * self.k3)) - radial * (self.k4 + s * (2 * self.k5 + s * 3 * self.k6))) / below
+        bend = 2 * ((self.k1 + s * (2 * self.k2 + s * 3 * self.k3))
+                    - radial * (self.k4 + s * (2 * self.k5 + s * 3 * self.k6))) / below
         both = bend * x * y + p1 * x + p2 * y
-        return torch.stack([radial + bend * x * x + p1 * y + 3 * p2 * x, both, both, radial + bend * y * y + 3 * p1 * y + p2 * x], -1).unflatten(-1, (2, 2))
+        return torch.stack([radial + bend * x * x + p1 * y + 3 * p2 * x, both, both,
+                            radial + bend * y * y + 3 * p1 * y + p2 * x], -1).unflatten(-1, (2, 2))
 
     def undistort(self, plane: Tensor, iterations: int = 20) -> Tensor:
-        """The points [N, 2] that the lens puts at `plane` [N, 2], by Newton's method in double precision; NaN where there is none."""
-        return torch.cat([self._newton(chunk.double(), iterations) for chunk in plane.split(16384)]).to(plane.dtype) if len(plane) else plane
+        """The points [N, 2] that the lens puts at `plane` [N, 2], by Newton's method in double precision; NaN where
+        there is none."""
+        return torch.cat([self._newton(chunk.double(), iterations)
+                          for chunk in plane.split(16384)]).to(plane.dtype) if len(plane) else plane
 
     def _newton(self, goal: Tensor, iterations: int) -> Tensor:
         found = goal.clone()
         for _ in range(iterations):
             error, (a, b, c, d) = self.distort(found) - goal, self.slope(found).flatten(1).unbind(-1)
             if error.abs().max() < 1e-12: break
-            found = found - torch.stack([d * error[:, 0] - b * error[:, 1], a * error[:, 1] - c * error[:, 0]], -1) / (a * d - b * c)[:, None]
+            found = found - torch.stack([d * error[:, 0] - b * error[:, 1], a * error[:, 1] - c * error[:, 0]],
+                                        -1) / (a * d - b * c)[:, None]
         missed = ~((self.distort(found) - goal).abs().amax(-1) < 1e-9) | (found.norm(dim=-1) > self.reach)
         return found.masked_fill(missed[:, None] | ~found.isfinite(), torch.nan)
 
-# %% ../../nbs/geometry/cameras.ipynb #599dc009
+# %% ../../nbs/geometry/cameras.ipynb #eea21e0d
 @dataclass(frozen=True)
 class DistortedPinholeCamera(Camera):
     """A pinhole camera behind a lens that bends.
 
-    As `PinholeCamera`, and distortion: (k1, k2, p1, p2[, k3[, k4, k5, k6]]) of `Lens`. Raises KiloError for another count of coefficients.
+    As `PinholeCamera`, and distortion: (k1, k2, p1, p2[, k3[, k4, k5, k6]]) of `Lens`. Raises KiloError for another
+    count of coefficients.
     """
 
     camera_to_world: Tensor
@@ -220,7 +243,8 @@ class DistortedPinholeCamera(Camera):
 
     def __post_init__(self):
         if len(self.distortion) not in (4, 5, 8) or not np.isfinite(self.distortion).all():
-            raise KiloError(f"The distortion is {tuple(self.distortion)}; expected 4, 5 or 8 finite numbers: k1 k2 p1 p2 [k3 [k4 k5 k6]].")
+            raise KiloError(f"The distortion is {tuple(self.distortion)}; expected 4, 5 or 8 finite numbers: k1 "
+                            "k2 p1 p2 [k3 [k4 k5 k6]].")
 
     @cached_property
     def lens(self) -> Lens: return Lens(*self.distortion)
@@ -231,7 +255,8 @@ class DistortedPinholeCamera(Camera):
         return PinholeCamera(self.camera_to_world, self.fx, self.fy, self.cx, self.cy, self.width, self.height)
 
     def _plane(self, pixels: Tensor) -> Tensor:
-        plane = self.lens.undistort(torch.stack([(pixels[:, 0] - self.cx) / self.fx, (pixels[:, 1] - self.cy) / self.fy], -1))
+        plane = self.lens.undistort(torch.stack([(pixels[:, 0] - self.cx) / self.fx,
+                                                 (pixels[:, 1] - self.cy) / self.fy], -1))
         return torch.cat([plane, torch.ones_like(plane[:, :1])], -1).to(self.camera_to_world.dtype)
 
     def directions(self, pixels: Tensor) -> Tensor:
@@ -239,7 +264,8 @@ class DistortedPinholeCamera(Camera):
         return torch.nn.functional.normalize(self._plane(pixels), dim=-1) @ self.camera_to_world[:3, :3].mT
 
     def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Pixels [N, 2] and depths [N] (camera z, metres) of world points [N, 3]; NaN pixels for points behind and for those beyond the lens's reach."""
+        """Pixels [N, 2] and depths [N] (camera z, metres) of world points [N, 3]; NaN pixels for points behind and for
+        those beyond the lens's reach."""
         x, y, depth = transform_points(self.world_to_camera, points).unbind(-1)
         plane = torch.stack([x, y], -1) / torch.where(depth > 0, depth, torch.full_like(depth, torch.nan))[:, None]
         bent = self.lens.distort(plane.masked_fill(plane.norm(dim=-1, keepdim=True) > self.lens.reach, torch.nan))
@@ -253,7 +279,7 @@ class DistortedPinholeCamera(Camera):
         """The same camera with another image size; field of view and distortion stay."""
         return replace(self, **vars(self.undistorted.resized(width, height)))
 
-# %% ../../nbs/geometry/cameras.ipynb #521a15db
+# %% ../../nbs/geometry/cameras.ipynb #e6da66d1
 @dataclass(frozen=True)
 class Rig:
     """Named cameras in one world frame. names: unique. cameras: as many. Raises KiloError where they do not match."""
@@ -263,7 +289,8 @@ class Rig:
 
     def __post_init__(self):
         if not self.cameras: raise KiloError("The rig has no camera; expected at least one.")
-        if len(self.names) != len(self.cameras): raise KiloError(f"The rig has {len(self.cameras)} cameras but {len(self.names)} names; give one each.")
+        if len(self.names) != len(self.cameras):
+            raise KiloError(f"The rig has {len(self.cameras)} cameras but {len(self.names)} names; give one each.")
         twice = sorted({name for name in self.names if self.names.count(name) > 1})
         if twice: raise KiloError(f"The rig names {' and '.join(twice)} twice; camera names must be unique.")
 
@@ -280,29 +307,34 @@ class Rig:
         """The rig carried along by a rigid motion [4, 4] of the world."""
         return replace(self, cameras=tuple(camera.moved(transform) for camera in self.cameras))
 
-# %% ../../nbs/geometry/cameras.ipynb #33ddc89a
+# %% ../../nbs/geometry/cameras.ipynb #bd1fd3e7
 def blender_to_opencv(camera_to_world: Tensor) -> Tensor:
     """OpenCV poses [..., 4, 4] of Blender/OpenGL `camera_to_world` poses; its own inverse."""
-    return camera_to_world * torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=camera_to_world.dtype, device=camera_to_world.device)
+    return camera_to_world * torch.tensor([1.0, -1.0, -1.0, 1.0], dtype=camera_to_world.dtype,
+                                          device=camera_to_world.device)
 
-# %% ../../nbs/geometry/cameras.ipynb #49679809
-def orbit_cameras(count: int, radius: float, elevation_deg: float = 30.0, target: Tensor | None = None, up: Tensor | None = None,
-                  width: int = 400, height: int = 400, field_of_view_deg: float = 39.6) -> list[PinholeCamera]:
-    """`count` cameras on a circle around `target`, `radius` metres away, `elevation_deg` above the plane across `up`, all looking at it."""
+# %% ../../nbs/geometry/cameras.ipynb #3a2ba4f6
+def orbit_cameras(count: int, radius: float, elevation_deg: float = 30.0, target: Tensor | None = None,
+                  up: Tensor | None = None, width: int = 400, height: int = 400,
+                  field_of_view_deg: float = 39.6) -> list[PinholeCamera]:
+    """`count` cameras on a circle around `target`, `radius` metres away, `elevation_deg` above the plane across `up`,
+    all looking at it."""
     target = torch.zeros(3) if target is None else target
     up = torch.tensor([0.0, 0, 1]) if up is None else torch.nn.functional.normalize(up, dim=0)
     helper = torch.tensor([1.0, 0, 0]) if abs(up[0]) < 0.9 else torch.tensor([0.0, 1, 0])
     side = torch.nn.functional.normalize(torch.linalg.cross(up, helper), dim=0)
     front = torch.linalg.cross(side, up)
     elevation = radians(elevation_deg)
-    eyes = [target + radius * (cos(elevation) * (cos(a) * front + sin(a) * side) + sin(elevation) * up) for a in (2 * pi * i / count for i in range(count))]
+    eyes = [target + radius * (cos(elevation) * (cos(a) * front + sin(a) * side) + sin(elevation) * up)
+            for a in (2 * pi * i / count for i in range(count))]
     return [camera_from_angle(look_at(eye, target, up), width, height, radians(field_of_view_deg)) for eye in eyes]
 
-# %% ../../nbs/geometry/cameras.ipynb #aa2287a3
+# %% ../../nbs/geometry/cameras.ipynb #f194b1e1
 def focus(cameras: Sequence[PinholeCamera]) -> tuple[Tensor, float]:
     """(point [3] nearest to all optical axes, radius in metres of the ball around it that every camera sees whole).
 
-    A single camera is taken to look at a point 4 m in front of it. Raises KiloError where that point is not in front of every camera.
+    A single camera is taken to look at a point 4 m in front of it. Raises KiloError where that point is not in front of
+    every camera.
     """
     origins = torch.stack([c.position for c in cameras]).double().cpu()
     axes = torch.stack([c.camera_to_world[:3, 2] for c in cameras]).double().cpu()

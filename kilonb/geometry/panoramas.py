@@ -16,18 +16,21 @@ from .cameras import Camera
 from .transforms import transform_points
 from ..core.errors import KiloError
 
-# %% ../../nbs/geometry/panoramas.ipynb #c7d08b4e
+# %% ../../nbs/geometry/panoramas.ipynb #df09e5a2
 def range_of_depth(camera: Camera, depth: Tensor) -> Tensor:
-    """Range along each pixel's ray, metres, of a depth map [H, W] (camera z, metres) of a camera with an optical axis. NaN stays NaN."""
+    """Range along each pixel's ray, metres, of a depth map [H, W] (camera z, metres) of a camera with an optical axis.
+    NaN stays NaN."""
     along_axis = camera.directions(camera.pixel_centres()) @ camera.camera_to_world[:3, 2]
     return depth / along_axis.reshape(camera.height, camera.width).to(depth)
 
-# %% ../../nbs/geometry/panoramas.ipynb #7aabddb5
+# %% ../../nbs/geometry/panoramas.ipynb #2e9d8a06
 @dataclass(frozen=True)
 class PanoramaCamera(Camera):
-    """What equirectangular and cylindrical panoramas share. camera_to_world: [4, 4], OpenCV frame, y down along the axis. width, height: pixels.
+    """What equirectangular and cylindrical panoramas share. camera_to_world: [4, 4], OpenCV frame, y down along the
+    axis. width, height: pixels.
 
-    azimuth_range_deg: the horizontal extent, centred on forward; 360 closes it. elevation_min_deg, elevation_max_deg: of the lower and the upper border.
+    azimuth_range_deg: the horizontal extent, centred on forward; 360 closes it. elevation_min_deg, elevation_max_deg:
+    of the lower and the upper border.
     Raises KiloError for an extent that does not exist.
     """
 
@@ -40,10 +43,13 @@ class PanoramaCamera(Camera):
 
     def __post_init__(self):
         steepest, low, high = self._STEEPEST_DEG, self.elevation_min_deg, self.elevation_max_deg
-        if not (self.width >= 1 and self.height >= 1): raise KiloError(f"The panorama is {self.width}x{self.height} pixels; expected at least 1x1.")
-        if not 0 < self.azimuth_range_deg <= 360: raise KiloError(f"The azimuth range is {self.azimuth_range_deg:g} degrees; expected 0 to 360.")
-        if not -steepest <= low < high <= steepest: raise KiloError(f"The elevations go from {low:g} to {high:g} degrees; "
-                                                                    f"expected an interval upwards within +-{steepest:g} for a {type(self).__name__}.")
+        if not (self.width >= 1 and self.height >= 1):
+            raise KiloError(f"The panorama is {self.width}x{self.height} pixels; expected at least 1x1.")
+        if not 0 < self.azimuth_range_deg <= 360:
+            raise KiloError(f"The azimuth range is {self.azimuth_range_deg:g} degrees; expected 0 to 360.")
+        if not -steepest <= low < high <= steepest:
+            raise KiloError(f"The elevations go from {low:g} to {high:g} degrees; "
+                            f"expected an interval upwards within +-{steepest:g} for a {type(self).__name__}.")
 
     @property
     def closed(self) -> bool:
@@ -58,18 +64,22 @@ class PanoramaCamera(Camera):
     def angles(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """(azimuth [N], elevation [N]), radians, of `pixels` [N, 2]."""
         low, high = self.heights
-        return (pixels[:, 0] / self.width - 0.5) * radians(self.azimuth_range_deg), self._elevation(high - pixels[:, 1] / self.height * (high - low))
+        return (pixels[:, 0] / self.width - 0.5) * radians(self.azimuth_range_deg), self._elevation(
+            high - pixels[:, 1] / self.height * (high - low)
+        )
 
     def directions(self, pixels: Tensor) -> Tensor:
         """Unit view directions [N, 3] in the world through `pixels` [N, 2]."""
         azimuth, elevation = self.angles(pixels.to(self.camera_to_world.dtype))
         flat = elevation.cos()
-        return torch.stack([flat * azimuth.sin(), -elevation.sin(), flat * azimuth.cos()], -1) @ self.camera_to_world[:3, :3].mT
+        return torch.stack([flat * azimuth.sin(), -elevation.sin(), flat * azimuth.cos()],
+                           -1) @ self.camera_to_world[:3, :3].mT
 
     def project(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [N, 2] and RANGES [N] (metres along the ray, not depth) of world points [N, 3].
 
-        A closed panorama's u is in [0, width). Points without a pixel (the centre; on a cylinder, its axis) get NaN pixels.
+        A closed panorama's u is in [0, width). Points without a pixel (the centre; on a cylinder, its axis) get NaN
+        pixels.
         """
         local = transform_points(self.world_to_camera, points)
         low, high = self.heights
@@ -90,10 +100,11 @@ class PanoramaCamera(Camera):
     def yawed(self, degrees: float) -> "PanoramaCamera":
         """The panorama turned about its own axis, positive to the right."""
         c, s = cos(radians(degrees)), sin(radians(degrees))
-        turn = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]], dtype=self.camera_to_world.dtype, device=self.camera_to_world.device)
+        turn = torch.tensor([[c, 0, s, 0], [0, 1, 0, 0], [-s, 0, c, 0], [0, 0, 0, 1]], dtype=self.camera_to_world.dtype,
+                            device=self.camera_to_world.device)
         return replace(self, camera_to_world=self.camera_to_world @ turn)
 
-# %% ../../nbs/geometry/panoramas.ipynb #c0c5462b
+# %% ../../nbs/geometry/panoramas.ipynb #87a6baa3
 @dataclass(frozen=True)
 class EquirectangularCamera(PanoramaCamera):
     """A panorama whose rows step evenly in elevation. Arguments as `PanoramaCamera`; elevations within +-90 degrees."""
@@ -109,10 +120,11 @@ class EquirectangularCamera(PanoramaCamera):
     @staticmethod
     def _height_of(local: Tensor) -> Tensor: return torch.atan2(-local[:, 1], torch.hypot(local[:, 0], local[:, 2]))
 
-
+# %% ../../nbs/geometry/panoramas.ipynb #1c74d0c4
 @dataclass(frozen=True)
 class CylindricalCamera(PanoramaCamera):
-    """A panorama on a true cylinder: rows step evenly in the tangent of the elevation. Arguments as `PanoramaCamera`; elevations within +-89 degrees."""
+    """A panorama on a true cylinder: rows step evenly in the tangent of the elevation. Arguments as `PanoramaCamera`;
+    elevations within +-89 degrees."""
 
     _STEEPEST_DEG = 89.0
 
@@ -125,14 +137,17 @@ class CylindricalCamera(PanoramaCamera):
     @staticmethod
     def _height_of(local: Tensor) -> Tensor: return -local[:, 1] / torch.hypot(local[:, 0], local[:, 2])
 
-# %% ../../nbs/geometry/panoramas.ipynb #9c63f751
+# %% ../../nbs/geometry/panoramas.ipynb #62f26aa5
 def roll_columns(camera: PanoramaCamera, columns: int, *pictures: Tensor) -> tuple[PanoramaCamera, ...]:
-    """(camera, *pictures), the pictures [H, W] or [H, W, C] rolled to the right by `columns` and the camera turned so that every pixel keeps its ray.
+    """(camera, *pictures), the pictures [H, W] or [H, W, C] rolled to the right by `columns` and the camera turned so
+    that every pixel keeps its ray.
 
     Raises KiloError for a panorama that is not closed and for pictures of another size.
     """
-    if not camera.closed: raise KiloError(f"The panorama spans {camera.azimuth_range_deg:g} degrees; only one of 360 can be rolled.")
+    if not camera.closed:
+        raise KiloError(f"The panorama spans {camera.azimuth_range_deg:g} degrees; only one of 360 can be rolled.")
     for picture in pictures:
         if tuple(picture.shape[:2]) != (camera.height, camera.width):
-            raise KiloError(f"A picture of shape {tuple(picture.shape)} does not fit a panorama of {camera.height} rows and {camera.width} columns.")
+            raise KiloError(f"A picture of shape {tuple(picture.shape)} does not fit a panorama of "
+                            f"{camera.height} rows and {camera.width} columns.")
     return camera.yawed(-360 * columns / camera.width), *(torch.roll(picture, columns, 1) for picture in pictures)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..core.errors import KiloError
 
-# %% ../../nbs/geometry/transforms.ipynb #b4008ddf
+# %% ../../nbs/geometry/transforms.ipynb #7f167e9b
 def quat_to_rotmat(quats: Tensor) -> Tensor:
-    """Rotation matrices [..., 3, 3] of quaternions [..., 4] in wxyz order, normalised here. Differentiable for non-zero quaternions."""
+    """Rotation matrices [..., 3, 3] of quaternions [..., 4] in wxyz order, normalised here. Differentiable for non-zero
+    quaternions."""
     w, x, y, z = torch.nn.functional.normalize(quats, dim=-1).unbind(-1)
     rows = [
         1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y),
@@ -52,7 +53,7 @@ def quat_multiply(first: Tensor, second: Tensor) -> Tensor:
         w1 * z2 + x1 * y2 - y1 * x2 + z1 * w2,
     ], -1)
 
-# %% ../../nbs/geometry/transforms.ipynb #910ee6e2
+# %% ../../nbs/geometry/transforms.ipynb #0fdab023
 def rigid(rotation: Tensor, translation: Tensor) -> Tensor:
     """Rigid transforms [..., 4, 4] from rotations [..., 3, 3] and translations [..., 3]."""
     transform = torch.zeros(*translation.shape[:-1], 4, 4, dtype=translation.dtype, device=translation.device)
@@ -61,7 +62,8 @@ def rigid(rotation: Tensor, translation: Tensor) -> Tensor:
 
 
 def rigid_inverse(transform: Tensor) -> Tensor:
-    """Inverse [..., 4, 4] of rigid transforms; exact transposition, so it is only right where the upper left block is a rotation."""
+    """Inverse [..., 4, 4] of rigid transforms; exact transposition, so it is only right where the upper left block is a
+    rotation."""
     rotation = transform[..., :3, :3].mT
     return rigid(rotation, -(rotation @ transform[..., :3, 3:]).squeeze(-1))
 
@@ -70,37 +72,46 @@ def transform_points(transform: Tensor, points: Tensor) -> Tensor:
     """Points [..., N, 3] moved by transforms [..., 4, 4]."""
     return points @ transform[..., :3, :3].mT + transform[..., None, :3, 3]
 
-# %% ../../nbs/geometry/transforms.ipynb #5e411c21
+# %% ../../nbs/geometry/transforms.ipynb #5f0ff33e
 def check_rigid(transform: Tensor, name: str, tolerance: float = 1e-3) -> Tensor:
     """`transform` itself where it is a 4x4 rigid motion; a KiloError that names it and says what is wrong elsewhere."""
-    if tuple(transform.shape[-2:]) != (4, 4): raise KiloError(f"{name} has shape {tuple(transform.shape)}; expected a 4x4 matrix.")
-    if not torch.isfinite(transform).all(): raise KiloError(f"{name} holds a number that is not finite; expected a rigid 4x4 matrix.")
+    if tuple(transform.shape[-2:]) != (4, 4):
+        raise KiloError(f"{name} has shape {tuple(transform.shape)}; expected a 4x4 matrix.")
+    if not torch.isfinite(transform).all():
+        raise KiloError(f"{name} holds a number that is not finite; expected a rigid 4x4 matrix.")
     rotation = transform[..., :3, :3].double()
     error = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64, device=rotation.device)).abs().max().item()
-    if error > tolerance: raise KiloError(f"{name} is not rigid: R R^T differs from the identity by {error:.2g}; remove scale and shear from it.")
-    if (torch.linalg.det(rotation) < 0).any(): raise KiloError(f"{name} mirrors space (determinant -1); one axis is flipped.")
+    if error > tolerance:
+        raise KiloError(f"{name} is not rigid: R R^T differs from the identity by {error:.2g}; remove scale "
+                        "and shear from it.")
+    if (torch.linalg.det(rotation) < 0).any():
+        raise KiloError(f"{name} mirrors space (determinant -1); one axis is flipped.")
     last = torch.tensor([0, 0, 0, 1.0], dtype=transform.dtype, device=transform.device)
-    if (transform[..., 3, :] - last).abs().max().item() > tolerance: raise KiloError(f"{name} has last row {transform[..., 3, :].tolist()}; expected 0 0 0 1.")
+    if (transform[..., 3, :] - last).abs().max().item() > tolerance:
+        raise KiloError(f"{name} has last row {transform[..., 3, :].tolist()}; expected 0 0 0 1.")
     return transform
 
-# %% ../../nbs/geometry/transforms.ipynb #fa36a515
+# %% ../../nbs/geometry/transforms.ipynb #f7ef8f0c
 def look_at(eye: Tensor, target: Tensor, up: Tensor) -> Tensor:
-    """`camera_to_world` [..., 4, 4] of an OpenCV camera at `eye` [..., 3] that sees `target` in the middle, with world `up` upwards in its image.
+    """`camera_to_world` [..., 4, 4] of an OpenCV camera at `eye` [..., 3] that sees `target` in the middle, with world
+    `up` upwards in its image.
 
     Raises KiloError where the view direction is parallel to `up` or has no length.
     """
     forward = target - eye
     right = torch.linalg.cross(forward, up.expand_as(forward))
-    if (right.norm(dim=-1) < 1e-9 * (1 + forward.norm(dim=-1))).any(): raise KiloError("look_at: the view is parallel to up; choose another up or eye.")
+    if (right.norm(dim=-1) < 1e-9 * (1 + forward.norm(dim=-1))).any():
+        raise KiloError("look_at: the view is parallel to up; choose another up or eye.")
     forward, right = torch.nn.functional.normalize(forward, dim=-1), torch.nn.functional.normalize(right, dim=-1)
     return rigid(torch.stack([right, torch.linalg.cross(forward, right), forward], -1), eye)
 
-# %% ../../nbs/geometry/transforms.ipynb #d8e06bcc
+# %% ../../nbs/geometry/transforms.ipynb #07e673a7
 _MIRROR_Y = torch.tensor([1.0, -1, 1, 1], dtype=torch.float64)
 
 
 def carla_pose_to_matrix(x: float, y: float, z: float, roll_deg: float, yaw_deg: float, pitch_deg: float) -> Tensor:
-    """Pose [4, 4] float64 of a CARLA transform, in CARLA's left-handed axes (x forward, y right, z up), metres. The argument order is that of OPV2V's lists."""
+    """Pose [4, 4] float64 of a CARLA transform, in CARLA's left-handed axes (x forward, y right, z up), metres. The
+    argument order is that of OPV2V's lists."""
     angles = torch.deg2rad(torch.tensor([roll_deg, yaw_deg, pitch_deg], dtype=torch.float64))
     (sr, sy, sp), (cr, cy, cp) = angles.sin().tolist(), angles.cos().tolist()
     yaw = torch.tensor([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]], dtype=torch.float64)
@@ -108,23 +119,25 @@ def carla_pose_to_matrix(x: float, y: float, z: float, roll_deg: float, yaw_deg:
     roll = torch.tensor([[1, 0, 0], [0, cr, sr], [0, -sr, cr]], dtype=torch.float64)
     return rigid(yaw @ pitch @ roll, torch.tensor([x, y, z], dtype=torch.float64))
 
-
+# %% ../../nbs/geometry/transforms.ipynb #2b1b99e8
 def left_to_right_handed(transform: Tensor) -> Tensor:
-    """A rigid motion [..., 4, 4] between axes with y to the right, given between axes with y to the left; its own inverse. Points change as `mirror_y`."""
+    """A rigid motion [..., 4, 4] between axes with y to the right, given between axes with y to the left; its own
+    inverse. Points change as `mirror_y`."""
     mirror = _MIRROR_Y.to(transform)
     return mirror[:, None] * transform * mirror
 
-
+# %% ../../nbs/geometry/transforms.ipynb #3fbbdf7e
 def mirror_y(points: Tensor) -> Tensor:
     """Points [..., 3] with y to the right, given with y to the left; its own inverse."""
     return points * _MIRROR_Y[:3].to(points)
 
-# %% ../../nbs/geometry/transforms.ipynb #a58db42b
+# %% ../../nbs/geometry/transforms.ipynb #f51c867f
 _FORWARD_FROM_OPENCV = torch.tensor([[0.0, 0, 1, 0], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 1]], dtype=torch.float64)
 
 
 def forward_to_opencv(body_to_world: Tensor) -> Tensor:
-    """`camera_to_world` [..., 4, 4] of an OpenCV camera (x right, y down, z forward) that sits at and looks along a body with x forward, y left, z up."""
+    """`camera_to_world` [..., 4, 4] of an OpenCV camera (x right, y down, z forward) that sits at and looks along a
+    body with x forward, y left, z up."""
     return body_to_world @ _FORWARD_FROM_OPENCV.to(body_to_world)
 
 

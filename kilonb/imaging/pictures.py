@@ -23,9 +23,10 @@ from PIL import Image
 from ..core.errors import KiloError
 from ..core.files import atomic_write, number, write_json
 
-# %% ../../nbs/imaging/pictures.ipynb #568ea1b7
+# %% ../../nbs/imaging/pictures.ipynb #8952d93b
 def as_picture(image: Any, name: str = "the picture") -> Image.Image:
-    """An 8-bit RGB picture of an array [H, W, 3] or [H, W] in 0..1 (NumPy, or a tensor on the CPU), or of a PIL image. KiloError for other shapes."""
+    """An 8-bit RGB picture of an array [H, W, 3] or [H, W] in 0..1 (NumPy, or a tensor on the CPU), or of a PIL image.
+    KiloError for other shapes."""
     if isinstance(image, Image.Image): return image.convert("RGB")
     values = np.asarray(image.detach() if hasattr(image, "detach") else image)
     if values.ndim == 2: values = np.repeat(values[..., None], 3, -1)
@@ -37,20 +38,23 @@ def as_picture(image: Any, name: str = "the picture") -> Image.Image:
     bytes_[lost] = (255, 0, 255)
     return Image.fromarray(bytes_)
 
-# %% ../../nbs/imaging/pictures.ipynb #f06068c6
+# %% ../../nbs/imaging/pictures.ipynb #958c11eb
 def encode_picture(image: Image.Image, longest: int = 400, maximum_bytes: int = 40_000) -> bytes:
-    """A picture as WebP of at most `maximum_bytes` bytes and at most `longest` pixels on its longer side; without loss where that fits."""
+    """A picture as WebP of at most `maximum_bytes` bytes and at most `longest` pixels on its longer side; without loss
+    where that fits."""
     scale = longest / max(image.size)
     if scale < 1: image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.LANCZOS)
-    settings = [{"lossless": True, "quality": 60}, *({"quality": quality, "method": 4} for quality in (90, 80, 65, 45, 25))]
+    settings = [{"lossless": True, "quality": 60},
+                *({"quality": quality, "method": 4} for quality in (90, 80, 65, 45, 25))]
     while True:
         for setting in settings:
             buffer = io.BytesIO()
             image.save(buffer, format="WEBP", **setting)
             if buffer.tell() <= maximum_bytes or max(image.size) <= 8: return buffer.getvalue()
-        image, settings = image.resize([max(1, round(side * 0.75)) for side in image.size], Image.Resampling.LANCZOS), [{"quality": 50, "method": 4}]
+        image, settings = image.resize([max(1, round(side * 0.75)) for side in image.size],
+                                       Image.Resampling.LANCZOS), [{"quality": 50, "method": 4}]
 
-# %% ../../nbs/imaging/pictures.ipynb #70697fbc
+# %% ../../nbs/imaging/pictures.ipynb #a4367406
 FOLDER, INDEX = "pictures", "pictures.json"
 
 
@@ -58,7 +62,8 @@ FOLDER, INDEX = "pictures", "pictures.json"
 class Comparison:
     """Pictures of one thing that may be laid over each other.
 
-    name: of the thing, mostly a view. score: in the unit of `metric`, NaN where nothing was measured. images: words (`target`, `student`) -> file.
+    name: of the thing, mostly a view. score: in the unit of `metric`, NaN where nothing was measured. images: words
+    (`target`, `student`) -> file.
     """
 
     name: str
@@ -73,7 +78,7 @@ def _file_name(name: str, image: str) -> str:
     plain = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", word).strip("_")[:40] for word in (name, image))
     return f"{plain}-{hashlib.sha256(json.dumps([name, image]).encode()).hexdigest()[:8]}.webp"
 
-# %% ../../nbs/imaging/pictures.ipynb #acfbbbbc
+# %% ../../nbs/imaging/pictures.ipynb #60146811
 def _entries(folder: Path) -> list[dict[str, Any]]:
     """What the index of a run's pictures holds, checked."""
     path = folder / FOLDER / INDEX
@@ -81,27 +86,34 @@ def _entries(folder: Path) -> list[dict[str, Any]]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))["comparisons"]
         for entry in entries:
-            if not all(isinstance(entry[key], str) for key in ("name", "metric")) or not isinstance(number(entry["score"]), (int, float)): raise ValueError
+            if not all(isinstance(entry[key], str)
+                       for key in ("name", "metric")) or not isinstance(number(entry["score"]), (int, float)):
+                raise ValueError
             if not isinstance(entry["higher_is_better"], bool) or not entry["images"]: raise ValueError
-            if any(not isinstance(file, str) or Path(file).name != file for file in entry["images"].values()): raise ValueError
+            if any(not isinstance(file, str) or Path(file).name != file for file in entry["images"].values()):
+                raise ValueError
     except OSError as error: raise KiloError(f"Cannot read {path}: {error.strerror}.") from None
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise KiloError(f"{path} is not an index of pictures: it was cut short or edited; delete it or repeat the run.") from None
+        raise KiloError(f"{path} is not an index of pictures: it was cut short or edited; delete it or "
+                        "repeat the run.") from None
     return entries
 
-
+# %% ../../nbs/imaging/pictures.ipynb #7e0e53fb
 def read_comparisons(folder: str | os.PathLike) -> list[Comparison]:
-    """The comparisons that the run in `folder` left, in their order; none where it left none. Raises KiloError naming the index where it is damaged."""
+    """The comparisons that the run in `folder` left, in their order; none where it left none. Raises KiloError naming
+    the index where it is damaged."""
     folder = Path(folder)
     return [Comparison(entry["name"], float(number(entry["score"])), entry["metric"], entry["higher_is_better"],
-                       {name: folder / FOLDER / file for name, file in entry["images"].items()}) for entry in _entries(folder)]
+                       {name: folder / FOLDER / file for name, file in entry["images"].items()})
+            for entry in _entries(folder)]
 
-# %% ../../nbs/imaging/pictures.ipynb #d50df8bc
-def save_comparison(folder: str | os.PathLike, name: str, images: Mapping[str, Any], score: float, metric: str, higher_is_better: bool = True,
-                    longest: int = 400, maximum_bytes: int = 40_000) -> Comparison:
+# %% ../../nbs/imaging/pictures.ipynb #204c029c
+def save_comparison(folder: str | os.PathLike, name: str, images: Mapping[str, Any], score: float, metric: str,
+                    higher_is_better: bool = True, longest: int = 400, maximum_bytes: int = 40_000) -> Comparison:
     """Leave pictures of one thing in a run's folder, for its report.
 
-    images: words (`target`, `student`, `error x 5`) -> [H, W, 3] in 0..1 or a PIL image, two or more, all of one size; the first two are shown first.
+    images: words (`target`, `student`, `error x 5`) -> [H, W, 3] in 0..1 or a PIL image, two or more, all of one size;
+    the first two are shown first.
     score: what they are ranked by, in the unit of `metric`. longest: pixels, maximum_bytes: of each file.
     Raises KiloError where there are fewer than two pictures or their sizes differ; nothing is written then.
     """
@@ -109,19 +121,25 @@ def save_comparison(folder: str | os.PathLike, name: str, images: Mapping[str, A
     if len(images) < 2: raise KiloError(f"'{name}' has {len(images)} picture: two or more are needed to compare.")
     pictures = {word: as_picture(image, f"'{word}' of '{name}'") for word, image in images.items()}
     sizes = {word: f"{picture.width}x{picture.height}" for word, picture in pictures.items()}
-    if len(set(sizes.values())) > 1: raise KiloError(f"The pictures of '{name}' have different sizes ({', '.join(map(' '.join, sizes.items()))}): use one.")
+    if len(set(sizes.values())) > 1:
+        raise KiloError(f"The pictures of '{name}' have different sizes "
+                        f"({', '.join(map(' '.join, sizes.items()))}): use one.")
     files = {word: _file_name(name, word) for word in pictures}
-    entry = {"name": name, "score": float(score), "metric": metric, "higher_is_better": bool(higher_is_better), "images": files}
+    entry = {"name": name, "score": float(score), "metric": metric, "higher_is_better": bool(higher_is_better),
+             "images": files}
     entries = _entries(folder)
     for word, picture in pictures.items():
-        with atomic_write(folder / FOLDER / files[word]) as partial: partial.write_bytes(encode_picture(picture, longest, maximum_bytes))
+        with atomic_write(folder / FOLDER / files[word]) as partial:
+            partial.write_bytes(encode_picture(picture, longest, maximum_bytes))
     same = next((i for i, old in enumerate(entries) if old["name"] == name), len(entries))
     write_json(folder / FOLDER / INDEX, {"comparisons": [*entries[:same], entry, *entries[same + 1:]]})
-    return Comparison(name, float(score), metric, bool(higher_is_better), {word: folder / FOLDER / file for word, file in files.items()})
+    return Comparison(name, float(score), metric, bool(higher_is_better),
+                      {word: folder / FOLDER / file for word, file in files.items()})
 
-# %% ../../nbs/imaging/pictures.ipynb #7edd013a
+# %% ../../nbs/imaging/pictures.ipynb #fb737b0c
 def worst(comparisons: Sequence[Comparison], count: int, metric: str = "") -> list[Comparison]:
-    """The `count` worst, the worst first, among those scored by `metric` (by default the most frequent one); NaN is worse than any number."""
+    """The `count` worst, the worst first, among those scored by `metric` (by default the most frequent one); NaN is
+    worse than any number."""
     metrics = [one.metric for one in comparisons]
     metric = metric or max(metrics, key=metrics.count, default="")
     badness = lambda one: (not math.isnan(one.score), one.score if one.higher_is_better else -one.score)

@@ -16,19 +16,23 @@ from torch import Tensor
 
 from ..core.errors import KiloError
 
-# %% ../../nbs/metrics/images.ipynb #9f75a3d5
+# %% ../../nbs/metrics/images.ipynb #958617b3
 def check_images(prediction: Tensor, target: Tensor) -> None:
-    """Raise KiloError unless both are floating Tensors of one shape `[..., 3]` on one device and hold at least one pixel."""
+    """Raise KiloError unless both are floating Tensors of one shape `[..., 3]` on one device and hold at least one
+    pixel."""
     for name, image in (("prediction", prediction), ("target", target)):
         if not isinstance(image, Tensor) or not image.is_floating_point():
             kind = getattr(image, "dtype", type(image).__name__)
-            raise KiloError(f"The {name} must be a floating Tensor with values in 0..1, not {kind}: divide 8-bit images by 255.")
+            raise KiloError(f"The {name} must be a floating Tensor with values in 0..1, not {kind}: divide 8-bit "
+                            "images by 255.")
         if image.ndim < 2 or image.shape[-1] != 3 or image.numel() == 0:
-            raise KiloError(f"The {name} has shape {list(image.shape)}; expected [..., 3] with at least one pixel (no alpha channel, channels last).")
+            raise KiloError(f"The {name} has shape {list(image.shape)}; expected [..., 3] with at least one pixel "
+                            "(no alpha channel, channels last).")
     if prediction.shape != target.shape:
-        raise KiloError(f"The prediction has shape {list(prediction.shape)} and the target {list(target.shape)}; expected the same shape.")
+        raise KiloError(f"The prediction has shape {list(prediction.shape)} and the target "
+                        f"{list(target.shape)}; expected the same shape.")
 
-# %% ../../nbs/metrics/images.ipynb #0bffdecc
+# %% ../../nbs/metrics/images.ipynb #3bdd9d9f
 def decibels(mean_squared_error: float) -> float:
     """PSNR in dB of a mean squared error, for peak 1; infinite at 0."""
     return math.inf if mean_squared_error == 0 else -10 * math.log10(mean_squared_error)
@@ -37,14 +41,16 @@ def decibels(mean_squared_error: float) -> float:
 def psnr_srgb_db(prediction: Tensor, target: Tensor) -> float:
     """PSNR between sRGB-encoded images, dB.
 
-    prediction, target: `[..., 3]`, 0..1, any float type. The error is averaged over pixels and channels in float64; identical images give infinity.
+    prediction, target: `[..., 3]`, 0..1, any float type. The error is averaged over pixels and channels in float64;
+    identical images give infinity.
     """
     check_images(prediction, target)
     return decibels((prediction.detach().double() - target.detach().double()).square().mean().item())
 
-# %% ../../nbs/metrics/images.ipynb #c9429660
+# %% ../../nbs/metrics/images.ipynb #d61c0596
 def srgb_to_linear(srgb: Tensor) -> Tensor:
-    """Light from sRGB-encoded values (IEC 61966-2-1), elementwise; negative values follow the linear part. Differentiable."""
+    """Light from sRGB-encoded values (IEC 61966-2-1), elementwise; negative values follow the linear part.
+    Differentiable."""
     return torch.where(srgb <= 0.04045, srgb / 12.92, ((srgb.clamp(min=0.04045) + 0.055) / 1.055) ** 2.4)
 
 
@@ -52,111 +58,131 @@ def linear_to_srgb(linear: Tensor) -> Tensor:
     """sRGB-encoded values from light, the inverse of `srgb_to_linear`. Differentiable, also at 0."""
     return torch.where(linear <= 0.0031308, linear * 12.92, 1.055 * linear.clamp(min=0.0031308) ** (1 / 2.4) - 0.055)
 
-# %% ../../nbs/metrics/images.ipynb #6695ae03
+# %% ../../nbs/metrics/images.ipynb #9b2b0ec0
 def psnr_linear_db(prediction_srgb: Tensor, target_srgb: Tensor) -> float:
     """PSNR in linear light, dB, of two images that are given sRGB-encoded, `[..., 3]` in 0..1."""
     check_images(prediction_srgb, target_srgb)
-    return psnr_srgb_db(srgb_to_linear(prediction_srgb.detach().double()), srgb_to_linear(target_srgb.detach().double()))
+    return psnr_srgb_db(srgb_to_linear(prediction_srgb.detach().double()),
+                        srgb_to_linear(target_srgb.detach().double()))
 
-# %% ../../nbs/metrics/images.ipynb #31764d26
+# %% ../../nbs/metrics/images.ipynb #b0aa12de
 def alpha_channel(alpha: Tensor, rgb: Tensor) -> Tensor:
-    """`alpha` as `[..., 1]` beside `rgb` `[..., 3]`; it may come as `[...]` or `[..., 1]`. KiloError on any other shape."""
+    """`alpha` as `[..., 1]` beside `rgb` `[..., 3]`; it may come as `[...]` or `[..., 1]`. KiloError on any other
+    shape."""
     if alpha.shape == rgb.shape[:-1]: alpha = alpha[..., None]
     if alpha.shape != (*rgb.shape[:-1], 1):
         expected = f"{list(rgb.shape[:-1])} (or with a last axis of 1)"
-        raise KiloError(f"The alpha has shape {list(alpha.shape)}; expected {expected} beside colours of shape {list(rgb.shape)}.")
+        raise KiloError(f"The alpha has shape {list(alpha.shape)}; expected {expected} beside colours of "
+                        f"shape {list(rgb.shape)}.")
     return alpha
 
 
 def straight_to_premultiplied(rgba_straight: Tensor) -> tuple[Tensor, Tensor]:
-    """(rgb_premultiplied `[..., 3]`, alpha `[...]`) from `rgba_straight` `[..., 4]`, 0..1. KiloError when there is no alpha channel."""
+    """(rgb_premultiplied `[..., 3]`, alpha `[...]`) from `rgba_straight` `[..., 4]`, 0..1. KiloError when there is no
+    alpha channel."""
     if rgba_straight.shape[-1] != 4:
-        raise KiloError(f"The image has {rgba_straight.shape[-1]} channels; expected 4 (straight RGBA): an image without alpha has no foreground.")
+        raise KiloError(f"The image has {rgba_straight.shape[-1]} channels; expected 4 (straight RGBA): an "
+                        "image without alpha has no foreground.")
     return rgba_straight[..., :3] * rgba_straight[..., 3:], rgba_straight[..., 3]
 
-# %% ../../nbs/metrics/images.ipynb #98fbfb4d
-def check_premultiplied(rgb_premultiplied: Tensor, alpha: Tensor, tolerance: float = 0.02, overbright: float = 1.5, share: float = 2e-3) -> None:
+# %% ../../nbs/metrics/images.ipynb #28882c98
+def check_premultiplied(rgb_premultiplied: Tensor, alpha: Tensor, tolerance: float = 0.02, overbright: float = 1.5,
+                        share: float = 2e-3) -> None:
     """Raise KiloError when the colours cannot be premultiplied by this alpha.
 
-    rgb_premultiplied: `[..., 3]`; alpha: `[...]` or `[..., 1]`. A pixel is impossible when a channel exceeds `overbright * alpha + tolerance`
-    (gaussians with spherical harmonics may be brighter than 1, hence 1.5); more than `share` of all pixels impossible means straight colours.
+    rgb_premultiplied: `[..., 3]`; alpha: `[...]` or `[..., 1]`. A pixel is impossible when a channel exceeds
+    `overbright * alpha + tolerance` (gaussians with spherical harmonics may be brighter than 1, hence 1.5); more than
+    `share` of all pixels impossible means straight colours.
     """
     alpha = alpha_channel(alpha, rgb_premultiplied)
     impossible = (rgb_premultiplied.detach() > overbright * alpha.detach() + tolerance).any(-1).float().mean().item()
     if impossible > share:
-        raise KiloError(
-            f"In {impossible:.1%} of the pixels the colour is brighter than its alpha allows, so this is straight, not premultiplied, colour: "
-            "use straight_to_premultiplied first."
-        )
+        raise KiloError(f"In {impossible:.1%} of the pixels the colour is brighter than its alpha allows, so "
+                        "this is straight, not premultiplied, colour: " "use straight_to_premultiplied first.")
 
-
-def composite(rgb_premultiplied: Tensor, alpha: Tensor, background: float | Sequence[float] | Tensor = 1.0, check: bool = True) -> Tensor:
+# %% ../../nbs/metrics/images.ipynb #2845166f
+def composite(rgb_premultiplied: Tensor, alpha: Tensor, background: float | Sequence[float] | Tensor = 1.0,
+              check: bool = True) -> Tensor:
     """Colours over a background, `[..., 3]`: `rgb_premultiplied + (1 - alpha) * background`.
 
-    alpha: `[...]` or `[..., 1]`, 0..1. background: a grey level (1 is white), an RGB triple, or a Tensor that broadcasts to `[..., 3]`.
-    check: look whether the colours are visibly straight (`check_premultiplied`) and raise KiloError; False in an inner loop, where the look costs a
-    synchronisation. KiloError when shapes disagree. Not clamped. Differentiable.
+    alpha: `[...]` or `[..., 1]`, 0..1. background: a grey level (1 is white), an RGB triple, or a Tensor that
+    broadcasts to `[..., 3]`.
+    check: look whether the colours are visibly straight (`check_premultiplied`) and raise KiloError; False in an inner
+    loop, where the look costs a synchronisation. KiloError when shapes disagree. Not clamped. Differentiable.
     """
     if check: check_premultiplied(rgb_premultiplied, alpha)
     background = torch.as_tensor(background, dtype=rgb_premultiplied.dtype, device=rgb_premultiplied.device)
     return rgb_premultiplied + (1 - alpha_channel(alpha, rgb_premultiplied)) * background
 
-# %% ../../nbs/metrics/images.ipynb #36a58e7d
+# %% ../../nbs/metrics/images.ipynb #67447ed1
 def foreground_psnr_db(prediction: Tensor, target: Tensor, alpha: Tensor) -> float:
-    """PSNR over the target's foreground, dB: the squared error weighted by alpha, divided by 3 (channels) times the sum of alpha.
+    """PSNR over the target's foreground, dB: the squared error weighted by alpha, divided by 3 (channels) times the sum
+    of alpha.
 
-    prediction, target: `[..., 3]` sRGB, both composited on white; alpha: the target's, `[...]` or `[..., 1]`, 0..1. KiloError when alpha is 0 everywhere.
+    prediction, target: `[..., 3]` sRGB, both composited on white; alpha: the target's, `[...]` or `[..., 1]`, 0..1.
+    KiloError when alpha is 0 everywhere.
     """
     check_images(prediction, target)
     weight = alpha_channel(alpha, target).detach().double()
-    if weight.sum() <= 0: raise KiloError("The target's alpha is 0 everywhere: it has no foreground to score; leave this view out or check its alpha.")
+    if weight.sum() <= 0:
+        raise KiloError("The target's alpha is 0 everywhere: it has no foreground to score; leave this view "
+                        "out or check its alpha.")
     squared = (prediction.detach().double() - target.detach().double()).square()
     return decibels(((weight * squared).sum() / (3 * weight.sum())).item())
 
-# %% ../../nbs/metrics/images.ipynb #2936a4f0
+# %% ../../nbs/metrics/images.ipynb #4e80d2d4
 def blank_baseline_db(target: Tensor) -> float:
-    """PSNR of an all-white image against `target` `[..., 3]` (composited on white), dB: the score of having learned nothing."""
+    """PSNR of an all-white image against `target` `[..., 3]` (composited on white), dB: the score of having learned
+    nothing."""
     return psnr_srgb_db(torch.ones_like(target), target)
 
-# %% ../../nbs/metrics/images.ipynb #8d4f7fee
+# %% ../../nbs/metrics/images.ipynb #4adbecdc
 def structural_similarity(prediction: Tensor, target: Tensor) -> Tensor:
     """SSIM of images `[H, W, 3]` or `[N, H, W, 3]`, 0..1: a Tensor of one number, or `[N]`. Differentiable.
 
     Gaussian window 11x11, sigma 1.5, K = (.01, .03), data range 1, valid padding, mean over positions and channels.
-    KiloError when a side is shorter than 11. Source: Wang et al. 2004; computed by pytorch_msssim with every option fixed.
+    KiloError when a side is shorter than 11. Source: Wang et al. 2004; computed by pytorch_msssim with every option
+    fixed.
     """
     from pytorch_msssim import ssim as windowed_ssim
 
     check_images(prediction, target)
     if prediction.ndim not in (3, 4) or min(prediction.shape[-3:-1]) < 11:
-        raise KiloError(f"SSIM needs images [H, W, 3] or [N, H, W, 3] of at least 11 x 11 pixels, not {list(prediction.shape)}.")
+        raise KiloError("SSIM needs images [H, W, 3] or [N, H, W, 3] of at least 11 x 11 pixels, not "
+                        f"{list(prediction.shape)}.")
     kind = torch.promote_types(prediction.dtype, target.dtype)
-    planes = [(image if image.ndim == 4 else image[None]).to(kind).movedim(-1, 1).contiguous() for image in (prediction, target)]
-    values = windowed_ssim(*planes, data_range=1.0, size_average=False, win_size=11, win_sigma=1.5, K=(0.01, 0.03), nonnegative_ssim=False)
+    planes = [(image if image.ndim == 4 else image[None]).to(kind).movedim(-1, 1).contiguous()
+              for image in (prediction, target)]
+    values = windowed_ssim(*planes, data_range=1.0, size_average=False, win_size=11, win_sigma=1.5, K=(0.01, 0.03),
+                           nonnegative_ssim=False)
     return values if prediction.ndim == 4 else values[0]
 
-
+# %% ../../nbs/metrics/images.ipynb #9f3a85c7
 def ssim(prediction: Tensor, target: Tensor) -> float:
-    """SSIM as one number (mean over images); see `structural_similarity`. float32 images agree with float64 to about 1e-6, at a quarter of the time."""
+    """SSIM as one number (mean over images); see `structural_similarity`. float32 images agree with float64 to about
+    1e-6, at a quarter of the time."""
     return structural_similarity(prediction.detach(), target.detach()).mean().item()
 
-# %% ../../nbs/metrics/images.ipynb #3551e4e8
+# %% ../../nbs/metrics/images.ipynb #5584d6d8
 def evaluate_image(
     rgb_premultiplied: Tensor, alpha: Tensor, target_rgb_premultiplied: Tensor, target_alpha: Tensor,
     lpips: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None,
 ) -> dict[str, float]:
     """Every image metric of one view, by name.
 
-    rgb_premultiplied, target_rgb_premultiplied: `[H, W, 3]` sRGB; alpha, target_alpha: `[H, W]`. Both sides are composited on white, the prediction is
-    then clamped to 0..1. An over-bright premultiplied colour so becomes at most its alpha, as on a screen.
+    rgb_premultiplied, target_rgb_premultiplied: `[H, W, 3]` sRGB; alpha, target_alpha: `[H, W]`. Both sides are
+    composited on white, the prediction is then clamped to 0..1. An over-bright premultiplied colour so becomes at most
+    its alpha, as on a screen.
     lpips: name -> function of two `[H, W, 3]` images, e.g. `lpips_metrics()`; None or empty leaves them out.
-    Returns psnr_srgb_white_db, psnr_srgb_foreground_db (weighted by the target's alpha; NaN where it is 0 everywhere), psnr_linear_white_db,
-    psnr_blank_white_db, ssim_white, lpips_*.
+    Returns psnr_srgb_white_db, psnr_srgb_foreground_db (weighted by the target's alpha; NaN where it is 0 everywhere),
+    psnr_linear_white_db, psnr_blank_white_db, ssim_white, lpips_*.
     """
     check_images(rgb_premultiplied, target_rgb_premultiplied)
-    images = {"prediction": rgb_premultiplied, "prediction's alpha": alpha, "target": target_rgb_premultiplied, "target's alpha": target_alpha}
+    images = {"prediction": rgb_premultiplied, "prediction's alpha": alpha, "target": target_rgb_premultiplied,
+              "target's alpha": target_alpha}
     for name, image in images.items():
-        if not torch.isfinite(image).all(): raise KiloError(f"The {name} holds NaN or infinite values: there is nothing to compare.")
+        if not torch.isfinite(image).all():
+            raise KiloError(f"The {name} holds NaN or infinite values: there is nothing to compare.")
     prediction = composite(rgb_premultiplied, alpha).detach().clamp(0, 1)
     target = composite(target_rgb_premultiplied, target_alpha).detach()
     has_foreground = bool((target_alpha > 0).any())
@@ -169,16 +195,20 @@ def evaluate_image(
         **{name: float(distance(prediction, target)) for name, distance in (lpips or {}).items()},
     }
 
-# %% ../../nbs/metrics/images.ipynb #36b8e80c
-def self_check(
-    target_rgb_premultiplied: Tensor, target_alpha: Tensor, lpips: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None,
-) -> dict[str, float]:
+# %% ../../nbs/metrics/images.ipynb #eaeeb0e3
+def self_check(target_rgb_premultiplied: Tensor, target_alpha: Tensor,
+               lpips: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None) -> dict[str, float]:
     """The target scored against itself: PSNR inf, SSIM 1, LPIPS 0, else KiloError. Run it before any evaluation.
 
-    target_rgb_premultiplied: `[H, W, 3]`, 0..1; target_alpha: `[H, W]`, 0..1; lpips as in `evaluate_image`. Returns the scores.
+    target_rgb_premultiplied: `[H, W, 3]`, 0..1; target_alpha: `[H, W]`, 0..1; lpips as in `evaluate_image`. Returns the
+    scores.
     """
-    outside = [name for name, image in (("colours", target_rgb_premultiplied), ("alpha", target_alpha)) if not ((image >= -1e-4) & (image <= 1 + 1e-4)).all()]
-    if outside: raise KiloError(f"Self-check: the target's {' and '.join(outside)} must lie in 0..1 and be finite; clamp a render before it becomes a target.")
+    outside = [name for name,
+               image in (("colours", target_rgb_premultiplied), ("alpha", target_alpha))
+               if not ((image >= -1e-4) & (image <= 1 + 1e-4)).all()]
+    if outside:
+        raise KiloError(f"Self-check: the target's {' and '.join(outside)} must lie in 0..1 and be finite; "
+                        "clamp a render before it becomes a target.")
     scores = evaluate_image(target_rgb_premultiplied, target_alpha, target_rgb_premultiplied, target_alpha, lpips)
     for name, value in scores.items():
         expected = 1.0 if name.startswith("ssim") else 0.0 if name.startswith("lpips") else math.inf
@@ -187,14 +217,15 @@ def self_check(
         raise KiloError(f"Self-check: {name} of the target against itself is {value:.6g}, expected {expected:g}.")
     return scores
 
-# %% ../../nbs/metrics/images.ipynb #16619cc9
+# %% ../../nbs/metrics/images.ipynb #3a10cc89
 def mean_scores(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """The mean of each metric over views (NaN left out); `results` maps a view's name to its `evaluate_image` dict."""
     names = list(dict.fromkeys(name for scores in results.values() for name in scores))
-    columns = {name: [scores[name] for scores in results.values() if name in scores and not math.isnan(scores[name])] for name in names}
+    columns = {name: [scores[name] for scores in results.values() if name in scores and not math.isnan(scores[name])]
+               for name in names}
     return {name: sum(values) / len(values) if values else math.nan for name, values in columns.items()}
 
-
+# %% ../../nbs/metrics/images.ipynb #436c3304
 def evaluation_table(results: Mapping[str, Mapping[str, float]]) -> str:
     """Scores as aligned text: one row a view, the mean below when there are several; the blank score is a column of it.
 
@@ -205,5 +236,7 @@ def evaluation_table(results: Mapping[str, Mapping[str, float]]) -> str:
     columns, first = list(mean_scores(results)), max(4, *map(len, rows))
     lines = [" ".join([f"{'view':<{first}}", *columns])]
     for view, scores in rows.items():
-        lines.append(" ".join([f"{view:<{first}}", *(f"{scores.get(c, math.nan):>{len(c)}.{2 if c.endswith('_db') else 4}f}" for c in columns)]))
+        lines.append(" ".join([f"{view:<{first}}",
+                               *(f"{scores.get(c, math.nan):>{len(c)}.{2 if c.endswith('_db') else 4}f}"
+                                 for c in columns)]))
     return "\n".join(lines)

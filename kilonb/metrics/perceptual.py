@@ -22,38 +22,47 @@ from ..data.manifests import weights_folder as installed_folder
 from ..core.pickles import NUMPY_ARRAYS, load_restricted
 from .images import check_images
 
-# %% ../../nbs/metrics/perceptual.ipynb #57eb6a68
+# %% ../../nbs/metrics/perceptual.ipynb #a593f6e8
 CONV = ("conv", 1, 1)
-LAYERS: dict[str, list] = {
-    "alex": [("conv", 4, 2), "tap", ("pool", 3, 2), ("conv", 1, 2), "tap", ("pool", 3, 2), CONV, "tap", CONV, "tap", CONV, "tap"],
-    "vgg": [
-        CONV, CONV, "tap", ("pool", 2, 2), CONV, CONV, "tap", ("pool", 2, 2), CONV, CONV, CONV, "tap", ("pool", 2, 2),
-        CONV, CONV, CONV, "tap", ("pool", 2, 2), CONV, CONV, CONV, "tap",
-    ],
-}
+LAYERS: dict[str,
+             list] = {"alex": [("conv", 4, 2), "tap", ("pool", 3, 2), ("conv", 1, 2), "tap", ("pool", 3, 2), CONV,
+                               "tap", CONV, "tap", CONV, "tap"],
+                      "vgg": [CONV, CONV, "tap", ("pool", 2, 2), CONV, CONV, "tap", ("pool", 2, 2), CONV, CONV, CONV,
+                              "tap", ("pool", 2, 2), CONV, CONV, CONV, "tap", ("pool", 2, 2), CONV, CONV, CONV, "tap"]}
 SHAPES = {  # [out, in, height, width] of each kernel
     "alex": [(64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3)],
-    "vgg": [(out, inputs, 3, 3) for inputs, out in zip(
-        (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512), (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512))],
+    "vgg": [
+        (out, inputs, 3, 3)
+        for inputs, out in zip(
+            (3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512),
+            (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512),
+        )
+    ],
 }
 HEADS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
 
-# %% ../../nbs/metrics/perceptual.ipynb #35d0c404
+# %% ../../nbs/metrics/perceptual.ipynb #ae976ef5
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)      # ImageNet's mean and deviation, for images in -1..1
 
 
 class PerceptualDistance:
     """LPIPS with given weights.
 
-    net: "alex" or "vgg". kernels: Tensors `[out, in, height, width]`, biases `[out]`, heads `[channels]` (five), in the order of the network; KiloError when
-    their shapes are not those of `SHAPES` and `HEADS`. Runs on the device and in the float type of its kernels.
+    net: "alex" or "vgg". kernels: Tensors `[out, in, height, width]`, biases `[out]`, heads `[channels]` (five), in the
+    order of the network; KiloError when their shapes are not those of `SHAPES` and `HEADS`. Runs on the device and in
+    the float type of its kernels.
     """
 
     def __init__(self, net: str, kernels: list[Tensor], biases: list[Tensor], heads: list[Tensor]):
         if net not in LAYERS: raise unknown_name("LPIPS network", net, LAYERS)
-        given = [tuple(kernel.shape) for kernel in kernels], [tuple(bias.shape) for bias in biases], [tuple(head.shape) for head in heads]
+        given = (
+            [tuple(kernel.shape) for kernel in kernels],
+            [tuple(bias.shape) for bias in biases],
+            [tuple(head.shape) for head in heads],
+        )
         expected = SHAPES[net], [(shape[0],) for shape in SHAPES[net]], [(channels,) for channels in HEADS[net]]
-        if given != expected: raise KiloError(f"These are not the weights of LPIPS '{net}': the arrays have other shapes than published.")
+        if given != expected:
+            raise KiloError(f"These are not the weights of LPIPS '{net}': the arrays have other shapes than published.")
         self.net, self.kernels, self.biases, self.heads = net, kernels, biases, heads
 
     def features(self, image: Tensor) -> list[Tensor]:
@@ -68,16 +77,18 @@ class PerceptualDistance:
         return maps
 
     def __call__(self, prediction: Tensor, target: Tensor) -> float:
-        """LPIPS between two images `[H, W, 3]`, sRGB, 0..1, at least 32 x 32: 0 for identical ones, about 1 for very different ones."""
+        """LPIPS between two images `[H, W, 3]`, sRGB, 0..1, at least 32 x 32: 0 for identical ones, about 1 for very
+        different ones."""
         check_images(prediction, target)
         if prediction.ndim != 3 or min(prediction.shape[:2]) < 32:
             raise KiloError(f"LPIPS needs images [H, W, 3] of at least 32 x 32 pixels, not {list(prediction.shape)}.")
         with torch.no_grad():
             images = [image.to(self.kernels[0]) for image in (prediction, target)]
             pairs = zip(self.heads, *map(self.features, images))
-            return sum(torch.einsum("c,bchw->bhw", head, (one - two).square()).mean().item() for head, one, two in pairs)
+            return sum(torch.einsum("c,bchw->bhw", head, (one - two).square()).mean().item() for head, one,
+                       two in pairs)
 
-# %% ../../nbs/metrics/perceptual.ipynb #94a71586
+# %% ../../nbs/metrics/perceptual.ipynb #b35f6262
 FILES = {
     "alex": ("alexnet.ckpt", "443c5bc35326b81e4ac7517b853fd22d3effe38783697d87e2ec65cb01d744b1", "AlexNet_0"),
     "vgg": ("vgg16.ckpt", "2ecbe4ce01168921c28dfd502e2b74490ef8c4d66b0a0286bc7a6127facccc9d", "VGG16_0"),
@@ -85,7 +96,8 @@ FILES = {
 
 
 def network_from_tree(tree: Mapping[str, Any], net: str) -> PerceptualDistance:
-    """The network in a weights file's nested dicts of arrays; KiloError when something is missing or has another shape."""
+    """The network in a weights file's nested dicts of arrays; KiloError when something is missing or has another
+    shape."""
     try:
         layers = [tree[FILES[net][2]][f"Conv_{i}"] for i in range(len(SHAPES[net]))]
         kernels = [torch.from_numpy(layer["kernel"]).permute(3, 2, 0, 1).contiguous() for layer in layers]
@@ -95,48 +107,56 @@ def network_from_tree(tree: Mapping[str, Any], net: str) -> PerceptualDistance:
         raise KiloError(f"This is not a weights file of LPIPS '{net}': {type(error).__name__} {error}.") from error
     return PerceptualDistance(net, kernels, biases, heads)
 
-
+# %% ../../nbs/metrics/perceptual.ipynb #6caee8cf
 def load_network(net: str, folder: str | Path, sha256: str | None = None) -> PerceptualDistance:
-    """LPIPS `net` from the weights in `folder`; KiloError unless the file's sha256 is the published one (or the one given)."""
+    """LPIPS `net` from the weights in `folder`; KiloError unless the file's sha256 is the published one (or the one
+    given)."""
     if net not in FILES: raise unknown_name("LPIPS network", net, FILES)
     path = Path(folder) / FILES[net][0]
-    if not path.is_file(): raise KiloError(f"There is no {path}: install the LPIPS weights with `kilonb data get lpips`.")
+    if not path.is_file():
+        raise KiloError(f"There is no {path}: install the LPIPS weights with `kilonb data get lpips`.")
     if hash_file(path) != (sha256 or FILES[net][1]):
-        raise KiloError(f"{path} is not the published file (its sha256 differs): delete it, then `kilonb data get lpips`.")
+        raise KiloError(f"{path} is not the published file (its sha256 differs): delete it, then `kilonb "
+                        "data get lpips`.")
     return network_from_tree(load_restricted(path, NUMPY_ARRAYS), net)
 
-# %% ../../nbs/metrics/perceptual.ipynb #f260f38c
+# %% ../../nbs/metrics/perceptual.ipynb #def826b0
 def find_weights(weights_folder: str | Path | None = None) -> Path | None:
-    """The folder with both LPIPS files: the one given, or where `kilonb data get lpips` puts it; None where there is none."""
+    """The folder with both LPIPS files: the one given, or where `kilonb data get lpips` puts it; None where there is
+    none."""
     if weights_folder is None:
         try: return installed_folder("lpips")
         except KiloError: return None
     folder = Path(weights_folder)
     return folder if all((folder / name).is_file() for name, _, _ in FILES.values()) else None
 
-
+# %% ../../nbs/metrics/perceptual.ipynb #21cec697
 def lpips_available(weights_folder: str | Path | None = None) -> bool:
     """Whether the LPIPS weights are installed."""
     return find_weights(weights_folder) is not None
 
-
+# %% ../../nbs/metrics/perceptual.ipynb #2b94c9fe
 @lru_cache(maxsize=4)
 def cached_network(net: str, folder: Path) -> PerceptualDistance:
     """`load_network`, once per process."""
     return load_network(net, folder)
 
-
+# %% ../../nbs/metrics/perceptual.ipynb #213cb0ba
 def lpips(prediction: Tensor, target: Tensor, net: str = "alex", weights_folder: str | Path | None = None) -> float:
-    """LPIPS between two images `[H, W, 3]`, sRGB, 0..1. net: "alex" or "vgg". KiloError when the weights are not installed. Source: Zhang et al. 2018."""
+    """LPIPS between two images `[H, W, 3]`, sRGB, 0..1. net: "alex" or "vgg". KiloError when the weights are not
+    installed. Source: Zhang et al. 2018."""
     folder = find_weights(weights_folder)
     if folder is None: raise KiloError(MISSING)
     return cached_network(net, folder)(prediction, target)
 
-# %% ../../nbs/metrics/perceptual.ipynb #d020c17e
+# %% ../../nbs/metrics/perceptual.ipynb #5e190f07
 MISSING = "LPIPS is left out because its weights are not installed: `kilonb data get lpips` fetches them (69 MB)."
 
 
-def lpips_metrics(weights_folder: str | Path | None = None, nets: tuple[str, ...] = ("alex", "vgg")) -> dict[str, Callable[[Tensor, Tensor], float]]:
-    """"lpips_alex" and "lpips_vgg" as functions, for `evaluate_image`; empty where the weights are not installed (then print `MISSING`)."""
+def lpips_metrics(
+    weights_folder: str | Path | None = None, nets: tuple[str, ...] = ("alex", "vgg")
+) -> dict[str, Callable[[Tensor, Tensor], float]]:
+    """"lpips_alex" and "lpips_vgg" as functions, for `evaluate_image`; empty where the weights are not installed (then
+    print `MISSING`)."""
     folder = find_weights(weights_folder)
     return {} if folder is None else {f"lpips_{net}": partial(lpips, net=net, weights_folder=folder) for net in nets}

@@ -26,21 +26,23 @@ from ..runs.gates import spell
 from .pages import PICTURES
 from ..runs.folders import FINISHED, RunRecord, compare_runs, outputs_root, read_run, read_status
 
-# %% ../../nbs/reports/browsing.ipynb #24277380
+# %% ../../nbs/reports/browsing.ipynb #e1bf145d
 _ASIDE = {"earlier", "checkpoints"}
 
 
 def _below(folder: Path, pattern: str) -> dict[str, Path]:
     found = {path.relative_to(folder): path for path in sorted(folder.rglob(pattern))}
-    return {name.as_posix(): path for name, path in found.items() if not any(part in _ASIDE or part.startswith(".") for part in name.parts)}
+    return {name.as_posix(): path for name,
+            path in found.items() if not any(part in _ASIDE or part.startswith(".") for part in name.parts)}
 
 
 def metrics_files(folder: str | os.PathLike) -> dict[str, Path]:
-    """Prefix of the curves' names (`""`, `rays/`) -> the `metrics.csv` they are read from, wherever it lies in a run's folder."""
+    """Prefix of the curves' names (`""`, `rays/`) -> the `metrics.csv` they are read from, wherever it lies in a run's
+    folder."""
     found = {name.removesuffix("metrics.csv"): path for name, path in _below(Path(folder), "metrics.csv").items()}
     return dict(sorted(found.items(), key=lambda item: (item[0].count("/"), item[0])))
 
-# %% ../../nbs/reports/browsing.ipynb #58cccb01
+# %% ../../nbs/reports/browsing.ipynb #b33e1b67
 def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The scalars in a `metrics.csv`: name -> (rows [points] int64, values [points] float64), the rows counted from 0.
 
@@ -50,28 +52,32 @@ def read_metrics(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndar
     except OSError: return {}
     return _parsed(os.fspath(path), state.st_mtime_ns, state.st_size)
 
-
+# %% ../../nbs/reports/browsing.ipynb #ec9c1050
 @functools.lru_cache(maxsize=256)
 def _parsed(path: str, changed: int, size: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    try: lines = list(csv.reader(Path(path).read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines()))
+    try:
+        lines = list(
+            csv.reader(Path(path).read_text(encoding="utf-8", errors="replace").replace("\0", "").splitlines())
+        )
     except (OSError, csv.Error): return {}
     columns = lines[0] if lines else []
     rows = [line for line in lines[1:] if len(line) == len(columns)]
     return {name: _column([row[i] for row in rows]) for i, name in enumerate(columns)}
 
-
+# %% ../../nbs/reports/browsing.ipynb #2a9c5c9c
 def _column(cells: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     found = [(k, value) for k, cell in enumerate(cells) if (value := _value(cell)) is not None]
     return np.array([k for k, _ in found], dtype=np.int64), np.array([value for _, value in found], dtype=np.float64)
 
-
+# %% ../../nbs/reports/browsing.ipynb #37b7ecd1
 def _value(cell: str) -> float | None:
     try: return float(cell)
     except ValueError: return None
 
-# %% ../../nbs/reports/browsing.ipynb #70b9c480
+# %% ../../nbs/reports/browsing.ipynb #c9f047ae
 def smooth(values: np.ndarray, amount: float) -> np.ndarray:
-    """Exponential mean of `values` [points] with weight `amount` in [0, 1) on the past, free of the bias toward zero; nan stays nan and is skipped."""
+    """Exponential mean of `values` [points] with weight `amount` in [0, 1) on the past, free of the bias toward zero;
+    nan stays nan and is skipped."""
     if not 0 <= amount < 1: raise KiloError(f"Smoothing is {amount}: a number from 0 to below 1 is expected.")
     if amount == 0: return np.asarray(values, dtype=np.float64)
     smoothed, mean, weight = [], 0.0, 1.0
@@ -81,42 +87,47 @@ def smooth(values: np.ndarray, amount: float) -> np.ndarray:
         smoothed.append(mean / (1 - weight))
     return np.array(smoothed)
 
-# %% ../../nbs/reports/browsing.ipynb #b06b8fcc
+# %% ../../nbs/reports/browsing.ipynb #1e539cec
 def thin(x: np.ndarray, y: np.ndarray, points: int = 2000) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `points` of the curve (x, y) [points]: the ends, and of each of equal pieces the lowest and the highest point."""
+    """At most about `points` of the curve (x, y) [points]: the ends, and of each of equal pieces the lowest and the
+    highest point."""
     if len(y) <= max(points, 4): return x, y
     pieces = np.array_split(np.arange(len(y)), max(points // 2, 1))
     low, high = np.where(np.isnan(y), np.inf, y), np.where(np.isnan(y), -np.inf, y)
-    kept = {0, len(y) - 1} | {int(piece[k]) for piece in pieces for k in (np.argmin(low[piece]), np.argmax(high[piece]))}
+    kept = {0,
+            len(y) - 1} | {int(piece[k]) for piece in pieces for k in (np.argmin(low[piece]), np.argmax(high[piece]))}
     order = np.array(sorted(kept))
     return x[order], y[order]
 
-# %% ../../nbs/reports/browsing.ipynb #65eafa54
+# %% ../../nbs/reports/browsing.ipynb #599cab47
 def run_labels(records: Sequence[RunRecord]) -> list[str]:
     """A name for each run that no other has: `experiment/run`, or the end of its path where that is taken twice."""
     names, depth = [record.name for record in records], 2
     while len(set(names)) < len(names) and depth < 40:
         depth += 1
-        names = ["/".join(record.folder.parts[-depth:]) if names.count(name) > 1 else name for record, name in zip(records, names)]
+        names = ["/".join(record.folder.parts[-depth:]) if names.count(name) > 1 else name for record,
+                 name in zip(records, names)]
     return names
 
-
+# %% ../../nbs/reports/browsing.ipynb #37178328
 def split_unreadable(records: Sequence[RunRecord]) -> tuple[list[RunRecord], list[str]]:
     """(the runs that can be shown, a sentence for each that cannot)."""
     damaged = [record for record in records if record.status == "unreadable"]
-    return [record for record in records if record.status != "unreadable"], [f"{record.name} is left out: {record.error}" for record in damaged]
+    return [record for record in records
+            if record.status != "unreadable"], [f"{record.name} is left out: {record.error}" for record in damaged]
 
-
+# %% ../../nbs/reports/browsing.ipynb #9076ce55
 def curve_names(records: Sequence[RunRecord]) -> list[str]:
     """The names of all curves of these runs; those that most runs have come first, then in the order of their files."""
     counts: dict[str, int] = {}
     for record in records:
         for prefix, path in metrics_files(record.folder).items():
             for name, (rows, _) in read_metrics(path).items():
-                if name not in ("step", "elapsed_s") and len(rows): counts[prefix + name] = counts.get(prefix + name, 0) + 1
+                if name not in ("step", "elapsed_s") and len(rows):
+                    counts[prefix + name] = counts.get(prefix + name, 0) + 1
     return sorted(counts, key=lambda name: -counts[name])
 
-# %% ../../nbs/reports/browsing.ipynb #190492c1
+# %% ../../nbs/reports/browsing.ipynb #dc860a0c
 @dataclass(frozen=True)
 class Curve:
     """One run's curve: the run's label, x [points] and y [points], float64."""
@@ -125,16 +136,18 @@ class Curve:
     x: np.ndarray = field(repr=False)
     y: np.ndarray = field(repr=False)
 
-
+# %% ../../nbs/reports/browsing.ipynb #004461cd
 def _onward(seconds: np.ndarray) -> np.ndarray:
     falls = np.where(np.diff(seconds, prepend=seconds[:1]) < 0, np.concatenate([seconds[:1], seconds[:-1]]), 0.0)
     return seconds + np.cumsum(np.nan_to_num(falls))
 
-
-def curves(records: Sequence[RunRecord], name: str, x: str = "step", smoothing: float = 0.0, points: int = 2000) -> list[Curve]:
+# %% ../../nbs/reports/browsing.ipynb #8f74fb87
+def curves(records: Sequence[RunRecord], name: str, x: str = "step", smoothing: float = 0.0,
+           points: int = 2000) -> list[Curve]:
     """The curve `name` of each run that has it.
 
-    x: `step`, or `elapsed_s` (seconds since the run's log was opened). smoothing: as in `smooth`. points: how many each keeps, as in `thin`.
+    x: `step`, or `elapsed_s` (seconds since the run's log was opened). smoothing: as in `smooth`. points: how many each
+    keeps, as in `thin`.
     """
     if x not in ("step", "elapsed_s"): raise KiloError(f"A curve is drawn over 'step' or 'elapsed_s', not over '{x}'.")
     prefix, _, short = name.rpartition("/")
@@ -148,30 +161,33 @@ def curves(records: Sequence[RunRecord], name: str, x: str = "step", smoothing: 
         if len(rows): found.append(Curve(label, *thin(axis[rows], smooth(values, smoothing), points)))
     return found
 
-# %% ../../nbs/reports/browsing.ipynb #d22bcf6a
+# %% ../../nbs/reports/browsing.ipynb #5cec0a4a
 def pictures_of(record: RunRecord) -> dict[str, Path]:
     """Name -> path of a run's pictures: the files in `figures/`, and in the `figures/` of folders below."""
     found = _below(record.folder, "figures/*")
-    return {name.replace("figures/", "", 1).rsplit(".", 1)[0]: path for name, path in found.items() if path.suffix.lower() in PICTURES}
+    return {name.replace("figures/", "", 1).rsplit(".", 1)[0]: path for name,
+            path in found.items() if path.suffix.lower() in PICTURES}
 
-
+# %% ../../nbs/reports/browsing.ipynb #6ff83930
 @dataclass(frozen=True)
 class Line:
-    """One line of a comparison: what it is about, a cell for each run, whether the cells differ, each cell's verdict (empty: no gate on it)."""
+    """One line of a comparison: what it is about, a cell for each run, whether the cells differ, each cell's verdict
+    (empty: no gate on it)."""
 
     name: str
     cells: tuple[str, ...]
     differs: bool
     verdicts: tuple[str, ...]
 
-
+# %% ../../nbs/reports/browsing.ipynb #7aa098d4
 def side_by_side(records: Sequence[RunRecord]) -> list[Line]:
     """The parameters in which these runs differ, then all their results; the gates' verdicts beside."""
     judged = [{line.gate.result: line.verdict for line in record.report.lines} for record in records]
     _, rows = compare_runs(records)
-    return [Line(name, tuple(cells), len(set(cells)) > 1, tuple(verdicts.get(name, "") for verdicts in judged)) for name, *cells in rows]
+    return [Line(name, tuple(cells), len(set(cells)) > 1, tuple(verdicts.get(name, "") for verdicts in judged))
+            for name, *cells in rows]
 
-# %% ../../nbs/reports/browsing.ipynb #c98c7eb6
+# %% ../../nbs/reports/browsing.ipynb #357d8a0c
 DONE = (FINISHED, "skipped")
 
 
@@ -179,8 +195,9 @@ DONE = (FINISHED, "skipped")
 class SweepTable:
     """A sweep, a row for each run.
 
-    rows: mappings with `run`, `status`, the varied parameters, the results, `elapsed_s`, `gates` and `error`. varied, results: the columns of each kind,
-    gated results first. goals: result -> +1 (a gate asks for at least) or -1 (at most). unreadable: a sentence for each damaged run that was left out.
+    rows: mappings with `run`, `status`, the varied parameters, the results, `elapsed_s`, `gates` and `error`. varied,
+    results: the columns of each kind, gated results first. goals: result -> +1 (a gate asks for at least) or -1 (at
+    most). unreadable: a sentence for each damaged run that was left out.
     """
 
     name: str
@@ -201,48 +218,59 @@ class SweepTable:
 
     def numeric(self) -> list[str]:
         """The columns that hold numbers, results first: what can be ranked and put on an axis."""
-        return [name for name in (*self.results, "elapsed_s", *self.varied) if any(_finite(value) for value in self.values(name))]
+        return [name for name in (*self.results, "elapsed_s", *self.varied)
+                if any(_finite(value) for value in self.values(name))]
 
     def goal(self, column: str) -> int:
-        """+1 where more is better, -1 where less is: by its gate, or else by its name, where a loss, an error and a time are better small."""
+        """+1 where more is better, -1 where less is: by its gate, or else by its name, where a loss, an error and a
+        time are better small."""
         parts = column.lower().split("_")
-        small = {"loss", "error", "rmse", "lpips", "epe", "s", "ms", "mb", "bytes", "share", "steps"} & set(parts) and "per" not in parts
+        small = {"loss", "error", "rmse", "lpips", "epe", "s", "ms", "mb", "bytes", "share",
+                 "steps"} & set(parts) and "per" not in parts
         return self.goals.get(column, -1 if small else 1)
 
-    def failed(self) -> list[dict[str, Any]]: return [row for row in self.rows if row["error"] or row["status"] == "failed"]
+    def failed(self) -> list[dict[str, Any]]:
+        return [row for row in self.rows if row["error"] or row["status"] == "failed"]
 
     def sentence(self) -> str:
         """How the sweep stands."""
-        counts = {status: sum(row["status"] == status for row in self.rows) for status in dict.fromkeys(row["status"] for row in self.rows)}
+        counts = {status: sum(row["status"] == status for row in self.rows)
+                  for status in dict.fromkeys(row["status"] for row in self.rows)}
         told = ", ".join(f"{count} {status}" for status, count in counts.items()) or "no runs yet"
-        return f"{self.name} is {self.status}: {told}." + (f" {len(self.unreadable)} left out." if self.unreadable else "")
+        return f"{self.name} is {self.status}: {told}." + (f" {len(self.unreadable)} left out." if self.unreadable
+                                                           else "")
 
+# %% ../../nbs/reports/browsing.ipynb #43b3c6c2
+def _finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
-def _finite(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-# %% ../../nbs/reports/browsing.ipynb #c2b48a0c
+# %% ../../nbs/reports/browsing.ipynb #21680728
 def _read(path: Path) -> dict[str, Any]:
     try: value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): return {}
     return value if isinstance(value, dict) else {}
 
-
+# %% ../../nbs/reports/browsing.ipynb #6272f1be
 def _sweep_status(folder: Path) -> dict[str, Any]:
     try: return read_status(folder) or {}
     except KiloError: return {}
 
-
+# %% ../../nbs/reports/browsing.ipynb #d78320eb
 def _entries(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
     plan, status = _read(folder / "sweep.json"), _sweep_status(folder)
     listed = [*plan.get("runs", []), *status.get("runs", [])]
     entries: dict[str, dict[str, Any]] = {}
     for entry in listed:
-        if isinstance(entry, dict) and entry.get("name"): entries[entry["name"]] = {**entries.get(entry["name"], {}), **entry}
-    for path in sorted(folder.glob("*/status.json")) if not entries else []: entries[path.parent.name] = {"name": path.parent.name}
+        if isinstance(entry, dict) and entry.get("name"):
+            entries[entry["name"]] = {**entries.get(entry["name"], {}), **entry}
+    for path in sorted(folder.glob("*/status.json")) if not entries else []:
+        entries[path.parent.name] = {"name": path.parent.name}
     return plan, status, entries
 
-# %% ../../nbs/reports/browsing.ipynb #1ba0d330
-def _sweep_row(folder: Path, entry: Mapping[str, Any], varied: Sequence[str]) -> tuple[dict[str, Any], RunRecord | None]:
+# %% ../../nbs/reports/browsing.ipynb #8dde4de3
+def _sweep_row(
+    folder: Path, entry: Mapping[str, Any], varied: Sequence[str]
+) -> tuple[dict[str, Any], RunRecord | None]:
     record = read_run(folder / entry["name"]) if (folder / entry["name"] / "status.json").is_file() else None
     own = record.status if record else "waiting"
     status = own if own == FINISHED and entry.get("status") != "skipped" else entry.get("status") or own
@@ -250,44 +278,53 @@ def _sweep_row(folder: Path, entry: Mapping[str, Any], varied: Sequence[str]) ->
     parameters = {**(record.parameters if record else {}), **entry.get("parameters", {}), **entry.get("varied", {})}
     row = {"run": entry["name"], "status": status, **{name: parameters.get(name) for name in varied},
            **{name: number(value) for name, value in results.items() if name not in varied},
-           "elapsed_s": entry.get("elapsed_s") or (record.elapsed_s if record else None), "gates": entry.get("gates") or _gates(record),
+           "elapsed_s": entry.get("elapsed_s") or (record.elapsed_s if record else None),
+           "gates": entry.get("gates") or _gates(record),
            "error": "" if status in DONE else entry.get("error") or (record.error if record else "")}
     return row, record
 
+# %% ../../nbs/reports/browsing.ipynb #7696414c
+def _gates(record: RunRecord | None) -> str:
+    return f"{record.report.count('green')}/{len(record.report.lines)}" if record and record.report.lines else ""
 
-def _gates(record: RunRecord | None) -> str: return f"{record.report.count('green')}/{len(record.report.lines)}" if record and record.report.lines else ""
-
-
+# %% ../../nbs/reports/browsing.ipynb #53f38b73
 def _varied(plan: Mapping[str, Any], entries: Mapping[str, Mapping[str, Any]]) -> tuple[str, ...]:
-    return tuple(plan.get("varied") or dict.fromkeys(name for entry in entries.values() for name in entry.get("varied", {})))
+    return tuple(plan.get("varied")
+                 or dict.fromkeys(name for entry in entries.values() for name in entry.get("varied", {})))
 
-# %% ../../nbs/reports/browsing.ipynb #b0cd49b1
+# %% ../../nbs/reports/browsing.ipynb #e23eca9c
 def sweep_table(sweep_folder: str | os.PathLike) -> SweepTable:
     """The sweep in `sweep_folder` as one table, going or done. Raises KiloError where there is none."""
     folder = Path(sweep_folder).expanduser().resolve()
     plan, status, entries = _entries(folder)
-    if not entries and not plan: raise KiloError(f"No sweep in {folder}: it has neither a plan (sweep.json) nor runs; `kilonb sweep FILE` makes one.")
+    if not entries and not plan:
+        raise KiloError(f"No sweep in {folder}: it has neither a plan (sweep.json) nor runs; `kilonb sweep "
+                        "FILE` makes one.")
     varied, rows, records, unreadable = _varied(plan, entries), [], [], []
     for entry in entries.values():
         try: row, record = _sweep_row(folder, entry, varied)
         except KiloError as error: unreadable.append(f"{entry['name']} is left out: {error}"); continue
         rows.append(row)
         if record is not None: records.append(record)
-    goals = {line.gate.result: 1 if line.gate.at_least is not None else -1 for record in records for line in record.report.lines}
+    goals = {line.gate.result: 1 if line.gate.at_least is not None else -1 for record in records
+             for line in record.report.lines}
     known = {"run", "status", "elapsed_s", "gates", "error", *varied}
     names = [name for name in dict.fromkeys([*goals, *(name for row in rows for name in row)]) if name not in known]
-    short = tuple(name for name in names if any(row.get(name) is not None for row in rows) and all(len(str(row.get(name))) <= 40 for row in rows))
-    return SweepTable(plan.get("sweep") or status.get("sweep") or folder.name, plan.get("experiment") or status.get("experiment", ""),
-                      status.get("status", "unknown"), varied, short, rows, goals, tuple(unreadable))
+    short = tuple(name for name in names if any(row.get(name) is not None for row in rows)
+                  and all(len(str(row.get(name))) <= 40 for row in rows))
+    return SweepTable(plan.get("sweep") or status.get("sweep") or folder.name,
+                      plan.get("experiment") or status.get("experiment", ""), status.get("status", "unknown"), varied,
+                      short, rows, goals, tuple(unreadable))
 
-
+# %% ../../nbs/reports/browsing.ipynb #903198de
 def list_sweeps(outputs: str | os.PathLike | None = None) -> list[Path]:
     """The folders of all sweeps under `outputs`, the one that changed last at the end."""
-    def changed(folder: Path) -> float: return max(path.stat().st_mtime for name in ("sweep.json", "status.json") if (path := folder / name).is_file())
+    def changed(folder: Path) -> float:
+        return max(path.stat().st_mtime for name in ("sweep.json", "status.json") if (path := folder / name).is_file())
     plans = (Path(outputs or outputs_root()) / "sweeps").glob("*/sweep.json")
     return sorted((plan.parent for plan in plans), key=lambda folder: (changed(folder), folder.name))
 
-# %% ../../nbs/reports/browsing.ipynb #28ff938f
+# %% ../../nbs/reports/browsing.ipynb #e2783588
 NONE = "none"
 
 
@@ -295,8 +332,9 @@ NONE = "none"
 class Axis:
     """A column as an axis of parallel coordinates.
 
-    positions: [rows] where each run stands, never nan. ticks: (position, text). span: (lowest, highest) of what is drawn. log: positions are log10 of the
-    values. stops: positions at which a brush may end: each run's own and each tick's. missing: where runs without a value stand, None where there are none.
+    positions: [rows] where each run stands, never nan. ticks: (position, text). span: (lowest, highest) of what is
+    drawn. log: positions are log10 of the values. stops: positions at which a brush may end: each run's own and each
+    tick's. missing: where runs without a value stand, None where there are none.
     """
 
     column: str
@@ -312,7 +350,7 @@ class Axis:
         texts = dict(self.ticks)
         return [(float(at), texts.get(at, "")) for at in sorted({*texts, *map(float, self.positions)})]
 
-# %% ../../nbs/reports/browsing.ipynb #bf79e249
+# %% ../../nbs/reports/browsing.ipynb #b5c13c45
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers from `low` to `high`: steps of 1, 2 or 5 times a power of ten, about `count` of them."""
     if not high > low: return [low]
@@ -324,15 +362,17 @@ def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     def within(leading: Sequence[int]) -> list[float]:
-        return [k * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for k in leading if low - 1e-9 <= math.log10(k) + power <= high + 1e-9]
-    marks = next((marks for leading in ((1,), (1, 3), (1, 2, 5)) if len(marks := within(leading)) >= 3), within((1, 2, 5)))
+        return [k * 10.0**power for power in range(math.floor(low), math.ceil(high) + 1) for k in leading
+                if low - 1e-9 <= math.log10(k) + power <= high + 1e-9]
+    marks = next((marks for leading in ((1,), (1, 3), (1, 2, 5)) if len(marks := within(leading)) >= 3),
+                 within((1, 2, 5)))
     every = max(1, math.ceil(len(marks) / 8))
     return [(math.log10(value), f"{value:g}") for value in marks[::every]]
 
-# %% ../../nbs/reports/browsing.ipynb #685e37d4
+# %% ../../nbs/reports/browsing.ipynb #b0f73837
 def _word(value: Any) -> str: return NONE if value is None else str(value)
 
-
+# %% ../../nbs/reports/browsing.ipynb #d455ee17
 def _categories(column: str, values: Sequence[Any]) -> Axis:
     words = sorted({_word(value) for value in values if value is not None})
     places = {word: float(k) for k, word in enumerate(words)}
@@ -342,11 +382,14 @@ def _categories(column: str, values: Sequence[Any]) -> Axis:
     positions = np.array([missing if value is None else places[_word(value)] for value in values], dtype=np.float64)
     return Axis(column, positions, tuple(ticks), (low, high) if high > low else (low - 1, high + 1), missing=missing)
 
-
+# %% ../../nbs/reports/browsing.ipynb #d3de6485
 def make_axis(column: str, values: Sequence[Any], few: int = 8) -> Axis:
-    """The axis of one column. At most `few` different numbers are ticks themselves; more get round ticks; anything but numbers is a category."""
-    given = [value for value in values if value is not None and not (isinstance(value, float) and not math.isfinite(value))]
-    if not given or not all(_finite(value) for value in given): return _categories(column, [value if value in given else None for value in values])
+    """The axis of one column. At most `few` different numbers are ticks themselves; more get round ticks; anything but
+    numbers is a category."""
+    given = [value for value in values if value is not None
+             and not (isinstance(value, float) and not math.isfinite(value))]
+    if not given or not all(_finite(value) for value in given):
+        return _categories(column, [value if value in given else None for value in values])
     log = min(given) > 0 and max(given) >= 10 * min(given)
     place = math.log10 if log else float
     low, high = place(min(given)), place(max(given))
@@ -357,33 +400,40 @@ def make_axis(column: str, values: Sequence[Any], few: int = 8) -> Axis:
     if missing is not None: ticks = [(missing, NONE), *ticks]
     positions = np.array([place(value) if _finite(value) else missing for value in values], dtype=np.float64)
     bottom = low if missing is None else missing
-    return Axis(column, positions, tuple(ticks), (bottom, high) if high > bottom else (bottom - 0.5, high + 0.5), log, missing)
+    return Axis(column, positions, tuple(ticks), (bottom, high) if high > bottom else (bottom - 0.5, high + 0.5), log,
+                missing)
 
-# %% ../../nbs/reports/browsing.ipynb #a928c8d6
+# %% ../../nbs/reports/browsing.ipynb #7924fb20
 def default_axes(table: SweepTable, results: int = 3) -> list[str]:
-    """The columns that a first look wants: what was varied, then at most `results` results that differ, gated ones first, bookkeeping last."""
+    """The columns that a first look wants: what was varied, then at most `results` results that differ, gated ones
+    first, bookkeeping last."""
     late = ("total_s", "elapsed_s", "peak_memory_mb")
-    differing = [name for name in table.numeric() if name not in table.varied and len({value for value in table.values(name) if _finite(value)}) > 1]
+    differing = [name for name in table.numeric() if name not in table.varied
+                 and len({value for value in table.values(name) if _finite(value)}) > 1]
     if "total_s" in differing: differing = [name for name in differing if name != "elapsed_s"]
     return [*table.varied, *sorted(differing, key=lambda name: late.index(name) if name in late else -1)[:results]]
 
-
+# %% ../../nbs/reports/browsing.ipynb #6d348f11
 def parallel_dimensions(table: SweepTable, columns: Sequence[str] = ()) -> list[Axis]:
     """The axes of `columns` (default `default_axes`) over the rows of the table."""
     return [make_axis(column, table.values(column)) for column in columns or default_axes(table)]
 
-
+# %% ../../nbs/reports/browsing.ipynb #5f7de5fd
 def brushed(axes: Sequence[Axis], ranges: Mapping[str, Sequence[Sequence[float]]]) -> np.ndarray:
-    """[rows] bool: which runs stand within the `ranges`, column -> stretches (low, high) of its axis; an axis without stretches lets all pass."""
+    """[rows] bool: which runs stand within the `ranges`, column -> stretches (low, high) of its axis; an axis without
+    stretches lets all pass."""
     chosen = np.ones(len(axes[0].positions) if axes else 0, dtype=bool)
     for axis in axes:
         stretches, slack = ranges.get(axis.column) or (), 1e-6 * (axis.span[1] - axis.span[0])
-        if stretches: chosen &= np.any([(axis.positions >= low - slack) & (axis.positions <= high + slack) for low, high in stretches], axis=0)
+        if stretches:
+            chosen &= np.any([(axis.positions >= low - slack) & (axis.positions <= high + slack) for low,
+                              high in stretches], axis=0)
     return chosen
 
-
+# %% ../../nbs/reports/browsing.ipynb #f813f855
 def top_share(axis: Axis, share: float, goal: int) -> tuple[float, float] | None:
-    """The stretch of the axis that holds the best `share` (0 to 1) of the runs that have a value; goal: +1 the highest, -1 the lowest. None: all of them."""
+    """The stretch of the axis that holds the best `share` (0 to 1) of the runs that have a value; goal: +1 the highest,
+    -1 the lowest. None: all of them."""
     there = np.sort(axis.positions if axis.missing is None else axis.positions[axis.positions > axis.missing])
     if share >= 1 or not len(there): return None
     count = max(1, math.ceil(share * len(there) - 1e-9))

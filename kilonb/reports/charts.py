@@ -20,15 +20,16 @@ import numpy as np
 from ..runs.cohorts import order_of
 from ..runs.gates import spell
 
-# %% ../../nbs/reports/charts.ipynb #86696d81
+# %% ../../nbs/reports/charts.ipynb #0bcb2de4
 KINDS = ("#0b5fa5", "#c2571a", "#2f7d4f", "#8a4fa3", "#a8323e", "#1f8a99", "#8a6d00", "#5b6b7a")
 RAMP = ("#3b2f7f", "#2b6a99", "#1e9b8a", "#7fa83a", "#d0931c")
 INK, SOFT, LINE = "#1d2129", "#5c6470", "#e3e7ec"
 
 
-def _is_number(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
-
+# %% ../../nbs/reports/charts.ipynb #8fba4bd0
 def ramp_colour(share: float) -> str:
     """The colour at `share` (0..1) of the ramp, as `#rrggbb`."""
     place = min(max(share, 0.0), 1.0) * (len(RAMP) - 1)
@@ -36,15 +37,16 @@ def ramp_colour(share: float) -> str:
     ends = [[int(RAMP[i][k:k + 2], 16) for k in (1, 3, 5)] for i in (low, low + 1)]
     return "#" + "".join(f"{round(a + (b - a) * (place - low)):02x}" for a, b in zip(*ends))
 
-
+# %% ../../nbs/reports/charts.ipynb #7f73ce9f
 def colours_of(values: Sequence[Any]) -> dict[str, str]:
-    """A colour for each distinct value, keyed by its text: along the ramp for three or more numbers, by kind otherwise."""
+    """A colour for each distinct value, keyed by its text: along the ramp for three or more numbers, by kind
+    otherwise."""
     distinct = {spell(value): value for value in sorted(values, key=order_of)}
     if len(distinct) > 2 and all(_is_number(value) for value in distinct.values()):
         return {text: ramp_colour(i / (len(distinct) - 1)) for i, text in enumerate(distinct)}
     return dict(zip(distinct, itertools.cycle(KINDS)))
 
-# %% ../../nbs/reports/charts.ipynb #f2e1679c
+# %% ../../nbs/reports/charts.ipynb #74d2fc15
 @dataclass(frozen=True)
 class Scale:
     """From values in low..high to places in start..end (pixels; start may be above end), straight or logarithmic."""
@@ -56,7 +58,8 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high, value = (math.log10(max(v, 1e-300)) for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
+        low, high, value = (math.log10(max(v, 1e-300))
+                            for v in (self.low, self.high, value)) if self.log else (self.low, self.high, value)
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
@@ -65,21 +68,23 @@ class Scale:
         step = _round_step((self.high - self.low) / count)
         return [k * step for k in range(math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9) + 1)]
 
-
+# %% ../../nbs/reports/charts.ipynb #92e57b37
 def _round_step(rough: float) -> float:
     power = 10.0 ** math.floor(math.log10(rough))
     return next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= rough * (1 - 1e-9))
 
-
+# %% ../../nbs/reports/charts.ipynb #0b7b32ca
 def _decades(low: float, high: float, count: int) -> list[float]:
-    """Powers of ten, every n-th where they are many, with 2s and 5s where they are few; nothing where even these are."""
+    """Powers of ten, every n-th where they are many, with 2s and 5s where they are few; nothing where even these
+    are."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     powers = [10.0 ** k for k in range(first, last + 1, max(1, math.ceil((last - first + 1) / (count + 1))))]
     if len(powers) > 2: return powers
-    fine = [factor * 10.0 ** k for k in range(first - 1, last + 1) for factor in (1, 2, 5) if low <= factor * 10.0 ** k <= high]
+    fine = [factor * 10.0 ** k for k in range(first - 1, last + 1) for factor in (1, 2, 5)
+            if low <= factor * 10.0 ** k <= high]
     return fine if len(fine) > 2 else []
 
-# %% ../../nbs/reports/charts.ipynb #a1950f2e
+# %% ../../nbs/reports/charts.ipynb #051b9575
 def wants_log(values: Sequence[float], ratio: float = 50.0) -> bool:
     """Whether values are all positive and spread over more than a factor `ratio`."""
     numbers = [value for value in values if _is_number(value)]
@@ -87,7 +92,8 @@ def wants_log(values: Sequence[float], ratio: float = 50.0) -> bool:
 
 
 def scale_over(values: Sequence[float], start: float, end: float, log: bool = False, margin: float = 0.05) -> Scale:
-    """A scale over these values and a `margin` (share of the range) on either side; what is not finite, or not positive on a log scale, does not count."""
+    """A scale over these values and a `margin` (share of the range) on either side; what is not finite, or not positive
+    on a log scale, does not count."""
     values = np.asarray(list(values), dtype=np.float64)
     values = values[np.isfinite(values) & ((values > 0) | (not log))]
     low, high = (float(values.min()), float(values.max())) if len(values) else (1.0, 10.0) if log else (0.0, 1.0)
@@ -98,12 +104,13 @@ def scale_over(values: Sequence[float], start: float, end: float, log: bool = Fa
     pad = (high - low) * margin if high > low else abs(high) * 0.1 or 1.0
     return Scale(low - pad, high + pad, start, end)
 
-# %% ../../nbs/reports/charts.ipynb #273c836b
+# %% ../../nbs/reports/charts.ipynb #72d9edee
 _RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def tick_labels(ticks: Sequence[float], log: bool = False) -> list[str]:
-    """Short texts for the ticks of one axis: equal decimals, `k` and `M` for thousands and millions, `10⁻³` on a log axis."""
+    """Short texts for the ticks of one axis: equal decimals, `k` and `M` for thousands and millions, `10⁻³` on a log
+    axis."""
     powers = [tick > 0 and abs(math.log10(tick) - round(math.log10(tick))) < 1e-6 for tick in ticks]
     if log and all(powers) and (min(ticks, default=1) < 0.01 or max(ticks, default=1) > 1e4):
         return [f"10{str(round(math.log10(tick))).translate(_RAISED)}" for tick in ticks]
@@ -112,48 +119,54 @@ def tick_labels(ticks: Sequence[float], log: bool = False) -> list[str]:
     if log: return [(f"{tick / unit:.10g}" + sign) for tick in ticks]
     steps = [abs(b - a) / unit for a, b in itertools.pairwise(ticks)]
     if steps and min(steps) < 1e-5: return [f"{tick:.1e}" for tick in ticks]
-    decimals = next((d for d in range(6) if all(abs(step * 10 ** d - round(step * 10 ** d)) < 1e-6 * 10 ** d for step in steps)), 3)
+    decimals = next((d for d in range(6)
+                     if all(abs(step * 10 ** d - round(step * 10 ** d)) < 1e-6 * 10 ** d for step in steps)), 3)
     return [(f"{tick / unit:.{decimals}f}" + (sign if tick else "")).replace("-0.0", "0.0") for tick in ticks]
 
-# %% ../../nbs/reports/charts.ipynb #f5d09409
+# %% ../../nbs/reports/charts.ipynb #1a456644
 class Chart(str):
     """An SVG as text; a notebook shows the picture."""
 
     def _repr_html_(self) -> str: return f'<div style="max-width:46rem">{self}</div>'
 
-
+# %% ../../nbs/reports/charts.ipynb #3d1b7ac0
 def _at(value: float) -> str: return f"{value:.1f}".removesuffix(".0")
 
-
+# %% ../../nbs/reports/charts.ipynb #911b1cee
 def _width(text: str, size: float = 10.5) -> float: return 0.56 * size * len(text)
 
-
+# %% ../../nbs/reports/charts.ipynb #9dc9a7eb
 def _element(name: str, content: str = "", **attributes: Any) -> str:
     """An element of SVG: attributes escaped (numbers to a tenth; `_` stands for `-`), content as it is."""
-    written = "".join(f' {key.rstrip("_").replace("_", "-")}="{_at(value) if isinstance(value, float) else html.escape(str(value))}"'
-                      for key, value in attributes.items() if value != "")
+    written = "".join(
+        f' {key.rstrip("_").replace("_", "-")}="{_at(value) if isinstance(value, float) else html.escape(str(value))}"'
+        for key, value in attributes.items()
+        if value != ""
+    )
     return f"<{name}{written}>{content}</{name}>" if content else f"<{name}{written}/>"
 
-
+# %% ../../nbs/reports/charts.ipynb #c827ef77
 def _text(x: float, y: float, text: str, anchor: str = "", **more: Any) -> str:
     return _element("text", html.escape(text) or " ", x=float(x), y=float(y), text_anchor=anchor, **more)
 
-
+# %% ../../nbs/reports/charts.ipynb #4c80447a
 def _mark(name: str, key: str, colour: str, told: str, **attributes: Any) -> str:
     """A mark that stands for a run: linked by `key`, coloured by `color`, with words for the pointer."""
-    return _element(name, _element("title", html.escape(told)), class_="mark", data_run=key, style=f"color:{colour}", **attributes)
+    return _element(name, _element("title", html.escape(told)), class_="mark", data_run=key, style=f"color:{colour}",
+                    **attributes)
 
-
+# %% ../../nbs/reports/charts.ipynb #969d0441
 def _shortened(text: str, room: float, size: float = 10.5) -> str:
     kept = max(4, int(room / (0.56 * size)))
     return text if len(text) <= kept else text[:kept - 1] + "…"
 
-
+# %% ../../nbs/reports/charts.ipynb #a1b9efe9
 def _svg(body: str, width: float, height: float, label: str, kind: str) -> Chart:
-    return Chart(_element("svg", body, xmlns="http://www.w3.org/2000/svg", class_=f"chart {kind}", role="img", aria_label=label,
-                          viewBox=f"0 0 {_at(width)} {_at(height)}", font_family="system-ui, sans-serif", font_size=10.5, fill=SOFT, stroke_linejoin="round"))
+    return Chart(_element("svg", body, xmlns="http://www.w3.org/2000/svg", class_=f"chart {kind}", role="img",
+                          aria_label=label, viewBox=f"0 0 {_at(width)} {_at(height)}",
+                          font_family="system-ui, sans-serif", font_size=10.5, fill=SOFT, stroke_linejoin="round"))
 
-# %% ../../nbs/reports/charts.ipynb #d4f112cc
+# %% ../../nbs/reports/charts.ipynb #69196d9d
 @dataclass(frozen=True)
 class _Frame:
     """Where things stand in a chart: outer width and height, and the place of the plot within."""
@@ -165,45 +178,54 @@ class _Frame:
     right: float
     bottom: float
 
-
+# %% ../../nbs/reports/charts.ipynb #cd8e979a
 def _frame(width: float, height: float, labels: Sequence[str], head: float) -> _Frame:
     return _Frame(width, height, 8 + max(map(_width, labels), default=0), head, width - 10, height - 30)
 
-
+# %% ../../nbs/reports/charts.ipynb #4b9e3ede
 def _axes(frame: _Frame, x: Scale, y: Scale, x_label: str, x_names: Sequence[str] | None = None) -> str:
-    """Pale lines with the labels of y, ticks with the labels of x. x_names: of the places 0, 1, 2... instead of numbers."""
+    """Pale lines with the labels of y, ticks with the labels of x. x_names: of the places 0, 1, 2... instead of
+    numbers."""
     ticks = y.ticks(4)
-    body = "".join(_element("path", stroke=LINE, d=f"M{_at(frame.left)} {_at(y(tick))}H{_at(frame.right)}") + _text(frame.left - 5, y(tick) + 3.5, label, "end")
-                   for tick, label in zip(ticks, tick_labels(ticks, y.log)))
+    body = "".join(_element("path", stroke=LINE, d=f"M{_at(frame.left)} {_at(y(tick))}H{_at(frame.right)}")
+                   + _text(frame.left - 5, y(tick) + 3.5, label, "end") for tick,
+                   label in zip(ticks, tick_labels(ticks, y.log)))
     ticks = x.ticks(5) if x_names is None else list(range(len(x_names)))
     room = (frame.right - frame.left) / max(1, len(ticks))
     labels = tick_labels(ticks, x.log) if x_names is None else [_shortened(name, room) for name in x_names]
     every = max(1, math.ceil(max(map(_width, labels), default=0) / max(room - 4, 1)))
-    marks = f"M{_at(frame.left)} {_at(frame.bottom)}H{_at(frame.right)}" + "".join(f"M{_at(x(tick))} {_at(frame.bottom)}v4" for tick in ticks)
+    marks = f"M{_at(frame.left)} {_at(frame.bottom)}H{_at(frame.right)}" + "".join(
+        f"M{_at(x(tick))} {_at(frame.bottom)}v4" for tick in ticks
+    )
     body += _element("path", stroke=SOFT, d=marks)
     for tick, label in list(zip(ticks, labels))[::every]:
         over = x(tick) + _width(label) / 2 > frame.width
         body += _text(frame.width if over else x(tick), frame.bottom + 15, label, "end" if over else "middle")
     return body + _text(frame.right, frame.height - 3, x_label, "end", fill=INK)
 
-
+# %% ../../nbs/reports/charts.ipynb #bb1f647a
 def _head(title: str, y_label: str, names: Mapping[str, str], width: float) -> tuple[str, float]:
     """Title, quantity and legend (name -> colour) in rows at the top, and how tall they are."""
-    body, row = (_text(2, 12, _shortened(title, width, 12.5), font_size=12, font_weight=600, fill=INK), 27.0) if title else ("", 12.0)
+    body, row = (_text(2, 12, _shortened(title, width, 12.5), font_size=12, font_weight=600, fill=INK),
+                 27.0) if title else ("", 12.0)
     if y_label: body, row = body + _text(2, row, _shortened(y_label, width), fill=INK), row + 15
     x = 2.0
     for name, colour in names.items():
         name = _shortened(name, width / 2)
         if x > 2 and x + 20 + _width(name) > width: x, row = 2.0, row + 14
-        body += _element("path", stroke=colour, stroke_width=2.5, d=f"M{_at(x)} {_at(row - 4)}h11") + _text(x + 15, row, name)
+        body += _element("path", stroke=colour, stroke_width=2.5, d=f"M{_at(x)} {_at(row - 4)}h11") + _text(
+            x + 15, row, name
+        )
         x += 29 + _width(name)
     return body, row + (8 if names else -7)
 
-# %% ../../nbs/reports/charts.ipynb #66d6261b
+# %% ../../nbs/reports/charts.ipynb #dd3663fd
 def downsample(x: Sequence[float], y: Sequence[float], buckets: int = 150) -> tuple[np.ndarray, np.ndarray]:
-    """At most two points for each of `buckets` equal stretches: the smallest and the largest y, in their order. The first and the last point stay.
+    """At most two points for each of `buckets` equal stretches: the smallest and the largest y, in their order. The
+    first and the last point stay.
 
-    Values that are not finite are left out, except that a stretch without any finite value becomes one NaN, where a line is to break.
+    Values that are not finite are left out, except that a stretch without any finite value becomes one NaN, where a
+    line is to break.
     """
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if len(x) <= 2 * buckets: return x, np.where(np.isfinite(y), y, np.nan)
@@ -214,10 +236,11 @@ def downsample(x: Sequence[float], y: Sequence[float], buckets: int = 150) -> tu
     kept = sorted({0, *kept, len(x) - 1})
     return x[kept], np.where(np.isfinite(y[kept]), y[kept], np.nan)
 
-# %% ../../nbs/reports/charts.ipynb #20c6f0a9
+# %% ../../nbs/reports/charts.ipynb #40f32ab5
 @dataclass(frozen=True)
 class Series:
-    """A line of a chart. name: for legend and pointer; colour: `#rrggbb`, by position where empty; key: what a page links it with (`data-run`)."""
+    """A line of a chart. name: for legend and pointer; colour: `#rrggbb`, by position where empty; key: what a page
+    links it with (`data-run`)."""
 
     name: str
     x: Sequence[float]
@@ -225,51 +248,61 @@ class Series:
     colour: str = ""
     key: str = ""
 
-
+# %% ../../nbs/reports/charts.ipynb #46108010
 def _path(x: Sequence[float], y: Sequence[float], x_scale: Scale, y_scale: Scale) -> str:
     """The `d` of a path, broken where y is NaN (or not positive on a log scale); a lone point becomes a small ring."""
-    usable = [math.isfinite(v) and math.isfinite(u) and (v > 0 or not y_scale.log) and (u > 0 or not x_scale.log) for u, v in zip(x, y)]
+    usable = [math.isfinite(v) and math.isfinite(u) and (v > 0 or not y_scale.log) and (u > 0 or not x_scale.log) for u,
+              v in zip(x, y)]
     pieces = []
     for good, group in itertools.groupby(range(len(usable)), key=lambda i: usable[i]):
         if not good: continue
         places = [f"{_at(x_scale(x[i]))} {_at(y_scale(y[i]))}" for i in group]
-        pieces.append(f"M{places[0]}" + ("L" + " ".join(places[1:]) if len(places) > 1 else "m-2 0a2 2 0 1 0 4 0a2 2 0 1 0-4 0"))
+        pieces.append(f"M{places[0]}"
+                      + ("L" + " ".join(places[1:]) if len(places) > 1 else "m-2 0a2 2 0 1 0 4 0a2 2 0 1 0-4 0"))
     return "".join(pieces)
 
-# %% ../../nbs/reports/charts.ipynb #e0d61ef0
-def line_chart(series: Sequence[Series], *, title: str = "", x_label: str = "step", y_label: str = "", log_y: bool = False, log_x: bool = False,
-               width: float = 340, height: float = 215, legend: bool = True, buckets: int = 150) -> Chart:
+# %% ../../nbs/reports/charts.ipynb #0959235d
+def line_chart(series: Sequence[Series], *, title: str = "", x_label: str = "step", y_label: str = "",
+               log_y: bool = False, log_x: bool = False, width: float = 340, height: float = 215, legend: bool = True,
+               buckets: int = 150) -> Chart:
     """Several lines over one axis, as SVG.
 
-    legend: names above the plot, where there are 2 to 8 different ones. log_y, log_x: logarithmic; values that are not positive are left out there.
+    legend: names above the plot, where there are 2 to 8 different ones. log_y, log_x: logarithmic; values that are not
+    positive are left out there.
     buckets: how many stretches a long series is thinned to, see `downsample`.
     """
-    thinned = [(one, one.colour or KINDS[i % len(KINDS)], *downsample(one.x, one.y, buckets)) for i, one in enumerate(series)]
+    thinned = [(one, one.colour or KINDS[i % len(KINDS)], *downsample(one.x, one.y, buckets)) for i,
+               one in enumerate(series)]
     names = {one.name: colour for one, colour, *_ in thinned}
     head, top = _head(title, y_label, names if legend and 1 < len(names) <= 8 else {}, width)
     everything = lambda k: np.concatenate([part[k] for part in thinned]) if thinned else []
     y = scale_over(everything(3), height - 30, top, log_y)
     frame = _frame(width, height, tick_labels(y.ticks(4), log_y), top)
-    x = scale_over(everything(2), frame.left + 2, frame.right, log_x, 0.0 if any(len(part[2]) > 1 for part in thinned) else 0.05)
-    lines = "".join(_mark("path", one.key or one.name, colour, one.name, fill="none", stroke="currentColor", stroke_width=1.4 if len(series) < 9 else 1, d=path)
-                    for one, colour, u, v in thinned if (path := _path(u, v, x, y)))
-    return _svg(head + _axes(frame, x, y, x_label) + lines, width, height, f"{title or y_label}: {len(thinned)} lines over {x_label}", "lines")
+    x = scale_over(everything(2), frame.left + 2, frame.right, log_x,
+                   0.0 if any(len(part[2]) > 1 for part in thinned) else 0.05)
+    lines = "".join(_mark("path", one.key or one.name, colour, one.name, fill="none", stroke="currentColor",
+                          stroke_width=1.4 if len(series) < 9 else 1, d=path) for one, colour, u,
+                    v in thinned if (path := _path(u, v, x, y)))
+    return _svg(head + _axes(frame, x, y, x_label) + lines, width, height,
+                f"{title or y_label}: {len(thinned)} lines over {x_label}", "lines")
 
-# %% ../../nbs/reports/charts.ipynb #373a5728
+# %% ../../nbs/reports/charts.ipynb #4329ace2
 def pareto_front(points: Sequence[Sequence[float]], directions: Sequence[int]) -> list[int]:
     """Indices of the points that no other point beats, in the order of `points`.
 
-    points: [n, d]; directions: for each of the d numbers, 1 where larger is better, -1 where smaller is. One point beats another where it is nowhere worse and
-    somewhere better; equal points stay together. A point with something that is not a number is never on the front; infinities are.
+    points: [n, d]; directions: for each of the d numbers, 1 where larger is better, -1 where smaller is. One point
+    beats another where it is nowhere worse and somewhere better; equal points stay together. A point with something
+    that is not a number is never on the front; infinities are.
     """
     signed = [tuple(d * float(v) for d, v in zip(directions, point)) for point in points]
     front: list[int] = []
-    for i in sorted((i for i, point in enumerate(signed) if not any(map(math.isnan, point))), key=lambda i: signed[i], reverse=True):
+    for i in sorted((i for i, point in enumerate(signed) if not any(map(math.isnan, point))), key=lambda i: signed[i],
+                    reverse=True):
         beaten = any(all(a >= b for a, b in zip(signed[j], signed[i])) and signed[j] != signed[i] for j in front)
         if not beaten: front.append(i)
     return sorted(front)
 
-# %% ../../nbs/reports/charts.ipynb #b8a751e6
+# %% ../../nbs/reports/charts.ipynb #0459c043
 @dataclass(frozen=True)
 class Point:
     """A dot of a chart: place, name, colour (by default the first), key (`data-run`)."""
@@ -280,10 +313,11 @@ class Point:
     colour: str = ""
     key: str = ""
 
-
+# %% ../../nbs/reports/charts.ipynb #d5d1e2fb
 def _staircase(front: Sequence[Point], x: Scale, y: Scale, directions: tuple[int, int]) -> str:
     """From the cheapest point of the front to the best, along what was really reached."""
-    ordered = sorted(front, key=lambda p: (p.x * -directions[0], p.y * directions[1]), reverse=directions[0] == directions[1] == -1)
+    ordered = sorted(front, key=lambda p: (p.x * -directions[0], p.y * directions[1]),
+                     reverse=directions[0] == directions[1] == -1)
     ordered.sort(key=lambda p: p.x)
     path = f"M{_at(x(ordered[0].x))} {_at(y(ordered[0].y))}"
     for before, after in itertools.pairwise(ordered):
@@ -291,7 +325,7 @@ def _staircase(front: Sequence[Point], x: Scale, y: Scale, directions: tuple[int
         path += f"L{_at(x(corner[0]))} {_at(y(corner[1]))}L{_at(x(after.x))} {_at(y(after.y))}"
     return _element("path", class_="front", fill="none", stroke=SOFT, stroke_dasharray="3 3", d=path)
 
-
+# %% ../../nbs/reports/charts.ipynb #ed882e10
 def _names_beside(named: Sequence[Point], points: Sequence[Point], x: Scale, y: Scale, frame: _Frame) -> str:
     """Names of the points in `named` where they fit, to the right or the left, without covering each other or a dot."""
     taken, texts = [(x(p.x) - 4, y(p.y) - 4, x(p.x) + 4, y(p.y) + 4) for p in points], ""
@@ -299,18 +333,25 @@ def _names_beside(named: Sequence[Point], points: Sequence[Point], x: Scale, y: 
         place = x(point.x), y(point.y)
         for side, anchor in ((1, "start"), (-1, "end")):
             start = place[0] + side * 7
-            box = (min(start, start + side * _width(point.name)), place[1] - 8, max(start, start + side * _width(point.name)), place[1] + 5)
-            if box[0] < frame.left or box[2] > frame.width or any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in taken): continue
+            box = (min(start, start + side * _width(point.name)), place[1] - 8,
+                   max(start, start + side * _width(point.name)), place[1] + 5)
+            if box[0] < frame.left or box[2] > frame.width or any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3]
+                                                                  and b[1] < box[3] for b in taken):
+                continue
             taken.append(box)
-            texts += _text(start, place[1] + 3.5, point.name, anchor, fill=INK, stroke="#fff", stroke_width=3, paint_order="stroke")
+            texts += _text(start, place[1] + 3.5, point.name, anchor, fill=INK, stroke="#fff", stroke_width=3,
+                           paint_order="stroke")
             break
     return texts
 
-# %% ../../nbs/reports/charts.ipynb #cbb7ea0f
-def scatter_chart(points: Sequence[Point], *, title: str = "", x_label: str = "", y_label: str = "", directions: tuple[int, int] | None = None,
-                  log_x: bool = False, log_y: bool = False, width: float = 340, height: float = 250, names: bool = True) -> Chart:
-    """Dots, as SVG. directions: what is better in x and in y (1 larger, -1 smaller), for the Pareto front; None draws none. names: beside the front's dots."""
-    points = [p for p in points if _is_number(p.x) and _is_number(p.y) and (p.x > 0 or not log_x) and (p.y > 0 or not log_y)]
+# %% ../../nbs/reports/charts.ipynb #5e19e070
+def scatter_chart(points: Sequence[Point], *, title: str = "", x_label: str = "", y_label: str = "",
+                  directions: tuple[int, int] | None = None, log_x: bool = False, log_y: bool = False,
+                  width: float = 340, height: float = 250, names: bool = True) -> Chart:
+    """Dots, as SVG. directions: what is better in x and in y (1 larger, -1 smaller), for the Pareto front; None draws
+    none. names: beside the front's dots."""
+    points = [p for p in points if _is_number(p.x) and _is_number(p.y) and (p.x > 0 or not log_x)
+              and (p.y > 0 or not log_y)]
     head, top = _head(title, y_label, {}, width)
     y = scale_over([p.y for p in points], height - 30, top, log_y, 0.08)
     frame = _frame(width, height, tick_labels(y.ticks(4), log_y), top)
@@ -319,38 +360,45 @@ def scatter_chart(points: Sequence[Point], *, title: str = "", x_label: str = ""
     front = [points[i] for i in sorted(best, key=lambda i: points[i].y, reverse=True)]
     def dot(i: int, p: Point) -> str:
         told, full = f"{p.name}: {spell(p.y)} {y_label}, {spell(p.x)} {x_label}", i in best or not directions
-        return _mark("circle", p.key or p.name, p.colour or KINDS[0], told, cx=float(x(p.x)), cy=float(y(p.y)), r=4, stroke="currentColor", stroke_width=1.5,
-                     fill="currentColor" if full else "#fff")
-    body = head + _axes(frame, x, y, x_label) + (_staircase(front, x, y, directions) if front else "") + "".join(map(dot, range(len(points)), points))
+        return _mark("circle", p.key or p.name, p.colour or KINDS[0], told, cx=float(x(p.x)), cy=float(y(p.y)), r=4,
+                     stroke="currentColor", stroke_width=1.5, fill="currentColor" if full else "#fff")
+    body = head + _axes(frame, x, y,
+                        x_label) + (_staircase(front, x, y, directions) if front
+                                    else "") + "".join(map(dot, range(len(points)), points))
     if names: body += _names_beside(front, points, x, y, frame)
-    told = f"{title or y_label} against {x_label}: {len(points)} points" + (f", {len(front)} on the Pareto front" if directions else "")
+    told = f"{title or y_label} against {x_label}: {len(points)} points" + (
+        f", {len(front)} on the Pareto front" if directions else ""
+    )
     return _svg(body, width, height, told, "dots")
 
-# %% ../../nbs/reports/charts.ipynb #ade8b740
-def levels_chart(levels: Mapping[str, Sequence[tuple[float, str]]], *, title: str = "", x_label: str = "", y_label: str = "",
-                 width: float = 340, height: float = 215) -> Chart:
-    """Dots over named places, with mean and one (sample) standard deviation of each, as SVG. levels: name -> (value, key of the run) of each dot."""
+# %% ../../nbs/reports/charts.ipynb #a784c9d6
+def levels_chart(levels: Mapping[str, Sequence[tuple[float, str]]], *, title: str = "", x_label: str = "",
+                 y_label: str = "", width: float = 340, height: float = 215) -> Chart:
+    """Dots over named places, with mean and one (sample) standard deviation of each, as SVG. levels: name -> (value,
+    key of the run) of each dot."""
     groups = {name: [(value, key) for value, key in dots if _is_number(value)] for name, dots in levels.items()}
     head, top = _head(title, y_label, {}, width)
     y = scale_over([value for dots in groups.values() for value, _ in dots], height - 30, top, margin=0.08)
     frame = _frame(width, height, tick_labels(y.ticks(4)), top)
     x = Scale(-0.5, max(len(groups), 1) - 0.5, frame.left, frame.right)
     means = {place: float(np.mean([value for value, _ in dots])) for place, dots in enumerate(groups.values()) if dots}
-    body = _element("path", fill="none", stroke=LINE, stroke_width=1.5, d=_path(list(means), list(means.values()), x, y)) if len(means) > 1 else ""
+    body = _element("path", fill="none", stroke=LINE, stroke_width=1.5,
+                    d=_path(list(means), list(means.values()), x, y)) if len(means) > 1 else ""
     for place, dots in enumerate(groups.values()):
-        body += "".join(_mark("circle", key, KINDS[0], f"{key}: {spell(value)}", cx=x(place) + 10, cy=float(y(value)), r=2.6, fill="currentColor",
-                              fill_opacity=".55") for value, key in dots)
+        body += "".join(_mark("circle", key, KINDS[0], f"{key}: {spell(value)}", cx=x(place) + 10, cy=float(y(value)),
+                              r=2.6, fill="currentColor", fill_opacity=".55") for value, key in dots)
         if dots: body += _mean_and_bar([value for value, _ in dots], x(place), y)
-    return _svg(head + _axes(frame, x, y, x_label, list(groups)) + body, width, height, f"{y_label} for {len(groups)} values of {x_label}", "levels")
+    return _svg(head + _axes(frame, x, y, x_label, list(groups)) + body, width, height,
+                f"{y_label} for {len(groups)} values of {x_label}", "levels")
 
-
+# %% ../../nbs/reports/charts.ipynb #d877df13
 def _mean_and_bar(values: Sequence[float], place: float, y: Scale) -> str:
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     told = f"mean {spell(mean)}, standard deviation {spell(deviation)}, n = {len(values)}"
     bar = f"M{_at(place - 9)} {_at(y(mean))}h12M{_at(place - 3)} {_at(y(mean - deviation))}V{_at(y(mean + deviation))}"
     return _element("g", _element("title", told) + _element("path", d=bar), stroke=INK, stroke_width=1.6)
 
-# %% ../../nbs/reports/charts.ipynb #249e5d43
+# %% ../../nbs/reports/charts.ipynb #93b79ea6
 def _column(values: Sequence[Any], start: float, end: float) -> tuple[dict[int, float], list[tuple[float, str]]]:
     """Place of each row on one axis, and the axis' labels."""
     there = {i: value for i, value in enumerate(values) if value is not None and value != ""}
@@ -358,14 +406,16 @@ def _column(values: Sequence[Any], start: float, end: float) -> tuple[dict[int, 
     numbers = all(_is_number(v) for v in there.values())
     if not numbers or len(distinct) <= 5:
         step = (end - start) / max(1, len(distinct) - 1)
-        place = {text: start + k * step if len(distinct) > 1 else (start + end) / 2 for k, (text, _) in enumerate(distinct)}
+        place = {text: start + k * step if len(distinct) > 1 else (start + end) / 2 for k,
+                 (text, _) in enumerate(distinct)}
         return {i: place[spell(v)] for i, v in there.items()}, [(place[text], text) for text, _ in distinct]
     scale = scale_over(list(there.values()), start, end, wants_log(list(there.values())), 0.0)
     if scale.low <= 0 and scale.log: return {}, []
     ticks = scale.ticks(4)
-    return {i: scale(v) for i, v in there.items()}, [(scale(t), label) for t, label in zip(ticks, tick_labels(ticks, scale.log))]
+    return {i: scale(v) for i, v in there.items()}, [(scale(t), label) for t,
+                                                     label in zip(ticks, tick_labels(ticks, scale.log))]
 
-# %% ../../nbs/reports/charts.ipynb #b7011386
+# %% ../../nbs/reports/charts.ipynb #03bb3d09
 def _swung(places: Sequence[tuple[float, float]]) -> str:
     """The `d` of a curve through places from left to right that is level at each."""
     path = f"M{_at(places[0][0])} {_at(places[0][1])}"
@@ -374,11 +424,14 @@ def _swung(places: Sequence[tuple[float, float]]) -> str:
         path += f"C{middle} {_at(a[1])} {middle} {_at(b[1])} {_at(b[0])} {_at(b[1])}"
     return path
 
-
-def parallel_coordinates(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, keys: Sequence[str] = (), colours: Sequence[str] = (), title: str = "",
-                         width: float = 860, height: float = 260) -> Chart:
-    """A line for each row over one vertical axis for each of `names`, as SVG. rows: name -> number or word. keys, colours: one for each row."""
-    body, top, bottom = _text(2, 12, title, font_size=12, font_weight=600, fill=INK) if title else "", 44.0 if title else 36.0, height - 10
+# %% ../../nbs/reports/charts.ipynb #8483a84f
+def parallel_coordinates(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, keys: Sequence[str] = (),
+                         colours: Sequence[str] = (), title: str = "", width: float = 860,
+                         height: float = 260) -> Chart:
+    """A line for each row over one vertical axis for each of `names`, as SVG. rows: name -> number or word. keys,
+    colours: one for each row."""
+    body, top, bottom = _text(2, 12, title, font_size=12, font_weight=600,
+                              fill=INK) if title else "", 44.0 if title else 36.0, height - 10
     gap = (width - 120) / max(1, len(names) - 1)
     axes = [60 + i * gap if len(names) > 1 else width / 2 for i in range(len(names))]
     columns = [_column([row.get(name) for row in rows], bottom, top) for name in names]
@@ -387,16 +440,19 @@ def parallel_coordinates(rows: Sequence[Mapping[str, Any]], names: Sequence[str]
         if len(places) < 2: continue
         told = ", ".join(f"{name} {spell(row[name])}" for name in names if row.get(name) is not None)
         key = keys[i] if keys else str(i)
-        body += _mark("path", key, colours[i] if colours else KINDS[0], f"{key}: {told}", fill="none", stroke="currentColor", stroke_width=1.4,
-                      stroke_opacity=".75", d=_swung(places))
+        body += _mark("path", key, colours[i] if colours else KINDS[0], f"{key}: {told}", fill="none",
+                      stroke="currentColor", stroke_width=1.4, stroke_opacity=".75", d=_swung(places))
     for k, (x, name, (_, labels)) in enumerate(zip(axes, names, columns)):
         body += _element("path", stroke=SOFT, d=f"M{_at(x)} {_at(top)}V{_at(bottom)}")
-        body += _text(x, top - (10 if k % 2 or gap > 1.1 * _width(name) else 22), _shortened(name, 1.9 * gap), "middle", fill=INK)
-        body += "".join(_text(x - 5, y + 3.5, _shortened(label, gap * 0.8), "end", stroke="#fff", stroke_width=3, paint_order="stroke") for y, label in labels)
+        body += _text(x, top - (10 if k % 2 or gap > 1.1 * _width(name) else 22), _shortened(name, 1.9 * gap), "middle",
+                      fill=INK)
+        body += "".join(_text(x - 5, y + 3.5, _shortened(label, gap * 0.8), "end", stroke="#fff", stroke_width=3,
+                              paint_order="stroke") for y, label in labels)
     return _svg(body, width, height, f"{title}: {len(rows)} runs over {', '.join(names)}", "parallel")
 
-# %% ../../nbs/reports/charts.ipynb #fee7ae55
+# %% ../../nbs/reports/charts.ipynb #43d1a3d8
 def small_multiples(charts: Sequence[str], smallest: str = "19rem") -> Chart:
     """Charts in a grid that has as many columns as fit, each at least `smallest` wide, one on a phone."""
     grid = f"display:grid;gap:1rem 1.4rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,{smallest}),1fr))"
-    return Chart(_element("div", "".join(f'<div style="min-width:0">{chart}</div>' for chart in charts) or " ", class_="multiples", style=grid))
+    return Chart(_element("div", "".join(f'<div style="min-width:0">{chart}</div>' for chart in charts) or " ",
+                          class_="multiples", style=grid))

@@ -7,7 +7,7 @@ __all__ = ['PALETTE', 'WORST_TO_BEST', 'FAILED_COLOUR', 'ASIDE_COLOUR', 'PLOT_HE
            'Explorer', 'comparison_html', 'pictures_html', 'first_choice', 'spans_decades', 'RunBrowser',
            'line_colours', 'sweep_rows_html', 'failures_html', 'SweepExplorer']
 
-# %% ../../nbs/reports/explorers.ipynb #0865b0b2
+# %% ../../nbs/reports/explorers.ipynb #fa44b5f2
 import base64
 import functools
 import html
@@ -20,16 +20,18 @@ from typing import Any
 
 import numpy as np
 
-from .browsing import (Axis, Curve, SweepTable, brushed, curve_names, curves, default_axes, make_axis, metrics_files, parallel_dimensions, pictures_of,
-                                 run_labels, side_by_side, split_unreadable, sweep_table, top_share)
+from .browsing import (Axis, Curve, SweepTable, brushed, curve_names, curves, default_axes, make_axis,
+                                     metrics_files, parallel_dimensions, pictures_of, run_labels, side_by_side,
+                                     split_unreadable, sweep_table, top_share)
 from ..core.errors import KiloError
 from ..runs.gates import spell
 from .pages import data_address
 from ..runs.folders import FINISHED, RUNNING, RunRecord, list_runs, outputs_root
 
-# %% ../../nbs/reports/explorers.ipynb #90bdb8ec
+# %% ../../nbs/reports/explorers.ipynb #0310fe5d
 class Explorer:
-    """What the explorers share: `widget` for a front end, `picture()` in its place elsewhere, one `sentence` about both."""
+    """What the explorers share: `widget` for a front end, `picture()` in its place elsewhere, one `sentence` about
+    both."""
 
     @property
     def sentence(self) -> str: raise NotImplementedError
@@ -52,7 +54,8 @@ class Explorer:
         return buffer.getvalue()
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
-        return {**self.widget._repr_mimebundle_(), "image/png": base64.b64encode(self.picture()).decode(), "text/plain": self.sentence}
+        return {**self.widget._repr_mimebundle_(), "image/png": base64.b64encode(self.picture()).decode(),
+                "text/plain": self.sentence}
 
 # %% ../../nbs/reports/explorers.ipynb #02f39c04
 PALETTE = ("#0b5fa5", "#d1495b", "#2a9d63", "#e08a1e", "#7b52ab", "#1496ab", "#8a5a44", "#c2569b", "#6b7280", "#97991a")
@@ -87,7 +90,7 @@ STYLE = """<style>
 .kilonb-explorer .js-plotly-plot { height: HEIGHT; width: 100%; }
 </style>""".replace("HEIGHT", f"{PLOT_HEIGHT}px")
 
-# %% ../../nbs/reports/explorers.ipynb #6175d247
+# %% ../../nbs/reports/explorers.ipynb #edc1374c
 _FIT = """
 function render({ el }) {
   let width = 0, tries = 0, timer = null, root = null;
@@ -120,64 +123,75 @@ def _fitting_class() -> type:
 
     return type("Fit", (anywidget.AnyWidget,), {"_esm": _FIT})
 
-
+# %% ../../nbs/reports/explorers.ipynb #443aea60
 def _frame(*rows: Any) -> Any:
     import ipywidgets as widgets
 
-    box = widgets.VBox([widgets.HTML(STYLE), _fitting_class()(), *rows], layout=widgets.Layout(width="100%", overflow="visible"))
+    box = widgets.VBox([widgets.HTML(STYLE), _fitting_class()(), *rows],
+                       layout=widgets.Layout(width="100%", overflow="visible"))
     box.add_class("kilonb-explorer")
     return box
 
-# %% ../../nbs/reports/explorers.ipynb #552d4a68
+# %% ../../nbs/reports/explorers.ipynb #f066660e
 def _plot(**layout: Any) -> Any:
     import plotly.graph_objects as go
 
-    figure = go.FigureWidget(layout={"template": "plotly_white", "height": PLOT_HEIGHT, "autosize": True, "margin": {"l": 60, "r": 20, "t": 30, "b": 45},
-                                     "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#1d2129"}, "hoverlabel": {"namelength": -1}, **layout})
+    figure = go.FigureWidget(layout={"template": "plotly_white", "height": PLOT_HEIGHT, "autosize": True,
+                                     "margin": {"l": 60, "r": 20, "t": 30, "b": 45},
+                                     "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#1d2129"},
+                                     "hoverlabel": {"namelength": -1}, **layout})
     figure._config = {**figure._config, "responsive": True, "displaylogo": False, "displayModeBar": "hover"}
     return figure
 
-# %% ../../nbs/reports/explorers.ipynb #04ee1b4b
-def _curve_traces(raw: Sequence[Curve], smoothed: Sequence[Curve], colours: Mapping[str, str], smoothing: float) -> list[dict[str, Any]]:
+# %% ../../nbs/reports/explorers.ipynb #6aabae67
+def _curve_traces(raw: Sequence[Curve], smoothed: Sequence[Curve], colours: Mapping[str, str],
+                  smoothing: float) -> list[dict[str, Any]]:
     """Two scatter traces for each curve, as plotly takes them."""
     def trace(curve: Curve, width: float, **more: Any) -> dict[str, Any]:
-        return {"x": curve.x, "y": curve.y, "mode": "lines" if len(curve.x) > 1 else "markers", "name": _escaped(curve.run), "legendgroup": _escaped(curve.run),
+        return {"x": curve.x, "y": curve.y, "mode": "lines" if len(curve.x) > 1 else "markers",
+                "name": _escaped(curve.run), "legendgroup": _escaped(curve.run),
                 "line": {"color": colours[curve.run], "width": width}, "marker": {"color": colours[curve.run]}, **more}
     faint = [trace(curve, 1, opacity=0.28, showlegend=False, hoverinfo="skip", visible=smoothing > 0) for curve in raw]
     return [trace for pair in zip(faint, (trace(curve, 2) for curve in smoothed)) for trace in pair]
 
-
+# %% ../../nbs/reports/explorers.ipynb #cacd85eb
 def _set_traces(figure: Any, traces: Sequence[Mapping[str, Any]]) -> None:
     import plotly.graph_objects as go
 
     with figure.batch_update():
         if len(figure.data) == len(traces):
-            for old, new in zip(figure.data, traces): old.update({key: value for key, value in new.items() if key != "type"})
+            for old, new in zip(figure.data, traces):
+                old.update({key: value for key, value in new.items() if key != "type"})
             return
     figure.data = ()
     figure.add_traces([go.Scatter(**trace) for trace in traces])
 
-# %% ../../nbs/reports/explorers.ipynb #998653ea
+# %% ../../nbs/reports/explorers.ipynb #f8ecd24d
 def _cell(text: str, kind: str) -> str: return f'<td class="{kind}" title="{_escaped(text)}">{_escaped(text)}</td>'
 
-
+# %% ../../nbs/reports/explorers.ipynb #c4c5f06d
 def comparison_html(records: Sequence[RunRecord], colours: Sequence[str]) -> str:
-    """Parameters that differ and all results of some runs as an HTML table, a column for each run; what differs is shaded, what a gate judged is coloured."""
+    """Parameters that differ and all results of some runs as an HTML table, a column for each run; what differs is
+    shaded, what a gate judged is coloured."""
     if not records: return '<p class="kilonb-soft">No run is chosen.</p>'
     head = "".join(f"<th>{_dot(colour)}{_escaped(label)}</th>" for colour, label in zip(colours, run_labels(records)))
     lines, rows, part = side_by_side(records), [], ""
     results = {name for record in records for name in record.results}
-    status = [(record.status, "verdict-green" if record.ok else "" if record.status == RUNNING else "verdict-red") for record in records]
+    status = [(record.status, "verdict-green" if record.ok else "" if record.status == RUNNING else "verdict-red")
+              for record in records]
     rows.append("<tr><td>status</td>" + "".join(_cell(word, kind) for word, kind in status) + "</tr>")
     for line in lines:
         now = "results" if line.name in results else "parameters that differ"
         if now != part: rows.append(f'<tr class="part"><td colspan="{len(records) + 1}">{now}</td></tr>')
         part = now
-        cells = "".join(_cell(cell, f"verdict-{verdict.replace(' ', '-')}" if verdict else "") for cell, verdict in zip(line.cells, line.verdicts))
-        rows.append(f'<tr class="{"differs" if line.differs and len(records) > 1 else ""}"><td>{_escaped(line.name)}</td>{cells}</tr>')
+        cells = "".join(_cell(cell, f"verdict-{verdict.replace(' ', '-')}" if verdict else "") for cell,
+                        verdict in zip(line.cells, line.verdicts))
+        rows.append(
+            f'<tr class="{"differs" if line.differs and len(records) > 1 else ""}"><td>{_escaped(line.name)}</td>{cells}</tr>'
+        )
     return f'<div class="kilonb-wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
-# %% ../../nbs/reports/explorers.ipynb #431d4ba8
+# %% ../../nbs/reports/explorers.ipynb #310cefaa
 LARGEST_PICTURE = 5_000_000
 
 
@@ -189,20 +203,30 @@ def pictures_html(records: Sequence[RunRecord], colours: Sequence[str], name: st
         if path is None: continue
         try: small = path.stat().st_size <= LARGEST_PICTURE
         except OSError: continue
-        inside = f'<img alt="{_escaped(name)}" src="{data_address(path)}">' if small else f"too large to show here: {_escaped(path)}"
+        inside = (
+            f'<img alt="{_escaped(name)}" src="{data_address(path)}">'
+            if small
+            else f"too large to show here: {_escaped(path)}"
+        )
         shown.append(f"<figure><figcaption>{_dot(colour)}{_escaped(label)}</figcaption>{inside}</figure>")
-    return f'<div class="kilonb-pictures">{"".join(shown)}</div>' if shown else '<p class="kilonb-soft">The chosen runs have no such picture.</p>'
+    return (
+        f'<div class="kilonb-pictures">{"".join(shown)}</div>'
+        if shown
+        else '<p class="kilonb-soft">The chosen runs have no such picture.</p>'
+    )
 
-# %% ../../nbs/reports/explorers.ipynb #004707ca
+# %% ../../nbs/reports/explorers.ipynb #6a8b895a
 def _mark(record: RunRecord) -> str:
     if record.status == FINISHED: return "✔" if record.ok else "✘"
     return {RUNNING: "▶", "prepared": "▶", "failed": "✘"}.get(record.status, "‖")
 
 
 def first_choice(records: Sequence[RunRecord], count: int = 3) -> list[RunRecord]:
-    """The newest `count` runs with curves of the experiment that was run last; the newest runs where none has curves."""
+    """The newest `count` runs with curves of the experiment that was run last; the newest runs where none has
+    curves."""
     drawn = [record for record in records if metrics_files(record.folder)]
-    return [record for record in drawn if record.experiment == drawn[-1].experiment][-count:] if drawn else list(records)[-count:]
+    return [record for record in drawn
+            if record.experiment == drawn[-1].experiment][-count:] if drawn else list(records)[-count:]
 
 
 def spans_decades(drawn: Sequence[Curve]) -> bool:
@@ -210,12 +234,13 @@ def spans_decades(drawn: Sequence[Curve]) -> bool:
     values = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in drawn]) if drawn else np.zeros(0)
     return bool(len(values) and values.min() > 0 and values.max() >= 100 * values.min())
 
-# %% ../../nbs/reports/explorers.ipynb #a225c8ce
+# %% ../../nbs/reports/explorers.ipynb #f6a1575f
 class RunBrowser(Explorer):
     """Runs side by side: curves on one figure, parameters and results in one table, pictures next to each other.
 
-    outputs: the folder of all experiments (default `outputs_root()`). experiment: only its runs. A run whose files are damaged is named and left out.
-    `choose` takes runs by the words of their names, as the filter does; `curve`, `x` (`step` or `elapsed_s`), `smoothing` and `log` are what is drawn.
+    outputs: the folder of all experiments (default `outputs_root()`). experiment: only its runs. A run whose files are
+    damaged is named and left out. `choose` takes runs by the words of their names, as the filter does; `curve`, `x`
+    (`step` or `elapsed_s`), `smoothing` and `log` are what is drawn.
     """
 
     def __init__(self, outputs: str | os.PathLike | None = None, experiment: str = ""):
@@ -237,18 +262,25 @@ class RunBrowser(Explorer):
         self.chosen = self.matching(words)
 
     def matching(self, words: str) -> list[RunRecord]:
-        return [record for record in self.records if all(word.lower() in self.labels[record.folder].lower() for word in words.split())]
+        return [record for record in self.records
+                if all(word.lower() in self.labels[record.folder].lower() for word in words.split())]
 
     @property
     def sentence(self) -> str:
         """How many runs there are, or how to get some."""
         of = f" of '{self.experiment}'" if self.experiment else ""
-        if not self.records and not self.unreadable: return f"No runs{of} in {self.outputs} yet: `kilonb run single_view_overfit` makes one."
+        if not self.records and not self.unreadable:
+            return f"No runs{of} in {self.outputs} yet: `kilonb run single_view_overfit` makes one."
         count, experiments = len(self.records), len({record.experiment for record in self.records})
-        told = f"{count} run{'s' * (count != 1)}" + (of or f" of {experiments} experiment{'s' * (experiments != 1)}") + f" in {self.outputs}"
+        told = (
+            f"{count} run{'s' * (count != 1)}"
+            + (of or f" of {experiments} experiment{'s' * (experiments != 1)}")
+            + f" in {self.outputs}"
+        )
         return told + (f"; {len(self.unreadable)} cannot be read." if self.unreadable else ".")
 
-    def colour(self, record: RunRecord) -> str: return self.colours.setdefault(record.folder, PALETTE[len(self.colours) % len(PALETTE)])
+    def colour(self, record: RunRecord) -> str:
+        return self.colours.setdefault(record.folder, PALETTE[len(self.colours) % len(PALETTE)])
 
     def names(self) -> list[str]: return curve_names(self.chosen)
 
@@ -256,12 +288,13 @@ class RunBrowser(Explorer):
         """The curves of the chosen runs as the figure has them."""
         names = self.names()
         if self.curve not in names: self.curve = names[0] if names else ""
-        return curves(self.chosen, self.curve, self.x, self.smoothing if smoothing is None else smoothing) if self.curve else []
+        return curves(self.chosen, self.curve, self.x,
+                      self.smoothing if smoothing is None else smoothing) if self.curve else []
 
     def figure(self) -> Any: return _runs_figure(self)
     def _build(self) -> Any: return _RunWidgets(self).box
 
-# %% ../../nbs/reports/explorers.ipynb #5c21c3d3
+# %% ../../nbs/reports/explorers.ipynb #98a7c727
 def _runs_figure(browser: RunBrowser) -> Any:
     from matplotlib.figure import Figure
 
@@ -269,8 +302,11 @@ def _runs_figure(browser: RunBrowser) -> Any:
     ax = figure.add_subplot()
     colours = dict(zip(run_labels(browser.chosen), map(browser.colour, browser.chosen)))
     drawn = browser.drawn()
-    for curve in browser.drawn(0.0) if browser.smoothing else (): ax.plot(curve.x, curve.y, color=colours[curve.run], lw=0.7, alpha=0.3)
-    for curve in drawn: ax.plot(curve.x, curve.y, color=colours[curve.run], lw=1.8, marker="o" if len(curve.x) == 1 else None, label=_plain(curve.run))
+    for curve in browser.drawn(0.0) if browser.smoothing else ():
+        ax.plot(curve.x, curve.y, color=colours[curve.run], lw=0.7, alpha=0.3)
+    for curve in drawn:
+        ax.plot(curve.x, curve.y, color=colours[curve.run], lw=1.8, marker="o" if len(curve.x) == 1 else None,
+                label=_plain(curve.run))
     if browser.log: ax.set_yscale("log")
     ax.set_xlabel("step" if browser.x == "step" else "seconds"); ax.set_ylabel(_plain(browser.curve))
     ax.set_title(_plain(browser.sentence), loc="left", fontsize=10, color="0.35", wrap=True)
@@ -279,7 +315,7 @@ def _runs_figure(browser: RunBrowser) -> Any:
     else: ax.text(0.5, 0.5, "no curves to draw", ha="center", transform=ax.transAxes, color="0.5")
     return figure
 
-# %% ../../nbs/reports/explorers.ipynb #74904583
+# %% ../../nbs/reports/explorers.ipynb #326651e3
 def _run_controls(browser: RunBrowser) -> Any:
     """The widgets of a run browser, laid out, not yet wired; `box` holds them all."""
     from types import SimpleNamespace
@@ -289,24 +325,41 @@ def _run_controls(browser: RunBrowser) -> Any:
     def wide(**more: Any) -> Any: return widgets.Layout(**{"width": "100%", **more})
     def sized(width: int) -> Any: return widgets.Layout(width=f"{width}px")
     part = SimpleNamespace(
-        told=widgets.HTML(layout=wide()), notes=widgets.HTML(layout=wide()), table=widgets.HTML(layout=wide()), shown=widgets.HTML(layout=wide()),
-        filter=widgets.Text(placeholder="filter: words of a name", layout=wide(width="98%")), runs=widgets.SelectMultiple(rows=17, layout=wide(width="98%")),
+        told=widgets.HTML(layout=wide()),
+        notes=widgets.HTML(layout=wide()),
+        table=widgets.HTML(layout=wide()),
+        shown=widgets.HTML(layout=wide()),
+        filter=widgets.Text(placeholder="filter: words of a name", layout=wide(width="98%")),
+        runs=widgets.SelectMultiple(rows=17, layout=wide(width="98%")),
         refresh=widgets.Button(description="Refresh", icon="refresh", tooltip="look for new runs", layout=sized(110)),
-        curve=widgets.Dropdown(layout=sized(260)), picture=widgets.Dropdown(description="pictures", layout=sized(360)),
-        x=widgets.ToggleButtons(options=[("steps", "step"), ("seconds", "elapsed_s")], value=browser.x, style={"button_width": "76px"}),
-        smoothing=widgets.FloatSlider(value=browser.smoothing, min=0, max=0.99, step=0.01, description="smoothing", layout=sized(330)),
+        curve=widgets.Dropdown(layout=sized(260)),
+        picture=widgets.Dropdown(description="pictures", layout=sized(360)),
+        x=widgets.ToggleButtons(
+            options=[("steps", "step"), ("seconds", "elapsed_s")], value=browser.x, style={"button_width": "76px"}
+        ),
+        smoothing=widgets.FloatSlider(
+            value=browser.smoothing, min=0, max=0.99, step=0.01, description="smoothing", layout=sized(330)
+        ),
         log=widgets.ToggleButton(value=browser.log, description="log", tooltip="logarithmic axis", layout=sized(60)),
-        figure=_plot(hovermode="x unified", margin={"l": 65, "r": 20, "t": 50, "b": 45},
-                     legend={"orientation": "h", "yref": "container", "y": 0.99, "yanchor": "top", "x": 0}))
-    for name in ("smoothing", "runs", "table", "shown", "filter", "refresh"): getattr(part, name).add_class(f"kilonb-{name}")
+        figure=_plot(
+            hovermode="x unified",
+            margin={"l": 65, "r": 20, "t": 50, "b": 45},
+            legend={"orientation": "h", "yref": "container", "y": 0.99, "yanchor": "top", "x": 0},
+        ),
+    )
+    for name in ("smoothing", "runs", "table", "shown", "filter", "refresh"):
+        getattr(part, name).add_class(f"kilonb-{name}")
     flowing = widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 10px")
     controls = widgets.HBox([part.curve, part.x, part.log, part.smoothing], layout=flowing)
-    left = widgets.VBox([part.filter, part.runs, part.refresh, part.notes], layout=widgets.Layout(width="290px", flex="0 0 290px"))
-    right = widgets.VBox([controls, part.figure], layout=widgets.Layout(flex="1 1 500px", min_width="0", overflow="hidden"))
-    part.box = _frame(part.told, widgets.HBox([left, right], layout=wide(grid_gap="14px")), part.table, part.picture, part.shown)
+    left = widgets.VBox([part.filter, part.runs, part.refresh, part.notes],
+                        layout=widgets.Layout(width="290px", flex="0 0 290px"))
+    right = widgets.VBox([controls, part.figure],
+                         layout=widgets.Layout(flex="1 1 500px", min_width="0", overflow="hidden"))
+    part.box = _frame(part.told, widgets.HBox([left, right], layout=wide(grid_gap="14px")), part.table, part.picture,
+                      part.shown)
     return part
 
-# %% ../../nbs/reports/explorers.ipynb #e8c52500
+# %% ../../nbs/reports/explorers.ipynb #a1abed00
 class _RunWidgets:
     """A run browser's widgets, wired to it."""
 
@@ -319,16 +372,19 @@ class _RunWidgets:
         self.part.runs.observe(self._choose, "value")
         self.part.refresh.on_click(lambda button: self._refresh())
         self.part.picture.observe(lambda change: self._show_pictures(), "value")
-        for name in ("curve", "x", "smoothing", "log"): getattr(self.part, name).observe(functools.partial(self._set, name), "value")
+        for name in ("curve", "x", "smoothing", "log"):
+            getattr(self.part, name).observe(functools.partial(self._set, name), "value")
 
     def _list(self) -> None:
         browser, runs, chosen = self.browser, self.part.runs, {record.folder for record in self.browser.chosen}
         found = {record.folder for record in browser.matching(self.part.filter.value)} | chosen
         with _silent(self), runs.hold_sync():
-            runs.options = [(f"{_mark(r)} {browser.labels[r.folder]}", r.folder) for r in reversed(browser.records) if r.folder in found]
+            runs.options = [(f"{_mark(r)} {browser.labels[r.folder]}", r.folder) for r in reversed(browser.records)
+                            if r.folder in found]
             runs.value = [folder for _, folder in runs.options if folder in chosen]
         self.part.told.value = f'<span class="kilonb-soft">{_escaped(browser.sentence)}</span>'
-        self.part.notes.value = "".join(f'<p class="kilonb-soft kilonb-bad">{_escaped(sentence)}</p>' for sentence in browser.unreadable)
+        self.part.notes.value = "".join(f'<p class="kilonb-soft kilonb-bad">{_escaped(sentence)}</p>'
+                                        for sentence in browser.unreadable)
 
     def _choose(self, change: Mapping[str, Any]) -> None:
         if self.quiet: return
@@ -350,7 +406,9 @@ class _RunWidgets:
         browser, part = self.browser, self.part
         browser.drawn()
         _offer(self, part.curve, browser.names(), browser.curve)
-        _offer(self, part.picture, list(dict.fromkeys(name for record in browser.chosen for name in pictures_of(record))), part.picture.value)
+        _offer(self, part.picture,
+               list(dict.fromkeys(name for record in browser.chosen for name in pictures_of(record))),
+               part.picture.value)
         part.table.value = comparison_html(browser.chosen, list(map(browser.colour, browser.chosen)))
         self._show_curves()
         self._show_pictures()
@@ -360,17 +418,19 @@ class _RunWidgets:
         colours = dict(zip(run_labels(browser.chosen), map(browser.colour, browser.chosen)))
         drawn = browser.drawn()
         _set_traces(figure, _curve_traces(browser.drawn(0.0), drawn, colours, browser.smoothing))
-        figure.update_layout(xaxis_title="step" if browser.x == "step" else "seconds", yaxis_title=_escaped(browser.curve),
+        figure.update_layout(xaxis_title="step" if browser.x == "step" else "seconds",
+                             yaxis_title=_escaped(browser.curve),
                              yaxis={"type": "log" if browser.log else "linear", "exponentformat": "power",
                                     "dtick": 1 if browser.log and spans_decades(drawn) else None})
 
     def _show_pictures(self) -> None:
         chosen = self.browser.chosen
-        self.part.shown.value = pictures_html(chosen, list(map(self.browser.colour, chosen)), self.part.picture.value or "")
+        self.part.shown.value = pictures_html(chosen, list(map(self.browser.colour, chosen)),
+                                              self.part.picture.value or "")
 
     quiet = False
 
-# %% ../../nbs/reports/explorers.ipynb #65c679a5
+# %% ../../nbs/reports/explorers.ipynb #1dc06f26
 @contextmanager
 def _silent(front: Any) -> Iterator[None]:
     """Inside the block the widgets of `front` are changed by us, and its handlers hold still."""
@@ -380,45 +440,53 @@ def _silent(front: Any) -> Iterator[None]:
 
 
 def _offer(front: Any, dropdown: Any, options: Sequence[str], value: str | None) -> None:
-    """Give a dropdown these options; it keeps `value` where that is one of them, and is hidden where there is no choice."""
+    """Give a dropdown these options; it keeps `value` where that is one of them, and is hidden where there is no
+    choice."""
     with _silent(front), dropdown.hold_sync():
         if list(dropdown.options) != list(options): dropdown.options = list(options)
         dropdown.value = value if value in options else options[0] if options else None
     dropdown.layout.display = None if options else "none"
 
-# %% ../../nbs/reports/explorers.ipynb #885ffa7f
+# %% ../../nbs/reports/explorers.ipynb #0c86d693
 _RED_UNTIL = 0.1
 
 
 def line_colours(axis: Axis, goal: int) -> np.ndarray:
-    """[rows] colour coordinates in [0, 1]: 0 for a run without a value, from 0.1 (the worst) to 1 (the best) for the others."""
-    low = float(axis.positions[axis.positions > axis.missing].min(initial=np.inf)) if axis.missing is not None else float(axis.positions.min(initial=np.inf))
+    """[rows] colour coordinates in [0, 1]: 0 for a run without a value, from 0.1 (the worst) to 1 (the best) for the
+    others."""
+    low = (
+        float(axis.positions[axis.positions > axis.missing].min(initial=np.inf))
+        if axis.missing is not None
+        else float(axis.positions.min(initial=np.inf))
+    )
     span = axis.span[1] - low
-    place = np.clip((axis.positions - low) / span, 0, 1) if np.isfinite(low) and span > 0 else np.ones(len(axis.positions))
+    place = np.clip((axis.positions - low) / span, 0,
+                    1) if np.isfinite(low) and span > 0 else np.ones(len(axis.positions))
     coloured = 2 * _RED_UNTIL + (1 - 2 * _RED_UNTIL) * (place if goal > 0 else 1 - place)
     return np.where(axis.positions == axis.missing, 0.0, coloured) if axis.missing is not None else coloured
 
-
+# %% ../../nbs/reports/explorers.ipynb #f62ccf0e
 def _colour_scale() -> list[list[Any]]:
     first = 2 * _RED_UNTIL
     blend = [[first + (1 - first) * k / (len(WORST_TO_BEST) - 1), colour] for k, colour in enumerate(WORST_TO_BEST)]
     return [[0.0, FAILED_COLOUR], [_RED_UNTIL, FAILED_COLOUR], [_RED_UNTIL + 1e-6, WORST_TO_BEST[0]], *blend]
 
-
+# %% ../../nbs/reports/explorers.ipynb #66304d31
 def _colour_map() -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     return LinearSegmentedColormap.from_list("sweep", _colour_scale())
 
-# %% ../../nbs/reports/explorers.ipynb #42e16891
+# %% ../../nbs/reports/explorers.ipynb #293c90d7
 def _dimension(axis: Axis, stretches: Sequence[Sequence[float]] = ()) -> dict[str, Any]:
     """An axis as plotly's parallel coordinates take it; stretches: what is brushed on it."""
     places, texts = zip(*axis.stops) if axis.stops else ((), ())
-    brush = {"constraintrange": [list(stretch) for stretch in stretches] if len(stretches) > 1 else list(stretches[0])} if len(stretches) else {}
+    brush = {"constraintrange": [list(stretch) for stretch in stretches] if len(stretches) > 1
+             else list(stretches[0])} if len(stretches) else {}
     margin = 0.02 * (axis.span[1] - axis.span[0])
     unlike = [_escaped(text) + f"{k:b}".translate({48: "\u200b", 49: "\u200c"}) for k, text in enumerate(texts)]
-    return {"name": axis.column, "label": _escaped(axis.column), "values": axis.positions, "tickvals": list(places), "ticktext": unlike,
-            "range": [axis.span[0] - margin, axis.span[1] + margin], **brush}
+    return {"name": axis.column, "label": _escaped(axis.column), "values": axis.positions, "tickvals": list(places),
+            "ticktext": unlike, "range": [axis.span[0] - margin, axis.span[1] + margin], **brush}
 
 
 def _stretches(dimension: Any) -> list[tuple[float, float]]:
@@ -426,11 +494,12 @@ def _stretches(dimension: Any) -> list[tuple[float, float]]:
     if not brush: return []
     return [tuple(part) for part in brush] if isinstance(brush[0], (list, tuple)) else [tuple(brush)]
 
-# %% ../../nbs/reports/explorers.ipynb #7b509338
+# %% ../../nbs/reports/explorers.ipynb #367dd730
 SHOWN_ROWS = 200
 
 
-def sweep_rows_html(table: SweepTable, columns: Sequence[str], kept: np.ndarray, result: str, colours: np.ndarray) -> str:
+def sweep_rows_html(table: SweepTable, columns: Sequence[str], kept: np.ndarray, result: str,
+                    colours: np.ndarray) -> str:
     """The `kept` [rows] runs as an HTML table of `columns`, the best of `result` first."""
     def place(i: int) -> tuple[bool, float]:
         value = table.rows[i].get(result)
@@ -442,14 +511,18 @@ def sweep_rows_html(table: SweepTable, columns: Sequence[str], kept: np.ndarray,
     order = sorted(np.flatnonzero(kept).tolist(), key=place)
     def cells(row: Mapping[str, Any], colour: float) -> str:
         texts = [spell(row.get(name)) for name in headings]
-        return f"<td>{_dot(to_hex(blend(colour)))}{_escaped(texts[0])}</td>" + "".join(f"<td>{_escaped(text)}</td>" for text in texts[1:])
+        return f"<td>{_dot(to_hex(blend(colour)))}{_escaped(texts[0])}</td>" + "".join(
+            f"<td>{_escaped(text)}</td>" for text in texts[1:]
+        )
     body = "".join(f"<tr>{cells(table.rows[i], colours[i])}</tr>" for i in order[:SHOWN_ROWS])
     more = f'<p class="kilonb-soft">and {len(order) - SHOWN_ROWS} more</p>' if len(order) > SHOWN_ROWS else ""
     head = "".join(f"<th>{_escaped(name)}</th>" for name in headings)
-    return (f'<p class="kilonb-soft">{len(order)} of {len(table.rows)} runs</p><div class="kilonb-scroll"><table><thead><tr>{head}</tr></thead>'
-            f"<tbody>{body}</tbody></table>{more}</div>")
+    return (
+        f'<p class="kilonb-soft">{len(order)} of {len(table.rows)} runs</p><div class="kilonb-scroll"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>{body}</tbody></table>{more}</div>"
+    )
 
-
+# %% ../../nbs/reports/explorers.ipynb #d3a71d65
 def failures_html(table: SweepTable) -> str:
     """The failed runs, each with its parameters and its sentence, and the runs that could not be read."""
     def told(row: Mapping[str, Any]) -> str:
@@ -458,12 +531,13 @@ def failures_html(table: SweepTable) -> str:
     lines = [told(row) for row in table.failed()] + [f"<li>{_escaped(sentence)}</li>" for sentence in table.unreadable]
     return f'<p class="kilonb-bad"><b>{len(lines)} failed or damaged</b></p><ul>{"".join(lines)}</ul>' if lines else ""
 
-# %% ../../nbs/reports/explorers.ipynb #2df644a2
+# %% ../../nbs/reports/explorers.ipynb #74c3891d
 class SweepExplorer(Explorer):
     """A sweep, a line for each run through its parameters and results, going or done.
 
-    sweep_folder: `outputs/sweeps/<sweep>`. `result` is what the lines are coloured and ranked by, `goal` +1 where more of it is better, -1 where less is,
-    `share` the best part of the runs that is kept (1: all), `columns` the axes, `ranges` what is brushed: column -> stretches in the axis's own positions.
+    sweep_folder: `outputs/sweeps/<sweep>`. `result` is what the lines are coloured and ranked by, `goal` +1 where more
+    of it is better, -1 where less is, `share` the best part of the runs that is kept (1: all), `columns` the axes,
+    `ranges` what is brushed: column -> stretches in the axis's own positions.
     Raises KiloError where there is no sweep.
     """
 
@@ -471,7 +545,8 @@ class SweepExplorer(Explorer):
         self.folder, self.columns, self.ranges, self.share = Path(sweep_folder), [], {}, 1.0
         self.read()
         self.rank_by(next(iter(self.numeric()), ""))
-        self.across = next((name for name in self.table.varied if name in self.table.numeric()), self.table.varied[0] if self.table.varied else self.result)
+        self.across = next((name for name in self.table.varied if name in self.table.numeric()),
+                           self.table.varied[0] if self.table.varied else self.result)
         self.upward = self.result
 
     def read(self) -> None:
@@ -511,13 +586,17 @@ class SweepExplorer(Explorer):
 
     def kept(self) -> np.ndarray:
         """[rows] bool: the runs that all brushes let pass."""
-        return brushed(self.axes(), self.ranges) if self.table.rows and self.columns else np.ones(len(self.table.rows), dtype=bool)
+        return (
+            brushed(self.axes(), self.ranges)
+            if self.table.rows and self.columns
+            else np.ones(len(self.table.rows), dtype=bool)
+        )
 
     def colours(self) -> np.ndarray: return line_colours(self.result_axis(), self.goal)
     def figure(self) -> Any: return _sweep_figure(self)
     def _build(self) -> Any: return _SweepWidgets(self).box
 
-# %% ../../nbs/reports/explorers.ipynb #d653d0ac
+# %% ../../nbs/reports/explorers.ipynb #54854233
 def _sweep_figure(explorer: SweepExplorer) -> Any:
     from matplotlib.figure import Figure
 
@@ -528,17 +607,21 @@ def _sweep_figure(explorer: SweepExplorer) -> Any:
     halo = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 1}
     lines = np.stack([height(axis, axis.positions) for axis in axes]) if axes else np.zeros((0, 0))
     for i in sorted(range(lines.shape[1]), key=lambda i: (kept[i], colours[i])):
-        ax.plot(lines[:, i], color=blend(colours[i]) if kept[i] else ASIDE_COLOUR, lw=1.4, alpha=0.85 if kept[i] else 0.5)
+        ax.plot(lines[:, i], color=blend(colours[i]) if kept[i] else ASIDE_COLOUR, lw=1.4,
+                alpha=0.85 if kept[i] else 0.5)
     for k, axis in enumerate(axes):
         ax.axvline(k, color="0.6", lw=1, zorder=0)
-        for at, text in axis.ticks: ax.text(k - 0.04, height(axis, at), _plain(text), ha="right", va="center", fontsize=8, bbox=halo)
-    ax.set_xticks(range(len(axes)), [_plain(axis.column) for axis in axes], fontsize=9, rotation=12 if len(axes) > 6 else 0)
+        for at, text in axis.ticks:
+            ax.text(k - 0.04, height(axis, at), _plain(text), ha="right", va="center", fontsize=8, bbox=halo)
+    ax.set_xticks(range(len(axes)), [_plain(axis.column) for axis in axes], fontsize=9,
+                  rotation=12 if len(axes) > 6 else 0)
     ax.set_yticks([]); ax.spines[:].set_visible(False); ax.tick_params(length=0); ax.set_xlim(-0.45, len(axes) - 0.8)
     best = "highest" if explorer.goal > 0 else "lowest"
-    ax.set_title(_plain(f"{explorer.sentence} Dark: {best} {explorer.result}; red: without it."), loc="left", fontsize=10, color="0.35", wrap=True)
+    ax.set_title(_plain(f"{explorer.sentence} Dark: {best} {explorer.result}; red: without it."), loc="left",
+                 fontsize=10, color="0.35", wrap=True)
     return figure
 
-# %% ../../nbs/reports/explorers.ipynb #4c32e1ad
+# %% ../../nbs/reports/explorers.ipynb #ccb855c1
 def _sweep_controls(explorer: SweepExplorer) -> Any:
     """The widgets of a sweep explorer, laid out, not yet wired; `box` holds them all."""
     from types import SimpleNamespace
@@ -549,24 +632,44 @@ def _sweep_controls(explorer: SweepExplorer) -> Any:
     def sized(width: int) -> Any: return widgets.Layout(width=f"{width}px")
     whole = {"description_width": "initial"}
     part = SimpleNamespace(
-        told=widgets.HTML(), table=widgets.HTML(layout=wide()), failures=widgets.HTML(layout=wide()),
+        told=widgets.HTML(),
+        table=widgets.HTML(layout=wide()),
+        failures=widgets.HTML(layout=wide()),
         result=widgets.Dropdown(description="best by", layout=sized(300)),
-        goal=widgets.ToggleButtons(options=[("highest", 1), ("lowest", -1)], value=explorer.goal, style={"button_width": "76px"}),
-        share=widgets.IntSlider(value=round(100 * explorer.share), min=5, max=100, step=5, description="keep best %", layout=sized(330), style=whole),
+        goal=widgets.ToggleButtons(
+            options=[("highest", 1), ("lowest", -1)], value=explorer.goal, style={"button_width": "76px"}
+        ),
+        share=widgets.IntSlider(
+            value=round(100 * explorer.share),
+            min=5,
+            max=100,
+            step=5,
+            description="keep best %",
+            layout=sized(330),
+            style=whole,
+        ),
         clear=widgets.Button(description="Clear", tooltip="remove all brushes", layout=sized(80)),
         refresh=widgets.Button(description="Refresh", icon="refresh", tooltip="read the sweep anew", layout=sized(110)),
         axes=widgets.TagsInput(allow_duplicates=False, placeholder="add an axis", layout=wide()),
-        across=widgets.Dropdown(description="across", layout=sized(300)), upward=widgets.Dropdown(description="upward", layout=sized(300)),
-        lines=_plot(margin={"l": 75, "r": 75, "t": 60, "b": 25}), scatter=_plot(showlegend=False, margin={"l": 70, "r": 15, "t": 15, "b": 45}))
-    for name in ("share", "table", "failures", "result", "refresh", "clear", "axes"): getattr(part, name).add_class(f"kilonb-{name}")
-    def row(*inside: Any) -> Any: return widgets.HBox(list(inside), layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 10px"))
-    left = widgets.VBox([row(part.across, part.upward), part.scatter], layout=widgets.Layout(flex="1 1 420px", min_width="0", overflow="hidden"))
+        across=widgets.Dropdown(description="across", layout=sized(300)),
+        upward=widgets.Dropdown(description="upward", layout=sized(300)),
+        lines=_plot(margin={"l": 75, "r": 75, "t": 60, "b": 25}),
+        scatter=_plot(showlegend=False, margin={"l": 70, "r": 15, "t": 15, "b": 45}),
+    )
+    for name in ("share", "table", "failures", "result", "refresh", "clear", "axes"):
+        getattr(part, name).add_class(f"kilonb-{name}")
+    def row(*inside: Any) -> Any:
+        return widgets.HBox(list(inside),
+                            layout=widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 10px"))
+    left = widgets.VBox([row(part.across, part.upward), part.scatter],
+                        layout=widgets.Layout(flex="1 1 420px", min_width="0", overflow="hidden"))
     right = widgets.VBox([part.table], layout=widgets.Layout(flex="1 1 480px", min_width="0", overflow="hidden"))
     below = widgets.HBox([left, right], layout=wide(flex_flow="row wrap", grid_gap="14px"))
-    part.box = _frame(part.told, row(part.result, part.goal, part.share, part.clear, part.refresh), part.axes, part.lines, below, part.failures)
+    part.box = _frame(part.told, row(part.result, part.goal, part.share, part.clear, part.refresh), part.axes,
+                      part.lines, below, part.failures)
     return part
 
-# %% ../../nbs/reports/explorers.ipynb #d490b73a
+# %% ../../nbs/reports/explorers.ipynb #d409dbb5
 class _SweepWidgets:
     """A sweep explorer's widgets, wired to it."""
 
@@ -580,7 +683,8 @@ class _SweepWidgets:
         self._show()
         self.part.refresh.on_click(lambda button: self._refresh())
         self.part.clear.on_click(lambda button: self._clear())
-        for name in ("result", "goal", "share", "axes", "across", "upward"): getattr(self.part, name).observe(functools.partial(self._set, name), "value")
+        for name in ("result", "goal", "share", "axes", "across", "upward"):
+            getattr(self.part, name).observe(functools.partial(self._set, name), "value")
 
     def _set(self, name: str, change: Mapping[str, Any]) -> None:
         if self.quiet or change["new"] is None: return
@@ -594,7 +698,8 @@ class _SweepWidgets:
 
     def _brush(self, *_: Any) -> None:
         if self.quiet: return
-        self.explorer.ranges = {d.name: stretches for d in self.part.lines.data[0].dimensions if (stretches := _stretches(d))}
+        self.explorer.ranges = {d.name: stretches for d in self.part.lines.data[0].dimensions
+                                if (stretches := _stretches(d))}
         self._show(lines=False)
 
     def _clear(self) -> None:
@@ -609,7 +714,9 @@ class _SweepWidgets:
     def _show(self, lines: bool = True) -> None:
         explorer, part, columns = self.explorer, self.part, self.explorer.table.columns
         _offer(self, part.result, explorer.numeric(), explorer.result)
-        for name in ("across", "upward"): _offer(self, getattr(part, name), [c for c in columns if c not in ("run", "error")], getattr(explorer, name))
+        for name in ("across", "upward"):
+            _offer(self, getattr(part, name), [c for c in columns if c not in ("run", "error")],
+                   getattr(explorer, name))
         with _silent(self):
             part.goal.value, part.share.value = explorer.goal, round(100 * explorer.share)
             part.axes.allowed_tags = [c for c in columns if c not in ("run", "error")]
@@ -621,20 +728,22 @@ class _SweepWidgets:
         part.failures.value = failures_html(explorer.table)
         _set_scatter(part.scatter, explorer, kept, colours)
 
-# %% ../../nbs/reports/explorers.ipynb #7a55310a
+# %% ../../nbs/reports/explorers.ipynb #4af1b597
 def _set_parallel(figure: Any, explorer: SweepExplorer) -> None:
     """Draw the explorer's axes, lines and brushes into a figure of parallel coordinates."""
     import plotly.graph_objects as go
 
     dimensions = [_dimension(axis, explorer.ranges.get(axis.column, ())) for axis in explorer.axes()]
     line = {"color": explorer.colours(), "colorscale": _colour_scale(), "cmin": 0.0, "cmax": 1.0, "showscale": False}
-    look = {"unselected": {"line": {"color": ASIDE_COLOUR, "opacity": 0.25}}, "labelangle": -14 if len(dimensions) > 7 else 0, "labelfont": {"size": 12.5},
+    look = {"unselected": {"line": {"color": ASIDE_COLOUR, "opacity": 0.25}},
+            "labelangle": -14 if len(dimensions) > 7 else 0, "labelfont": {"size": 12.5},
             "rangefont": {"size": 1, "color": "rgba(0,0,0,0)"}, "tickfont": {"size": 11}}
     if not figure.data: figure.add_trace(go.Parcoords(dimensions=dimensions, line=line, **look))
     else:
-        with figure.batch_update(): figure.data[0].update({"dimensions": dimensions, "line": line, **look}, overwrite=True)
+        with figure.batch_update():
+            figure.data[0].update({"dimensions": dimensions, "line": line, **look}, overwrite=True)
 
-
+# %% ../../nbs/reports/explorers.ipynb #83c8ca5b
 def _set_scatter(figure: Any, explorer: SweepExplorer, kept: np.ndarray, colours: np.ndarray) -> None:
     """Draw every run at its place on two axes: the kept ones coloured, the others grey behind."""
     across, upward = (make_axis(name, explorer.table.values(name)) for name in (explorer.across, explorer.upward))
@@ -642,15 +751,18 @@ def _set_scatter(figure: Any, explorer: SweepExplorer, kept: np.ndarray, colours
     def trace(rows: np.ndarray, marker: Mapping[str, Any]) -> dict[str, Any]:
         places = {"x": across.positions[rows], "y": upward.positions[rows]}
         return {**places, "mode": "markers", "hovertext": told[rows].tolist(), "hoverinfo": "text", "marker": marker}
-    coloured = {"color": colours[kept], "colorscale": _colour_scale(), "cmin": 0.0, "cmax": 1.0, "size": 11, "line": {"color": "white", "width": 1}}
+    coloured = {"color": colours[kept], "colorscale": _colour_scale(), "cmin": 0.0, "cmax": 1.0, "size": 11,
+                "line": {"color": "white", "width": 1}}
     _set_traces(figure, [trace(~kept, {"color": ASIDE_COLOUR, "size": 8}), trace(kept, coloured)])
     def shown(axis: Axis) -> dict[str, Any]:
         margin = 0.06 * (axis.span[1] - axis.span[0])
-        return {"title": {"text": _escaped(axis.column)}, "tickvals": [at for at, _ in axis.ticks], "ticktext": [_escaped(text) for _, text in axis.ticks],
+        return {"title": {"text": _escaped(axis.column)}, "tickvals": [at for at, _ in axis.ticks],
+                "ticktext": [_escaped(text) for _, text in axis.ticks],
                 "range": [axis.span[0] - margin, axis.span[1] + margin], "zeroline": False}
     figure.update_layout(xaxis=shown(across), yaxis=shown(upward))
 
-
+# %% ../../nbs/reports/explorers.ipynb #90dca73b
 def _told(explorer: SweepExplorer, row: Mapping[str, Any]) -> str:
     names = dict.fromkeys((*explorer.table.varied, explorer.result, explorer.across, explorer.upward))
-    return "<br>".join([f"<b>{_escaped(row['run'])}</b>", *(f"{_escaped(name)}: {_escaped(spell(row.get(name)) or 'none')}" for name in names)])
+    return "<br>".join([f"<b>{_escaped(row['run'])}</b>",
+                        *(f"{_escaped(name)}: {_escaped(spell(row.get(name)) or 'none')}" for name in names)])

@@ -28,23 +28,25 @@ _OPERATORS = _pairs("""
 _ACCENTS = _pairs("hat ^ widehat ^ bar ¯ overline ¯ tilde ~ widetilde ~ vec → dot ˙ ddot ¨")
 _ALPHABETS = _pairs("mathbf bold boldsymbol slanted bm slanted mathcal script mathbb double mathfrak fraktur")
 
-# %% ../../nbs/reports/formulas.ipynb #f4ffd72a
+# %% ../../nbs/reports/formulas.ipynb #c09b9804
 _SPACES = {",": 0.17, ":": 0.22, ";": 0.28, "!": -0.17, " ": 0.3, "quad": 1.0, "qquad": 2.0}
-_NAMES = frozenset(("exp", "log", "ln", "sin", "cos", "tan", "min", "max", "arg", "lim", "sup", "inf", "det", "tr", "argmin", "argmax", "mod", "gcd", "Pr"))
+_NAMES = frozenset(("exp", "log", "ln", "sin", "cos", "tan", "min", "max", "arg", "lim", "sup", "inf", "det", "tr",
+                    "argmin", "argmax", "mod", "gcd", "Pr"))
 _LIMITS = frozenset(("sum", "prod", "bigcup", "min", "max", "lim", "sup", "inf", "argmin", "argmax"))
 _SILENT = frozenset(("big", "Big", "bigl", "bigr", "Bigl", "Bigr", "displaystyle", "limits", "nolimits"))
 
-# %% ../../nbs/reports/formulas.ipynb #cb5169c0
+# %% ../../nbs/reports/formulas.ipynb #c06df623
 _FIRST = {"bold": (0x1D400, 0x1D41A, 0x1D7CE), "slanted": (0x1D468, 0x1D482, 0x1D7CE), "script": (0x1D49C, 0x1D4B6, 0),
           "double": (0x1D538, 0x1D552, 0x1D7D8), "fraktur": (0x1D504, 0x1D51E, 0)}
-_OLDER = {"script": _pairs("B ℬ E ℰ F ℱ H ℋ I ℐ L ℒ M ℳ R ℛ e ℯ g ℊ o ℴ"), "double": _pairs("C ℂ H ℍ N ℕ P ℙ Q ℚ R ℝ Z ℤ"),
-          "fraktur": _pairs("C ℭ H ℌ I ℑ R ℜ Z ℨ")}
+_OLDER = {"script": _pairs("B ℬ E ℰ F ℱ H ℋ I ℐ L ℒ M ℳ R ℛ e ℯ g ℊ o ℴ"),
+          "double": _pairs("C ℂ H ℍ N ℕ P ℙ Q ℚ R ℝ Z ℤ"), "fraktur": _pairs("C ℭ H ℌ I ℑ R ℜ Z ℨ")}
 
 
 def _letter(character: str, alphabet: str) -> str:
     older = _OLDER.get(alphabet, {}).get(character)
     starts = zip(("A", "a", "0"), ("Z", "z", "9"), _FIRST[alphabet])
-    return older or next((chr(first + ord(character) - ord(low)) for low, high, first in starts if first and low <= character <= high), character)
+    return older or next((chr(first + ord(character) - ord(low)) for low, high,
+                          first in starts if first and low <= character <= high), character)
 
 # %% ../../nbs/reports/formulas.ipynb #5b720a45
 _TOKEN = re.compile(r"\\[A-Za-z]+|\\.|\d+(?:\.\d+)?|\s+|.", re.DOTALL)
@@ -69,7 +71,7 @@ class _Tokens:
         self.at += 1
         return token
 
-# %% ../../nbs/reports/formulas.ipynb #097ad74e
+# %% ../../nbs/reports/formulas.ipynb #4b39eeb0
 def _row(tokens: _Tokens, end: str = "") -> str:
     """Everything up to the token `end`, which is taken too."""
     items = []
@@ -77,9 +79,10 @@ def _row(tokens: _Tokens, end: str = "") -> str:
     if end: tokens.take()
     return items[0] if len(items) == 1 else f"<mrow>{''.join(items)}</mrow>"
 
-
+# %% ../../nbs/reports/formulas.ipynb #6561a318
 def _scripted(tokens: _Tokens) -> str:
-    """An atom with what hangs below and above it; in a displayed formula the limits of a sum are right below and above."""
+    """An atom with what hangs below and above it; in a displayed formula the limits of a sum are right below and
+    above."""
     below, above = ("munder", "mover") if tokens.display and tokens.peek().lstrip("\\") in _LIMITS else ("msub", "msup")
     base, hung = _atom(tokens), {}
     while tokens.peek() in ("_", "^", "'"):
@@ -89,7 +92,7 @@ def _scripted(tokens: _Tokens) -> str:
     kind = below + above[1:] if len(hung) == 2 else below if "_" in hung else above
     return f"<{kind}>{base}{hung.get('_', '')}{hung.get('^', '')}</{kind}>"
 
-
+# %% ../../nbs/reports/formulas.ipynb #95080a40
 def _atom(tokens: _Tokens) -> str:
     token = tokens.take()
     if token == "{": return _row(tokens, "}")
@@ -98,13 +101,13 @@ def _atom(tokens: _Tokens) -> str:
     if token[0].isdigit(): return f"<mn>{token}</mn>"
     return f"<mi>{token}</mi>" if token.isalpha() else _operator({"-": "−", "*": "∗"}.get(token, token))
 
-
+# %% ../../nbs/reports/formulas.ipynb #a4f54550
 def _operator(character: str) -> str:
     """An operator; brackets keep their size unless `\\left` asks for more."""
     start = '<mo stretchy="false">' if character in "()[]{}|‖⟨⟩⌊⌋⌈⌉/" else "<mo>"
     return f"{start}{html.escape(character)}</mo>"
 
-# %% ../../nbs/reports/formulas.ipynb #101e3d82
+# %% ../../nbs/reports/formulas.ipynb #c44ad0d9
 def _command(name: str, tokens: _Tokens) -> str:
     if name in _LETTERS: return f"<mi>{_LETTERS[name]}</mi>"
     if name in _OPERATORS: return _operator(_OPERATORS[name])
@@ -113,14 +116,17 @@ def _command(name: str, tokens: _Tokens) -> str:
     if name in _SILENT: return "<mrow></mrow>"
     if name in ("frac", "tfrac", "dfrac"): return f"<mfrac>{_atom(tokens)}{_atom(tokens)}</mfrac>"
     if name in _ACCENTS: return f'<mover accent="true">{_atom(tokens)}<mo>{_ACCENTS[name]}</mo></mover>'
-    if name in _ALPHABETS: return "<mi>" + "".join(_letter(character, _ALPHABETS[name]) for character in _words(tokens)) + "</mi>"
-    if name in ("text", "textrm", "texttt"): return f"<mtext>{html.escape(_words(tokens)).replace(' ', chr(160))}</mtext>"
-    if name in ("mathrm", "operatorname", "mathit", "mathtt"): return f'<mi mathvariant="normal">{html.escape(_words(tokens).strip())}</mi>'
+    if name in _ALPHABETS:
+        return "<mi>" + "".join(_letter(character, _ALPHABETS[name]) for character in _words(tokens)) + "</mi>"
+    if name in ("text", "textrm", "texttt"):
+        return f"<mtext>{html.escape(_words(tokens)).replace(' ', chr(160))}</mtext>"
+    if name in ("mathrm", "operatorname", "mathit", "mathtt"):
+        return f'<mi mathvariant="normal">{html.escape(_words(tokens).strip())}</mi>'
     if name == "sqrt": return _root(tokens)
     if name == "left": return _brackets(tokens)
     raise _Unknown(name)
 
-
+# %% ../../nbs/reports/formulas.ipynb #29d467ee
 def _words(tokens: _Tokens) -> str:
     """What stands in the braces, letter by letter; or the one token that stands without."""
     if tokens.peek() != "{": return tokens.take()
@@ -149,9 +155,10 @@ def _fence(token: str) -> str:
     character = "" if token == "." else _OPERATORS.get(token[1:], token) if token.startswith("\\") else token
     return f'<mo stretchy="true">{html.escape(character)}</mo>' if character else ""
 
-# %% ../../nbs/reports/formulas.ipynb #1bf7a266
+# %% ../../nbs/reports/formulas.ipynb #1a6c7bf1
 def to_mathml(formula: str, display: bool = False) -> str:
-    """A LaTeX formula, without its dollar signs, as a `math` element; as escaped code where it holds something that is not translated.
+    """A LaTeX formula, without its dollar signs, as a `math` element; as escaped code where it holds something that is
+    not translated.
 
     display: a formula on a line of its own, with the limits of sums above and below.
     """
@@ -159,12 +166,15 @@ def to_mathml(formula: str, display: bool = False) -> str:
     except _Unknown: return f"<code>{html.escape(formula.strip())}</code>"
     return ('<math display="block">' if display else "<math>") + row + "</math>"
 
-# %% ../../nbs/reports/formulas.ipynb #ca808fd3
+# %% ../../nbs/reports/formulas.ipynb #b297f4a6
 _CODE = re.compile(r"(```.*?```|~~~.*?~~~|`+[^`]*`+)", re.DOTALL)
-_FORMULA = re.compile(r"\$\$(.+?)\$\$|(?<![\\$])\$(?![\s$])([^$\n]*?[^\s\\$])\$(?!\d)|\\\\\((.+?)\\\\\)|\\\\\[(.+?)\\\\\]", re.DOTALL)
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|(?<![\\$])\$(?![\s$])([^$\n]*?[^\s\\$])\$(?!\d)|\\\\\((.+?)\\\\\)|\\\\\[(.+?)\\\\\]", re.DOTALL
+)
 
 
 def replace_formulas(markdown: str, write: Callable[[str, bool], str] = to_mathml) -> str:
     """A markdown cell's text with each formula replaced by `write(formula, display)`."""
-    def one(found: re.Match) -> str: return write(next(filter(None, found.groups())), found[1] is not None or found[4] is not None)
+    def one(found: re.Match) -> str:
+        return write(next(filter(None, found.groups())), found[1] is not None or found[4] is not None)
     return "".join(part if i % 2 else _FORMULA.sub(one, part) for i, part in enumerate(_CODE.split(markdown)))

@@ -26,7 +26,7 @@ from ..runs.gates import html_table, markdown_table, spell
 from ..runs.notebooks import without_address_grammar
 from ..runs.folders import RunRecord, data_label, newest_finished, read_run
 
-# %% ../../nbs/reports/pages.ipynb #082499e5
+# %% ../../nbs/reports/pages.ipynb #2fdd8110
 PICTURES = (".png", ".jpg", ".jpeg", ".gif", ".webp", ".svg")
 
 
@@ -38,12 +38,18 @@ def data_address(path: str | os.PathLike) -> str:
 
 
 def _figures(folder: Path) -> str:
-    paths = sorted(path for path in (folder / "figures").glob("*") if path.suffix.lower() in PICTURES and not path.name.startswith("."))
-    return "".join(f'<figure><img alt="{html.escape(path.stem)}" src="{data_address(path)}"><figcaption>{html.escape(path.stem)}</figcaption></figure>'
-                   for path in paths)
+    paths = sorted(path for path in (folder / "figures").glob("*") if path.suffix.lower() in PICTURES
+                   and not path.name.startswith("."))
+    return "".join(
+        f'<figure><img alt="{html.escape(path.stem)}" src="{data_address(path)}"><figcaption>{html.escape(path.stem)}</figcaption></figure>'
+        for path in paths
+    )
 
-# %% ../../nbs/reports/pages.ipynb #04d96df6
-_LOADING = re.compile(r"<(?:script|link|img|iframe|frame|source|video|audio|track|embed|object|input|image|use|base)\b[^>]*>", re.IGNORECASE)
+# %% ../../nbs/reports/pages.ipynb #4f2b8ffd
+_LOADING = re.compile(
+    r"<(?:script|link|img|iframe|frame|source|video|audio|track|embed|object|input|image|use|base)\b[^>]*>",
+    re.IGNORECASE,
+)
 _VALUE = r"""(?:"\s*(?!data:|\#)[^"]*"|'\s*(?!data:|\#)[^']*'|(?!["']|data:|\#)[^\s>]+)"""
 _ADDRESS = re.compile(r"\s(?:src|href|xlink:href|data|srcset|poster)\s*=\s*" + _VALUE, re.IGNORECASE)
 _STYLE = re.compile(r"""@import[^;]*;|url\(\s*["']?\s*(?:https?:)?//[^)]*\)""", re.IGNORECASE)
@@ -51,7 +57,8 @@ _SCRIPT = re.compile(r"(<script\b[^>]*>)(.*?)(</script>)", re.IGNORECASE | re.DO
 
 
 def offline(text: str) -> str:
-    """HTML without the attributes and styles that load something from outside the file; clickable links and the inside of scripts are left."""
+    """HTML without the attributes and styles that load something from outside the file; clickable links and the inside
+    of scripts are left."""
     def clean(part: str) -> str: return _STYLE.sub("", _LOADING.sub(lambda tag: _ADDRESS.sub("", tag[0]), part))
     pieces, end = [], 0
     for script in _SCRIPT.finditer(text):
@@ -59,7 +66,7 @@ def offline(text: str) -> str:
         end = script.end()
     return "".join(pieces) + clean(text[end:])
 
-# %% ../../nbs/reports/pages.ipynb #35adf3ee
+# %% ../../nbs/reports/pages.ipynb #ce929459
 _REMOTE = re.compile(r"<script[^>]*\bsrc\s*=|require\.config|unpkg\.com|cdn\.", re.IGNORECASE)
 _STATIC = ("image/svg+xml", "image/png", "image/jpeg", "text/plain")
 
@@ -72,15 +79,20 @@ def _prepare(cell: Any, formulas: list[str]) -> Any:
     for output in cell.get("outputs", []):
         data = output.get("data", {})
         data.pop("application/vnd.jupyter.widget-view+json", None)
-        if "application/vnd.plotly.v1+json" in data: data["text/html"] = _plotly_html(data.pop("application/vnd.plotly.v1+json"))
-        elif "text/html" in data and _REMOTE.search("".join(data["text/html"])) and any(kind in data for kind in _STATIC): del data["text/html"]
+        if "application/vnd.plotly.v1+json" in data:
+            data["text/html"] = _plotly_html(data.pop("application/vnd.plotly.v1+json"))
+        elif (
+            "text/html" in data and _REMOTE.search("".join(data["text/html"])) and any(kind in data for kind in _STATIC)
+        ):
+            del data["text/html"]
     return cell
 
-# %% ../../nbs/reports/pages.ipynb #904ab467
+# %% ../../nbs/reports/pages.ipynb #449cba2a
 def _plotly_html(figure: Mapping[str, Any]) -> str:
     from plotly.io import to_html
 
-    return to_html({"data": figure["data"], "layout": figure.get("layout", {})}, full_html=False, include_plotlyjs=False, include_mathjax=False, validate=False)
+    return to_html({"data": figure["data"], "layout": figure.get("layout", {})}, full_html=False,
+                   include_plotlyjs=False, include_mathjax=False, validate=False)
 
 
 def _plotly_library(body: str) -> str:
@@ -89,7 +101,7 @@ def _plotly_library(body: str) -> str:
 
     return f"<script>{get_plotlyjs()}</script>"
 
-# %% ../../nbs/reports/pages.ipynb #d5bcd015
+# %% ../../nbs/reports/pages.ipynb #debe0ded
 def notebook_html(path: str | os.PathLike) -> tuple[str, str]:
     """(title, body) of an executed notebook; the body holds its cells with their outputs and loads nothing.
 
@@ -100,12 +112,14 @@ def notebook_html(path: str | os.PathLike) -> tuple[str, str]:
         from nbconvert.exporters import HTMLExporter
 
     try: notebook = nbformat.read(path, as_version=4)
-    except (OSError, ValueError, nbformat.validator.ValidationError) as error: raise KiloError(f"{path} cannot be read as a notebook: {error}.") from None
+    except (OSError, ValueError, nbformat.validator.ValidationError) as error:
+        raise KiloError(f"{path} cannot be read as a notebook: {error}.") from None
     formulas: list[str] = []
     notebook.metadata.pop("widgets", None)
     notebook.cells = [_prepare(cell, formulas) for cell in notebook.cells if cell.source.strip()]
     title = _take_title(notebook.cells)
-    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True, exclude_anchor_links=True, embed_images=True)
+    exporter = HTMLExporter(template_name="basic", exclude_input_prompt=True, exclude_output_prompt=True,
+                            exclude_anchor_links=True, embed_images=True)
     exporter.log = logging.getLogger("kilonb.pages")
     exporter.log.setLevel(logging.CRITICAL)
     source = notebook.metadata.get("papermill", {}).get("input_path") or path
@@ -115,7 +129,7 @@ def notebook_html(path: str | os.PathLike) -> tuple[str, str]:
     body = re.sub("\ue000(\\d+)\ue001", lambda found: formulas[int(found[1])], body)
     return title, offline(_plotly_library(body) + body)
 
-
+# %% ../../nbs/reports/pages.ipynb #7ded615e
 def _take_title(cells: Sequence[Any]) -> str:
     for cell in cells:
         heading = re.search(r"^# +(.+)$", cell.source, re.MULTILINE) if cell.cell_type == "markdown" else None
@@ -156,28 +170,39 @@ math[display=block] { margin: .8rem 0; overflow-x: auto; } details summary { cur
 @media print { .output_stream pre { max-height: none; } }
 """
 
-# %% ../../nbs/reports/pages.ipynb #a2db0427
+# %% ../../nbs/reports/pages.ipynb #f282eb0a
 def _wide(table: str) -> str: return f'<div class="wide">{table}</div>'
 
-
+# %% ../../nbs/reports/pages.ipynb #82d65a23
 def _pairs(values: Mapping[str, Any]) -> str:
-    def told(value: Any) -> str: return value if isinstance(value, str) else spell(value) if isinstance(value, (int, float)) else json.dumps(value, default=str)
+    def told(value: Any) -> str:
+        return (
+            value
+            if isinstance(value, str)
+            else spell(value)
+            if isinstance(value, (int, float))
+            else json.dumps(value, default=str)
+        )
     return _wide(html_table(("name", "value"), [[str(name), told(value)] for name, value in values.items()]))
 
-
+# %% ../../nbs/reports/pages.ipynb #0658a2f8
 def _results(record: RunRecord) -> str:
-    beside = {line.gate.result: line.baseline for line in record.report.lines if line.baseline is not None} | record.baselines
-    return _wide(html_table(("result", "value", "trivial baseline"), [[name, spell(value), spell(beside.get(name))] for name, value in record.results.items()]))
+    beside = {line.gate.result: line.baseline for line in record.report.lines
+              if line.baseline is not None} | record.baselines
+    return _wide(html_table(("result", "value", "trivial baseline"),
+                            [[name, spell(value), spell(beside.get(name))] for name, value in record.results.items()]))
 
-
+# %% ../../nbs/reports/pages.ipynb #b94dafdb
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     headings = list(dict.fromkeys(name for row in rows for name in row))
     return _wide(html_table(headings, [[spell(row.get(name)) for name in headings] for row in rows]))
 
-# %% ../../nbs/reports/pages.ipynb #95fb8d9d
+# %% ../../nbs/reports/pages.ipynb #82b08843
 def _head(record: RunRecord, title: str) -> str:
     good = "good" if record.ok else "bad" if record.status != "finished" or record.report.count("red") else ""
-    facts = " · ".join(filter(None, (record.name, data_label(record), record.started.replace("T", " ")[:16], f"{record.elapsed_s:.0f} s")))
+    facts = " · ".join(filter(None,
+                              (record.name, data_label(record), record.started.replace("T", " ")[:16],
+                               f"{record.elapsed_s:.0f} s")))
     verdict = record.report.sentence() if record.status == "finished" else record.error
     return (f"<h1>{html.escape(title or record.experiment)}</h1><p class=under>{html.escape(facts)}</p>"
             f'<p><span class="status {good}">{html.escape(record.status)}</span> {html.escape(verdict)}</p>')
@@ -187,44 +212,51 @@ def _environment(record: RunRecord) -> str:
     flat: dict[str, Any] = {}
     for name, value in record.environment.items():
         if isinstance(value, dict): flat |= {f"{name}.{inner}": item for inner, item in value.items()}
-        elif name == "data": flat |= {f"data[{i}].{inner}": item for i, entry in enumerate(value) for inner, item in entry.items()}
+        elif name == "data":
+            flat |= {f"data[{i}].{inner}": item for i, entry in enumerate(value) for inner, item in entry.items()}
         else: flat[name] = value
     return _pairs({name: value for name, value in flat.items() if value not in (None, [], "")})
 
-# %% ../../nbs/reports/pages.ipynb #98083f65
+# %% ../../nbs/reports/pages.ipynb #b249a7df
 def page_html(record: RunRecord) -> str:
     """The page of a run as text."""
     path = record.folder / "notebook.ipynb"
     try: title, body = notebook_html(path) if path.is_file() else ("", "")
     except KiloError as error: title, body = "", f"<p>{html.escape(str(error))}</p>"
     parts = [("", _head(record, title)), ("Gates", _wide(record.report._repr_html_()) if record.report.lines else ""),
-             ("Results", _results(record) if record.results else ""), *((name, _table(rows)) for name, rows in record.tables.items() if rows),
+             ("Results", _results(record) if record.results else ""),
+             *((name, _table(rows)) for name, rows in record.tables.items() if rows),
              ("Parameters", _pairs(record.parameters) if record.parameters else ""),
-             ("Environment", f"<details><summary>commit, packages, hardware, data</summary>{_environment(record)}</details>" if record.environment else ""),
+             ("Environment", "<details><summary>commit, packages, hardware, "
+              f"data</summary>{_environment(record)}</details>" if record.environment else ""),
              ("Pictures", f'<div class="figures">{figures}</div>' if (figures := _figures(record.folder)) else ""),
              ("Notebook", f'<div class="notebook">{body}</div>' if body else "")]
     sections = "\n".join((f"<h2>{html.escape(name)}</h2>" if name else "") + text for name, text in parts if text)
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{html.escape(record.name)}</title>'
-            f"<style>{STYLE}{_code_style()}</style></head>\n<body>\n{sections}\n</body></html>\n")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{CONTENT_SECURITY_POLICY}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{html.escape(record.name)}</title>'
+        f"<style>{STYLE}{_code_style()}</style></head>\n<body>\n{sections}\n</body></html>\n"
+    )
 
-
+# %% ../../nbs/reports/pages.ipynb #4360cfee
 def _code_style() -> str:
     from pygments.formatters import HtmlFormatter
 
     return HtmlFormatter(style="default").get_style_defs(".highlight")
 
-
+# %% ../../nbs/reports/pages.ipynb #2b0c8efd
 def write_page(folder: str | os.PathLike) -> Path:
-    """Write the page of the run in `folder` to its `index.html` and return that path. Raises KiloError where there is no run."""
+    """Write the page of the run in `folder` to its `index.html` and return that path. Raises KiloError where there is
+    no run."""
     record = read_run(folder)
     with atomic_write(record.folder / "index.html") as partial: partial.write_text(page_html(record), encoding="utf-8")
     return record.folder / "index.html"
 
-# %% ../../nbs/reports/pages.ipynb #3f03743c
+# %% ../../nbs/reports/pages.ipynb #e5ea88f3
 def results_table(outputs: str | os.PathLike | None = None, experiment: str = "") -> str:
     """The gated results of the newest finished runs under `outputs`, as a markdown table."""
     headings = ("experiment", "data", "result", "ours", "bound", "notes", "published", "trivial baseline", "verdict")
     records = [record for record in newest_finished(outputs) if not experiment or record.experiment == experiment]
-    rows = [[record.experiment, data_label(record), f"`{line.gate.result}`", *line.cells()[1:]] for record in records for line in record.report.lines]
+    rows = [[record.experiment, data_label(record), f"`{line.gate.result}`", *line.cells()[1:]] for record in records
+            for line in record.report.lines]
     return markdown_table(headings, rows) if rows else "No finished run has gates yet."

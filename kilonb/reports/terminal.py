@@ -12,32 +12,49 @@ from typing import Any
 
 from ..runs.gates import spell, text_table
 
-# %% ../../nbs/reports/terminal.ipynb #8b64b9ea
+# %% ../../nbs/reports/terminal.ipynb #dc9362e4
 def summary(record: Any) -> str:
     """A run in text: its gates with the trivial baselines beside, and the results that no gate names."""
     gated = {line.gate.result for line in record.report.lines}
-    rest = [[name, spell(value), spell(record.baselines.get(name))] for name, value in record.results.items() if name not in gated]
-    parts = [paint(record.report.table()), record.report.sentence() if record.status == "finished" else "", text_table(("result", "value", "baseline"), rest)]
+    rest = [[name, spell(value), spell(record.baselines.get(name))] for name,
+            value in record.results.items() if name not in gated]
+    parts = [paint(record.report.table()), record.report.sentence() if record.status == "finished" else "",
+             text_table(("result", "value", "baseline"), rest)]
     return "\n\n".join(filter(None, parts))
 
 
 def paint(text: str) -> str:
     """Verdicts in colour where a terminal shows them."""
     if not sys.stdout.isatty() or os.environ.get("NO_COLOR"): return text
-    return text.replace("✔ green", "\033[32m✔ green\033[0m").replace("✘ red", "\033[31m✘ red\033[0m").replace("– not run", "\033[33m– not run\033[0m")
+    return (
+        text.replace("✔ green", "\033[32m✔ green\033[0m")
+        .replace("✘ red", "\033[31m✘ red\033[0m")
+        .replace("– not run", "\033[33m– not run\033[0m")
+    )
 
-# %% ../../nbs/reports/terminal.ipynb #880046bf
+# %% ../../nbs/reports/terminal.ipynb #494d4759
 def _took(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
-
+# %% ../../nbs/reports/terminal.ipynb #d550a6be
 def describe_run(record: Any) -> str:
     """One run as text: how it ended, gates, results, parameters, where it ran."""
     environment, hardware = record.environment, record.environment.get("hardware", {})
     commit = f"{(environment.get('commit') or 'unknown')[:10]}{' with changes' if environment.get('dirty') else ''}"
-    where = [["started", record.started], ["took", _took(record.elapsed_s)], ["commit", commit], ["command", environment.get("command", "")],
-             ["machine", ", ".join(map(str, filter(None, (hardware.get("processor"), *hardware.get("graphics_cards", [])))))], ["folder", str(record.folder)]]
+    where = [
+        ["started", record.started],
+        ["took", _took(record.elapsed_s)],
+        ["commit", commit],
+        ["command", environment.get("command", "")],
+        [
+            "machine",
+            ", ".join(map(str, filter(None, (hardware.get("processor"), *hardware.get("graphics_cards", []))))),
+        ],
+        ["folder", str(record.folder)],
+    ]
     parameters = [[name, repr(value)] for name, value in record.parameters.items()]
     head = f"{record.name}: {record.status}" + (f". {record.error}" if record.error else "")
-    return "\n\n".join(filter(None, (head, summary(record), text_table(("parameter", "value"), parameters), text_table(("record", ""), where))))
+    return "\n\n".join(filter(None,
+                              (head, summary(record), text_table(("parameter", "value"), parameters),
+                               text_table(("record", ""), where))))

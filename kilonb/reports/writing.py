@@ -6,7 +6,7 @@
 __all__ = ['REPORT_STYLE', 'TABLE_SCRIPT', 'VIEW_SCRIPT', 'plain', 'with_unit', 'took', 'counted', 'some', 'decimals_of',
            'aligned', 'policy_for', 'report_html', 'find_target', 'write_report']
 
-# %% ../../nbs/reports/writing.ipynb #28f2fa17
+# %% ../../nbs/reports/writing.ipynb #3cb546aa
 import base64
 import datetime
 import hashlib
@@ -24,14 +24,11 @@ from urllib.parse import quote
 from PIL import Image, UnidentifiedImageError
 
 from ..runs.archive import archive_rows, list_archives
-from kilonb.reports.charts import (
-    KINDS, Point, Series, colours_of, levels_chart, line_chart, parallel_coordinates, pareto_front, scatter_chart, small_multiples, wants_log,
-)
-from kilonb.runs.cohorts import (
-    order_of,
-    NOT_COMPARED, Choice, Cohort, Member, Spread, choose_results, compare_environments, conditions, gates_of, is_seed, is_sweep, main_effect, numeric_results,
-    read_cohort, read_curves, read_sweep, spread,
-)
+from .charts import (KINDS, Point, Series, colours_of, levels_chart, line_chart, parallel_coordinates,
+                                   pareto_front, scatter_chart, small_multiples, wants_log)
+from ..runs.cohorts import (order_of, NOT_COMPARED, Choice, Cohort, Member, Spread, choose_results,
+                                 compare_environments, conditions, gates_of, is_seed, is_sweep, main_effect,
+                                 numeric_results, read_cohort, read_curves, read_sweep, spread)
 from ..core.errors import KiloError
 from ..core.files import atomic_write, dumps
 from ..runs.gates import GREEN, NOT_RUN, RED, GateLine, spell
@@ -39,23 +36,24 @@ from .pages import PICTURES, STYLE
 from ..imaging.pictures import Comparison, encode_picture, read_comparisons, worst
 from ..runs.folders import FINISHED, SWEEPS, RunRecord, data_label, outputs_root
 
-# %% ../../nbs/reports/writing.ipynb #c82adb73
+# %% ../../nbs/reports/writing.ipynb #422f996b
 def _tag(name: str, content: str = "", **attributes: Any) -> str:
     """An HTML element: attributes escaped, content as it is."""
-    written = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key, value in attributes.items() if value is not None)
+    written = "".join(f' {key.rstrip("_").replace("_", "-")}="{html.escape(str(value))}"' for key,
+                      value in attributes.items() if value is not None)
     return f"<{name}{written}>{content}</{name}>"
 
-
+# %% ../../nbs/reports/writing.ipynb #011c529c
 def plain(value: Any) -> Any:
     """A number, a text, a truth or nothing as it is, everything else as JSON text."""
     return value if isinstance(value, (str, int, float, bool)) or value is None else dumps(value)
 
-
+# %% ../../nbs/reports/writing.ipynb #d5b23caf
 def _said(value: Any) -> str:
     """A value as escaped text, numbers short."""
     return html.escape(spell(plain(value)))
 
-
+# %% ../../nbs/reports/writing.ipynb #ad71bef7
 _UNITS = {"_per_s": " a second", "_db": " dB", "_ms": " ms", "_mb": " MB", "_s": " s", "_m": " m"}
 
 
@@ -64,30 +62,37 @@ def with_unit(name: str, value: float) -> str:
     text = f"{value:.2f}" if name.endswith("_db") and math.isfinite(value) else spell(value)
     return text + next((unit for ending, unit in _UNITS.items() if name.endswith(ending)), "")
 
-
+# %% ../../nbs/reports/writing.ipynb #69101628
 def took(seconds: float) -> str:
     """A duration in the unit a person would use."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
-
+# %% ../../nbs/reports/writing.ipynb #3fbffdbe
 def counted(count: int, one: str, many: str = "") -> str:
     """`1 run`, `3 runs`."""
     return f"{count} {one if count == 1 else many or one + 's'}"
 
-
+# %% ../../nbs/reports/writing.ipynb #080aef5f
 def some(words: Sequence[str], most: int) -> str:
     """`a, b, c`, or the first few of them and how many more there are."""
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
-
+# %% ../../nbs/reports/writing.ipynb #ada1eef0
 def _when(moment: str) -> str: return moment.replace("T", " ")[:16]
 
-# %% ../../nbs/reports/writing.ipynb #dfddbf6e
+# %% ../../nbs/reports/writing.ipynb #1e9a6e8c
 def _is_number(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def decimals_of(values: Sequence[Any]) -> int | None:
-    """How many decimals the numbers of one column share: four significant digits of the largest; None where they are whole or spread too far."""
+    """How many decimals the numbers of one column share: four significant digits of the largest; None where they are
+    whole or spread too far."""
     numbers = [v for v in values if _is_number(v) and math.isfinite(v)]
     sizes = [abs(v) for v in numbers if v]
     if not sizes or max(sizes) > 1e3 * min(sizes) or all(isinstance(v, int) for v in numbers): return None
@@ -97,9 +102,10 @@ def decimals_of(values: Sequence[Any]) -> int | None:
 def aligned(values: Sequence[Any]) -> list[str]:
     """Texts of a column: numbers with equal decimals, whole numbers whole, missing ones empty, others as they are."""
     decimals = decimals_of(values)
-    return [f"{v:.{decimals}f}" if decimals is not None and _is_number(v) and math.isfinite(v) else spell(v) for v in values]
+    return [f"{v:.{decimals}f}" if decimals is not None and _is_number(v) and math.isfinite(v) else spell(v)
+            for v in values]
 
-# %% ../../nbs/reports/writing.ipynb #9c553ef3
+# %% ../../nbs/reports/writing.ipynb #24b8f88f
 @dataclass(frozen=True)
 class _Cell:
     """A cell: its markup, the number to sort by (None: by its text; NaN: missing), its class."""
@@ -114,73 +120,96 @@ def _words(value: Any, look: str = "") -> _Cell: return _Cell(_said(value), None
 
 def _numbers(values: Sequence[Any]) -> list[_Cell]:
     """A column of measured numbers, aligned; texts in it stay texts."""
-    return [_Cell(html.escape(text), float(v) if _is_number(v) else math.nan if v is None else None, "n" if _is_number(v) or v is None else "")
-            for v, text in zip(values, aligned(values))]
+    return [_Cell(html.escape(text), float(v) if _is_number(v) else math.nan if v is None else None,
+                  "n" if _is_number(v) or v is None else "") for v, text in zip(values, aligned(values))]
 
 
 def _given(values: Sequence[Any]) -> list[_Cell]:
-    """A column of given values, each as it was given: 0.001, not 0.00100. They are names here, so they stand on the left."""
+    """A column of given values, each as it was given: 0.001, not 0.00100. They are names here, so they stand on the
+    left."""
     return [_Cell(_said(v), float(v) if _is_number(v) else math.nan if v is None else None) for v in values]
 
 
 def _columns(*columns: Sequence[_Cell]) -> list[list[_Cell]]: return [list(row) for row in zip(*columns)]
 
-# %% ../../nbs/reports/writing.ipynb #045ca717
-def _table(headings: Sequence[str], rows: Sequence[Sequence[_Cell]], keys: Sequence[str] = (), looks: Sequence[str] = (), sortable: bool = False,
-           kind: str = "", below: Sequence[str] = ()) -> str:
-    """A table in a box of its own that scrolls sideways. keys: the run of each row; looks: a class for each; below: markup of a row under it, or nothing."""
+# %% ../../nbs/reports/writing.ipynb #74d35150
+def _table(headings: Sequence[str], rows: Sequence[Sequence[_Cell]], keys: Sequence[str] = (),
+           looks: Sequence[str] = (), sortable: bool = False, kind: str = "", below: Sequence[str] = ()) -> str:
+    """A table in a box of its own that scrolls sideways. keys: the run of each row; looks: a class for each; below:
+    markup of a row under it, or nothing."""
     right = ["n" if any("n" in row[k].look.split() for row in rows) else "" for k in range(len(headings))]
     shown = [html.escape(heading) for heading in headings]
-    head = "".join(_tag("th", _tag("button", text, type="button") if sortable else text, class_=look or None, scope="col") for text, look in zip(shown, right))
+    head = "".join(_tag("th", _tag("button", text, type="button") if sortable else text, class_=look or None,
+                        scope="col") for text, look in zip(shown, right))
     def cell(one: _Cell, look: str) -> str:
-        sort = None if one.value is None else "" if math.isnan(one.value) else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(one.value, repr(one.value))
-        return _tag("td", one.markup, class_=" ".join(filter(None, dict.fromkeys((look, one.look)))) or None, data_v=sort)
+        sort = (
+            None
+            if one.value is None
+            else ""
+            if math.isnan(one.value)
+            else {math.inf: "Infinity", -math.inf: "-Infinity"}.get(one.value, repr(one.value))
+        )
+        return _tag("td", one.markup, class_=" ".join(filter(None, dict.fromkeys((look, one.look)))) or None,
+                    data_v=sort)
     def line(i: int, row: Sequence[_Cell]) -> str:
         look = looks[i] if looks else ""
-        text = _tag("tr", "".join(map(cell, row, right)), class_=look or None, data_run=keys[i] if keys else None, tabindex=0 if keys else None)
+        text = _tag("tr", "".join(map(cell, row, right)), class_=look or None, data_run=keys[i] if keys else None,
+                    tabindex=0 if keys else None)
         if not (below and below[i]): return text
-        return text + _tag("tr", _tag("td", _tag("div", below[i], class_="sentence"), colspan=len(row)), class_=f"below {look}".strip())
-    table = _tag("table", f"<thead><tr>{head}</tr></thead><tbody>{''.join(map(line, range(len(rows)), rows))}</tbody>", class_=kind or None)
+        return text + _tag("tr", _tag("td", _tag("div", below[i], class_="sentence"), colspan=len(row)),
+                           class_=f"below {look}".strip())
+    table = _tag("table", f"<thead><tr>{head}</tr></thead><tbody>{''.join(map(line, range(len(rows)), rows))}</tbody>",
+                 class_=kind or None)
     return _tag("div", table, class_="wide", tabindex=0, role="region", aria_label=kind or "table")
 
-# %% ../../nbs/reports/writing.ipynb #4cffd7bd
+# %% ../../nbs/reports/writing.ipynb #67d42cb4
 _SIGNS = {GREEN: "✔ green", RED: "✘ red", NOT_RUN: "– not run"}
 _LOOKS = {GREEN: "green strong", RED: "red strong", NOT_RUN: "amber"}
 
 
-def _published(line: GateLine) -> str: return spell(line.gate.published) + (f" ({line.gate.source})" if line.gate.source else "")
+def _published(line: GateLine) -> str:
+    return spell(line.gate.published) + (f" ({line.gate.source})" if line.gate.source else "")
 
-
+# %% ../../nbs/reports/writing.ipynb #1c586e6b
 def _gates_of_runs(rows: Sequence[tuple[list[str], GateLine]], headings: Sequence[str]) -> str:
-    """Gate lines of finished runs, each with leading cells of its own, which are written once for lines that share them."""
+    """Gate lines of finished runs, each with leading cells of its own, which are written once for lines that share
+    them."""
     cells, last = [], None
     for before, line in rows:
         leading = [_words(text if before != last else "", "long") for text in before]
-        cells.append([*leading, _words(line.gate.result, "name"), _Cell(_SIGNS[line.verdict], None, _LOOKS[line.verdict]), _words(line.value, "n"),
-                      _words(line.gate.bound, "n"), _words(line.baseline, "n"), _words(line.gate.notes, "n"), _words(_published(line), "long")])
+        cells.append([*leading, _words(line.gate.result, "name"),
+                      _Cell(_SIGNS[line.verdict], None, _LOOKS[line.verdict]), _words(line.value, "n"),
+                      _words(line.gate.bound, "n"), _words(line.baseline, "n"), _words(line.gate.notes, "n"),
+                      _words(_published(line), "long")])
         last = before
-    return _table([*headings, "result", "verdict", "ours", "bound", "trivial baseline", "notes", "published"], cells, kind="gates")
+    return _table([*headings, "result", "verdict", "ours", "bound", "trivial baseline", "notes", "published"], cells,
+                  kind="gates")
 
-# %% ../../nbs/reports/writing.ipynb #06fbfe89
+# %% ../../nbs/reports/writing.ipynb #de5ae24c
 def _gates_of_cohort(cohort: Cohort) -> str:
     """One line for each gate over all finished runs: how many are green, the best, and mean ± standard deviation."""
     rows = []
     for result, gate in gates_of(cohort.records).items():
-        lines = [(member, line) for member in cohort.finished for line in member.record.report.lines if line.gate.result == result]
+        lines = [(member, line) for member in cohort.finished for line in member.record.report.lines
+                 if line.gate.result == result]
         measured = [(float(line.value), member.key) for member, line in lines if spread([line.value]).count]
         best, by = (max if gate.at_least is not None else min)(measured, key=lambda pair: pair[0], default=(None, ""))
         green, baseline = sum(line.verdict == GREEN for _, line in lines), spread([line.baseline for _, line in lines])
-        rows.append([_words(result, "name"), _Cell(f"{green} of {len(lines)} green", None, _LOOKS[GREEN if green == len(lines) else RED]),
-                     _words(str(spread([value for value, _ in measured])), "n"), _words(best, "n"), _words(by), _words(gate.bound, "n"),
-                     _words(baseline.mean if baseline.count else None, "n"), _words(gate.notes, "n"), _words(_published(lines[-1][1]), "long")])
+        rows.append([_words(result, "name"),
+                     _Cell(f"{green} of {len(lines)} green", None, _LOOKS[GREEN if green == len(lines) else RED]),
+                     _words(str(spread([value for value, _ in measured])), "n"), _words(best, "n"), _words(by),
+                     _words(gate.bound, "n"), _words(baseline.mean if baseline.count else None, "n"),
+                     _words(gate.notes, "n"), _words(_published(lines[-1][1]), "long")])
     if not rows: return ""
     note = "<p class=note>All runs: mean ± one standard deviation over the finished ones.</p>"
-    return _table(["result", "verdict", "all runs", "best", "by", "bound", "trivial baseline", "notes", "published"], rows, kind="gates") + note
+    return _table(["result", "verdict", "all runs", "best", "by", "bound", "trivial baseline", "notes", "published"],
+                  rows, kind="gates") + note
 
-# %% ../../nbs/reports/writing.ipynb #02736289
+# %% ../../nbs/reports/writing.ipynb #b0f9f335
 @dataclass
 class _Writing:
-    """A report in the making: the runs, where the file will lie, the chosen results, how much detail, and what is to be said at the top."""
+    """A report in the making: the runs, where the file will lie, the chosen results, how much detail, and what is to be
+    said at the top."""
 
     cohort: Cohort
     path: Path
@@ -196,13 +225,15 @@ class _Writing:
 
     def links(self, record: RunRecord) -> str:
         """Links to a run's page, executed notebook and log, as far as there are such."""
-        there = [(record.folder / file, words) for file, words in (("index.html", "page"), ("notebook.ipynb", "notebook"), ("log.txt", "log"))]
+        there = [(record.folder / file, words) for file,
+                 words in (("index.html", "page"), ("notebook.ipynb", "notebook"), ("log.txt", "log"))]
         return " ".join(self.link(path, words) for path, words in there if path.is_file())
 
     @property
     def colour_names(self) -> list[str]:
         """Parameters that a reader may colour by: those that vary, seeds last."""
-        return [name for name in self.cohort.varied if len({spell(plain(member.varied.get(name))) for member in self.cohort.members}) > 1]
+        return [name for name in self.cohort.varied
+                if len({spell(plain(member.varied.get(name))) for member in self.cohort.members}) > 1]
 
     @cached_property
     def colours(self) -> dict[str, str]:
@@ -213,51 +244,62 @@ class _Writing:
         palette = colours_of(list(values.values()))
         return {key: palette[spell(value)] for key, value in values.items()}
 
-# %% ../../nbs/reports/writing.ipynb #a20b946d
+# %% ../../nbs/reports/writing.ipynb #7f61bb8f
 def _best(writing: _Writing) -> Member | None:
     """The finished run with the best quality."""
     name = writing.choice.quality
     there = [member for member in writing.cohort.finished if spread([member.record.results.get(name)]).count]
     return max(there, key=lambda member: member.record.results[name], default=None)
 
-
+# %% ../../nbs/reports/writing.ipynb #28802e26
 def _standing(cohort: Cohort) -> tuple[str, str]:
     """The state of several runs in a word, and its colour."""
-    if cohort.status and cohort.status.get("status") in ("running", "interrupted"): return str(cohort.status["status"]), ""
+    if cohort.status and cohort.status.get("status") in ("running", "interrupted"):
+        return str(cohort.status["status"]), ""
     bad = [m for m in cohort.members if m.record.status in ("failed", "unreadable", "abandoned", "interrupted")]
-    left = [m for m in cohort.members if m.record.status not in (FINISHED, "failed", "unreadable", "abandoned", "interrupted")]
+    left = [m for m in cohort.members
+            if m.record.status not in (FINISHED, "failed", "unreadable", "abandoned", "interrupted")]
     if left: return "unfinished", "bad" if bad else ""
     if bad: return f"{len(bad)} of {len(cohort.members)} went wrong", "bad"
     return "finished", "good" if all(m.record.ok for m in cohort.members) else ""
 
-
+# %% ../../nbs/reports/writing.ipynb #486c782d
 def _verdict(writing: _Writing) -> str:
     """What came of several runs, in sentences that the numbers fill in."""
     cohort, name = writing.cohort, writing.choice.quality
     states = [member.record.status for member in cohort.members]
     others = [f"{states.count(state)} {state}" for state in dict.fromkeys(states) if state != FINISHED]
-    text = f"{states.count(FINISHED)} of {counted(len(states), 'run')} finished" + ("".join(f", {other}" for other in others)) + "."
+    text = (
+        f"{states.count(FINISHED)} of {counted(len(states), 'run')} finished"
+        + ("".join(f", {other}" for other in others))
+        + "."
+    )
     gated = [member for member in cohort.finished if member.record.report.lines]
     if gated: text += f" {sum(m.record.ok for m in gated)} of {len(gated)} have every gate green."
     best = _best(writing)
     if best is not None:
         varied = ", ".join(f"{key} {spell(value)}" for key, value in best.varied.items())
-        text += f" The best {name} is {with_unit(name, best.record.results[name])}: {best.key}" + (f" ({varied})." if varied else ".")
+        text += f" The best {name} is {with_unit(name, best.record.results[name])}: {best.key}" + (
+            f" ({varied})." if varied else "."
+        )
     return text
 
-# %% ../../nbs/reports/writing.ipynb #6441a954
+# %% ../../nbs/reports/writing.ipynb #f71d6ff4
 def _facts(pairs: Sequence[tuple[str, str, str]]) -> str:
     """A row of large numbers with small words below. pairs: (number, words, colour)."""
-    return _tag("div", "".join(_tag("div", _tag("b", html.escape(number)) + _tag("span", html.escape(words)), class_=look or None)
-                               for number, words, look in pairs if number), class_="facts")
+    return _tag("div",
+                "".join(_tag("div", _tag("b", html.escape(number)) + _tag("span", html.escape(words)),
+                             class_=look or None) for number, words, look in pairs if number), class_="facts")
 
-
+# %% ../../nbs/reports/writing.ipynb #b5816554
 def _head(kind: str, title: str, under: Sequence[str], state: str, look: str, verdict: str) -> str:
     words = html.escape(" · ".join(filter(None, under)))
-    return (_tag("p", html.escape(kind), class_="kind") + _tag("h1", html.escape(title)) + _tag("p", words, class_="under")
-            + _tag("p", _tag("span", html.escape(state), class_=f"status {look}".strip()) + " " + html.escape(verdict), class_="verdict"))
+    return (_tag("p", html.escape(kind), class_="kind") + _tag("h1", html.escape(title))
+            + _tag("p", words, class_="under")
+            + _tag("p", _tag("span", html.escape(state), class_=f"status {look}".strip()) + " " + html.escape(verdict),
+                   class_="verdict"))
 
-
+# %% ../../nbs/reports/writing.ipynb #d7c1b875
 def _cohort_head(writing: _Writing) -> str:
     cohort, choice, best = writing.cohort, writing.choice, _best(writing)
     experiments = list(dict.fromkeys(record.experiment for record in cohort.records if record.status != "unreadable"))
@@ -266,47 +308,54 @@ def _cohort_head(writing: _Writing) -> str:
     data = list(dict.fromkeys(filter(None, map(data_label, cohort.records))))
     gated = [member for member in cohort.finished if member.record.report.lines]
     green, bad = sum(m.record.ok for m in gated), len(cohort.members) - len(cohort.finished)
-    fastest = min((m.record.results[choice.time] for m in cohort.finished if spread([m.record.results.get(choice.time)]).count), default=None)
+    fastest = min((m.record.results[choice.time] for m in cohort.finished
+                   if spread([m.record.results.get(choice.time)]).count), default=None)
     facts = [(f"{len(cohort.finished)}/{len(cohort.members)}", "runs finished", "bad" if bad else "good"),
-             (f"{green}/{len(gated)}" if gated else "", "with every gate green", "good" if green == len(gated) else "bad"),
-             (with_unit(choice.quality, best.record.results[choice.quality]) if best else "", f"best {choice.quality}", ""),
-             (with_unit(choice.time, fastest) if fastest is not None else "", f"shortest {choice.time}", ""),
+             (f"{green}/{len(gated)}" if gated else "", "with every gate green",
+              "good" if green == len(gated) else "bad"),
+             (with_unit(choice.quality, best.record.results[choice.quality]) if best else "", f"best {choice.quality}",
+              ""), (with_unit(choice.time, fastest) if fastest is not None else "", f"shortest {choice.time}", ""),
              (took(elapsed) if elapsed else "", "in all" if cohort.kind == "sweep" else "of runs", "")]
     of = " of " + ", ".join(experiments[:4]) if experiments else ""
     return _head({"sweep": "Sweep", "experiment": "Runs", "runs": "Runs"}[cohort.kind] + of, cohort.name,
-                 [counted(len(cohort.members), "run"), ", ".join(data[:4]), _when(started)], *_standing(cohort), _verdict(writing)) + _facts(facts)
+                 [counted(len(cohort.members), "run"), ", ".join(data[:4]), _when(started)], *_standing(cohort),
+                 _verdict(writing)) + _facts(facts)
 
-# %% ../../nbs/reports/writing.ipynb #a9c3d519
+# %% ../../nbs/reports/writing.ipynb #ad488b68
 _BAD = ("failed", "unreadable", "abandoned", "interrupted")
 
 
 def _run_cell(writing: _Writing, member: Member) -> _Cell:
     name = writing.link(member.record.folder / "index.html", member.key)
     colour = writing.colours.get(member.key) if writing.cohort.kind != "lab" else None
-    return _Cell((_tag("i", "", class_="dot mark", data_run=member.key, style=f"color:{colour}") if colour else "") + _tag("b", name))
+    return _Cell((_tag("i", "", class_="dot mark", data_run=member.key, style=f"color:{colour}") if colour else "")
+                 + _tag("b", name))
 
+# %% ../../nbs/reports/writing.ipynb #2f52f945
+def _took_cell(record: RunRecord) -> _Cell:
+    return _Cell(took(record.elapsed_s) if record.elapsed_s else "", record.elapsed_s or math.nan, "n")
 
-def _took_cell(record: RunRecord) -> _Cell: return _Cell(took(record.elapsed_s) if record.elapsed_s else "", record.elapsed_s or math.nan, "n")
-
-
+# %% ../../nbs/reports/writing.ipynb #f94f3a79
 def _sentence(record: RunRecord) -> str: return html.escape(record.error[:600]) if record.status != FINISHED else ""
 
-
+# %% ../../nbs/reports/writing.ipynb #d3670f27
 def _files_cell(writing: _Writing, record: RunRecord) -> _Cell:
     files = [(record.folder / file, words) for file, words in (("notebook.ipynb", "notebook"), ("log.txt", "log"))]
     return _Cell(" ".join(writing.link(path, words) for path, words in files if path.is_file()), None, "links")
 
-
+# %% ../../nbs/reports/writing.ipynb #d90708b3
 def _gates_cell(record: RunRecord) -> _Cell:
     lines = record.report.lines
-    if record.status != FINISHED: return _Cell(html.escape(record.status), -1.0, "red" if record.status in _BAD else "soft")
+    if record.status != FINISHED:
+        return _Cell(html.escape(record.status), -1.0, "red" if record.status in _BAD else "soft")
     if not lines: return _Cell("", math.nan)
-    missed = ", ".join(f"{line.gate.result} {spell(line.value)} ({line.gate.bound})" for line in lines if line.verdict != GREEN)
+    missed = ", ".join(f"{line.gate.result} {spell(line.value)} ({line.gate.bound})" for line in lines
+                       if line.verdict != GREEN)
     green = record.report.count(GREEN)
     told = _tag("span", f"{'✔' if record.ok else '✘'} {green}/{len(lines)}", title=missed or None)
     return _Cell(told, green / len(lines), "green" if record.ok else "red")
 
-
+# %% ../../nbs/reports/writing.ipynb #6c619123
 _OWN_RESULTS = ("peak_memory_mb", "total_s")
 
 
@@ -314,52 +363,66 @@ def _shown_results(writing: _Writing, most: int = 10) -> list[str]:
     """The results worth a column: chosen and gated ones, then others that differ between runs."""
     choice, records = writing.choice, [member.record for member in writing.cohort.finished]
     first = [choice.quality, *choice.gated, choice.time, choice.speed]
-    differing = [name for name in numeric_results(records) if len({record.results.get(name) for record in records}) > 1 and name not in _OWN_RESULTS]
+    differing = [name for name in numeric_results(records) if len({record.results.get(name) for record in records}) > 1
+                 and name not in _OWN_RESULTS]
     return [name for name in dict.fromkeys([*first, *differing]) if name][:most]
 
-# %% ../../nbs/reports/writing.ipynb #7c635ac5
+# %% ../../nbs/reports/writing.ipynb #9bed8e7d
 def _runs_section(writing: _Writing) -> str:
     members, varied, results = writing.cohort.members, writing.cohort.varied, _shown_results(writing)
     value = lambda member, name: member.record.results.get(name) if member.record.status == FINISHED else None
-    table = _table(["run", "gates", *varied, *results, "took", "files"], _columns(
-        [_run_cell(writing, member) for member in members], [_gates_cell(member.record) for member in members],
-        *(_given([plain(member.varied.get(name)) for member in members]) for name in varied),
-        *(_numbers([value(member, name) for member in members]) for name in results),
-        [_took_cell(member.record) for member in members], [_files_cell(writing, member.record) for member in members]),
-        [member.key for member in members], ["failed" if member.record.status in _BAD else "" for member in members], True, "runs",
-        [_sentence(member.record) for member in members])
-    tools = ('<div class="tools"><label>filter <input type="search" class="filter" placeholder="kilonerf failed" autocomplete="off"></label>'
-             f'<output class="shown">{counted(len(members), "run")}</output><span class="hint">a heading sorts, a row is chosen by a click</span></div>')
+    table = _table(["run", "gates", *varied, *results, "took", "files"],
+                   _columns([_run_cell(writing, member) for member in members],
+                            [_gates_cell(member.record) for member in members],
+                            *(_given([plain(member.varied.get(name)) for member in members]) for name in varied),
+                            *(_numbers([value(member, name) for member in members]) for name in results),
+                            [_took_cell(member.record) for member in members],
+                            [_files_cell(writing, member.record) for member in members]),
+                   [member.key for member in members],
+                   ["failed" if member.record.status in _BAD else "" for member in members], True, "runs",
+                   [_sentence(member.record) for member in members])
+    tools = (
+        '<div class="tools"><label>filter <input type="search" class="filter" placeholder="kilonerf failed" autocomplete="off"></label>'
+        f'<output class="shown">{counted(len(members), "run")}</output><span class="hint">a heading sorts, a row is chosen by a click</span></div>'
+    )
     return tools + table
 
-# %% ../../nbs/reports/writing.ipynb #71e505b0
+# %% ../../nbs/reports/writing.ipynb #d47edff5
 def _pareto_section(writing: _Writing) -> str:
     """Quality against time and against speed, each with its Pareto front."""
     choice, colours, charts, fronts = writing.choice, writing.colours, [], []
-    for cost, direction, title in ((choice.time, -1, "Quality against time"), (choice.speed, 1, "Quality against speed")):
-        there = [m for m in writing.cohort.finished if all(spread([m.record.results.get(name)]).count for name in (choice.quality, cost))]
+    for cost, direction, title in ((choice.time, -1, "Quality against time"),
+                                   (choice.speed, 1, "Quality against speed")):
+        there = [m for m in writing.cohort.finished
+                 if all(spread([m.record.results.get(name)]).count for name in (choice.quality, cost))]
         if not cost or not choice.quality or len(there) < 2: continue
-        points = [Point(float(m.record.results[cost]), float(m.record.results[choice.quality]), m.key, colours[m.key], m.key) for m in there]
-        charts.append(scatter_chart(points, title=title, x_label=cost, y_label=choice.quality, directions=(direction, 1),
-                                    log_x=wants_log([p.x for p in points], 20), width=420, height=270))
+        points = [Point(float(m.record.results[cost]), float(m.record.results[choice.quality]), m.key, colours[m.key],
+                        m.key) for m in there]
+        charts.append(scatter_chart(points, title=title, x_label=cost, y_label=choice.quality,
+                                    directions=(direction, 1), log_x=wants_log([p.x for p in points], 20), width=420,
+                                    height=270))
         front = [there[i].key for i in pareto_front([(p.x, p.y) for p in points], (direction, 1))]
-        fronts.append(f"{title}: {len(front)} of {counted(len(there), 'run')} are not beaten in both, {some(front, 12)}.")
+        fronts.append(f"{title}: {len(front)} of {counted(len(there), 'run')} are not beaten in both, "
+                      f"{some(front, 12)}.")
     if not charts: return ""
-    return _tag("div", small_multiples(charts, "25rem"), class_="pareto") + "".join(_tag("p", html.escape(line), class_="note") for line in fronts)
+    return _tag("div", small_multiples(charts, "25rem"),
+                class_="pareto") + "".join(_tag("p", html.escape(line), class_="note") for line in fronts)
 
-# %% ../../nbs/reports/writing.ipynb #dc646faa
+# %% ../../nbs/reports/writing.ipynb #24e43a5c
 def _spreads(groups: Sequence[Spread]) -> list[_Cell]:
-    """A column of means and standard deviations, both with the decimals of the means, so that signs and points stand below each other."""
+    """A column of means and standard deviations, both with the decimals of the means, so that signs and points stand
+    below each other."""
     decimals = decimals_of([g.mean for g in groups])
     spelled = spell if decimals is None else lambda value: f"{value:.{decimals}f}"
     def cell(g: Spread) -> _Cell:
         if not g.count: return _Cell("", math.nan, "n")
-        lone = _tag("span", f" ± {spelled(0.0)}", class_="unseen", aria_hidden="true") if any(other.count > 1 for other in groups) else ""
+        lone = _tag("span", f" ± {spelled(0.0)}", class_="unseen",
+                    aria_hidden="true") if any(other.count > 1 for other in groups) else ""
         deviation = _tag("span", f" ± {html.escape(spelled(g.deviation))}", class_="soft") if g.count > 1 else lone
         return _Cell(html.escape(spelled(g.mean)) + deviation, g.mean, "n")
     return list(map(cell, groups))
 
-
+# %% ../../nbs/reports/writing.ipynb #59502ea0
 def _conditions_section(writing: _Writing) -> str:
     """A line for each combination of what varies besides the seeds: mean ± standard deviation over them."""
     cohort, found = writing.cohort, conditions(writing.cohort)
@@ -372,9 +435,11 @@ def _conditions_section(writing: _Writing) -> str:
     seeds = [name for name in cohort.varied if is_seed(name)]
     over = f"the values of {', '.join(seeds)}" if seeds else "runs that differ in nothing"
     note = f"Mean ± one standard deviation over {over}; n is the number of finished runs."
-    return _table([*names, "n", *results], _columns(*columns), sortable=True, kind="conditions") + _tag("p", html.escape(note), class_="note")
+    return _table([*names, "n", *results], _columns(*columns), sortable=True, kind="conditions") + _tag(
+        "p", html.escape(note), class_="note"
+    )
 
-# %% ../../nbs/reports/writing.ipynb #b8369185
+# %% ../../nbs/reports/writing.ipynb #6c3f7096
 def _effects_section(writing: _Writing, most: int = 12) -> str:
     """What each varied parameter does to each gated result: small charts, and the numbers below."""
     cohort, choice = writing.cohort, writing.choice
@@ -384,39 +449,54 @@ def _effects_section(writing: _Writing, most: int = 12) -> str:
         for name in writing.colour_names:
             effect = main_effect(cohort, name, result)
             if sum(group.count > 0 for _, _, group in effect) < 2: continue
-            charts.append(levels_chart({spell(plain(value)): dots for value, dots, _ in effect}, title=result, x_label=name, height=200))
+            charts.append(levels_chart({spell(plain(value)): dots for value, dots, _ in effect}, title=result,
+                                       x_label=name, height=200))
             groups = [group for *_, group in effect]
-            rows += [[_words(result, "name"), _words(name), *cells] for cells in zip(_given([plain(value) for value, *_ in effect]), _spreads(groups),
-                                                                                     _numbers([group.count for group in groups]))]
+            rows += [[_words(result, "name"), _words(name), *cells]
+                     for cells in zip(_given([plain(value) for value, *_ in effect]), _spreads(groups),
+                                      _numbers([group.count for group in groups]))]
     if not charts: return ""
-    if len(charts) > most: writing.notes.append(f"{len(charts) - most} of {len(charts)} charts of main effects were left out; their numbers are in the table.")
-    note = ("<p class=note>A dot is a finished run; the cross line is the mean of all runs with this value, the bar one standard deviation to either side. "
+    if len(charts) > most:
+        writing.notes.append(f"{len(charts) - most} of {len(charts)} charts of main effects were left out; their "
+                             "numbers are in the table.")
+    note = ("<p class=note>A dot is a finished run; the cross line is the mean of all runs with "
+            "this value, the bar one standard deviation to either side. "
             "The spread contains the seeds and whatever else varied.</p>")
-    table = _table(["result", "parameter", "value", "mean ± standard deviation", "n"], rows, sortable=True, kind="effects")
+    table = _table(["result", "parameter", "value", "mean ± standard deviation", "n"], rows, sortable=True,
+                   kind="effects")
     return small_multiples(charts[:most]) + note + f"<details><summary>the numbers</summary>{table}</details>"
 
-# %% ../../nbs/reports/writing.ipynb #bdb527de
+# %% ../../nbs/reports/writing.ipynb #d28719db
 def _parallel_section(writing: _Writing) -> str:
     """Every finished run as one line over what varies and what came out."""
     members = writing.cohort.finished
     names = [*writing.colour_names, *_shown_results(writing, max(3, 9 - len(writing.colour_names)))]
     names = list(dict.fromkeys(name for name in names if name))
     if len(members) < 3 or len(names) < 3: return ""
-    rows = [{name: plain(member.varied[name] if name in member.varied else member.record.results.get(name)) for name in names} for member in members]
+    rows = [{name: plain(member.varied[name] if name in member.varied else member.record.results.get(name))
+             for name in names} for member in members]
     colours = writing.colours
     keys, width = [member.key for member in members], max(860, 120 * len(names))
-    chart = parallel_coordinates(rows, names, keys=keys, colours=[colours[key] for key in keys], width=width, height=300)
+    chart = parallel_coordinates(rows, names, keys=keys, colours=[colours[key] for key in keys], width=width,
+                                 height=300)
     return _tag("div", _tag("div", chart, style="min-width:44rem"), class_="wide")
 
-# %% ../../nbs/reports/writing.ipynb #192f7188
+# %% ../../nbs/reports/writing.ipynb #dede7c4f
 def _interest(name: str) -> tuple:
     """Losses and scores first, then what is not a bookkeeping number."""
     last = name.rsplit("/", 1)[-1]
-    return last != "loss", "psnr" not in last and not last.endswith("_db"), "loss" not in last, "learning_rate" in last or "grad" in last, name
+    return (
+        last != "loss",
+        "psnr" not in last and not last.endswith("_db"),
+        "loss" not in last,
+        "learning_rate" in last or "grad" in last,
+        name,
+    )
 
-
+# %% ../../nbs/reports/writing.ipynb #7801733d
 def _all_curves(writing: _Writing) -> dict[str, list[Series]]:
-    """Chart -> its lines: the runs; in the report of one run its stages, which keep their colours from chart to chart."""
+    """Chart -> its lines: the runs; in the report of one run its stages, which keep their colours from chart to
+    chart."""
     charts: dict[str, list[Series]] = {}
     colours, single, places = writing.colours, writing.cohort.kind == "run", {}
     for member in writing.cohort.members:
@@ -424,10 +504,12 @@ def _all_curves(writing: _Writing) -> dict[str, list[Series]]:
             stage = places.setdefault(place, KINDS[len(places) % len(KINDS)])
             for name, (x, y) in curves.items():
                 if single: charts.setdefault(name, []).append(Series(place or "run", x, y, stage, place or "run"))
-                else: charts.setdefault("/".join(filter(None, (place, name))), []).append(Series(member.key, x, y, colours[member.key], member.key))
+                else:
+                    charts.setdefault("/".join(filter(None, (place, name))),
+                                      []).append(Series(member.key, x, y, colours[member.key], member.key))
     return charts
 
-
+# %% ../../nbs/reports/writing.ipynb #a625e746
 def _curves_section(writing: _Writing) -> str:
     charts = _all_curves(writing)
     names = sorted(charts, key=_interest)
@@ -439,37 +521,46 @@ def _curves_section(writing: _Writing) -> str:
     drawn = []
     for name in shown:
         values = [float(v) for one in charts[name] for v in one.y]
-        alone = f" ({charts[name][0].name})" if writing.cohort.kind == "run" and len(charts[name]) == 1 and charts[name][0].name != "run" else ""
-        drawn.append(line_chart(charts[name], title=name + alone, log_y=wants_log(values), legend=writing.cohort.kind == "run", buckets=buckets))
+        alone = (
+            f" ({charts[name][0].name})"
+            if writing.cohort.kind == "run" and len(charts[name]) == 1 and charts[name][0].name != "run"
+            else ""
+        )
+        drawn.append(line_chart(charts[name], title=name + alone, log_y=wants_log(values),
+                                legend=writing.cohort.kind == "run", buckets=buckets))
     return small_multiples(drawn)
 
-# %% ../../nbs/reports/writing.ipynb #0bbfe205
+# %% ../../nbs/reports/writing.ipynb #4c39383b
 @dataclass(frozen=True)
 class _Exhibit:
-    """A comparison on its way into a report: title, words below, name of the picture -> file; rivals: of another run, only beside those."""
+    """A comparison on its way into a report: title, words below, name of the picture -> file; rivals: of another run,
+    only beside those."""
 
     title: str
     under: str
     images: dict[str, Path]
     rivals: dict[str, Path] = field(default_factory=dict)
 
-
+# %% ../../nbs/reports/writing.ipynb #54663832
 _PACKINGS = ((None, None), (300, 16_000), (220, 8_000), (150, 4_000))
 
 
 def _packed(path: Path, longest: int | None, maximum_bytes: int | None) -> tuple[str, int, int]:
-    """A picture's file as (data address, width, height), packed again where a size is given. KiloError, naming it, where it is no picture."""
+    """A picture's file as (data address, width, height), packed again where a size is given. KiloError, naming it,
+    where it is no picture."""
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
             kind, width, height, picture = image.format, image.width, image.height, image.convert("RGB")
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise KiloError(f"The picture {path} is missing or damaged and is left out.") from None
-    if kind not in ("WEBP", "PNG", "JPEG"): raise KiloError(f"The picture {path} is neither WebP, PNG nor JPEG and is left out.")
-    if longest is not None and len(content) > maximum_bytes: content, kind = encode_picture(picture, longest, maximum_bytes), "WEBP"
+    if kind not in ("WEBP", "PNG", "JPEG"):
+        raise KiloError(f"The picture {path} is neither WebP, PNG nor JPEG and is left out.")
+    if longest is not None and len(content) > maximum_bytes:
+        content, kind = encode_picture(picture, longest, maximum_bytes), "WEBP"
     return f"data:image/{str(kind).lower()};base64,{base64.b64encode(content).decode()}", width, height
 
-# %% ../../nbs/reports/writing.ipynb #217eadce
+# %% ../../nbs/reports/writing.ipynb #2f2b69df
 def _exhibits(writing: _Writing, count: int) -> list[_Exhibit]:
     """The worst comparisons of the cohort's finished runs; each with the like of the best run beside it."""
     found: list[tuple[Member, Comparison]] = []
@@ -484,15 +575,20 @@ def _exhibits(writing: _Writing, count: int) -> list[_Exhibit]:
         member, rival, rivals = owner[id(one)], of_best.get(one.name), {}
         if rival is not None and best.key != member.key:
             rivals = {f"{word}, best run {best.key}": path for word, path in list(rival.images.items())[1:]}
-        scored = f"{one.metric} {with_unit(one.metric, one.score)}" if not math.isnan(one.score) else f"{one.metric} is not a number"
+        scored = (
+            f"{one.metric} {with_unit(one.metric, one.score)}"
+            if not math.isnan(one.score)
+            else f"{one.metric} is not a number"
+        )
         varied = ", ".join(f"{key} {spell(value)}" for key, value in member.varied.items())
         run = "" if single else member.record.name if writing.cohort.kind == "lab" else member.key
         exhibits.append(_Exhibit(one.name, " · ".join(filter(None, (scored, run, varied))), one.images, rivals))
     return exhibits
 
-# %% ../../nbs/reports/writing.ipynb #dbc730bd
+# %% ../../nbs/reports/writing.ipynb #33fae520
 def _card(exhibit: _Exhibit, packing: tuple[int | None, int | None], notes: list[str]) -> str:
-    """A comparison with swipe and blink; pictures that are damaged or of another size are left out, and the whole where fewer than two remain."""
+    """A comparison with swipe and blink; pictures that are damaged or of another size are left out, and the whole where
+    fewer than two remain."""
     pictures: dict[str, tuple[str, int, int]] = {}
     for word, path in {**exhibit.rivals, **exhibit.images}.items():
         try: pictures[word] = _packed(path, *packing)
@@ -502,55 +598,65 @@ def _card(exhibit: _Exhibit, packing: tuple[int | None, int | None], notes: list
     size = next(((width, height) for _, width, height in pictures.values()), (1, 1))
     pictures = {word: one for word, one in pictures.items() if one[1] * size[1] == one[2] * size[0]}
     if len(pictures) < 2: return ""
-    images = "".join(f'<img class="{("left", "right")[i] if i < 2 else ""}" alt="{html.escape(word)}" draggable="false" src="{address}">'
-                     for i, (word, (address, *_)) in enumerate(pictures.items()))
+    images = "".join(
+        f'<img class="{("left", "right")[i] if i < 2 else ""}" alt="{html.escape(word)}" draggable="false" src="{address}">'
+        for i, (word, (address, *_)) in enumerate(pictures.items())
+    )
     def choice(side: str, first: int) -> str:
-        options = "".join(_tag("option", html.escape(word), value=i, selected="" if i == first else None) for i, word in enumerate(pictures))
+        options = "".join(_tag("option", html.escape(word), value=i, selected="" if i == first else None) for i,
+                          word in enumerate(pictures))
         return _tag("select", options, class_=f"choose-{side}", aria_label=f"{side} picture", autocomplete="off")
     stage = _tag("div", images, class_="stage", style=f"aspect-ratio:{size[0]}/{size[1]}")
-    tools = choice("left", 0) + '<button type="button" class="blink" aria-pressed="false">blink</button>' + choice("right", 1)
+    tools = choice("left",
+                   0) + '<button type="button" class="blink" aria-pressed="false">blink</button>' + choice("right", 1)
     slider = '<input type="range" min="0" max="100" value="50" class="swipe" aria-label="swipe between the two pictures" autocomplete="off">'
     words = _tag("h3", html.escape(exhibit.title)) + _tag("p", html.escape(exhibit.under), class_="under")
     return _tag("article", words + _tag("div", tools, class_="pair") + stage + slider, class_="comparison")
 
-# %% ../../nbs/reports/writing.ipynb #6c483aad
+# %% ../../nbs/reports/writing.ipynb #86fb043e
 _CARD_MARKUP = 1_800
 
 
 def _packing(exhibits: Sequence[_Exhibit], room: int) -> tuple[int | None, int | None]:
     """The gentlest packing under which all exhibits fit into `room` bytes, or the hardest."""
-    sizes = [path.stat().st_size for one in exhibits for path in (*one.images.values(), *one.rivals.values()) if path.is_file()]
-    fits = lambda limit: sum(4 * min(size, limit or size) / 3 + 200 for size in sizes) + _CARD_MARKUP * len(exhibits) <= room
+    sizes = [path.stat().st_size for one in exhibits for path in (*one.images.values(), *one.rivals.values())
+             if path.is_file()]
+    fits = lambda limit: sum(4 * min(size, limit or size) / 3 + 200
+                             for size in sizes) + _CARD_MARKUP * len(exhibits) <= room
     return next((packing for packing in _PACKINGS if fits(packing[1])), _PACKINGS[-1])
 
-
+# %% ../../nbs/reports/writing.ipynb #e65e5943
 def _fit(exhibits: Sequence[_Exhibit], room: int, notes: list[str]) -> str:
     """Cards that fit into `room` bytes, and a note about what had to give."""
     packing, cards, left = _packing(exhibits, room), [], room
     for done, one in enumerate(exhibits):
         card = _card(one, packing, notes)
         if _size(card) > left:
-            notes.append(f"{len(exhibits) - done} of {counted(len(exhibits), 'picture comparison')} were left out to keep the file small.")
+            notes.append(f"{len(exhibits) - done} of {counted(len(exhibits), 'picture comparison')} were left "
+                         "out to keep the file small.")
             break
         cards.append(card)
         left -= _size(card)
     if packing[0] is not None and any(cards):
-        notes.append(f"Pictures were made smaller to keep the file small: at most {packing[0]} pixels and {packing[1] // 1000} kB each.")
+        notes.append(f"Pictures were made smaller to keep the file small: at most {packing[0]} pixels and "
+                     f"{packing[1] // 1000} kB each.")
     return _tag("div", "".join(cards), class_="comparisons") if any(cards) else ""
 
-
+# %% ../../nbs/reports/writing.ipynb #453e0e19
 def _size(text: str) -> int: return len(text.encode("utf-8", "replace"))
 
-# %% ../../nbs/reports/writing.ipynb #321beb01
+# %% ../../nbs/reports/writing.ipynb #d8630e17
 _FIGURE_PACKINGS = ((None, None), (1000, 60_000), (800, 30_000))
 
 
 def _figures(folder: Path, room: int, notes: list[str]) -> str:
     """The run's own figures, as far as they fit; SVGs, which may hold scripts, and broken files are left out."""
     wanted = set(PICTURES) - {".svg", ".gif"}
-    paths = sorted(path for path in (folder / "figures").glob("*") if path.suffix.lower() in wanted and not path.name.startswith("."))
+    paths = sorted(path for path in (folder / "figures").glob("*") if path.suffix.lower() in wanted
+                   and not path.name.startswith("."))
     fits = lambda limit: sum(4 * min(path.stat().st_size, limit or math.inf) / 3 + 300 for path in paths) <= room
-    packing, figures, left = next((packing for packing in _FIGURE_PACKINGS if fits(packing[1])), _FIGURE_PACKINGS[-1]), [], 0
+    packing, figures, left = next((packing for packing in _FIGURE_PACKINGS if fits(packing[1])),
+                                  _FIGURE_PACKINGS[-1]), [], 0
     for path in paths:
         try: address, *_ = _packed(path, *packing)
         except KiloError as error: notes.append(str(error)); continue
@@ -560,25 +666,29 @@ def _figures(folder: Path, room: int, notes: list[str]) -> str:
     if left: notes.append(f"{left} of {counted(len(paths), 'figure')} were left out to keep the file small.")
     return _tag("div", "".join(figures), class_="figures") if figures else ""
 
-# %% ../../nbs/reports/writing.ipynb #a00994ec
+# %% ../../nbs/reports/writing.ipynb #dcfad3af
 def _pairs(values: Mapping[str, Any]) -> str:
-    return _table(["name", "value"], [[_words(name, "name"), _words(value, "long")] for name, value in values.items()], kind="pairs")
+    return _table(["name", "value"], [[_words(name, "name"), _words(value, "long")] for name, value in values.items()],
+                  kind="pairs")
 
-
+# %% ../../nbs/reports/writing.ipynb #f7a5680f
 def _parameters_section(writing: _Writing) -> str:
     """What is the same in all runs, and the values of what varies."""
     records, varied = [record for record in writing.cohort.records if record.parameters], writing.cohort.varied
-    same = {name: value for name, value in (records[0].parameters if records else {}).items() if name not in (*varied, *NOT_COMPARED)}
+    same = {name: value for name,
+            value in (records[0].parameters if records else {}).items() if name not in (*varied, *NOT_COMPARED)}
     parts = ""
     if varied:
         def values(name: str) -> str:
-            found = {spell(plain(member.varied.get(name))): member.varied.get(name) for member in writing.cohort.members}
+            found = {spell(plain(member.varied.get(name))): member.varied.get(name)
+                     for member in writing.cohort.members}
             return some(sorted(found, key=lambda text: order_of(found[text])), 60)
-        parts += "<h3>Varied</h3>" + _table(["name", "values"], [[_words(name, "name"), _words(values(name), "long")] for name in varied])
+        parts += "<h3>Varied</h3>" + _table(["name", "values"],
+                                            [[_words(name, "name"), _words(values(name), "long")] for name in varied])
         parts += "<h3>The same in all runs</h3>" if same else ""
     return parts + (_pairs(same) if same else "")
 
-
+# %% ../../nbs/reports/writing.ipynb #24f94be8
 def _environment_section(writing: _Writing) -> str:
     """What differs between the runs first; the rest behind a click."""
     same, differing = compare_environments(writing.cohort.records)
@@ -588,7 +698,8 @@ def _environment_section(writing: _Writing) -> str:
                 for name, groups in differing.items() for value, runs in groups]
         said = f"{counted(len(differing), 'entry differs', 'entries differ')} between the runs:"
         text += _tag("p", html.escape(said)) + _table(["name", "value", "runs", ""], rows)
-    elif len(writing.cohort.members) > 1 and same: text += "<p>All runs had the same commit, packages, hardware and data.</p>"
+    elif len(writing.cohort.members) > 1 and same:
+        text += "<p>All runs had the same commit, packages, hardware and data.</p>"
     if same.get("dirty"): text += '<p class="red">The checkout held changes that no commit has.</p>'
     words = "the rest, the same in all runs" if len(writing.cohort.members) > 1 else "commit, packages, hardware, data"
     return text + (f"<details><summary>{words}</summary>{_pairs(same)}</details>" if same else "")
@@ -759,45 +870,51 @@ for (const card of all(".comparison")) {
 }
 """
 
-# %% ../../nbs/reports/writing.ipynb #af540f33
+# %% ../../nbs/reports/writing.ipynb #0ecb0798
 def policy_for(script: str) -> str:
     """A content security policy under which nothing is loaded and only this very script runs."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; form-action 'none'; base-uri 'none'"
 
-
+# %% ../../nbs/reports/writing.ipynb #372f9a84
 def _data_block(name: str, value: Any) -> str:
-    """JSON in a script element that is not run; `<`, and the line separators that are legal in JSON only, as escapes."""
+    """JSON in a script element that is not run; `<`, and the line separators that are legal in JSON only, as
+    escapes."""
     text = dumps(value).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
     return f'<script type="application/json" id="{name}">{text}</script>'
 
-
+# %% ../../nbs/reports/writing.ipynb #2ae65da2
 def _document(title: str, head: str, sections: Sequence[tuple[str, str]], notes: Sequence[str], tools: str = "") -> str:
     script = TABLE_SCRIPT + VIEW_SCRIPT
     shown = [(name, text) for name, text in sections if text]
     places = "".join(f'<a href="#s{i}">{html.escape(name)}</a>' for i, (name, _) in enumerate(shown))
-    body = "".join(_tag("section", _tag("h2", html.escape(name)) + text, id=f"s{i}") for i, (name, text) in enumerate(shown))
-    said = _tag("div", _tag("ul", "".join(_tag("li", html.escape(note)) for note in dict.fromkeys(notes))), class_="said", role="note") if notes else ""
+    body = "".join(_tag("section", _tag("h2", html.escape(name)) + text, id=f"s{i}") for i,
+                   (name, text) in enumerate(shown))
+    said = _tag("div", _tag("ul", "".join(_tag("li", html.escape(note)) for note in dict.fromkeys(notes))),
+                class_="said", role="note") if notes else ""
     bar = f'<nav aria-label="sections">{places}<span class="fill"></span><button type="button" id="clear" hidden></button></nav>'
     written = f'<p class="note">Written by kilonb report on {datetime.datetime.now():%Y-%m-%d at %H:%M}; it loads nothing.</p>'
-    return (f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy_for(script)}">'
-            f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
-            f"<style>{STYLE}{REPORT_STYLE}</style></head>\n<body><header>{head}{said}</header>{bar}{tools}\n"
-            f"<main>{body}</main>{written}<script>{script}</script></body></html>\n")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy_for(script)}">'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,"><title>{html.escape(title)}</title>'
+        f"<style>{STYLE}{REPORT_STYLE}</style></head>\n<body><header>{head}{said}</header>{bar}{tools}\n"
+        f"<main>{body}</main>{written}<script>{script}</script></body></html>\n"
+    )
 
-# %% ../../nbs/reports/writing.ipynb #6dd7c4d6
+# %% ../../nbs/reports/writing.ipynb #87d24f93
 def _colour_tools(writing: _Writing) -> str:
     """The choice of what to colour by, its legend, and the data it needs."""
     names, members = writing.colour_names, writing.cohort.members
     if not names: return ""
     palettes = {name: colours_of([plain(m.varied.get(name)) for m in members]) for name in names}
     options = "".join(_tag("option", html.escape(name), value=name) for name in names)
-    legend = "".join(_tag("span", f'<i style="color:{colour}"></i>{html.escape(text)}') for text, colour in palettes[names[0]].items())
+    legend = "".join(_tag("span", f'<i style="color:{colour}"></i>{html.escape(text)}') for text,
+                     colour in palettes[names[0]].items())
     runs = {m.key: {name: spell(plain(m.varied.get(name))) for name in names} for m in members}
     chooser = f'<label>colour by <select id="colour-by" autocomplete="off">{options}</select></label><div class="legend" id="legend">{legend}</div>'
     return _tag("div", chooser, class_="tools") + _data_block("colouring", {"runs": runs, "colours": palettes})
 
-# %% ../../nbs/reports/writing.ipynb #679787ef
+# %% ../../nbs/reports/writing.ipynb #93c667a7
 def _run_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
     """Head and sections of the report of one run; pictures and figures are put in later."""
     record = writing.cohort.members[0].record
@@ -806,26 +923,35 @@ def _run_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
     rest = {name: value for name, value in record.results.items() if name not in gated}
     tables = [(name, _rows(rows)) for name, rows in record.tables.items() if rows]
     return _run_head(writing, record), [
-        ("Gates", _gates_of_runs([([], line) for line in report.lines], []) if report.lines else ""), ("Curves", _curves_section(writing)), ("Pictures", ""),
-        ("Figures", ""), ("Results", _pairs(rest) if rest else ""), *tables, ("Parameters", _pairs(record.parameters) if record.parameters else ""),
-        ("Environment", _environment_section(writing))]
+        ("Gates", _gates_of_runs([([], line) for line in report.lines], []) if report.lines else ""),
+        ("Curves", _curves_section(writing)),
+        ("Pictures", ""),
+        ("Figures", ""),
+        ("Results", _pairs(rest) if rest else ""),
+        *tables,
+        ("Parameters", _pairs(record.parameters) if record.parameters else ""),
+        ("Environment", _environment_section(writing)),
+    ]
 
-
+# %% ../../nbs/reports/writing.ipynb #00d3114c
 def _run_head(writing: _Writing, record: RunRecord) -> str:
     report, choice = record.report, writing.choice
     look = "good" if record.ok else "bad" if record.status != FINISHED or report.count(RED) else ""
     told = lambda name, value: with_unit(name, value) if spread([value]).count else spell(value)
-    facts = [(told(line.gate.result, line.value), line.gate.result, "good" if line.verdict == GREEN else "bad") for line in report.lines[:4]]
-    others = [name for name in (choice.quality, choice.time, choice.speed) if name not in gates_of([record]) and spread([record.results.get(name)]).count]
+    facts = [(told(line.gate.result, line.value), line.gate.result, "good" if line.verdict == GREEN else "bad")
+             for line in report.lines[:4]]
+    others = [name for name in (choice.quality, choice.time, choice.speed) if name not in gates_of([record])
+              and spread([record.results.get(name)]).count]
     facts += [(told(name, record.results[name]), name, "") for name in others][:max(1, 4 - len(facts))]
     commit = str(record.environment.get("commit") or "")[:8]
-    under = [data_label(record), _when(record.started), took(record.elapsed_s) if record.elapsed_s else "", f"commit {commit}" if commit else ""]
+    under = [data_label(record), _when(record.started), took(record.elapsed_s) if record.elapsed_s else "",
+             f"commit {commit}" if commit else ""]
     verdict = report.sentence() if record.status == FINISHED else record.error or f"The run is {record.status}."
     links = writing.links(record)
     head = _head(f"Run of {record.experiment}", record.folder.name, under, record.status, look, verdict)
     return head + (_tag("p", links, class_="links") if links else "") + _facts(facts)
 
-
+# %% ../../nbs/reports/writing.ipynb #f9c3f942
 def _rows(rows: Sequence[Mapping[str, Any]], most: int = 300) -> str:
     """A table that a run left, sortable."""
     names = list(dict.fromkeys(name for row in rows[:most] for name in row))
@@ -833,47 +959,56 @@ def _rows(rows: Sequence[Mapping[str, Any]], most: int = 300) -> str:
     left = _tag("p", f"{len(rows) - most} more rows are in results.json.", class_="note") if len(rows) > most else ""
     return _table(names, _columns(*columns), sortable=True) + left
 
-# %% ../../nbs/reports/writing.ipynb #696db256
+# %% ../../nbs/reports/writing.ipynb #0ea24a79
 def _cohort_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
-    return _cohort_head(writing), [
-        ("Gates", _gates_of_cohort(writing.cohort)), ("Quality and cost", _pareto_section(writing)), ("Runs", _runs_section(writing)),
-        ("Conditions", _conditions_section(writing)), ("Main effects", _effects_section(writing)), ("Curves", _curves_section(writing)),
-        ("All at once", _parallel_section(writing)), ("Pictures", ""), ("Parameters", _parameters_section(writing)),
-        ("Environment", _environment_section(writing))]
+    return _cohort_head(writing), [("Gates", _gates_of_cohort(writing.cohort)),
+                                   ("Quality and cost", _pareto_section(writing)), ("Runs", _runs_section(writing)),
+                                   ("Conditions", _conditions_section(writing)),
+                                   ("Main effects", _effects_section(writing)), ("Curves", _curves_section(writing)),
+                                   ("All at once", _parallel_section(writing)), ("Pictures", ""),
+                                   ("Parameters", _parameters_section(writing)),
+                                   ("Environment", _environment_section(writing))]
 
-# %% ../../nbs/reports/writing.ipynb #6d2e9afc
+# %% ../../nbs/reports/writing.ipynb #9cfd3873
 def _board(writing: _Writing, newest: Sequence[RunRecord]) -> str:
     """A line for each experiment and data: the newest finished run and what it missed."""
     rows = []
     for record in newest:
-        missed = [f"{line.gate.result} {'not run' if line.verdict == NOT_RUN else spell(line.value)} ({line.gate.bound})"
-                  for line in record.report.lines if line.verdict != GREEN]
-        page = next((record.folder / file for file in ("report.html", "index.html") if (record.folder / file).is_file()), record.folder / "none")
-        rows.append([_words(record.experiment, "name"), _gates_cell(record), _words(data_label(record)), _words("; ".join(missed), "long"),
-                     _Cell(writing.link(page, record.folder.name)), _words(_when(record.started)), _took_cell(record)])
-    return _table(["experiment", "gates", "data", "missed", "run", "when", "took"], rows, sortable=True, kind="board") if rows else ""
+        missed = [f"{line.gate.result} {'not run' if line.verdict == NOT_RUN else spell(line.value)} "
+                  f"({line.gate.bound})" for line in record.report.lines if line.verdict != GREEN]
+        page = next((record.folder / file for file in ("report.html", "index.html")
+                     if (record.folder / file).is_file()), record.folder / "none")
+        rows.append([_words(record.experiment, "name"), _gates_cell(record), _words(data_label(record)),
+                     _words("; ".join(missed), "long"), _Cell(writing.link(page, record.folder.name)),
+                     _words(_when(record.started)), _took_cell(record)])
+    return _table(["experiment", "gates", "data", "missed", "run", "when", "took"], rows, sortable=True,
+                  kind="board") if rows else ""
 
-
+# %% ../../nbs/reports/writing.ipynb #fc8b49b4
 def _sweeps_section(writing: _Writing) -> tuple[str, list[Cohort]]:
     """A line for each sweep, and the sweeps."""
     found = []
     for folder in sorted((writing.cohort.folder / SWEEPS).glob("*")):
         if not folder.is_dir() or not is_sweep(folder): continue
         try: found.append(read_sweep(folder))
-        except (KiloError, TypeError, AttributeError, ValueError): writing.notes.append(f"The sweep in {folder} cannot be read.")
+        except (KiloError, TypeError, AttributeError, ValueError):
+            writing.notes.append(f"The sweep in {folder} cannot be read.")
     rows = []
     for one in found:
         states = [member.record.status for member in one.members]
         bad = sum(state in _BAD for state in states)
         gated = [member.record.ok for member in one.finished if member.record.report.lines]
         page = writing.link(one.folder / "report.html", "report") if (one.folder / "report.html").is_file() else ""
-        rows.append([_words(one.name, "name"), _words(one.members[0].record.experiment if one.members else ""), _words(", ".join(one.varied)),
-                     _Cell(f"{states.count(FINISHED)}/{len(states)}", states.count(FINISHED) / max(1, len(states)), "n"),
-                     _Cell(str(bad or ""), float(bad), "n red" if bad else "n"),
-                     _Cell(f"{sum(gated)}/{len(gated)}" if gated else "", sum(gated) / len(gated) if gated else math.nan, "n"), _Cell(page)])
-    return _table(["sweep", "experiment", "varied", "finished", "failed", "all gates green", ""], rows, sortable=True, kind="sweeps") if rows else "", found
+        rows.append([_words(one.name, "name"), _words(one.members[0].record.experiment if one.members else ""),
+                     _words(", ".join(one.varied)),
+                     _Cell(f"{states.count(FINISHED)}/{len(states)}", states.count(FINISHED) / max(1, len(states)),
+                           "n"), _Cell(str(bad or ""), float(bad), "n red" if bad else "n"),
+                     _Cell(f"{sum(gated)}/{len(gated)}" if gated else "",
+                           sum(gated) / len(gated) if gated else math.nan, "n"), _Cell(page)])
+    return _table(["sweep", "experiment", "varied", "finished", "failed", "all gates green", ""], rows, sortable=True,
+                  kind="sweeps") if rows else "", found
 
-# %% ../../nbs/reports/writing.ipynb #02b81279
+# %% ../../nbs/reports/writing.ipynb #675b6f1a
 def _lab_runs(writing: _Writing, records: Sequence[RunRecord], most: int = 150) -> str:
     """The newest runs, the newest first."""
     shown = list(reversed(records))[:most]
@@ -882,16 +1017,18 @@ def _lab_runs(writing: _Writing, records: Sequence[RunRecord], most: int = 150) 
     first = lambda record: choose_results([record]).quality if record.status == FINISHED else ""
     best = [first(record) for record in shown]
     quality = _numbers([record.results.get(name) if name else None for record, name in zip(shown, best)])
-    rows = [[_run_cell(writing, member), _gates_cell(record), _words(record.experiment), _words(data_label(record)), score, _words(name),
-             _words(_when(record.started)), _took_cell(record), _files_cell(writing, record)]
+    rows = [[_run_cell(writing, member), _gates_cell(record), _words(record.experiment), _words(data_label(record)),
+             score, _words(name), _words(_when(record.started)), _took_cell(record), _files_cell(writing, record)]
             for member, record, score, name in zip(members, shown, quality, best)]
-    tools = ('<div class="tools"><label>filter <input type="search" class="filter" placeholder="teacher failed" autocomplete="off"></label>'
-             f'<output class="shown">{counted(len(shown), "run")}</output></div>')
+    tools = (
+        '<div class="tools"><label>filter <input type="search" class="filter" placeholder="teacher failed" autocomplete="off"></label>'
+        f'<output class="shown">{counted(len(shown), "run")}</output></div>'
+    )
     looks = ["failed" if record.status in _BAD else "" for record in shown]
-    return tools + _table(["run", "gates", "experiment", "data", "quality", "", "when", "took", "files"], rows, [record.name for record in shown], looks, True,
-                          "runs", list(map(_sentence, shown)))
+    return tools + _table(["run", "gates", "experiment", "data", "quality", "", "when", "took", "files"], rows,
+                          [record.name for record in shown], looks, True, "runs", list(map(_sentence, shown)))
 
-
+# %% ../../nbs/reports/writing.ipynb #f2bac2c6
 def _lab_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
     outputs, records = writing.cohort.folder, writing.cohort.records
     latest = {(record.experiment, data_label(record)): record for record in records if record.status == FINISHED}
@@ -902,26 +1039,33 @@ def _lab_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
     green = sum(record.ok for record in gated)
     red = [f"{record.experiment} on {data_label(record)}" for record in gated if not record.ok]
     text = f"{green} of {len(gated)} experiments and data are green" + (f"; not green: {some(red, 8)}." if red else ".")
-    facts = [(f"{green}/{len(gated)}", "experiments and data green", "good" if green == len(gated) else "bad"), (str(len(records)), "runs", ""),
-             (str(len(found)), "sweeps", ""), (str(len(bad)), "failed, cut short or unreadable", "bad" if bad else "good")]
-    lines = [([" · ".join(filter(None, (record.experiment, data_label(record))))], line) for record in gated for line in record.report.lines]
-    wrong = [[_words(record.name, "name"), _words(record.status, "red"), _words(record.error[:400], "long"), _words(_when(record.started))]
-             for record in reversed(bad)][:60]
+    facts = [(f"{green}/{len(gated)}", "experiments and data green", "good" if green == len(gated) else "bad"),
+             (str(len(records)), "runs", ""), (str(len(found)), "sweeps", ""),
+             (str(len(bad)), "failed, cut short or unreadable", "bad" if bad else "good")]
+    lines = [([" · ".join(filter(None, (record.experiment, data_label(record))))], line) for record in gated
+             for line in record.report.lines]
+    wrong = [[_words(record.name, "name"), _words(record.status, "red"), _words(record.error[:400], "long"),
+              _words(_when(record.started))] for record in reversed(bad)][:60]
     headings, packed = archive_rows(list_archives(outputs))
     archived = _table(headings, [list(map(_words, row)) for row in packed], sortable=True) if packed else ""
     newest_start = max((record.started for record in records), default="")
     under = f"newest run {_when(newest_start)}" if newest_start else ""
     head = _head("KiloNB", "The lab", [under], "not all green" if red else "green", "bad" if red else "good", text)
     return head + _facts(facts), [
-        ("Verdicts", _board(writing, newest)), ("Gates", _gates_of_runs(lines, ["experiment"]) if lines else ""), ("Sweeps", sweeps),
-        ("What went wrong", _table(["run", "status", "what happened", "when"], wrong) if wrong else ""), ("Runs", _lab_runs(writing, records)),
-        ("Pictures", ""), ("Archived", archived)]
+        ("Verdicts", _board(writing, newest)),
+        ("Gates", _gates_of_runs(lines, ["experiment"]) if lines else ""),
+        ("Sweeps", sweeps),
+        ("What went wrong", _table(["run", "status", "what happened", "when"], wrong) if wrong else ""),
+        ("Runs", _lab_runs(writing, records)),
+        ("Pictures", ""),
+        ("Archived", archived),
+    ]
 
-# %% ../../nbs/reports/writing.ipynb #1ba07261
+# %% ../../nbs/reports/writing.ipynb #cac50e47
 def _parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
     return {"run": _run_parts, "lab": _lab_parts}.get(writing.cohort.kind, _cohort_parts)(writing)
 
-
+# %% ../../nbs/reports/writing.ipynb #0da12f5b
 def _assemble(writing: _Writing, count: int, maximum_bytes: int) -> str:
     cohort = writing.cohort
     title, reserve = {"lab": "The lab"}.get(cohort.kind, cohort.name), 2_000
@@ -933,27 +1077,31 @@ def _assemble(writing: _Writing, count: int, maximum_bytes: int) -> str:
         if _size(text) <= 0.7 * maximum_bytes: break
     room = maximum_bytes - _size(text) - reserve
     pictures = _fit(_exhibits(writing, count), room, writing.notes)
-    figures = _figures(cohort.members[0].record.folder, room - _size(pictures), writing.notes) if cohort.kind == "run" else ""
+    figures = _figures(cohort.members[0].record.folder, room - _size(pictures),
+                       writing.notes) if cohort.kind == "run" else ""
     late = {"Pictures": pictures, "Figures": figures}
     text = _document(title, head, [(name, late.get(name, "") or part) for name, part in sections], writing.notes, tools)
     if _size(text) > maximum_bytes:
-        raise KiloError(f"The report of {cohort.folder} does not fit into {maximum_bytes} bytes: its text alone takes {_size(text)}; allow more.")
+        raise KiloError(f"The report of {cohort.folder} does not fit into {maximum_bytes} bytes: its text "
+                        f"alone takes {_size(text)}; allow more.")
     return text
 
-
-def report_html(target: str | os.PathLike | Sequence[str | os.PathLike], path: str | os.PathLike, worst: int = 6, maximum_bytes: int = 5_000_000,
-                quality: str = "", time: str = "", speed: str = "") -> str:
+# %% ../../nbs/reports/writing.ipynb #f88c0752
+def report_html(target: str | os.PathLike | Sequence[str | os.PathLike], path: str | os.PathLike, worst: int = 6,
+                maximum_bytes: int = 5_000_000, quality: str = "", time: str = "", speed: str = "") -> str:
     """The report as text; see `write_report`. path: where it will lie, for the links in it."""
     if worst < 0: raise KiloError(f"worst is {worst}: 0 or more pictures were expected.")
     cohort = read_cohort(target)
-    return _assemble(_Writing(cohort, Path(path).resolve(), choose_results(cohort.records, quality, time, speed)), worst, maximum_bytes)
+    return _assemble(_Writing(cohort, Path(path).resolve(), choose_results(cohort.records, quality, time, speed)),
+                     worst, maximum_bytes)
 
-# %% ../../nbs/reports/writing.ipynb #9c59b57e
+# %% ../../nbs/reports/writing.ipynb #b0f4255f
 _RUNS_BELOW = ("sweep.json", "status.json", "*/status.json", "*/*/status.json")
 
 
 def find_target(name: str, outputs: str | os.PathLike | None = None) -> Path:
-    """The folder that a word of the command line means: a path, a sweep, an experiment, `experiment/run`, or the beginning of a run's name."""
+    """The folder that a word of the command line means: a path, a sweep, an experiment, `experiment/run`, or the
+    beginning of a run's name."""
     from kilonb.runs.folders import find_run
 
     root = Path(outputs or outputs_root())
@@ -961,15 +1109,17 @@ def find_target(name: str, outputs: str | os.PathLike | None = None) -> Path:
         if path.is_dir() and any(next(path.glob(pattern), None) for pattern in _RUNS_BELOW): return path.resolve()
     return find_run(name, root)
 
-
-def write_report(target: str | os.PathLike | Sequence[str | os.PathLike] | None = None, path: str | os.PathLike | None = None,
-                 outputs: str | os.PathLike | None = None, worst: int = 6, maximum_bytes: int = 5_000_000,
-                 quality: str = "", time: str = "", speed: str = "") -> Path:
+# %% ../../nbs/reports/writing.ipynb #d6803e15
+def write_report(target: str | os.PathLike | Sequence[str | os.PathLike] | None = None,
+                 path: str | os.PathLike | None = None, outputs: str | os.PathLike | None = None, worst: int = 6,
+                 maximum_bytes: int = 5_000_000, quality: str = "", time: str = "", speed: str = "") -> Path:
     """Write a report as one HTML file that opens without a network, atomically, and return its path.
 
-    target: the folder of a run, a sweep, an experiment or all outputs; several runs; None: all of `outputs`. path: by default `report.html` in that folder.
-    worst: how many picture comparisons. maximum_bytes: of the file; what had to be left out is said in it. quality, time, speed: results for the Pareto charts,
-    chosen by gates and units where empty. Raises KiloError where there is nothing to report, the file cannot be written, or its text alone is too large.
+    target: the folder of a run, a sweep, an experiment or all outputs; several runs; None: all of `outputs`. path: by
+    default `report.html` in that folder.
+    worst: how many picture comparisons. maximum_bytes: of the file; what had to be left out is said in it. quality,
+    time, speed: results for the Pareto charts, chosen by gates and units where empty. Raises KiloError where there is
+    nothing to report, the file cannot be written, or its text alone is too large.
     """
     target = Path(outputs or outputs_root()) if target is None else target
     cohort = read_cohort(target)

@@ -7,7 +7,7 @@ __all__ = ['UNREADABLE', 'STATUSES', 'MANIFEST', 'OVER', 'choose_runs', 'folder_
            'environment_differences', 'compare_rows', 'explain_difference', 'Archive', 'archive_rows', 'archive_path',
            'archive_runs', 'read_archive', 'list_archives', 'restore_run']
 
-# %% ../../nbs/runs/archive.ipynb #aa1bea37
+# %% ../../nbs/runs/archive.ipynb #2642b2e6
 import datetime
 import gzip
 import hashlib
@@ -29,31 +29,34 @@ from ..core.errors import KiloError, unknown_name
 from ..core.files import atomic_write, dumps
 from .gates import GREEN, spell
 from ..core.hashing import BLOCK, hash_file
-from .folders import (ABANDONED, FAILED, FINISHED, INTERRUPTED, PREPARED, RUNNING, SWEEPS, RunRecord, compare_runs, data_label, list_runs, mark_run,
-                             outputs_root, read_status)
+from .folders import (ABANDONED, FAILED, FINISHED, INTERRUPTED, PREPARED, RUNNING, SWEEPS, RunRecord,
+                                 compare_runs, data_label, list_runs, mark_run, outputs_root, read_status)
 
-# %% ../../nbs/runs/archive.ipynb #03a0c14a
+# %% ../../nbs/runs/archive.ipynb #13dabbf6
 UNREADABLE = "unreadable"
 STATUSES = (PREPARED, RUNNING, FINISHED, FAILED, INTERRUPTED, ABANDONED, UNREADABLE)
 
 
-def choose_runs(outputs: str | os.PathLike | None = None, experiments: Sequence[str] = (), status: str = "", data: str = "",
-                older_than_days: float | None = None, keep_newest: int | None = None, sweeps: bool = False) -> list[RunRecord]:
+def choose_runs(outputs: str | os.PathLike | None = None, experiments: Sequence[str] = (), status: str = "",
+                data: str = "", older_than_days: float | None = None, keep_newest: int | None = None,
+                sweeps: bool = False) -> list[RunRecord]:
     """The runs under `outputs` that fit all that is asked, the oldest first.
 
-    experiments: any of these; empty: all. status: one of STATUSES. data: as `data_label` names it. older_than_days: started longer ago.
+    experiments: any of these; empty: all. status: one of STATUSES. data: as `data_label` names it. older_than_days:
+    started longer ago.
     keep_newest: leave out that many of the newest that fit, of each experiment and data. sweeps: those of sweeps too.
     Raises KiloError for a status that does not exist, an experiment that has no runs, and negative numbers.
     """
     if status and status not in STATUSES: raise unknown_name("status", status, STATUSES)
     for name, value in (("older_than_days", older_than_days), ("keep_newest", keep_newest)):
-        if value is not None and not value >= 0: raise KiloError(f"{name} is {value}: a number of at least 0 was expected.")
+        if value is not None and not value >= 0:
+            raise KiloError(f"{name} is {value}: a number of at least 0 was expected.")
     records = list_runs(outputs, sweeps=sweeps)
     known = {record.experiment for record in records}
     for experiment in experiments:
         if experiment not in known: raise unknown_name("experiment among the runs", experiment, known)
-    fits = lambda r: ((not experiments or r.experiment in experiments) and status in ("", r.status) and data in ("", data_label(r))
-                      and (older_than_days is None or _age_days(r) > older_than_days))
+    fits = lambda r: ((not experiments or r.experiment in experiments) and status in ("", r.status)
+                      and data in ("", data_label(r)) and (older_than_days is None or _age_days(r) > older_than_days))
     records = [record for record in records if fits(record)]
     return records if keep_newest is None else _without_newest(records, int(keep_newest))
 
@@ -70,12 +73,12 @@ def _age_days(record: RunRecord) -> float:
     except ValueError: started = record.folder.stat().st_mtime
     return (time.time() - started) / 86_400
 
-# %% ../../nbs/runs/archive.ipynb #a524e998
+# %% ../../nbs/runs/archive.ipynb #befa21cf
 def folder_bytes(folder: str | os.PathLike) -> int:
     """Bytes of all files in a folder."""
     return sum(os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names)
 
-
+# %% ../../nbs/runs/archive.ipynb #ed594da6
 def spell_bytes(count: float) -> str:
     """`512 B`, `1.2 MB`: powers of ten."""
     for unit in ("B", "kB", "MB"):
@@ -83,44 +86,53 @@ def spell_bytes(count: float) -> str:
         count /= 1000
     return f"{count:.1f} GB"
 
-
+# %% ../../nbs/runs/archive.ipynb #494d4759
 def _took(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
-
+# %% ../../nbs/runs/archive.ipynb #90d4fccd
 def run_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of a list of runs."""
     def row(record: RunRecord) -> list[str]:
         size = spell_bytes(folder_bytes(record.folder))
-        return [record.name, record.status, _minute(record.started), _took(record.elapsed_s), data_label(record), _gates(record), size, record.error[:60]]
+        return [record.name, record.status, _minute(record.started), _took(record.elapsed_s), data_label(record),
+                _gates(record), size, record.error[:60]]
     return ["run", "status", "started", "took", "data", "gates", "size", "error"], [row(record) for record in records]
 
-# %% ../../nbs/runs/archive.ipynb #98738898
+# %% ../../nbs/runs/archive.ipynb #7434aee8
 def _minute(moment: str) -> str: return moment[:16].replace("T", " ")
 
 
-def _gates(record: RunRecord) -> str: return f"{record.report.count(GREEN)}/{len(record.report.lines)}" if record.report.lines else ""
+def _gates(record: RunRecord) -> str:
+    return f"{record.report.count(GREEN)}/{len(record.report.lines)}" if record.report.lines else ""
 
-# %% ../../nbs/runs/archive.ipynb #ab49fd2b
+# %% ../../nbs/runs/archive.ipynb #3c61e4bc
 def _short(value: Any) -> str:
     if isinstance(value, list): value = ", ".join(map(str, value))
     value = "" if value is None else spell(value) if isinstance(value, (str, int, float)) else str(value)
-    return value[:12] + "…" if len(value) in (40, 64) and all(letter in "0123456789abcdef" for letter in value) else value
+    return value[:12] + "…" if len(value) in (40,
+                                              64) and all(letter in "0123456789abcdef" for letter in value) else value
 
-
+# %% ../../nbs/runs/archive.ipynb #26da3092
 def _datasets(environment: Mapping[str, Any]) -> dict[str, str]:
     given = environment.get("data") if isinstance(environment.get("data"), list) else []
     items = [item for item in given if isinstance(item, Mapping)]
     name = lambda item: str(item.get("name") or item.get("kind") or "data")
-    mark = lambda item: next((str(item[key]) for key in ("sha256", "hash", "fingerprint", "digest") if item.get(key)), "")
+    mark = lambda item: next((str(item[key]) for key in ("sha256", "hash", "fingerprint", "digest") if item.get(key)),
+                             "")
     found: dict[str, str] = {}
-    for item in items: found[name(item) if name(item) not in found else f"{name(item)} {len(found) + 1}"] = mark(item) or "not hashed"
+    for item in items:
+        found[name(item) if name(item) not in found else f"{name(item)} {len(found) + 1}"] = mark(item) or "not hashed"
     return found
 
-
+# %% ../../nbs/runs/archive.ipynb #37cd9ef4
 def _leaves(environment: Mapping[str, Any]) -> dict[str, Any]:
-    version = f"{_short(environment.get('commit'))}{' with changes' if environment.get('dirty') else ''}" if environment.get("commit") else ""
+    version = (
+        f"{_short(environment.get('commit'))}{' with changes' if environment.get('dirty') else ''}"
+        if environment.get("commit")
+        else ""
+    )
     data = {f"data: {name}": mark for name, mark in _datasets(environment).items()}
     leaves: dict[str, Any] = {**data, "commit": version, "changes": environment.get("changes")}
     for name, value in environment.items():
@@ -129,30 +141,34 @@ def _leaves(environment: Mapping[str, Any]) -> dict[str, Any]:
         else: leaves[name] = value
     return {**leaves, "command": environment.get("command")}
 
-# %% ../../nbs/runs/archive.ipynb #ed908608
-_ORDER = ("data", "commit", "changes", "seed", "python", "packages", "hardware", "threads", "platform", "host", "command")
+# %% ../../nbs/runs/archive.ipynb #e900daa3
+_ORDER = ("data", "commit", "changes", "seed", "python", "packages", "hardware", "threads", "platform", "host",
+          "command")
 
 
 def environment_differences(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows: what differs between the runs' environments, a column for each run; empty cells were not recorded."""
+    """Headings and rows: what differs between the runs' environments, a column for each run; empty cells were not
+    recorded."""
     leaves = [_leaves(record.environment) for record in records]
     names = dict.fromkeys(name for leaf in leaves for name in leaf)
     differ = [name for name in names if len({dumps(leaf.get(name)) for leaf in leaves}) > 1]
     place = lambda name: _ORDER.index(group) if (group := name.split(":")[0]) in _ORDER else len(_ORDER) - 1
-    return ["", *_columns(records)], [[name, *(_short(leaf.get(name)) for leaf in leaves)] for name in sorted(differ, key=place)]
+    return ["",
+            *_columns(records)], [[name, *(_short(leaf.get(name)) for leaf in leaves)]
+                                  for name in sorted(differ, key=place)]
 
-
+# %% ../../nbs/runs/archive.ipynb #ff1fd211
 def compare_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: parameters that differ, results, and what differs between the environments."""
     return ["", *_columns(records)], compare_runs(records)[1] + environment_differences(records)[1]
 
-
+# %% ../../nbs/runs/archive.ipynb #384bb3fa
 def _columns(records: Sequence[RunRecord]) -> list[str]:
     names = [record.folder.name for record in records]
     if len(set(names)) < len(names): names = [record.name for record in records]
     return [name if names.count(name) == 1 else f"{name} ({place})" for place, name in enumerate(names, 1)]
 
-# %% ../../nbs/runs/archive.ipynb #c8e4f528
+# %% ../../nbs/runs/archive.ipynb #ed9a90c0
 def _data_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     ours, theirs = _datasets(a.environment), _datasets(b.environment)
     if ours and list(ours.values()) == list(theirs.values()) and "not hashed" not in ours.values(): return
@@ -162,71 +178,86 @@ def _data_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     elif ours == theirs: yield f"Both ran on {told(ours)}: without a hash nobody knows whether it was the same."
     else: yield f"The data differ: {told(ours)} in {a.name}, {told(theirs)} in {b.name}."
 
-
+# %% ../../nbs/runs/archive.ipynb #ee4f8062
 def _code_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     ours, theirs = a.environment, b.environment
     commit, other = ours.get("commit"), theirs.get("commit")
     if a.experiment != b.experiment: yield f"They are different experiments: {a.experiment} and {b.experiment}."
     if not commit and not other: yield "Neither run recorded a commit, so the code cannot be ruled out."
-    elif not commit or not other: yield f"{(a if not commit else b).name} recorded no commit, so the code cannot be compared."
+    elif not commit or not other:
+        yield f"{(a if not commit else b).name} recorded no commit, so the code cannot be compared."
     elif commit != other: yield f"The code differs: commit {_short(commit)} in {a.name}, {_short(other)} in {b.name}."
     changes = [environment.get("changes") for environment in (ours, theirs)]
     dirty = [record.name for record in (a, b) if record.environment.get("dirty")]
     if dirty and (None in changes or changes[0] != changes[1]):
-        yield f"{' and '.join(dirty)} ran with changes that were not committed" + (", which differ." if None not in changes else ", and nobody knows which.")
+        yield f"{' and '.join(dirty)} ran with changes that were not committed" + (
+            ", which differ." if None not in changes else ", and nobody knows which."
+        )
 
-# %% ../../nbs/runs/archive.ipynb #72127d8f
+# %% ../../nbs/runs/archive.ipynb #40d1cad7
 _NO_PARAMETERS = ("run_dir", "resume", "outputs")
 
 
 def _parameter_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     same_data = not any(_data_sentences(a, b))
     passed = (*_NO_PARAMETERS, "seed", *(["data"] if same_data else []))
-    names = [name for name in {**a.parameters, **b.parameters} if name not in passed and a.parameters.get(name) != b.parameters.get(name)]
+    names = [name for name in {**a.parameters, **b.parameters} if name not in passed
+             and a.parameters.get(name) != b.parameters.get(name)]
     told = lambda record, name: spell(record.parameters[name]) or "''" if name in record.parameters else "missing"
-    if names: yield "Parameters differ: " + ", ".join(f"{name} {told(a, name)} and {told(b, name)}" for name in names) + "."
+    if names:
+        yield "Parameters differ: " + ", ".join(f"{name} {told(a, name)} and {told(b, name)}" for name in names) + "."
 
-
+# %% ../../nbs/runs/archive.ipynb #0e2f7791
 def _seed_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     ours, theirs = (record.environment.get("seed", record.parameters.get("seed")) for record in (a, b))
     if ours != theirs: yield f"The seeds differ: {ours} and {theirs}."
     elif ours is None: yield "Neither run recorded a seed."
 
-
-def _group_sentences(a: RunRecord, b: RunRecord, group: str, told: str, only: Sequence[str] = (), but: Sequence[str] = ()) -> Iterator[str]:
+# %% ../../nbs/runs/archive.ipynb #180d3a2a
+def _group_sentences(a: RunRecord, b: RunRecord, group: str, told: str, only: Sequence[str] = (),
+                     but: Sequence[str] = ()) -> Iterator[str]:
     ours, theirs = (record.environment.get(group) or {} for record in (a, b))
-    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name) and (not only or name in only) and name not in but]
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name) and (not only or name in only)
+             and name not in but]
     value = lambda values, name: _short(values[name]) or "none" if values.get(name) is not None else "not recorded"
     if names: yield told + ", ".join(f"{name} {value(ours, name)} and {value(theirs, name)}" for name in names) + "."
 
-# %% ../../nbs/runs/archive.ipynb #42db0a0b
+# %% ../../nbs/runs/archive.ipynb #72fb828e
 _THREADS = ("torch_threads", "numba_threads", "cores")
 
 
 def explain_difference(a: RunRecord, b: RunRecord) -> list[str]:
-    """Sentences on what could make two runs differ, the likeliest first: data, code, parameters, seed, packages, hardware, threads.
+    """Sentences on what could make two runs differ, the likeliest first: data, code, parameters, seed, packages,
+    hardware, threads.
 
     Where nothing that was recorded differs there is one sentence that says so.
     """
     without = [record.name for record in (a, b) if not record.environment]
-    if without: return [f"{' and '.join(without)} recorded no environment: only parameters can be compared.", *_parameter_sentences(a, b)]
+    if without:
+        return [f"{' and '.join(without)} recorded no environment: only parameters can be compared.",
+                *_parameter_sentences(a, b)]
     packages = lambda: _group_sentences(a, b, "packages", "Packages differ: ")
     versions = [record.environment.get("python") for record in (a, b)]
     python = [f"Python differs: {versions[0]} and {versions[1]}."] if versions[0] != versions[1] else []
     hardware = lambda: _group_sentences(a, b, "hardware", "The machines differ: ", but=_THREADS)
-    threads = [*_group_sentences(a, b, "hardware", "The number of threads or cores differs, and with it the order of sums: ", only=_THREADS),
+    threads = [*_group_sentences(a, b, "hardware", "The number of threads or cores differs, and with it the "
+                                 "order of sums: ", only=_THREADS),
                *_group_sentences(a, b, "threads", "What the environment says about threads differs: ")]
-    found = [*_data_sentences(a, b), *_code_sentences(a, b), *_parameter_sentences(a, b), *_seed_sentences(a, b), *python, *packages(), *hardware(), *threads]
-    same = "Nothing that was recorded differs: data, code, parameters, seed, packages, hardware and threads are the same."
+    found = [*_data_sentences(a, b), *_code_sentences(a, b), *_parameter_sentences(a, b), *_seed_sentences(a, b),
+             *python, *packages(), *hardware(), *threads]
+    same = (
+        "Nothing that was recorded differs: data, code, parameters, seed, packages, hardware and threads are the same."
+    )
     return found or [same + " On a CPU the results should be too, to the bit."]
 
-# %% ../../nbs/runs/archive.ipynb #22f20c76
+# %% ../../nbs/runs/archive.ipynb #9cb7c33c
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A run in a file. place: where it lay under outputs. files: relative path -> {"sha256", "bytes"}. status is `unreadable` where `error` says why."""
+    """A run in a file. place: where it lay under outputs. files: relative path -> {"sha256", "bytes"}. status is
+    `unreadable` where `error` says why."""
 
     path: Path
     place: str = ""
@@ -243,42 +274,48 @@ class Archive:
     def row(self) -> list[str]:
         """The archive as a line of `archive_rows`."""
         here = spell_bytes(self.path.stat().st_size) if self.path.exists() else ""
-        return [self.path.name, self.place, self.status, _minute(self.started), self.packed[:10], self.data, self.gates, here, self.error[:60]]
+        return [self.path.name, self.place, self.status, _minute(self.started), self.packed[:10], self.data, self.gates,
+                here, self.error[:60]]
 
-# %% ../../nbs/runs/archive.ipynb #d85dd7b0
+# %% ../../nbs/runs/archive.ipynb #4fc8216b
 def archive_rows(archives: Sequence[Archive]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of a list of archives."""
-    return ["archive", "run", "status", "started", "packed", "data", "gates", "size", "error"], [archive.row() for archive in archives]
+    return ["archive", "run", "status", "started", "packed", "data", "gates", "size",
+            "error"], [archive.row() for archive in archives]
 
-# %% ../../nbs/runs/archive.ipynb #d9c87b22
+# %% ../../nbs/runs/archive.ipynb #0b4e7cc1
 def _contents(folder: Path) -> tuple[list[str], list[str]]:
     files, folders = [], []
     for parent, inner, names in os.walk(folder, onerror=_raise):
         for name in [*inner, *names]:
             path = Path(parent) / name
             plain = path.is_file() if name in names else not path.is_symlink()
-            if not plain: raise KiloError(f"{path} is neither a file nor a folder of its own: move it away before archiving the run.")
+            if not plain:
+                raise KiloError(f"{path} is neither a file nor a folder of its own: move it away before "
+                                "archiving the run.")
             (files if name in names else folders).append(path.relative_to(folder).as_posix())
     return sorted(files), sorted(folders)
 
-
+# %% ../../nbs/runs/archive.ipynb #48aaa9e4
 def _raise(error: OSError) -> None: raise error
 
-
+# %% ../../nbs/runs/archive.ipynb #9a51e4a1
 def _describe(record: RunRecord) -> dict[str, Any]:
     files, folders = _contents(record.folder)
-    held = {name: {"sha256": hash_file(record.folder / name), "bytes": (record.folder / name).stat().st_size} for name in files}
-    return {"format": 1, "place": record.name, "experiment": record.experiment, "status": record.status, "started": record.started,
-            "gates": _gates(record), "data": data_label(record), "packed": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+    held = {name: {"sha256": hash_file(record.folder / name), "bytes": (record.folder / name).stat().st_size}
+            for name in files}
+    return {"format": 1, "place": record.name, "experiment": record.experiment, "status": record.status,
+            "started": record.started, "gates": _gates(record), "data": data_label(record),
+            "packed": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "bytes": sum(entry["bytes"] for entry in held.values()), "folders": folders, "files": held}
 
-# %% ../../nbs/runs/archive.ipynb #05a87748
+# %% ../../nbs/runs/archive.ipynb #958df08a
 def _member(name: str, size: int, moment: float, mode: int = 0o644) -> tarfile.TarInfo:
     member = tarfile.TarInfo(name)
     member.size, member.mtime, member.mode = size, int(moment), mode
     return member
 
-
+# %% ../../nbs/runs/archive.ipynb #8a8e7009
 def _write_archive(folder: Path, manifest: Mapping[str, Any], path: Path) -> None:
     text = (dumps(manifest, indent=1) + "\n").encode()
     with atomic_write(path) as partial, open(partial, "wb") as raw:
@@ -292,45 +329,63 @@ def _write_archive(folder: Path, manifest: Mapping[str, Any], path: Path) -> Non
         raw.flush()
         os.fsync(raw.fileno())
         try: _check_archive(partial)
-        except KiloError: raise KiloError(f"{manifest['place']} changed while it was packed, and is where it was: wait until nobody writes there.") from None
+        except KiloError:
+            raise KiloError(f"{manifest['place']} changed while it was packed, and is where it was: wait until "
+                            "nobody writes there.") from None
 
-# %% ../../nbs/runs/archive.ipynb #636535c4
+# %% ../../nbs/runs/archive.ipynb #273ea11b
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
-    return bool(name) and not path.is_absolute() and ".." not in path.parts and "\\" not in name and "\0" not in name and str(path) == name and name != "."
+    return (
+        bool(name)
+        and not path.is_absolute()
+        and ".." not in path.parts
+        and "\\" not in name
+        and "\0" not in name
+        and str(path) == name
+        and name != "."
+    )
 
-
+# %% ../../nbs/runs/archive.ipynb #7ad06a7e
 @contextmanager
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
         with tarfile.open(path, "r|gz") as tar: yield tar
     except FileNotFoundError: raise KiloError(f"There is no archive {path}.") from None
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error: raise KiloError(f"{path} is damaged: {error}") from None
+    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise KiloError(f"{path} is damaged: {error}") from None
     except OSError as error: raise KiloError(f"Cannot read {path}: {error.strerror or error}.") from None
 
-
+# %% ../../nbs/runs/archive.ipynb #064ca518
 def _read_manifest(tar: tarfile.TarFile, path: Path) -> dict[str, Any]:
     first, manifest = tar.next(), None
     if first is not None and first.name == MANIFEST and first.isreg() and first.size <= 64 * BLOCK:
         with suppress(ValueError): manifest = json.loads(tar.extractfile(first).read())
-    if not _is_manifest(manifest): raise KiloError(f"{path} is no archive of a run: it does not begin with its {MANIFEST}.")
+    if not _is_manifest(manifest):
+        raise KiloError(f"{path} is no archive of a run: it does not begin with its {MANIFEST}.")
     for name in [manifest["place"], *manifest["files"], *manifest["folders"]]:
-        if not _is_inside(name): raise KiloError(f"{path} names '{name}', which leads out of the run's folder: it is refused.")
+        if not _is_inside(name):
+            raise KiloError(f"{path} names '{name}', which leads out of the run's folder: it is refused.")
     return manifest
 
-# %% ../../nbs/runs/archive.ipynb #5a35d844
+# %% ../../nbs/runs/archive.ipynb #3d7caaf6
 def _is_manifest(value: Any) -> bool:
     if not isinstance(value, dict) or value.get("format") != 1 or not isinstance(value.get("place"), str): return False
     files, folders = value.get("files"), value.get("folders")
-    if not isinstance(files, dict) or not isinstance(folders, list) or not all(isinstance(name, str) for name in folders): return False
-    return all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("bytes"), int) for entry in files.values())
+    if not isinstance(files, dict) or not isinstance(folders,
+                                                     list) or not all(isinstance(name, str) for name in folders):
+        return False
+    return all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) and isinstance(entry.get("bytes"), int)
+               for entry in files.values())
 
-# %% ../../nbs/runs/archive.ipynb #f5d4fd74
-def _members(tar: tarfile.TarFile, manifest: Mapping[str, Any], path: Path) -> Iterator[tuple[str, tarfile.TarInfo, BinaryIO]]:
+# %% ../../nbs/runs/archive.ipynb #df90dbb6
+def _members(tar: tarfile.TarFile, manifest: Mapping[str, Any],
+             path: Path) -> Iterator[tuple[str, tarfile.TarInfo, BinaryIO]]:
     missing = set(manifest["files"])
     while (member := tar.next()) is not None:
         name = member.name.removeprefix("run/")
-        if not _is_inside(member.name): raise KiloError(f"{path} holds '{member.name}', which leads out of the run's folder: it is refused.")
+        if not _is_inside(member.name):
+            raise KiloError(f"{path} holds '{member.name}', which leads out of the run's folder: it is refused.")
         if not member.isreg() or name == member.name or name not in missing:
             raise KiloError(f"{path} holds '{member.name}', which its manifest does not: it was tampered with.")
         if member.size != manifest["files"][name]["bytes"]: raise _damaged(name, path)
@@ -338,7 +393,7 @@ def _members(tar: tarfile.TarFile, manifest: Mapping[str, Any], path: Path) -> I
         yield name, member, tar.extractfile(member)
     if missing: raise KiloError(f"{path} lacks '{min(missing)}' of its manifest: it was tampered with.")
 
-
+# %% ../../nbs/runs/archive.ipynb #0cec3993
 def _copy_hashed(source: BinaryIO, target: BinaryIO | None = None) -> str:
     digest = hashlib.sha256()
     while block := source.read(BLOCK):
@@ -346,7 +401,7 @@ def _copy_hashed(source: BinaryIO, target: BinaryIO | None = None) -> str:
         if target is not None: target.write(block)
     return digest.hexdigest()
 
-# %% ../../nbs/runs/archive.ipynb #be630c00
+# %% ../../nbs/runs/archive.ipynb #2abec38d
 def _check_archive(path: Path) -> dict[str, Any]:
     with _opened(path) as tar:
         manifest = _read_manifest(tar, path)
@@ -355,29 +410,36 @@ def _check_archive(path: Path) -> dict[str, Any]:
     return manifest
 
 
-def _damaged(name: str, path: Path) -> KiloError: return KiloError(f"'{name}' in {path} is not what its manifest says: it is damaged.")
+def _damaged(name: str, path: Path) -> KiloError:
+    return KiloError(f"'{name}' in {path} is not what its manifest says: it is damaged.")
 
-# %% ../../nbs/runs/archive.ipynb #a0bcf650
+# %% ../../nbs/runs/archive.ipynb #9e0bd775
 OVER = (FINISHED, FAILED, INTERRUPTED, ABANDONED)
 
 
 def _check_over(record: RunRecord) -> None:
     status = read_status(record.folder)
     if status is None: raise KiloError(f"There is no run in {record.folder} any more.")
-    if status.get("status") not in OVER: raise KiloError(f"{record.name} is {status.get('status', 'not readable')}: only runs that are over can be archived.")
+    if status.get("status") not in OVER:
+        raise KiloError(f"{record.name} is {status.get('status', 'not readable')}: only runs that are over "
+                        "can be archived.")
     if not (record.folder.parent / "sweep.json").is_file(): return
     try: sweep = read_status(record.folder.parent) or {}
     except KiloError: return
-    if sweep.get("status") == RUNNING: raise KiloError(f"{record.name} belongs to a sweep that is running: wait for its end, or stop it.")
+    if sweep.get("status") == RUNNING:
+        raise KiloError(f"{record.name} belongs to a sweep that is running: wait for its end, or stop it.")
 
-
+# %% ../../nbs/runs/archive.ipynb #54af814f
 def archive_path(record: RunRecord, target: str | os.PathLike | None = None) -> Path:
-    """The file that a run is archived to: `<experiment>-<run>.tar.gz` in `target`, by default the folder `archive` of the outputs that the run lies in."""
+    """The file that a run is archived to: `<experiment>-<run>.tar.gz` in `target`, by default the folder `archive` of
+    the outputs that the run lies in."""
     parts = PurePosixPath(record.name).parts
     root = record.folder.parents[len(parts) - 1] if record.folder.parts[-len(parts):] == parts else outputs_root()
-    return Path(target or root / "archive").expanduser().resolve() / ("-".join(part for part in parts if part != SWEEPS) + ".tar.gz")
+    return Path(target
+                or root / "archive").expanduser().resolve() / ("-".join(part for part in parts if part != SWEEPS)
+                                                               + ".tar.gz")
 
-# %% ../../nbs/runs/archive.ipynb #6ebaad9a
+# %% ../../nbs/runs/archive.ipynb #df400380
 def _remove(folder: Path) -> None:
     aside = folder.parent / f".removing-{uuid.uuid4().hex[:8]}"
     aside.mkdir()
@@ -386,7 +448,8 @@ def _remove(folder: Path) -> None:
 
 
 def _tidy(folders: Sequence[Path], target: Path) -> None:
-    for leftover in (path for folder in folders for path in folder.glob(".removing-*")): shutil.rmtree(leftover, ignore_errors=True)
+    for leftover in (path for folder in folders for path in folder.glob(".removing-*")):
+        shutil.rmtree(leftover, ignore_errors=True)
     for partial in target.glob(".*.tar.gz.*.part"):
         if time.time() - partial.stat().st_mtime > 3600: partial.unlink(missing_ok=True)
 
@@ -398,12 +461,15 @@ def _pack(record: RunRecord, path: Path) -> None:
         raise KiloError(f"{path} exists and holds another run: archive to another folder.")
     _write_archive(record.folder, manifest, path)
 
-# %% ../../nbs/runs/archive.ipynb #0dd64bf9
-def archive_runs(records: Sequence[RunRecord], target: str | os.PathLike | None = None, delete: bool = False) -> list[Archive]:
+# %% ../../nbs/runs/archive.ipynb #f0dd120f
+def archive_runs(records: Sequence[RunRecord], target: str | os.PathLike | None = None,
+                 delete: bool = False) -> list[Archive]:
     """Move runs that are over out of the way, each into one file (`archive_path`); returns the archives.
 
-    delete: throw the runs away for good instead; nothing is packed, and nothing returned. Archived runs of a sweep are run again where the sweep is.
-    Raises KiloError, before anything is touched, where one of them is not over, cannot be read, or would share its archive with another; and where an archive
+    delete: throw the runs away for good instead; nothing is packed, and nothing returned. Archived runs of a sweep are
+    run again where the sweep is.
+    Raises KiloError, before anything is touched, where one of them is not over, cannot be read, or would share its
+    archive with another; and where an archive
     cannot be written: that run is left as it was, those before it are archived.
     """
     records = list({record.folder: record for record in records}.values())
@@ -411,7 +477,9 @@ def archive_runs(records: Sequence[RunRecord], target: str | os.PathLike | None 
     for record, path in zip(records, paths):
         if record.status == UNREADABLE: raise KiloError(f"{record.folder} cannot be archived: {record.error}")
         _check_over(record)
-        if paths.count(path) > 1: raise KiloError(f"Two of the runs would be archived to {path}: give them one at a time, each its own folder.")
+        if paths.count(path) > 1:
+            raise KiloError(f"Two of the runs would be archived to {path}: give them one at a time, each "
+                            "its own folder.")
     for record, path in zip(records, paths):
         try:
             _tidy([record.folder.parent], path.parent)
@@ -420,20 +488,24 @@ def archive_runs(records: Sequence[RunRecord], target: str | os.PathLike | None 
             _remove(record.folder)
         except (OSError, tarfile.TarError) as error:
             undone = "removed" if delete else f"archived to {path.parent}"
-            raise KiloError(f"{record.name} was not {undone}, and is where it was: {getattr(error, 'strerror', None) or error}.") from None
+            raise KiloError(f"{record.name} was not {undone}, and is where it was: "
+                            f"{getattr(error, 'strerror', None) or error}.") from None
     return [] if delete else [read_archive(path) for path in paths]
 
-# %% ../../nbs/runs/archive.ipynb #0a3c8d60
+# %% ../../nbs/runs/archive.ipynb #fc3400dd
 def read_archive(path: str | os.PathLike) -> Archive:
     """What an archive's manifest says. Raises KiloError where it is none, or its beginning is damaged."""
     path = Path(path).expanduser().resolve()
     with _opened(path) as tar: manifest = _read_manifest(tar, path)
-    text = {name: str(manifest.get(name, "")) for name in ("experiment", "status", "started", "packed", "gates", "data")}
-    return Archive(path, manifest["place"], bytes=sum(entry["bytes"] for entry in manifest["files"].values()), files=manifest["files"], **text)
+    text = {name: str(manifest.get(name, ""))
+            for name in ("experiment", "status", "started", "packed", "gates", "data")}
+    return Archive(path, manifest["place"], bytes=sum(entry["bytes"] for entry in manifest["files"].values()),
+                   files=manifest["files"], **text)
 
-
+# %% ../../nbs/runs/archive.ipynb #79912772
 def list_archives(outputs: str | os.PathLike | None = None) -> list[Archive]:
-    """The archives under `outputs` (its folder `archive`, or that folder itself), by their manifests, in the order of their names.
+    """The archives under `outputs` (its folder `archive`, or that folder itself), by their manifests, in the order of
+    their names.
 
     Those that cannot be read are among them, with the reason; the bytes of the runs are checked when they are restored.
     """
@@ -443,30 +515,38 @@ def list_archives(outputs: str | os.PathLike | None = None) -> list[Archive]:
         except KiloError as error: found.append(Archive(path, error=str(error).removeprefix(f"{path} ")))
     return found
 
-# %% ../../nbs/runs/archive.ipynb #d0c77fe8
+# %% ../../nbs/runs/archive.ipynb #fee7a5a6
 def restore_run(archive: str | os.PathLike, outputs: str | os.PathLike | None = None) -> Path:
     """Put an archived run back to its place under `outputs` and return its folder; the archive stays.
 
     outputs: by default the folder that the archive's folder `archive` lies in, where it does.
-    Every file is checked against the manifest on its way. A run whose process had vanished is marked so, since another machine could not tell.
-    Raises KiloError where the place is taken, the archive is damaged or was tampered with, or the disk is full; then nothing is left behind.
+    Every file is checked against the manifest on its way. A run whose process had vanished is marked so, since another
+    machine could not tell.
+    Raises KiloError where the place is taken, the archive is damaged or was tampered with, or the disk is full; then
+    nothing is left behind.
     """
     path = Path(archive).expanduser().resolve()
-    root = Path(outputs or (path.parents[1] if path.parent.name == "archive" else outputs_root())).expanduser().resolve()
+    root = Path(outputs
+                or (path.parents[1] if path.parent.name == "archive" else outputs_root())).expanduser().resolve()
     found = read_archive(path)
     folder = root / found.place
-    if folder.exists(): raise KiloError(f"{folder} exists: a run is not restored over another; move it away, or restore to another outputs folder.")
+    if folder.exists():
+        raise KiloError(f"{folder} exists: a run is not restored over another; move it away, or restore to "
+                        "another outputs folder.")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder.parent).free
-        if found.bytes > free: raise KiloError(f"{found.place} needs {spell_bytes(found.bytes)}, and {folder.parent} has {spell_bytes(free)} left.")
+        if found.bytes > free:
+            raise KiloError(f"{found.place} needs {spell_bytes(found.bytes)}, and {folder.parent} has "
+                            f"{spell_bytes(free)} left.")
         aside = folder.parent / f".restoring-{uuid.uuid4().hex[:8]}"
         try:
             _extract(path, aside / folder.name)
             os.rename(aside / folder.name, folder)
             if found.status == ABANDONED: mark_run(folder, ABANDONED, "The run was abandoned before it was archived.")
         finally: shutil.rmtree(aside, ignore_errors=True)
-    except OSError as error: raise KiloError(f"{found.place} was not restored to {root}: {error.strerror or error}.") from None
+    except OSError as error:
+        raise KiloError(f"{found.place} was not restored to {root}: {error.strerror or error}.") from None
     return folder
 
 # %% ../../nbs/runs/archive.ipynb #b51d1276

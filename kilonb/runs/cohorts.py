@@ -25,18 +25,20 @@ from ..core.files import number
 from .gates import Gate, spell
 from .folders import FINISHED, SWEEPS, RunRecord, data_label, read_run, read_status
 
-# %% ../../nbs/runs/cohorts.ipynb #89e4decf
-def _is_number(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+# %% ../../nbs/runs/cohorts.ipynb #155c87b6
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def order_of(value: Any) -> tuple[bool, float, str]:
     """A sorting key for values of a parameter: numbers by size, then everything else by its text."""
     return (False, float(value), "") if _is_number(value) else (True, 0.0, str(value))
 
-# %% ../../nbs/runs/cohorts.ipynb #83f589d0
+# %% ../../nbs/runs/cohorts.ipynb #aacbc66a
 @dataclass(frozen=True)
 class Member:
-    """A run of a cohort and the values of what varies. A planned run that was never started has a record with the status `waiting`."""
+    """A run of a cohort and the values of what varies. A planned run that was never started has a record with the
+    status `waiting`."""
 
     record: RunRecord
     varied: dict[str, Any]
@@ -46,12 +48,13 @@ class Member:
         """The run's folder name, by which tables and charts are linked."""
         return self.record.folder.name
 
-
+# %% ../../nbs/runs/cohorts.ipynb #1cd968af
 @dataclass(frozen=True)
 class Cohort:
     """Runs that belong together.
 
-    kind: `run`, `sweep`, `experiment`, `runs` or `lab`. varied: names of the parameters that differ, seeds last. notes: a sentence for what could not be read.
+    kind: `run`, `sweep`, `experiment`, `runs` or `lab`. varied: names of the parameters that differ, seeds last. notes:
+    a sentence for what could not be read.
     status: what the sweep's own status.json says, empty elsewhere.
     """
 
@@ -69,7 +72,7 @@ class Cohort:
     @property
     def finished(self) -> list[Member]: return [member for member in self.members if member.record.status == FINISHED]
 
-# %% ../../nbs/runs/cohorts.ipynb #1e836fcf
+# %% ../../nbs/runs/cohorts.ipynb #55140719
 NOT_COMPARED = ("run_dir", "resume")
 
 
@@ -77,92 +80,106 @@ def is_seed(name: str) -> bool:
     """Whether a parameter only draws the dice."""
     return name == "seed" or name.endswith("_seed")
 
-
+# %% ../../nbs/runs/cohorts.ipynb #9e0d20b6
 def _same(value: Any) -> str: return json.dumps(value, sort_keys=True, default=str)
 
-
+# %% ../../nbs/runs/cohorts.ipynb #73684db4
 def varied_parameters(records: Sequence[RunRecord]) -> list[str]:
     """Names of the parameters that differ between runs, seeds last; runs that hold no parameters do not count."""
     read = [record.parameters for record in records if record.parameters]
     names = dict.fromkeys(name for parameters in read for name in parameters if name not in NOT_COMPARED)
-    return sorted((name for name in names if len({_same(parameters.get(name)) for parameters in read}) > 1), key=is_seed)
+    return sorted((name for name in names if len({_same(parameters.get(name)) for parameters in read}) > 1),
+                  key=is_seed)
 
-
+# %% ../../nbs/runs/cohorts.ipynb #bcf18f8d
 def _checked(record: RunRecord) -> RunRecord:
-    """The record, if its parts are of the kinds that a run writes. TypeError, ValueError, AttributeError or OverflowError elsewhere."""
+    """The record, if its parts are of the kinds that a run writes. TypeError, ValueError, AttributeError or
+    OverflowError elsewhere."""
     rows = [row for rows in record.tables.values() for row in rows]
     if not all(isinstance(row, dict) for row in rows): raise TypeError
-    if not all(isinstance(text, str) for text in (record.experiment, record.status, record.started, record.error)): raise TypeError
-    whole = [value for part in (record.results, record.baselines, record.parameters) for value in part.values() if isinstance(value, int)]
+    if not all(isinstance(text, str) for text in (record.experiment, record.status, record.started, record.error)):
+        raise TypeError
+    whole = [value for part in (record.results, record.baselines, record.parameters) for value in part.values()
+             if isinstance(value, int)]
     for value in (record.elapsed_s, *whole): float(value)
     data_label(record)
     return record
 
-
+# %% ../../nbs/runs/cohorts.ipynb #7ce55989
 def _record(folder: Path) -> RunRecord:
     """The run in a folder; `unreadable` where a file of it is damaged or holds something else than a run writes."""
     try: return _checked(read_run(folder))
     except KiloError as error: said = str(error)
-    except (TypeError, ValueError, AttributeError, OverflowError): said = f"{folder} does not hold what a run writes: repeat the run."
+    except (TypeError, ValueError, AttributeError, OverflowError):
+        said = f"{folder} does not hold what a run writes: repeat the run."
     return RunRecord(folder, folder.parent.name, "unreadable", error=said)
 
-
+# %% ../../nbs/runs/cohorts.ipynb #100823ab
 def _records(paths: Iterable[Path]) -> list[RunRecord]:
     """The runs of these status files, the oldest first."""
     return sorted((_record(path.parent) for path in paths), key=lambda record: (record.started, record.folder.name))
 
-
+# %% ../../nbs/runs/cohorts.ipynb #4d0eb5e6
 def _members(records: Sequence[RunRecord], varied: Sequence[str]) -> tuple[Member, ...]:
     return tuple(Member(record, {name: record.parameters.get(name) for name in varied}) for record in records)
 
-# %% ../../nbs/runs/cohorts.ipynb #85f9d610
+# %% ../../nbs/runs/cohorts.ipynb #bd9c74e5
 def _json_object(path: Path, notes: list[str]) -> dict[str, Any]:
     """The object in a JSON file, empty where there is none; a damaged file becomes a note."""
     if not path.is_file(): return {}
     try: value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError): value = None
-    if not isinstance(value, dict): notes.append(f"{path.name} of the sweep cannot be read: it was cut short or edited.")
+    if not isinstance(value, dict):
+        notes.append(f"{path.name} of the sweep cannot be read: it was cut short or edited.")
     return value if isinstance(value, dict) else {}
 
-
+# %% ../../nbs/runs/cohorts.ipynb #ecd45624
 def _planned(folder: Path, plan: Mapping[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
     """Name -> values of what varies, of each run of a sweep's plan; of the folders there where there is no plan."""
     found = {}
     for run in plan.get("runs") if isinstance(plan.get("runs"), list) else []:
         name = run.get("name") if isinstance(run, dict) else None
-        if not isinstance(name, str) or not name or Path(name).name != name: notes.append(f"sweep.json holds a run without a usable name: {str(name)[:80]!r}.")
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            notes.append(f"sweep.json holds a run without a usable name: {str(name)[:80]!r}.")
         else: found[name] = run["varied"] if isinstance(run.get("varied"), dict) else {}
     if found: return found
     notes.append("The sweep's plan, sweep.json, is missing or empty: the runs in its folder are shown.")
     return {path.parent.name: {} for path in sorted(folder.glob("*/status.json"))}
 
-# %% ../../nbs/runs/cohorts.ipynb #bac4e35a
+# %% ../../nbs/runs/cohorts.ipynb #7cbb45ea
 def read_sweep(folder: str | os.PathLike) -> Cohort:
     """The sweep in `folder`, with a member for each run of its plan."""
     folder, notes = Path(folder).resolve(), []
     plan, status = _json_object(folder / "sweep.json", notes), _json_object(folder / "status.json", notes)
-    rows = {row.get("name"): row for row in status.get("runs", []) if isinstance(row, dict)} if isinstance(status.get("runs"), list) else {}
+    rows = {row.get("name"): row for row in status.get("runs", [])
+            if isinstance(row, dict)} if isinstance(status.get("runs"), list) else {}
     planned, members = _planned(folder, plan, notes), []
     for name, values in planned.items():
         row = rows.get(name, {})
         if (folder / name / "status.json").is_file(): record = _record(folder / name)
-        else: record = RunRecord(folder / name, str(plan.get("experiment", "")), str(row.get("status") or "waiting"), error=str(row.get("error") or ""))
+        else:
+            record = RunRecord(folder / name, str(plan.get("experiment", "")), str(row.get("status") or "waiting"),
+                               error=str(row.get("error") or ""))
         members.append(Member(record, {key: number(value) for key, value in values.items()}))
     varied = [name for name in plan.get("varied") or [] if isinstance(name, str)]
-    varied = varied or list(dict.fromkeys(name for member in members for name in member.varied)) or varied_parameters([m.record for m in members])
-    members = [Member(m.record, {**{name: m.record.parameters.get(name) for name in varied}, **m.varied}) for m in members]
-    return Cohort("sweep", str(plan.get("sweep") or folder.name), folder, tuple(members), tuple(sorted(varied, key=is_seed)), tuple(notes), status)
+    varied = varied or list(dict.fromkeys(name for member in members
+                                          for name in member.varied)) or varied_parameters([m.record for m in members])
+    members = [Member(m.record, {**{name: m.record.parameters.get(name) for name in varied}, **m.varied})
+               for m in members]
+    return Cohort("sweep", str(plan.get("sweep") or folder.name), folder, tuple(members),
+                  tuple(sorted(varied, key=is_seed)), tuple(notes), status)
 
-# %% ../../nbs/runs/cohorts.ipynb #d08ae3f0
+# %% ../../nbs/runs/cohorts.ipynb #bf50672a
 def is_sweep(folder: Path) -> bool:
     """Whether a folder is a sweep's: it has a plan, or says so itself."""
     if (folder / "sweep.json").is_file() or (folder / "sweep.yaml").is_file(): return True
     try: return (read_status(folder) or {}).get("kind") == "sweep"
     except KiloError: return False
 
-
+# %% ../../nbs/runs/cohorts.ipynb #7059dcb1
 def read_cohort(target: str | os.PathLike | Sequence[str | os.PathLike]) -> Cohort:
-    """What a folder holds: a run, a sweep, the runs of an experiment, or a whole lab (experiments with runs); or several runs, by their folders.
+    """What a folder holds: a run, a sweep, the runs of an experiment, or a whole lab (experiments with runs); or
+    several runs, by their folders.
 
     Raises KiloError where there is nothing to read.
     """
@@ -172,28 +189,32 @@ def read_cohort(target: str | os.PathLike | Sequence[str | os.PathLike]) -> Coho
             raise KiloError(f"{wrong[0]} is not a run: name runs, or one sweep, experiment or outputs folder.")
         if not folders: raise KiloError("No runs were named: give one or more.")
         records = [_record(folder) for folder in folders]
-        return Cohort("runs", f"{len(records)} runs", Path(os.path.commonpath(folders)), _members(records, varied := varied_parameters(records)), tuple(varied))
+        return Cohort("runs", f"{len(records)} runs", Path(os.path.commonpath(folders)),
+                      _members(records, varied := varied_parameters(records)), tuple(varied))
     folder = Path(target).expanduser().resolve()
     if is_sweep(folder): return read_sweep(folder)
     if (folder / "status.json").is_file(): return Cohort("run", folder.name, folder, _members([_record(folder)], ()))
     if below := [path for path in folder.glob("*/status.json") if not is_sweep(path.parent)]:
         records = _records(below)
-        return Cohort("experiment", folder.name, folder, _members(records, varied := varied_parameters(records)), tuple(varied))
+        return Cohort("experiment", folder.name, folder, _members(records, varied := varied_parameters(records)),
+                      tuple(varied))
     if below := list(folder.glob("*/*/status.json")):
-        return Cohort("lab", "The lab", folder, _members(_records(path for path in below if path.parent.parent.name != SWEEPS), ()))
+        return Cohort("lab", "The lab", folder,
+                      _members(_records(path for path in below if path.parent.parent.name != SWEEPS), ()))
     raise KiloError(f"There are no runs in {folder}: name the folder of a run, a sweep, an experiment or all outputs.")
 
-# %% ../../nbs/runs/cohorts.ipynb #f22c1bd2
+# %% ../../nbs/runs/cohorts.ipynb #89a26a73
 @dataclass(frozen=True)
 class Choice:
-    """Names of the results to look at: quality (more is better), time in seconds (less is), speed per second (more is), each empty where there is none."""
+    """Names of the results to look at: quality (more is better), time in seconds (less is), speed per second (more is),
+    each empty where there is none."""
 
     quality: str
     time: str
     speed: str
     gated: tuple[str, ...]
 
-
+# %% ../../nbs/runs/cohorts.ipynb #d408af72
 _ASIDE = ("blank", "gap", "teacher", "oracle", "baseline", "target")
 _LIKED = ("test_psnr", "psnr", "train_s", "fit_s", "student_s", "total_s", "frames_per_s")
 
@@ -203,7 +224,7 @@ def numeric_results(records: Sequence[RunRecord]) -> list[str]:
     is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
     return list(dict.fromkeys(name for record in records for name, value in record.results.items() if is_number(value)))
 
-
+# %% ../../nbs/runs/cohorts.ipynb #9616d63f
 def _pick(names: Sequence[str], gated: Sequence[str], given: str, beside: str = "") -> str:
     """The given name, checked, or the best of `names`: gated, of the same family as `beside`, well known, first."""
     if given and given not in names: raise unknown_name("result", given, names)
@@ -213,21 +234,26 @@ def _pick(names: Sequence[str], gated: Sequence[str], given: str, beside: str = 
         return any(word in name.split("_") for word in _ASIDE), name not in gated, -shared(name), known
     return given or min(names, key=liking, default="")
 
-# %% ../../nbs/runs/cohorts.ipynb #2d90d491
+# %% ../../nbs/runs/cohorts.ipynb #681117c0
 def gates_of(records: Sequence[RunRecord]) -> dict[str, Gate]:
     """Result -> gate, over several runs; where they differ, the newest run's counts."""
-    return {line.gate.result: line.gate for record in sorted(records, key=lambda record: record.started) for line in record.report.lines}
+    return {line.gate.result: line.gate for record in sorted(records, key=lambda record: record.started)
+            for line in record.report.lines}
 
 
 def choose_results(records: Sequence[RunRecord], quality: str = "", time: str = "", speed: str = "") -> Choice:
-    """Which results say how good, how long and how fast, by gates and the units in names; a given name goes first, KiloError where no run has it."""
+    """Which results say how good, how long and how fast, by gates and the units in names; a given name goes first,
+    KiloError where no run has it."""
     names, gates = numeric_results(records), gates_of(records)
-    by_unit = lambda ending: [name for name in names if name.endswith(ending) and not (ending == "_s" and name.endswith("_per_s"))]
-    best = _pick(names if quality else by_unit("_db"), [name for name, gate in gates.items() if gate.at_least is not None], quality)
+    by_unit = lambda ending: [name for name in names if name.endswith(ending)
+                              and not (ending == "_s" and name.endswith("_per_s"))]
+    best = _pick(names if quality else by_unit("_db"),
+                 [name for name, gate in gates.items() if gate.at_least is not None], quality)
     return Choice(best, _pick(names if time else by_unit("_s"), list(gates), time, best),
-                  _pick(names if speed else by_unit("_per_s"), list(gates), speed, best), tuple(name for name in gates if name in names))
+                  _pick(names if speed else by_unit("_per_s"), list(gates), speed, best),
+                  tuple(name for name in gates if name in names))
 
-# %% ../../nbs/runs/cohorts.ipynb #9c0b24b9
+# %% ../../nbs/runs/cohorts.ipynb #9a39e654
 @dataclass(frozen=True)
 class Spread:
     """Mean, sample standard deviation (NaN for fewer than two) and number of some values."""
@@ -238,72 +264,88 @@ class Spread:
 
     def __str__(self) -> str:
         if not self.count: return ""
-        if self.count == 1 or not math.isfinite(self.deviation) or self.deviation == 0: return spell(self.mean) + (" ± 0" if self.deviation == 0 else "")
+        if self.count == 1 or not math.isfinite(self.deviation) or self.deviation == 0:
+            return spell(self.mean) + (" ± 0" if self.deviation == 0 else "")
         decimals = min(9, max(0, 1 - math.floor(math.log10(float(f"{self.deviation:.1e}")))))
         return f"{self.mean:.{decimals}f} ± {self.deviation:.{decimals}f}"
 
-
+# %% ../../nbs/runs/cohorts.ipynb #5e56c2a2
 def spread(values: Sequence[Any]) -> Spread:
     """Of the finite numbers among `values`; mean NaN where there are none."""
     numbers = [float(v) for v in values if isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v)]
     if not numbers: return Spread(math.nan, math.nan, 0)
     with np.errstate(over="ignore", invalid="ignore"):
-        return Spread(float(np.mean(numbers)), float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan, len(numbers))
+        return Spread(float(np.mean(numbers)), float(np.std(numbers, ddof=1)) if len(numbers) > 1 else math.nan,
+                      len(numbers))
 
-# %% ../../nbs/runs/cohorts.ipynb #9b491885
+# %% ../../nbs/runs/cohorts.ipynb #399eec5d
 @dataclass(frozen=True)
 class Condition:
-    """Runs that differ in seeds only. values: of the parameters that vary otherwise. members: all of them, finished or not."""
+    """Runs that differ in seeds only. values: of the parameters that vary otherwise. members: all of them, finished or
+    not."""
 
     values: dict[str, Any]
     members: tuple[Member, ...]
 
     def spread(self, result: str) -> Spread:
         """Of one result over the finished runs."""
-        return spread([member.record.results.get(result) for member in self.members if member.record.status == FINISHED])
+        return spread([member.record.results.get(result) for member in self.members
+                       if member.record.status == FINISHED])
 
-
+# %% ../../nbs/runs/cohorts.ipynb #1f1e07ba
 def conditions(cohort: Cohort) -> list[Condition]:
     """The cohort's runs by condition, in the order of their values."""
     names, groups = [name for name in cohort.varied if not is_seed(name)], {}
-    for member in cohort.members: groups.setdefault(_same([member.varied.get(name) for name in names]), []).append(member)
+    for member in cohort.members:
+        groups.setdefault(_same([member.varied.get(name) for name in names]), []).append(member)
     found = [Condition({name: group[0].varied.get(name) for name in names}, tuple(group)) for group in groups.values()]
     return sorted(found, key=lambda condition: [order_of(value) for value in condition.values.values()])
 
-# %% ../../nbs/runs/cohorts.ipynb #a51d6992
+# %% ../../nbs/runs/cohorts.ipynb #8997852c
 def main_effect(cohort: Cohort, parameter: str, result: str) -> list[tuple[Any, list[tuple[float, str]], Spread]]:
-    """For each value of a varied parameter, in order: the value, (result, run) of each finished run with it, and their mean and spread."""
+    """For each value of a varied parameter, in order: the value, (result, run) of each finished run with it, and their
+    mean and spread."""
     groups: dict[str, tuple[Any, list]] = {}
     for member in cohort.members:
         value, measured = member.varied.get(parameter), member.record.results.get(result)
         _, dots = groups.setdefault(_same(value), (value, []))
         if member.record.status == FINISHED and spread([measured]).count: dots.append((float(measured), member.key))
-    return [(value, dots, spread([v for v, _ in dots])) for value, dots in sorted(groups.values(), key=lambda group: order_of(group[0]))]
+    return [(value, dots, spread([v for v, _ in dots])) for value,
+            dots in sorted(groups.values(), key=lambda group: order_of(group[0]))]
 
-# %% ../../nbs/runs/cohorts.ipynb #a4804010
+# %% ../../nbs/runs/cohorts.ipynb #0329ace2
 Curve = tuple[np.ndarray, np.ndarray]
 _ASIDE_FOLDERS = {"earlier", "checkpoints", "pictures", "figures"}
 
 
 def _columns(path: Path) -> dict[str, Curve]:
     try: lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error): raise KiloError(f"{path} cannot be read: its curves are left out.") from None
-    if not lines or lines[0][:1] != ["step"]: raise KiloError(f"{path} does not start with step: its curves are left out.")
+    except (OSError, UnicodeDecodeError, csv.Error):
+        raise KiloError(f"{path} cannot be read: its curves are left out.") from None
+    if not lines or lines[0][:1] != ["step"]:
+        raise KiloError(f"{path} does not start with step: its curves are left out.")
     names, rows = lines[0], [line for line in lines[1:] if len(line) == len(lines[0])]
     curves = {}
     for i, name in enumerate(names):
         if name in ("step", "elapsed_s"): continue
         pairs = [(row[0], row[i]) for row in rows if row[i]]
         try: x, y = (np.array([float(pair[k]) for pair in pairs], dtype=np.float64) for k in (0, 1))
-        except ValueError: raise KiloError(f"{path} holds something that is not a number in '{name[:40]}': its curves are left out.") from None
+        except ValueError:
+            raise KiloError(f"{path} holds something that is not a number in '{name[:40]}': its curves "
+                            "are left out.") from None
         if len(x): curves[name] = (x, y)
     return curves
 
-
+# %% ../../nbs/runs/cohorts.ipynb #11bcef5c
 def read_curves(folder: str | os.PathLike, notes: list[str] | None = None) -> dict[str, dict[str, Curve]]:
-    """Folder below the run ("" for the run's own) -> name -> (steps, values). A file that cannot be read is left out, and `notes` gets a sentence."""
+    """Folder below the run ("" for the run's own) -> name -> (steps, values). A file that cannot be read is left out,
+    and `notes` gets a sentence."""
     folder, found = Path(folder), {}
-    for path in sorted(folder.glob("metrics.csv")) + sorted(folder.glob("*/metrics.csv")) + sorted(folder.glob("*/*/metrics.csv")):
+    for path in (
+        sorted(folder.glob("metrics.csv"))
+        + sorted(folder.glob("*/metrics.csv"))
+        + sorted(folder.glob("*/*/metrics.csv"))
+    ):
         place = path.parent.relative_to(folder)
         if _ASIDE_FOLDERS & set(place.parts): continue
         try: found[place.as_posix().removeprefix(".")] = _columns(path)
@@ -311,7 +353,7 @@ def read_curves(folder: str | os.PathLike, notes: list[str] | None = None) -> di
             if notes is not None: notes.append(str(error))
     return found
 
-# %% ../../nbs/runs/cohorts.ipynb #4c3df717
+# %% ../../nbs/runs/cohorts.ipynb #708e1c09
 _OWN = {"command", "seed"}
 
 
@@ -325,9 +367,10 @@ def flat_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
         else: flat[name] = value
     return {name: value for name, value in flat.items() if value not in (None, [], "")}
 
-
+# %% ../../nbs/runs/cohorts.ipynb #f6f42ea1
 def compare_environments(records: Sequence[RunRecord]) -> tuple[dict[str, Any], dict[str, list[tuple[Any, list[str]]]]]:
-    """(what is equal in all runs, name -> [(value, runs)] of what is not). Runs without a recorded environment, commands and seeds do not count."""
+    """(what is equal in all runs, name -> [(value, runs)] of what is not). Runs without a recorded environment,
+    commands and seeds do not count."""
     read = [(record.folder.name, flat_environment(record.environment)) for record in records if record.environment]
     same, differing = {}, {}
     for name in dict.fromkeys(name for _, flat in read for name in flat if name not in _OWN):

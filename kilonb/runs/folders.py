@@ -33,8 +33,15 @@ from ..core.errors import KiloError
 from ..core.files import atomic_write, number, write_json
 from .gates import Gate, GateReport, build_gates, check_gates, html_table, spell
 
-# %% ../../nbs/runs/folders.ipynb #4eb68097
-PREPARED, RUNNING, FINISHED, FAILED, INTERRUPTED, ABANDONED = "prepared", "running", "finished", "failed", "interrupted", "abandoned"
+# %% ../../nbs/runs/folders.ipynb #7c00adca
+PREPARED, RUNNING, FINISHED, FAILED, INTERRUPTED, ABANDONED = (
+    "prepared",
+    "running",
+    "finished",
+    "failed",
+    "interrupted",
+    "abandoned",
+)
 SWEEPS = "sweeps"
 
 
@@ -43,12 +50,12 @@ def checkout_root() -> Path | None:
     root = Path(kilonb.__file__).resolve().parents[1]
     return root if (root / "settings.ini").is_file() and (root / "nbs").is_dir() else None
 
-
+# %% ../../nbs/runs/folders.ipynb #425a45ae
 def outputs_root() -> Path:
     """The folder of all experiments' runs, unless a caller names another."""
     return (checkout_root() or Path.cwd()) / "outputs"
 
-
+# %% ../../nbs/runs/folders.ipynb #0cb2d353
 def fresh_name() -> str:
     """A name for a new run that sorts by time: `20260131-235959-1f3a`."""
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
@@ -68,43 +75,45 @@ def _is_alive(process: Mapping[str, Any]) -> bool:
     try: return abs(psutil.Process(process["pid"]).create_time() - process["created"]) < 2.0
     except (psutil.Error, KeyError, TypeError): return False
 
-# %% ../../nbs/runs/folders.ipynb #c30c9f4a
+# %% ../../nbs/runs/folders.ipynb #cabfd185
 def _read_json(path: Path) -> dict[str, Any]:
     try: value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error: raise KiloError(f"Cannot read {path}: {error.strerror}.") from None
-    except ValueError: raise KiloError(f"{path} is not JSON: it was cut short or edited; delete the run or repeat it.") from None
+    except ValueError:
+        raise KiloError(f"{path} is not JSON: it was cut short or edited; delete the run or repeat it.") from None
     if not isinstance(value, dict): raise KiloError(f"{path} does not hold a JSON object: delete the run or repeat it.")
     return value
 
-
+# %% ../../nbs/runs/folders.ipynb #80890830
 def _numbers(value: Any) -> Any:
     if isinstance(value, dict): return {key: _numbers(item) for key, item in value.items()}
     return [_numbers(item) for item in value] if isinstance(value, list) else number(value)
 
-
+# %% ../../nbs/runs/folders.ipynb #92111e84
 def _read_part(folder: Path, name: str) -> dict[str, Any]:
     path = folder / f"{name}.json"
     return _numbers(_read_json(path)) if path.is_file() else {}
 
-
+# %% ../../nbs/runs/folders.ipynb #eb295c21
 def read_status(folder: str | os.PathLike) -> dict[str, Any] | None:
     """What `status.json` says, None where there is none. A run whose process is gone is `abandoned`."""
     path = Path(folder) / "status.json"
     if not path.is_file(): return None
     status = _read_json(path)
-    if status.get("status") in (PREPARED, RUNNING) and not _is_alive(status.get("process", {})): status["status"] = ABANDONED
+    if status.get("status") in (PREPARED, RUNNING) and not _is_alive(status.get("process", {})):
+        status["status"] = ABANDONED
     return status
 
-
+# %% ../../nbs/runs/folders.ipynb #11d81aed
 def mark_run(folder: str | os.PathLike, status: str, error: str = "", **more: Any) -> None:
     """Write how the run stands: its `status`, the time, and the sentence of the `error` that ended it."""
     known = read_status(folder) or {}
     write_json(Path(folder) / "status.json", {**known, "status": status, "error": error, "changed": _now(), **more})
 
-
+# %% ../../nbs/runs/folders.ipynb #44c3ec11
 def _now() -> str: return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
-# %% ../../nbs/runs/folders.ipynb #6bf82f94
+# %% ../../nbs/runs/folders.ipynb #5f801e52
 def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -114,23 +123,28 @@ def _make_folder(folder: Path) -> None:
     except OSError as error:
         raise KiloError(f"Cannot write the run folder {folder}: {error.strerror}; choose another folder.") from None
 
-
+# %% ../../nbs/runs/folders.ipynb #ecf273eb
 def _check_fresh(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir(): raise KiloError(f"The run folder {folder} is a file: choose another folder.")
+    if folder.exists() and not folder.is_dir():
+        raise KiloError(f"The run folder {folder} is a file: choose another folder.")
     try: full = folder.is_dir() and any(folder.iterdir())
-    except OSError as error: raise KiloError(f"Cannot read the run folder {folder}: {error.strerror}; choose another folder.") from None
-    if full: raise KiloError(f"The run folder {folder} exists and is not empty: choose another, or resume the run in it.")
+    except OSError as error:
+        raise KiloError(f"Cannot read the run folder {folder}: {error.strerror}; choose another folder.") from None
+    if full:
+        raise KiloError(f"The run folder {folder} exists and is not empty: choose another, or resume the run in it.")
 
-
+# %% ../../nbs/runs/folders.ipynb #7138f6d0
 def _check_resumable(folder: Path, experiment: str, take_over: bool) -> dict[str, Any]:
     status = read_status(folder)
     if status is None: raise KiloError(f"Nothing to resume in {folder}: no run was started there.")
-    if status.get("experiment") != experiment: raise KiloError(f"{folder} holds a run of '{status.get('experiment')}', not of '{experiment}'.")
+    if status.get("experiment") != experiment:
+        raise KiloError(f"{folder} holds a run of '{status.get('experiment')}', not of '{experiment}'.")
     if status["status"] in (PREPARED, RUNNING) and not take_over:
-        raise KiloError(f"The run in {folder} is still going (process {status['process'].get('pid')} on {status['process'].get('host')}): stop it first.")
+        raise KiloError(f"The run in {folder} is still going (process {status['process'].get('pid')} on "
+                        f"{status['process'].get('host')}): stop it first.")
     return status
 
-# %% ../../nbs/runs/folders.ipynb #98197a59
+# %% ../../nbs/runs/folders.ipynb #51065ccf
 _REWRITTEN = ("status.json", "parameters.json", "environment.json", "results.json", "notebook.ipynb", "index.html")
 
 
@@ -140,13 +154,15 @@ def _set_aside(folder: Path) -> None:
     for name in _REWRITTEN:
         if (folder / name).exists(): os.replace(folder / name, aside / name)
 
-
+# %% ../../nbs/runs/folders.ipynb #0d3b5d01
 def prepare_run(experiment: str, run_dir: str | os.PathLike = "", command: str = "", resume: bool = False,
                 outputs: str | os.PathLike | None = None, take_over: bool = False) -> Path:
     """Make the folder for a run that a notebook will open in a moment; the arguments are those of `open_run`.
 
-    take_over: resume also what is marked as going on, since the caller knows that its process is gone (on another machine that cannot be seen from here).
-    Raises KiloError where the folder is in use, cannot be written, or holds nothing to resume. Returns the folder, absolute.
+    take_over: resume also what is marked as going on, since the caller knows that its process is gone (on another
+    machine that cannot be seen from here).
+    Raises KiloError where the folder is in use, cannot be written, or holds nothing to resume. Returns the folder,
+    absolute.
     """
     if resume and not run_dir: raise KiloError("Resuming needs the run's folder: give run_dir.")
     folder = Path(run_dir or Path(outputs or outputs_root()) / experiment / fresh_name()).expanduser().resolve()
@@ -154,15 +170,17 @@ def prepare_run(experiment: str, run_dir: str | os.PathLike = "", command: str =
     if earlier: _set_aside(folder)
     _make_folder(folder)
     elapsed = (earlier or {}).get("elapsed_s", 0.0)
-    write_json(folder / "status.json", {"status": PREPARED, "experiment": experiment, "resumed": bool(earlier), "command": command,
-                                        "started": _now(), "elapsed_s": elapsed, "process": this_process(), "error": ""})
+    write_json(folder / "status.json",
+               {"status": PREPARED, "experiment": experiment, "resumed": bool(earlier), "command": command,
+                "started": _now(), "elapsed_s": elapsed, "process": this_process(), "error": ""})
     return folder
 
-# %% ../../nbs/runs/folders.ipynb #30af19c7
-_PACKAGES = ("kilonb", "torch", "numpy", "numba", "scipy", "pillow", "matplotlib", "gsplat", "spconv-cu118", "torchmetrics", "pytorch-msssim", "tensorboard",
-             "papermill", "nbclient", "ipykernel", "llvmlite", "dask", "distributed")
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES", "OMP_WAIT_POLICY",
-            "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG")
+# %% ../../nbs/runs/folders.ipynb #d17b0400
+_PACKAGES = ("kilonb", "torch", "numpy", "numba", "scipy", "pillow", "matplotlib", "gsplat", "spconv-cu118",
+             "torchmetrics", "pytorch-msssim", "tensorboard", "papermill", "nbclient", "ipykernel", "llvmlite", "dask",
+             "distributed")
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS", "NUMBA_CPU_NAME",
+            "NUMBA_CPU_FEATURES", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES", "CUBLAS_WORKSPACE_CONFIG")
 
 
 def _versions() -> dict[str, str]:
@@ -172,15 +190,19 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError: continue
     return found
 
-
+# %% ../../nbs/runs/folders.ipynb #bcb8a83f
 def _printed_by(*command: str, timeout: float = 10.0) -> str | None:
-    try: return subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", timeout=timeout, check=True).stdout.strip()
+    try:
+        return subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", timeout=timeout,
+                              check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError): return None
 
-
+# %% ../../nbs/runs/folders.ipynb #d1993abf
 def _changes(root: Path) -> str | None:
-    diff = _printed_by("git", "-C", str(root), "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color", "--", "kilonb", "nbs")
-    unknown = _printed_by("git", "-C", str(root), "ls-files", "--others", "--exclude-standard", "-z", "--", "kilonb", "nbs")
+    diff = _printed_by("git", "-C", str(root), "diff", "HEAD", "--binary", "--no-ext-diff", "--no-color", "--",
+                       "kilonb", "nbs")
+    unknown = _printed_by("git", "-C", str(root), "ls-files", "--others", "--exclude-standard", "-z", "--", "kilonb",
+                          "nbs")
     if diff is None or unknown is None: return None
     digest = hashlib.sha256(diff.encode(errors="surrogateescape"))
     for name in sorted(filter(None, unknown.split("\0"))):
@@ -189,75 +211,86 @@ def _changes(root: Path) -> str | None:
         except OSError: continue
     return digest.hexdigest()
 
-
+# %% ../../nbs/runs/folders.ipynb #2c92b912
 def _commit() -> dict[str, Any]:
     root = checkout_root()
     if root is None or not (root / ".git").exists(): return {"commit": None, "dirty": None, "changes": None}
     changed = _printed_by("git", "-C", str(root), "status", "--porcelain", "--", "kilonb", "nbs")
-    return {"commit": _printed_by("git", "-C", str(root), "rev-parse", "HEAD"), "dirty": None if changed is None else bool(changed),
-            "changes": _changes(root) if changed else None}
+    return {"commit": _printed_by("git", "-C", str(root), "rev-parse", "HEAD"),
+            "dirty": None if changed is None else bool(changed), "changes": _changes(root) if changed else None}
 
-# %% ../../nbs/runs/folders.ipynb #4854bb2d
+# %% ../../nbs/runs/folders.ipynb #5ee257ae
 def graphics_cards() -> list[str]:
     """The names of the CUDA devices that torch sees, or, where torch is not imported, that nvidia-smi lists."""
     torch = sys.modules.get("torch")
-    if torch is not None: return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if torch is not None:
+        return [torch.cuda.get_device_name(i)
+                for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     if not shutil.which("nvidia-smi"): return []
-    printed = _printed_by("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader", timeout=5.0)
+    printed = _printed_by("nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader",
+                          timeout=5.0)
     return [line.strip() for line in (printed or "").splitlines() if line.strip()]
 
-
+# %% ../../nbs/runs/folders.ipynb #f34927d6
 def _processor() -> str:
     try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError: return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
-
+# %% ../../nbs/runs/folders.ipynb #5efb637b
 def _backends() -> dict[str, Any]:
     torch, numba = sys.modules.get("torch"), sys.modules.get("numba")
     found: dict[str, Any] = {"numba_threads": numba.get_num_threads() if numba is not None else None}
     if torch is None: return found
-    found |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "float32_matmul": torch.get_float32_matmul_precision(),
+    found |= {"cpu_capability": torch.backends.cpu.get_cpu_capability(),
+              "float32_matmul": torch.get_float32_matmul_precision(),
               "deterministic": torch.are_deterministic_algorithms_enabled()}
-    return found | ({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if torch.cuda.is_available() else {})
+    return found | ({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if torch.cuda.is_available()
+                    else {})
 
-
+# %% ../../nbs/runs/folders.ipynb #df3c3a2b
 def _hardware() -> dict[str, Any]:
     import psutil
 
     torch = sys.modules.get("torch")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": _processor(), "cores": cores, "memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "graphics_cards": graphics_cards(),
-            "torch_threads": torch.get_num_threads() if torch is not None else None, **_backends()}
+    return {"processor": _processor(), "cores": cores, "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+            "graphics_cards": graphics_cards(), "torch_threads": torch.get_num_threads() if torch is not None else None,
+            **_backends()}
 
-# %% ../../nbs/runs/folders.ipynb #543de15f
+# %% ../../nbs/runs/folders.ipynb #10c68cfc
 def _plain(data: Any) -> list[dict[str, Any]]:
     items = [] if data is None else data if isinstance(data, (list, tuple)) else [data]
-    return [item.to_dict() if hasattr(item, "to_dict") else asdict(item) if is_dataclass(item) else dict(item) if isinstance(item, Mapping)
-            else {"data": str(item)} for item in items]
+    return [item.to_dict() if hasattr(item, "to_dict") else asdict(item) if is_dataclass(item) else dict(item)
+            if isinstance(item, Mapping) else {"data": str(item)} for item in items]
 
 
 def describe_environment(seed: int | None = None, data: Any = None, command: str = "") -> dict[str, Any]:
     """Where a run takes place: commit, command, versions, hardware, seed and the data's hashes, as plain values."""
-    return {**_commit(), "command": command or " ".join(map(shlex.quote, sys.argv)), "python": platform.python_version(), "platform": platform.platform(),
-            "host": platform.node(), "packages": _versions(), "hardware": _hardware(),
-            "threads": {name: os.environ[name] for name in _THREADS if name in os.environ}, "seed": seed, "data": _plain(data)}
+    return {**_commit(), "command": command or " ".join(map(shlex.quote, sys.argv)),
+            "python": platform.python_version(), "platform": platform.platform(), "host": platform.node(),
+            "packages": _versions(), "hardware": _hardware(),
+            "threads": {name: os.environ[name] for name in _THREADS if name in os.environ}, "seed": seed,
+            "data": _plain(data)}
 
-# %% ../../nbs/runs/folders.ipynb #7b0b74c3
+# %% ../../nbs/runs/folders.ipynb #8ebfab26
 def _encode(figure: Any, dots_per_inch: float, colours: int | None) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
-    if hasattr(figure, "savefig"): figure.savefig(buffer, format="png", dpi=dots_per_inch, bbox_inches="tight", facecolor="white")
+    if hasattr(figure, "savefig"):
+        figure.savefig(buffer, format="png", dpi=dots_per_inch, bbox_inches="tight", facecolor="white")
     else:
         scale = min(1.0, dots_per_inch / 110)
-        figure.resize((max(1, round(figure.width * scale)), max(1, round(figure.height * scale)))).save(buffer, format="PNG", optimize=True)
+        figure.resize((max(1, round(figure.width * scale)), max(1, round(figure.height * scale)))).save(
+            buffer, format="PNG", optimize=True
+        )
     if colours is None: return buffer.getvalue()
     small = io.BytesIO()
     Image.open(buffer).convert("RGB").quantize(colours).save(small, format="PNG", optimize=True)
     return small.getvalue()
 
-
+# %% ../../nbs/runs/folders.ipynb #aa6b5c17
 def write_figure(figure: Any, path: str | os.PathLike, maximum_bytes: int = 150_000) -> Path:
     """Write a matplotlib figure or a PIL image as PNG of at most `maximum_bytes`."""
     steps = [(110.0, None), *((110.0 * 0.8**k, 256) for k in range(16))]
@@ -266,13 +299,13 @@ def write_figure(figure: Any, path: str | os.PathLike, maximum_bytes: int = 150_
     with atomic_write(path) as partial: partial.write_bytes(png)
     return Path(path)
 
-# %% ../../nbs/runs/folders.ipynb #6d8ee901
+# %% ../../nbs/runs/folders.ipynb #9d6c0342
 @dataclass
 class Run:
     """An open run: its folder, and what belongs into it.
 
-    folder: absolute. resumed: the folder held an earlier part of this run. elapsed_before_s: wall seconds of the earlier parts.
-    As a context manager it marks the run failed or interrupted when an exception leaves the block.
+    folder: absolute. resumed: the folder held an earlier part of this run. elapsed_before_s: wall seconds of the
+    earlier parts. As a context manager it marks the run failed or interrupted when an exception leaves the block.
     """
 
     folder: Path
@@ -296,7 +329,8 @@ class Run:
 
     @property
     def tensorboard(self) -> Path:
-        """Where TensorBoard finds the events: the run's folder itself, so that a folder of runs shows them side by side."""
+        """Where TensorBoard finds the events: the run's folder itself, so that a folder of runs shows them side by
+        side."""
         return self.folder
 
     @property
@@ -331,19 +365,29 @@ class Run:
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         if kind is None and self.finished: return
         status = INTERRUPTED if kind is not None and issubclass(kind, KeyboardInterrupt) else FAILED
-        sentence = "The run ended without results." if error is None else f"{error}" if isinstance(error, KiloError) else f"{kind.__name__}: {error}"
+        sentence = (
+            "The run ended without results."
+            if error is None
+            else f"{error}"
+            if isinstance(error, KiloError)
+            else f"{kind.__name__}: {error}"
+        )
         mark_run(self.folder, status, sentence, elapsed_s=self.elapsed_s)
 
-# %% ../../nbs/runs/folders.ipynb #fa6c097f
-def open_run(experiment: str, run_dir: str | os.PathLike = "", parameters: Mapping[str, Any] | None = None, data: Any = None, seed: int | None = None,
-             resume: bool = False, outputs: str | os.PathLike | None = None) -> Run:
+# %% ../../nbs/runs/folders.ipynb #b0ebfb85
+def open_run(experiment: str, run_dir: str | os.PathLike = "", parameters: Mapping[str, Any] | None = None,
+             data: Any = None, seed: int | None = None, resume: bool = False,
+             outputs: str | os.PathLike | None = None) -> Run:
     """Take a folder for a run of `experiment` and write down what goes in.
 
-    run_dir: the folder; empty: a fresh one, `outputs/<experiment>/<time>-<hex>`. It must be missing or empty, unless `resume`.
-    parameters: plain values, as the parameters cell has them; what the command line wrote when it prepared the folder is kept beside.
+    run_dir: the folder; empty: a fresh one, `outputs/<experiment>/<time>-<hex>`. It must be missing or empty, unless
+    `resume`.
+    parameters: plain values, as the parameters cell has them; what the command line wrote when it prepared the folder
+    is kept beside.
     data: a DataReference, a mapping, or a list of them, for their hashes.
     outputs: where fresh folders are made (default `outputs_root()`).
-    Raises KiloError where the folder is in use, cannot be written, or holds nothing to resume, or another experiment, or was run on other data.
+    Raises KiloError where the folder is in use, cannot be written, or holds nothing to resume, or another experiment,
+    or was run on other data.
     """
     status = read_status(run_dir) if run_dir else None
     if status is None or status["status"] != PREPARED:
@@ -357,18 +401,21 @@ def open_run(experiment: str, run_dir: str | os.PathLike = "", parameters: Mappi
     mark_run(folder, RUNNING, experiment=experiment, process=this_process())
     return Run(folder, experiment, parameters, seed, status["resumed"], status["elapsed_s"])
 
-# %% ../../nbs/runs/folders.ipynb #943dbe10
+# %% ../../nbs/runs/folders.ipynb #b3e4226f
 def _hashes(data: Sequence[Mapping[str, Any]]) -> list[str]:
     return [str(item[key]) for item in data for key in ("sha256", "hash", "fingerprint", "digest") if item.get(key)]
 
 
 def _check_same_data(folder: Path, data: Sequence[Mapping[str, Any]]) -> None:
-    parts = sorted((path for path in (folder / "earlier").iterdir() if path.name.isdigit()), key=lambda path: int(path.name))
+    parts = sorted((path for path in (folder / "earlier").iterdir() if path.name.isdigit()),
+                   key=lambda path: int(path.name))
     if not parts or not (parts[-1] / "environment.json").is_file(): return
     before = _hashes(_read_json(parts[-1] / "environment.json").get("data", []))
-    if before and before != _hashes(data): raise KiloError(f"The run in {folder} was started on other data: start a fresh run, or give it the data it had.")
+    if before and before != _hashes(data):
+        raise KiloError(f"The run in {folder} was started on other data: start a fresh run, or give it the "
+                        "data it had.")
 
-# %% ../../nbs/runs/folders.ipynb #baf78296
+# %% ../../nbs/runs/folders.ipynb #3cde70d7
 @dataclass(frozen=True)
 class RunResult:
     """What a finished run measured: `results` (name with unit -> value), the checked gates, and where it all lies."""
@@ -382,45 +429,53 @@ class RunResult:
         """Every gate is green."""
         return self.report.ok
 
-    def __str__(self) -> str: return (self.report.table() + "\n" if self.report.lines else "") + f"{self.report.sentence()} {self.folder}"
+    def __str__(self) -> str:
+        return (self.report.table() + "\n" if self.report.lines else "") + f"{self.report.sentence()} {self.folder}"
 
     def _repr_html_(self) -> str:
-        return self.report._repr_html_() + html_table(("result", "value"), [[key, spell(value)] for key, value in self.results.items()])
+        return self.report._repr_html_() + html_table(("result", "value"),
+                                                      [[key, spell(value)] for key, value in self.results.items()])
 
-
+# %% ../../nbs/runs/folders.ipynb #4114b899
 def peak_memory_mb() -> float:
     """The most memory that this process has held so far, 10^6 bytes."""
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
+# %% ../../nbs/runs/folders.ipynb #445cc15f
+def _bare(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
-def _bare(value: Any) -> Any: return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
-
-# %% ../../nbs/runs/folders.ipynb #39e96204
-def finish_run(run: Run, results: Mapping[str, Any], gates: Sequence[Gate] = (), baselines: Mapping[str, Any] | None = None,
+# %% ../../nbs/runs/folders.ipynb #d60f0bef
+def finish_run(run: Run, results: Mapping[str, Any], gates: Sequence[Gate] = (),
+               baselines: Mapping[str, Any] | None = None,
                tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> RunResult:
     """Write `results.json` and mark the run finished.
 
-    results: name with unit -> number, text or truth; `total_s` (wall seconds) and `peak_memory_mb` are added where they are missing.
-    gates: what is judged; none means none. baselines: result name -> score of the trivial answer. tables: name -> rows, each a mapping.
+    results: name with unit -> number, text or truth; `total_s` (wall seconds) and `peak_memory_mb` are added where they
+    are missing.
+    gates: what is judged; none means none. baselines: result name -> score of the trivial answer. tables: name -> rows,
+    each a mapping.
     """
     measured = {key: _bare(value) for key, value in results.items()}
     measured.setdefault("total_s", run.elapsed_s)
     measured.setdefault("peak_memory_mb", peak_memory_mb())
     baselines = {key: _bare(value) for key, value in (baselines or {}).items()}
     report = check_gates(measured, list(gates), baselines)
-    written = {"experiment": run.experiment, "run": run.folder.name, "ok": report.ok, "results": measured, "gates": report.to_dict(),
-               "baselines": baselines, "tables": {name: [dict(row) for row in rows] for name, rows in (tables or {}).items()}}
+    written = {"experiment": run.experiment, "run": run.folder.name, "ok": report.ok, "results": measured,
+               "gates": report.to_dict(), "baselines": baselines,
+               "tables": {name: [dict(row) for row in rows] for name, rows in (tables or {}).items()}}
     write_json(run.folder / "results.json", written)
     mark_run(run.folder, FINISHED, elapsed_s=run.elapsed_s)
     run.finished = True
     return RunResult(run.folder, measured, report)
 
-# %% ../../nbs/runs/folders.ipynb #209441d2
+# %% ../../nbs/runs/folders.ipynb #4370aa8a
 @dataclass(frozen=True)
 class RunRecord:
-    """A run read back from its folder; `status` is `unreadable` where a file of it is damaged, and `error` says which."""
+    """A run read back from its folder; `status` is `unreadable` where a file of it is damaged, and `error` says
+    which."""
 
     folder: Path
     experiment: str
@@ -446,51 +501,57 @@ class RunRecord:
         """The run finished and its gates are green."""
         return self.status == FINISHED and self.report.ok
 
-# %% ../../nbs/runs/folders.ipynb #b41fcaa9
+# %% ../../nbs/runs/folders.ipynb #b19e335c
 def _read_report(path: Path, written: Mapping[str, Any]) -> GateReport:
     bounds = tuple(Gate.__dataclass_fields__)
     try:
-        gates = [{"result": name, **{key: gate[key] for key in bounds if key in gate}} for name, gate in written.get("gates", {}).items()]
+        gates = [{"result": name, **{key: gate[key] for key in bounds if key in gate}} for name,
+                 gate in written.get("gates", {}).items()]
         return check_gates(written.get("results", {}), build_gates(gates), written.get("baselines"))
     except (KiloError, AttributeError, TypeError):
         raise KiloError(f"{path} does not hold the results of a run: delete the run or repeat it.") from None
 
-
+# %% ../../nbs/runs/folders.ipynb #4b868219
 def read_run(folder: str | os.PathLike) -> RunRecord:
     """The run in `folder`. Raises KiloError where there is none, or naming the file that is damaged."""
     folder = Path(folder).expanduser().resolve()
     status = read_status(folder)
     if status is None: raise KiloError(f"No run in {folder}: it has no status.json.")
     written = _read_part(folder, "results")
-    return RunRecord(
-        folder=folder, experiment=status.get("experiment", folder.parent.name), status=status.get("status", ABANDONED), started=status.get("started", ""),
-        elapsed_s=status.get("elapsed_s", 0.0), error=status.get("error", ""), results=written.get("results", {}),
-        report=_read_report(folder / "results.json", written), baselines=written.get("baselines", {}), tables=written.get("tables", {}),
-        parameters=_read_part(folder, "parameters"), environment=_read_part(folder, "environment"))
+    return RunRecord(folder=folder, experiment=status.get("experiment", folder.parent.name),
+                     status=status.get("status", ABANDONED), started=status.get("started", ""),
+                     elapsed_s=status.get("elapsed_s", 0.0), error=status.get("error", ""),
+                     results=written.get("results", {}), report=_read_report(folder / "results.json", written),
+                     baselines=written.get("baselines", {}), tables=written.get("tables", {}),
+                     parameters=_read_part(folder, "parameters"), environment=_read_part(folder, "environment"))
 
-# %% ../../nbs/runs/folders.ipynb #f9d1c16c
+# %% ../../nbs/runs/folders.ipynb #0b60f9a4
 def list_runs(outputs: str | os.PathLike | None = None, experiment: str = "", sweeps: bool = False) -> list[RunRecord]:
     """All runs under `outputs` (of one `experiment`), the oldest first; with `sweeps`, those of sweeps too."""
     root, found = Path(outputs or outputs_root()), []
     paths = [path for path in sorted(root.glob(f"{experiment or '*'}/*/status.json")) if path.parts[-3] != SWEEPS]
     for path in paths + (sorted(root.glob(f"{SWEEPS}/*/*/status.json")) if sweeps else []):
         try: found.append(read_run(path.parent))
-        except KiloError as error: found.append(RunRecord(path.parent, path.parent.parent.name, "unreadable", error=str(error)))
-    return sorted((record for record in found if not experiment or record.experiment == experiment), key=lambda record: (record.started, record.folder.name))
+        except KiloError as error:
+            found.append(RunRecord(path.parent, path.parent.parent.name, "unreadable", error=str(error)))
+    return sorted((record for record in found if not experiment or record.experiment == experiment),
+                  key=lambda record: (record.started, record.folder.name))
 
-
+# %% ../../nbs/runs/folders.ipynb #19eec37c
 def find_run(name: str, outputs: str | os.PathLike | None = None) -> Path:
-    """The folder that `name` means: a path, `experiment/run`, a run's name or its beginning, or an experiment (its newest run)."""
+    """The folder that `name` means: a path, `experiment/run`, a run's name or its beginning, or an experiment (its
+    newest run)."""
     root = Path(outputs or outputs_root())
     for path in (Path(name).expanduser(), root / name):
         if (path / "status.json").is_file(): return path.resolve()
     newest = list_runs(root, name) if name.replace("_", "").isalnum() else []
-    matches = newest[-1:] or [record for record in list_runs(root, sweeps=True) if record.folder.name.startswith(name) or record.name.startswith(name)]
+    matches = newest[-1:] or [record for record in list_runs(root, sweeps=True) if record.folder.name.startswith(name)
+                              or record.name.startswith(name)]
     if len(matches) == 1: return matches[0].folder
     if matches: raise KiloError(f"'{name}' begins the names of {len(matches)} runs: give more of it.")
     raise KiloError(f"No run '{name}' in {root}: `kilonb runs` lists them.")
 
-# %% ../../nbs/runs/folders.ipynb #7b485bc9
+# %% ../../nbs/runs/folders.ipynb #7dc8aad1
 def data_label(record: RunRecord) -> str:
     """What a run was run on, in a word or two: `brickyard`, `blender:lego_400`."""
     given = record.environment.get("data") or [{"data": record.parameters.get("data", "")}]
@@ -503,14 +564,16 @@ def data_label(record: RunRecord) -> str:
 
 def newest_finished(outputs: str | os.PathLike | None = None, experiment: str = "") -> list[RunRecord]:
     """The newest finished run for each experiment and data, in the order of their names."""
-    newest = {(record.experiment, data_label(record)): record for record in list_runs(outputs, experiment) if record.status == FINISHED}
+    newest = {(record.experiment, data_label(record)): record for record in list_runs(outputs, experiment)
+              if record.status == FINISHED}
     return [newest[key] for key in sorted(newest)]
 
-# %% ../../nbs/runs/folders.ipynb #161cdc0d
+# %% ../../nbs/runs/folders.ipynb #1b9b101a
 def compare_runs(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of a table with a column for each run: the parameters that differ, then every result."""
     def rows(part: str, every: bool) -> list[list[str]]:
         names = dict.fromkeys(name for record in records for name in getattr(record, part))
-        lines = [[name, *(spell(getattr(record, part).get(name)) for record in records)] for name in names if name not in ("run_dir", "resume")]
+        lines = [[name, *(spell(getattr(record, part).get(name)) for record in records)] for name in names
+                 if name not in ("run_dir", "resume")]
         return [line for line in lines if every or len(set(line[1:])) > 1]
     return ["", *(record.folder.name for record in records)], rows("parameters", False) + rows("results", True)

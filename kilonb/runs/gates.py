@@ -18,12 +18,13 @@ from ..core.configs import build_config, to_dict
 from ..core.errors import KiloError
 from ..core.files import number
 
-# %% ../../nbs/runs/gates.ipynb #08216cb5
+# %% ../../nbs/runs/gates.ipynb #79f5de46
 @dataclass(frozen=True)
 class Gate:
     """A bound on one result of a run.
 
-    result: the result's name, with its unit (`psnr_srgb_white_db`). at_least, at_most: the bounds, at least one of them, inclusive.
+    result: the result's name, with its unit (`psnr_srgb_white_db`). at_least, at_most: the bounds, at least one of
+    them, inclusive.
     notes: what the notes reached. published: the best published figure; source: where it is published.
     baseline_result: the result that holds the score of the trivial answer (`psnr_blank_white_db`).
     """
@@ -39,9 +40,11 @@ class Gate:
     def __post_init__(self) -> None: self.validate()
 
     def validate(self) -> None:
-        if self.at_least is None and self.at_most is None: raise KiloError(f"gate on '{self.result}' has no bound: give at_least or at_most.")
+        if self.at_least is None and self.at_most is None:
+            raise KiloError(f"gate on '{self.result}' has no bound: give at_least or at_most.")
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
-            raise KiloError(f"gate on '{self.result}' asks for at least {self.at_least} and at most {self.at_most}: nothing is both.")
+            raise KiloError(f"gate on '{self.result}' asks for at least {self.at_least} and at most "
+                            f"{self.at_most}: nothing is both.")
 
     @property
     def bound(self) -> str:
@@ -70,10 +73,11 @@ def verdict(gate: Gate, value: Any) -> str:
     high = math.inf if gate.at_most is None else gate.at_most
     return GREEN if low <= value <= high else RED
 
-# %% ../../nbs/runs/gates.ipynb #367b3d96
+# %% ../../nbs/runs/gates.ipynb #f1228cd8
 @dataclass(frozen=True)
 class GateLine:
-    """One line of a report: the gate, our value (None: not measured), the trivial baseline's score (None: not given), the verdict."""
+    """One line of a report: the gate, our value (None: not measured), the trivial baseline's score (None: not given),
+    the verdict."""
 
     gate: Gate
     value: Any
@@ -88,9 +92,10 @@ class GateLine:
         """The line as the table shows it."""
         gate = self.gate
         published = spell(gate.published) + (f" ({gate.source})" if gate.source else "")
-        return [gate.result, spell(self.value), gate.bound, spell(gate.notes), published, spell(self.baseline), self.verdict]
+        return [gate.result, spell(self.value), gate.bound, spell(gate.notes), published, spell(self.baseline),
+                self.verdict]
 
-# %% ../../nbs/runs/gates.ipynb #8f84f563
+# %% ../../nbs/runs/gates.ipynb #aaeb44d5
 HEADINGS = ("result", "ours", "bound", "notes", "published", "trivial baseline", "verdict")
 _SIGNS = {GREEN: "✔", RED: "✘", NOT_RUN: "–"}
 
@@ -110,13 +115,15 @@ class GateReport:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """Result name -> bound, value, baseline, verdict."""
-        return {line.gate.result: {key: value for key, value in line.to_dict().items() if key != "result"} for line in self.lines}
+        return {line.gate.result: {key: value for key, value in line.to_dict().items() if key != "result"}
+                for line in self.lines}
 
     def sentence(self) -> str:
         """The report in one sentence."""
         if not self.lines: return "No gates are set."
         if self.ok: return "The gate is green." if len(self.lines) == 1 else f"All {len(self.lines)} gates are green."
-        missed = [f"{line.gate.result} is {line.verdict if line.verdict == NOT_RUN else spell(line.value)} ({line.gate.bound})"
+        missed = [f"{line.gate.result} is "
+                  f"{line.verdict if line.verdict == NOT_RUN else spell(line.value)} ({line.gate.bound})"
                   for line in self.lines if line.verdict != GREEN]
         return f"{self.count(GREEN)} of {len(self.lines)} gates are green; " + ", ".join(missed) + "."
 
@@ -125,13 +132,14 @@ class GateReport:
 
     def _repr_html_(self) -> str:
         rows = [(f"verdict-{line.verdict.replace(' ', '-')}", _signed(line)) for line in self.lines]
-        return html_table(HEADINGS, [cells for _, cells in rows], [name for name, _ in rows]) if rows else f"<p>{self.sentence()}</p>"
+        return html_table(HEADINGS, [cells for _, cells in rows],
+                          [name for name, _ in rows]) if rows else f"<p>{self.sentence()}</p>"
 
-
+# %% ../../nbs/runs/gates.ipynb #9cf07241
 def _signed(line: GateLine) -> list[str]:
     return [*line.cells()[:-1], f"{_SIGNS[line.verdict]} {line.verdict}"]
 
-# %% ../../nbs/runs/gates.ipynb #cddce43d
+# %% ../../nbs/runs/gates.ipynb #6ec1e005
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
     """Columns aligned with spaces under a rule; columns that are empty in every row are left out."""
     if not rows: return ""
@@ -141,38 +149,41 @@ def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: in
     lines = ["  ".join(cell.ljust(wide) for cell, wide in zip(row, widths)).rstrip() for row in table]
     return "\n".join([lines[0], "  ".join("─" * wide for wide in widths), *lines[1:]])
 
-
+# %% ../../nbs/runs/gates.ipynb #cbbc4c4a
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A markdown table; bars in the cells are escaped."""
     table = [headings, ["---"] * len(headings), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in table)
 
-
+# %% ../../nbs/runs/gates.ipynb #18cb80b0
 def html_table(headings: Sequence[str], rows: Sequence[Sequence[str]], classes: Sequence[str] = ()) -> str:
     """An HTML table, every cell escaped; `classes` names a class for each row."""
     head = "".join(f"<th>{html.escape(heading)}</th>" for heading in headings)
-    body = "".join(f'<tr class="{html.escape(name)}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-                   for row, name in zip(rows, [*classes] or [""] * len(rows)))
+    body = "".join(f'<tr class="{html.escape(name)}">' + "".join(f"<td>{html.escape(cell)}</td>" for cell in row)
+                   + "</tr>" for row, name in zip(rows, [*classes] or [""] * len(rows)))
     return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-# %% ../../nbs/runs/gates.ipynb #20c44467
-def check_gates(results: Mapping[str, Any], gates: Sequence[Gate], baselines: Mapping[str, Any] | None = None) -> GateReport:
+# %% ../../nbs/runs/gates.ipynb #0367267e
+def check_gates(results: Mapping[str, Any], gates: Sequence[Gate],
+                baselines: Mapping[str, Any] | None = None) -> GateReport:
     """The gates against a run's results.
 
-    results: name with unit -> value. gates: at most one for each result. baselines: result name -> score of the trivial answer,
-    before the one that the gate's `baseline_result` names. Raises KiloError where two gates bound the same result.
+    results: name with unit -> value. gates: at most one for each result. baselines: result name -> score of the trivial
+    answer, before the one that the gate's `baseline_result` names. Raises KiloError where two gates bound the same
+    result.
     """
     names = [gate.result for gate in gates]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice: raise KiloError(f"Two gates bound {', '.join(twice)}: put at_least and at_most into one.")
     baseline_of = {gate.result: (baselines or {}).get(gate.result, results.get(gate.baseline_result)) for gate in gates}
-    return GateReport(tuple(
-        GateLine(gate, results.get(gate.result), baseline_of[gate.result], verdict(gate, results.get(gate.result))) for gate in gates))
+    return GateReport(tuple(GateLine(gate, results.get(gate.result), baseline_of[gate.result],
+                                     verdict(gate, results.get(gate.result))) for gate in gates))
 
-# %% ../../nbs/runs/gates.ipynb #6ee59e5c
+# %% ../../nbs/runs/gates.ipynb #54deaefc
 def build_gates(values: Sequence[Mapping[str, Any]], where: str = "gates") -> list[Gate]:
     """Gates from plain dictionaries, checked key by key; `where` names their place in the messages."""
-    if not isinstance(values, (list, tuple)): raise KiloError(f"{where} must be a list of gates: got {type(values).__name__}.")
+    if not isinstance(values, (list, tuple)):
+        raise KiloError(f"{where} must be a list of gates: got {type(values).__name__}.")
     return [build_config(Gate, value, f"{where}[{i}]") for i, value in enumerate(values)]
 
 
@@ -183,5 +194,6 @@ def read_gates(path: str | Path) -> list[Gate]:
     path = Path(path)
     try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error: raise KiloError(f"Cannot read the gates in {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError): raise KiloError(f"{path} is neither JSON nor YAML: a list of gates was expected.") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise KiloError(f"{path} is neither JSON nor YAML: a list of gates was expected.") from None
     return build_gates([] if values is None else values, str(path))

@@ -24,15 +24,18 @@ from ..core.errors import KiloError, unknown_name
 from .gates import Gate
 from .folders import checkout_root
 
-# %% ../../nbs/runs/notebooks.ipynb #2d7612a8
-_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict, "Any": Any, "None": None}
+# %% ../../nbs/runs/notebooks.ipynb #97bc24d1
+_TYPES: dict[str, Any] = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple,
+                          "dict": dict, "Any": Any, "None": None}
 
 
 def _read_annotation(node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant): return node.value if node.value in (..., None) else _read_annotation(ast.parse(node.value, mode="eval").body)
+    if isinstance(node, ast.Constant):
+        return node.value if node.value in (..., None) else _read_annotation(ast.parse(node.value, mode="eval").body)
     if isinstance(node, ast.Name): return _TYPES[node.id]
     if isinstance(node, ast.Attribute): return _TYPES[node.attr]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr): return Union[_read_annotation(node.left), _read_annotation(node.right)]  # noqa: UP007
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
+        return Union[_read_annotation(node.left), _read_annotation(node.right)]  # noqa: UP007
     if not isinstance(node, ast.Subscript): raise KeyError(ast.unparse(node))
     outer = node.value.attr if isinstance(node.value, ast.Attribute) else node.value.id
     inner = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
@@ -59,38 +62,49 @@ def _comments(source: str) -> dict[int, str]:
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     return {token.start[0]: token.string.lstrip("#: ").strip() for token in tokens if token.type == tokenize.COMMENT}
 
-# %% ../../nbs/runs/notebooks.ipynb #bcfb8fa0
+# %% ../../nbs/runs/notebooks.ipynb #3c87603b
 def _read_assignment(node: ast.stmt, comments: Mapping[int, str]) -> Parameter:
-    target = node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else getattr(node, "target", None)
+    target = (
+        node.targets[0] if isinstance(node, ast.Assign) and len(node.targets) == 1 else getattr(node, "target", None)
+    )
     if not isinstance(node, (ast.Assign, ast.AnnAssign)) or not isinstance(target, ast.Name) or node.value is None:
         raise KiloError(f"line {node.lineno} is not of the form 'name: type = value'")
     try: default = ast.literal_eval(node.value)
-    except ValueError: raise KiloError(f"the default of '{target.id}' must be a plain value, got '{ast.unparse(node.value)}'") from None
+    except ValueError:
+        raise KiloError(f"the default of '{target.id}' must be a plain value, got "
+                        f"'{ast.unparse(node.value)}'") from None
     try: hint = _read_annotation(node.annotation) if isinstance(node, ast.AnnAssign) else annotation_of(default)
     except (KeyError, AttributeError, TypeError, ValueError, SyntaxError):
-        raise KiloError(f"the type of '{target.id}', '{ast.unparse(node.annotation)}', is not one that can be typed on a command line") from None
-    return Parameter(target.id, hint, check_value(default, hint, f"the default of '{target.id}'"), comments.get(node.end_lineno, ""))
+        raise KiloError(f"the type of '{target.id}', '{ast.unparse(node.annotation)}', is not one that can be "
+                        "typed on a command line") from None
+    return Parameter(target.id, hint, check_value(default, hint, f"the default of '{target.id}'"),
+                     comments.get(node.end_lineno, ""))
 
-
+# %% ../../nbs/runs/notebooks.ipynb #ad6bcb25
 def read_parameters(source: str, where: str = "the parameters cell") -> dict[str, Parameter]:
-    """The parameters that a cell's `source` declares, in its order, without running it; imports and docstrings are passed over."""
+    """The parameters that a cell's `source` declares, in its order, without running it; imports and docstrings are
+    passed over."""
     try: body, comments = ast.parse(source).body, _comments(source)
     except (SyntaxError, tokenize.TokenError) as error: raise KiloError(f"{where} is not Python: {error}.") from None
     found: dict[str, Parameter] = {}
     for node in body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)) or (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)): continue
+        if isinstance(node,
+                      (ast.Import, ast.ImportFrom)) or (isinstance(node, ast.Expr)
+                                                        and isinstance(node.value, ast.Constant)):
+            continue
         try: parameter = _read_assignment(node, comments)
         except KiloError as error: raise KiloError(f"In {where}, {str(error).rstrip('.')}.") from None
         if parameter.name in found: raise KiloError(f"In {where}, '{parameter.name}' is assigned twice.")
         found[parameter.name] = parameter
     return found
 
-# %% ../../nbs/runs/notebooks.ipynb #89248e81
+# %% ../../nbs/runs/notebooks.ipynb #075b48c0
 @dataclass(frozen=True)
 class Notebook:
     """A notebook that can be run: where it is, what it is called, what it asks for.
 
-    name: the file's stem. title, promise: its first heading and the quoted line below. gates: those written out in its cells.
+    name: the file's stem. title, promise: its first heading and the quoted line below. gates: those written out in its
+    cells.
     """
 
     path: Path
@@ -100,79 +114,95 @@ class Notebook:
     parameters: dict[str, Parameter]
     gates: tuple[Gate, ...] = ()
 
-
+# %% ../../nbs/runs/notebooks.ipynb #55977afc
 def _source(cell: Mapping[str, Any]) -> str: return "".join(cell.get("source", []))
 
-
+# %% ../../nbs/runs/notebooks.ipynb #403c2ef3
 def _cells(path: Path) -> list[dict[str, Any]]:
     try: notebook = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error: raise KiloError(f"Cannot read the notebook {path}: {error.strerror}.") from None
     except ValueError: notebook = None
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
-    if not isinstance(cells, list): raise KiloError(f"{path} is not a notebook: JSON with a list of cells was expected.")
+    if not isinstance(cells, list):
+        raise KiloError(f"{path} is not a notebook: JSON with a list of cells was expected.")
     return cells
 
-# %% ../../nbs/runs/notebooks.ipynb #120af4ee
+# %% ../../nbs/runs/notebooks.ipynb #75c59b43
 def _first_line(cells: Iterable[Mapping[str, Any]], mark: str) -> str:
     lines = (line for cell in cells if cell.get("cell_type") == "markdown" for line in _source(cell).splitlines())
     return next((line[len(mark):].strip() for line in lines if line.startswith(mark)), "")
 
 
 def read_notebook(path: str | os.PathLike) -> Notebook:
-    """What the notebook at `path` asks for. Raises KiloError: no notebook, not exactly one cell tagged `parameters`, or one that cannot be read."""
+    """What the notebook at `path` asks for. Raises KiloError: no notebook, not exactly one cell tagged `parameters`, or
+    one that cannot be read."""
     path = Path(path).expanduser().resolve()
     cells = _cells(path)
-    tagged = [cell for cell in cells if cell.get("cell_type") == "code" and "parameters" in cell.get("metadata", {}).get("tags", [])]
-    if len(tagged) != 1: raise KiloError(f"{path.name} has {len(tagged)} cells tagged 'parameters': exactly one is needed.")
+    tagged = [cell for cell in cells if cell.get("cell_type") == "code"
+              and "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise KiloError(f"{path.name} has {len(tagged)} cells tagged 'parameters': exactly one is needed.")
     parameters = read_parameters(_source(tagged[0]), f"the parameters cell of {path.name}")
-    return Notebook(path, path.stem, _first_line(cells, "# ") or path.stem, _first_line(cells, "> "), parameters, tuple(_written_gates(cells)))
+    return Notebook(path, path.stem, _first_line(cells, "# ") or path.stem, _first_line(cells, "> "), parameters,
+                    tuple(_written_gates(cells)))
 
-# %% ../../nbs/runs/notebooks.ipynb #ccb1e1b7
+# %% ../../nbs/runs/notebooks.ipynb #541b5492
 def _written_gates(cells: Iterable[Mapping[str, Any]]) -> Iterable[Gate]:
     seen = set()
     for cell in cells:
         if cell.get("cell_type") != "code" or "Gate(" not in _source(cell): continue
         try: tree = ast.parse(_source(cell))
         except SyntaxError: continue
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Gate"]
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)
+                 and getattr(node.func, "id", "") == "Gate"]
         for call in sorted(calls, key=lambda node: (node.lineno, node.col_offset)):
-            try: gate = Gate(*map(ast.literal_eval, call.args), **{word.arg: ast.literal_eval(word.value) for word in call.keywords})
+            try:
+                gate = Gate(*map(ast.literal_eval, call.args),
+                            **{word.arg: ast.literal_eval(word.value) for word in call.keywords})
             except (ValueError, TypeError, KiloError): continue
             if gate.result not in seen: yield gate
             seen.add(gate.result)
 
-# %% ../../nbs/runs/notebooks.ipynb #f1e8e879
+# %% ../../nbs/runs/notebooks.ipynb #694609e3
 def code_cells(notebook: Notebook) -> list[str]:
     """The sources of the notebook's code cells, in their order."""
     return [_source(cell) for cell in _cells(notebook.path) if cell.get("cell_type") == "code"]
 
-
+# %% ../../nbs/runs/notebooks.ipynb #917419ed
 def count_cells(notebook: Notebook) -> int:
     """How many cells the notebook has, the one that papermill adds not counted."""
     return len(_cells(notebook.path))
 
-
-def typed_values(notebook: Notebook, given: Mapping[str, Any], spelled: Mapping[str, str] | None = None) -> dict[str, Any]:
+# %% ../../nbs/runs/notebooks.ipynb #534edff8
+def typed_values(
+    notebook: Notebook, given: Mapping[str, Any], spelled: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Values for the notebook's parameters, checked.
 
-    given: name -> value. spelled: name -> text as typed on a command line, read as the parameter's type; it goes before `given`.
+    given: name -> value. spelled: name -> text as typed on a command line, read as the parameter's type; it goes before
+    `given`.
     Raises KiloError for an unknown name (with the nearest known) or a value that does not fit.
     """
     values = {}
     for name, value in {**given, **(spelled or {})}.items():
-        if name not in notebook.parameters: raise unknown_name(f"parameter of {notebook.name}", name, notebook.parameters)
+        if name not in notebook.parameters:
+            raise unknown_name(f"parameter of {notebook.name}", name, notebook.parameters)
         hint, typed = notebook.parameters[name].annotation, name in (spelled or {})
-        values[name] = parse_value(value, hint, f"Parameter '{name}'") if typed else check_value(value, hint, f"Parameter '{name}'")
+        values[name] = (
+            parse_value(value, hint, f"Parameter '{name}'")
+            if typed
+            else check_value(value, hint, f"Parameter '{name}'")
+        )
     return values
 
-
+# %% ../../nbs/runs/notebooks.ipynb #0aaa7ecb
 def split_assignment(text: str) -> tuple[str, str]:
     """`name=value` as its two parts; KiloError where there is no `=` or no name."""
     name, equals, value = text.partition("=")
     if not equals or not name.strip().isidentifier(): raise KiloError(f"'{text}' is not of the form name=value.")
     return name.strip(), value
 
-# %% ../../nbs/runs/notebooks.ipynb #22009c6c
+# %% ../../nbs/runs/notebooks.ipynb #a1139834
 def list_notebooks(shelf: str = "experiments", root: str | os.PathLike | None = None) -> dict[str, Path]:
     """Name -> path of the notebooks in `nbs/<shelf>`, sorted."""
     folder = Path(root or checkout_root() or Path.cwd()) / "nbs" / shelf
@@ -180,7 +210,8 @@ def list_notebooks(shelf: str = "experiments", root: str | os.PathLike | None = 
 
 
 def find_notebook(name: str, shelf: str = "experiments", root: str | os.PathLike | None = None) -> Path:
-    """The notebook that `name` means: one on the shelf, or a path that ends in `.ipynb`. Raises KiloError naming the nearest."""
+    """The notebook that `name` means: one on the shelf, or a path that ends in `.ipynb`. Raises KiloError naming the
+    nearest."""
     if name.endswith(".ipynb"):
         if Path(name).is_file(): return Path(name).resolve()
         raise KiloError(f"There is no notebook {name}.")

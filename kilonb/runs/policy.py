@@ -19,40 +19,42 @@ from ..core.errors import KiloError, unknown_name
 from .gates import GREEN, Gate, GateReport, check_gates, html_table, spell, text_table
 from .folders import FINISHED, RunRecord, data_label, list_runs, outputs_root
 
-# %% ../../nbs/runs/policy.ipynb #58434eff
+# %% ../../nbs/runs/policy.ipynb #1f627af3
 @dataclass(frozen=True)
 class Stage:
-    """A step of the way. experiment: whose runs decide. gates: what its newest finished run must reach, empty: finishing is enough. after: experiments."""
+    """A step of the way. experiment: whose runs decide. gates: what its newest finished run must reach, empty:
+    finishing is enough. after: experiments."""
 
     name: str
     experiment: str
     gates: Sequence[Gate] = ()
     after: Sequence[str] = ()
 
-
+# %% ../../nbs/runs/policy.ipynb #b33944cd
 def check_policy(policy: Sequence[Stage]) -> None:
     """KiloError where an experiment has two stages, or a stage comes after one that does not stand before it."""
     before: list[str] = []
     for stage in policy:
-        if stage.experiment in before: raise KiloError(f"The policy has two stages for the experiment '{stage.experiment}': give each experiment one.")
+        if stage.experiment in before:
+            raise KiloError(f"The policy has two stages for the experiment '{stage.experiment}': give each "
+                            "experiment one.")
         for name in stage.after:
             if name not in before: raise unknown_name(f"experiment that '{stage.experiment}' comes after", name, before)
         before.append(stage.experiment)
 
-# %% ../../nbs/runs/policy.ipynb #5f547739
+# %% ../../nbs/runs/policy.ipynb #bef7cd82
 _ONE_VIEW = (Gate("psnr_srgb_white_db", at_least=30.0, notes=19.18, baseline_result="psnr_blank_white_db"),)
-_TEST_VIEWS = (Gate("test_psnr_srgb_white_db", at_least=22.5, notes=13.06, published=33.4, source="KiloNeRF, lego at 800x800",
-                    baseline_result="test_psnr_blank_white_db"),
+_TEST_VIEWS = (Gate("test_psnr_srgb_white_db", at_least=22.5, notes=13.06, published=33.4,
+                    source="KiloNeRF, lego at 800x800", baseline_result="test_psnr_blank_white_db"),
                Gate("test_lpips_vgg", at_most=0.19, notes=0.264, published=0.05, source="NeRF, lego at 800x800"))
 
-POLICY = (
-    Stage("one view, response", "single_view_overfit", _ONE_VIEW),
-    Stage("many views, response", "multi_view_response", _TEST_VIEWS, after=("single_view_overfit",)),
-    Stage("one view, response and features", "single_view_features", _ONE_VIEW, after=("multi_view_response",)),
-    Stage("many views, response and features", "multi_view_features", _TEST_VIEWS, after=("multi_view_response", "single_view_features")),
-)
+POLICY = (Stage("one view, response", "single_view_overfit", _ONE_VIEW),
+          Stage("many views, response", "multi_view_response", _TEST_VIEWS, after=("single_view_overfit",)),
+          Stage("one view, response and features", "single_view_features", _ONE_VIEW, after=("multi_view_response",)),
+          Stage("many views, response and features", "multi_view_features", _TEST_VIEWS,
+                after=("multi_view_response", "single_view_features")))
 
-# %% ../../nbs/runs/policy.ipynb #ad3f3ff0
+# %% ../../nbs/runs/policy.ipynb #d009546a
 def missing_by(gate: Gate, value: Any) -> str:
     """By how much a value misses its gate: `9.4 too low`, `not measured`; empty where it does not."""
     if check_gates({gate.result: value}, [gate]).ok: return ""
@@ -61,10 +63,11 @@ def missing_by(gate: Gate, value: Any) -> str:
     low = gate.at_least is not None and value < gate.at_least
     return f"{spell(abs(value - (gate.at_least if low else gate.at_most)))} too {'low' if low else 'high'}"
 
-
+# %% ../../nbs/runs/policy.ipynb #73d417e8
 @dataclass(frozen=True)
 class Standing:
-    """A stage, the newest finished run that speaks for it (None: there is none), and its checked gates. open: the stages before it are passed."""
+    """A stage, the newest finished run that speaks for it (None: there is none), and its checked gates. open: the
+    stages before it are passed."""
 
     stage: Stage
     run: RunRecord | None
@@ -79,15 +82,24 @@ class Standing:
     @property
     def state(self) -> str:
         """passed, open or locked; a stage that was run out of order says so."""
-        return "passed" if self.passed and self.open else "passed, out of order" if self.passed else "open" if self.open else "locked"
+        return (
+            "passed"
+            if self.passed and self.open
+            else "passed, out of order"
+            if self.passed
+            else "open"
+            if self.open
+            else "locked"
+        )
 
     def missing(self) -> str:
         """What it lacks, in words; empty where it is passed."""
         if self.run is None: return f"{self.stage.experiment} has no finished run"
-        lacking = [f"{line.gate.result} is {missing_by(line.gate, line.value)}" for line in self.report.lines if line.verdict != GREEN]
+        lacking = [f"{line.gate.result} is {missing_by(line.gate, line.value)}" for line in self.report.lines
+                   if line.verdict != GREEN]
         return f"in {self.run.name} {', '.join(lacking)}" if lacking else ""
 
-# %% ../../nbs/runs/policy.ipynb #5e052510
+# %% ../../nbs/runs/policy.ipynb #a9586acb
 @dataclass(frozen=True)
 class PolicyReport:
     """How all stages stand, in their order."""
@@ -121,34 +133,43 @@ class PolicyReport:
     def _repr_html_(self) -> str: return html_table(POLICY_HEADINGS, self.rows())
 
 
-POLICY_HEADINGS = ("stage", "experiment", "state", "run", "result", "ours", "bound", "notes", "published", "trivial baseline", "missing")
+POLICY_HEADINGS = ("stage", "experiment", "state", "run", "result", "ours", "bound", "notes", "published",
+                   "trivial baseline", "missing")
 
-# %% ../../nbs/runs/policy.ipynb #a7b1a783
-def read_policy(outputs: str | os.PathLike | None = None, policy: Sequence[Stage] = POLICY, data: str = "") -> PolicyReport:
+# %% ../../nbs/runs/policy.ipynb #eed5c78c
+def read_policy(outputs: str | os.PathLike | None = None, policy: Sequence[Stage] = POLICY,
+                data: str = "") -> PolicyReport:
     """How the stages stand by the newest finished run of each experiment under `outputs` (default `outputs_root()`).
 
-    data: only runs on this data count, as `data_label` names it ("blender:lego_400"); empty: any. A stage is open when all before it are passed.
+    data: only runs on this data count, as `data_label` names it ("blender:lego_400"); empty: any. A stage is open when
+    all before it are passed.
     Raises KiloError where the policy contradicts itself.
     """
     check_policy(policy)
-    finished = [run for run in list_runs(Path(outputs or outputs_root())) if run.status == FINISHED and data in ("", data_label(run))]
+    finished = [run for run in list_runs(Path(outputs or outputs_root())) if run.status == FINISHED
+                and data in ("", data_label(run))]
     newest = {run.experiment: run for run in finished}
     standings: dict[str, Standing] = {}
     for stage in policy:
         run = newest.get(stage.experiment)
         before = [standings[name] for name in stage.after]
         opened = all(s.passed and s.open for s in before)
-        standings[stage.experiment] = Standing(stage, run, check_gates(run.results if run else {}, list(stage.gates), run.baselines if run else None), opened)
+        standings[stage.experiment] = Standing(stage, run,
+                                               check_gates(run.results if run else {}, list(stage.gates),
+                                                           run.baselines if run else None), opened)
     return PolicyReport(tuple(standings.values()))
 
-# %% ../../nbs/runs/policy.ipynb #e85d6911
-def require_unlocked(experiment: str, outputs: str | os.PathLike | None = None, mode: Literal["off", "warn", "enforce"] = "warn",
-                     policy: Sequence[Stage] = POLICY, data: str = "") -> bool:
+# %% ../../nbs/runs/policy.ipynb #266464db
+def require_unlocked(experiment: str, outputs: str | os.PathLike | None = None,
+                     mode: Literal["off", "warn", "enforce"] = "warn", policy: Sequence[Stage] = POLICY,
+                     data: str = "") -> bool:
     """Whether the stages before an experiment are passed; see `read_policy` for the arguments.
 
-    mode: "off" does not look and says yes; "warn" prints a sentence where something is missing; "enforce" raises KiloError with it.
+    mode: "off" does not look and says yes; "warn" prints a sentence where something is missing; "enforce" raises
+    KiloError with it.
     """
-    if mode not in ("off", "warn", "enforce"): raise KiloError(f"The policy's mode is '{mode}'; expected 'off', 'warn' or 'enforce'.")
+    if mode not in ("off", "warn", "enforce"):
+        raise KiloError(f"The policy's mode is '{mode}'; expected 'off', 'warn' or 'enforce'.")
     if mode == "off": return True
     blocking = read_policy(outputs, policy, data).blocking(experiment)
     if not blocking: return True
@@ -157,25 +178,31 @@ def require_unlocked(experiment: str, outputs: str | os.PathLike | None = None, 
     print(sentence)
     return False
 
-# %% ../../nbs/runs/policy.ipynb #c01d7999
+# %% ../../nbs/runs/policy.ipynb #f8825ea8
 def spike_share(values: Sequence[float], window: int = 9, factor: float = 1.5) -> float:
-    """Share of logged values above `factor` times the median of the `window` values before them; 0 where there are no more than `window`."""
-    if window < 1 or factor <= 0: raise KiloError(f"spike_share was given window = {window} and factor = {factor:g}; expected at least 1, and above 0.")
+    """Share of logged values above `factor` times the median of the `window` values before them; 0 where there are no
+    more than `window`."""
+    if window < 1 or factor <= 0:
+        raise KiloError(f"spike_share was given window = {window} and factor = {factor:g}; expected at least "
+                        "1, and above 0.")
     spikes = [value > factor * statistics.median(values[i : i + window]) for i, value in enumerate(values[window:])]
     return sum(spikes) / max(1, len(spikes))
 
-# %% ../../nbs/runs/policy.ipynb #049b7b58
+# %% ../../nbs/runs/policy.ipynb #4f2f1970
 @dataclass(frozen=True)
 class DirectionVerdict:
-    """adopted: the L to use. sentence: why. table: for each L its values, its gains over the base (shares, > 0 is better), and whether it `improves`."""
+    """adopted: the L to use. sentence: why. table: for each L its values, its gains over the base (shares, > 0 is
+    better), and whether it `improves`."""
 
     adopted: int
     sentence: str
     table: list[dict[str, Any]]
 
-
-def adopt_direction_frequencies(results: Mapping[int, Mapping[str, float]], gain: float = 0.05, spikes_allowed: float = 0.01) -> DirectionVerdict:
-    """The adoption rule. results: L -> {"colour_loss" at the end, "psnr_srgb_foreground_db", "alpha_spike_share" 0..1}; the smallest L is the base.
+# %% ../../nbs/runs/policy.ipynb #53bb494a
+def adopt_direction_frequencies(results: Mapping[int, Mapping[str, float]], gain: float = 0.05,
+                                spikes_allowed: float = 0.01) -> DirectionVerdict:
+    """The adoption rule. results: L -> {"colour_loss" at the end, "psnr_srgb_foreground_db", "alpha_spike_share" 0..1};
+    the smallest L is the base.
 
     gain: least improvement, as a share. spikes_allowed: how much the spikes' share may exceed the base's.
     Raises KiloError where there is nothing to compare or a value is missing or not a number.
@@ -183,25 +210,36 @@ def adopt_direction_frequencies(results: Mapping[int, Mapping[str, float]], gain
     names = ("colour_loss", "psnr_srgb_foreground_db", "alpha_spike_share")
     if len(results) < 2: raise KiloError(f"The adoption rule compares at least two values of L: got {sorted(results)}.")
     for frequencies, measured in results.items():
-        bad = [name for name in names if not isinstance(measured.get(name), (int, float)) or not math.isfinite(measured[name])]
-        if bad: raise KiloError(f"The results of L = {frequencies} hold no number '{bad[0]}': the adoption rule needs {', '.join(names)}.")
+        bad = [name for name in names if not isinstance(measured.get(name), (int, float))
+               or not math.isfinite(measured[name])]
+        if bad:
+            raise KiloError(f"The results of L = {frequencies} hold no number '{bad[0]}': the adoption rule needs "
+                            f"{', '.join(names)}.")
     base, *larger = sorted(results)
     rows = [_compared(base, results[base], results[base], gain, spikes_allowed)]
-    rows += [_compared(frequencies, results[frequencies], results[base], gain, spikes_allowed) for frequencies in larger]
+    rows += [_compared(frequencies, results[frequencies], results[base], gain, spikes_allowed)
+             for frequencies in larger]
     adopted = next((row for row in rows if row["improves"]), rows[0])
     return DirectionVerdict(adopted["L"], _reason(adopted, rows, gain), rows)
 
-# %% ../../nbs/runs/policy.ipynb #0bdaa34f
-def _compared(frequencies: int, measured: Mapping[str, float], base: Mapping[str, float], gain: float, spikes_allowed: float) -> dict[str, Any]:
-    loss, psnr = (base["colour_loss"], measured["colour_loss"]), (base["psnr_srgb_foreground_db"], measured["psnr_srgb_foreground_db"])
-    gains = {"colour_gain": (loss[0] - loss[1]) / loss[0] if loss[0] else 0.0, "foreground_gain": (psnr[1] - psnr[0]) / abs(psnr[0]) if psnr[0] else 0.0}
+# %% ../../nbs/runs/policy.ipynb #60112c1b
+def _compared(frequencies: int, measured: Mapping[str, float], base: Mapping[str, float], gain: float,
+              spikes_allowed: float) -> dict[str, Any]:
+    loss, psnr = (base["colour_loss"], measured["colour_loss"]), (base["psnr_srgb_foreground_db"],
+                                                                  measured["psnr_srgb_foreground_db"])
+    gains = {"colour_gain": (loss[0] - loss[1]) / loss[0] if loss[0] else 0.0,
+             "foreground_gain": (psnr[1] - psnr[0]) / abs(psnr[0]) if psnr[0] else 0.0}
     spikes = measured["alpha_spike_share"] - base["alpha_spike_share"]
     better, calm = max(gains.values()) >= gain - 1e-12, spikes <= spikes_allowed + 1e-12
-    return {"L": frequencies, **measured, **gains, "more_spikes": spikes, "improves": better and calm, "too_many_spikes": better and not calm}
+    return {"L": frequencies, **measured, **gains, "more_spikes": spikes, "improves": better and calm,
+            "too_many_spikes": better and not calm}
 
-
+# %% ../../nbs/runs/policy.ipynb #7f802a7a
 def _reason(adopted: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], gain: float) -> str:
-    told = lambda row: f"colour loss {row['colour_gain']:+.1%} better and foreground PSNR {row['foreground_gain']:+.1%}, alpha spikes {row['more_spikes']:+.1%}"
+    told = lambda row: (
+        f"colour loss {row['colour_gain']:+.1%} better and foreground PSNR {row['foreground_gain']:+.1%}, alpha spikes "
+        f"{row['more_spikes']:+.1%}"
+    )
     base, tried = rows[0], [row for row in rows[1:] if row["L"] <= adopted["L"] or adopted is rows[0]]
     fault = lambda row: "has too many alpha spikes" if row["too_many_spikes"] else f"gains less than {gain:.0%}"
     turned_down = [f"L = {row['L']} {fault(row)} ({told(row)})" for row in tried if row is not adopted]

@@ -22,10 +22,11 @@ from .folders import FINISHED, RunRecord, data_label, list_runs, outputs_root
 # %% ../../nbs/runs/verdicts.ipynb #e536a8b7
 NO_GATES, UNREADABLE = "no gates", "unreadable"
 
-# %% ../../nbs/runs/verdicts.ipynb #e5a9305e
+# %% ../../nbs/runs/verdicts.ipynb #5879e307
 @dataclass(frozen=True)
 class Verdict:
-    """How an experiment stands on some data. run: the newest finished one, None: there is none. report: its gates. since: runs that did not finish after it."""
+    """How an experiment stands on some data. run: the newest finished one, None: there is none. report: its gates.
+    since: runs that did not finish after it."""
 
     experiment: str
     data: str
@@ -42,14 +43,16 @@ class Verdict:
     @property
     def title(self) -> str:
         """`experiment · data · run`."""
-        return " · ".join(filter(None, (self.experiment, self.data, self.run.folder.name if self.run else "no finished run")))
+        return " · ".join(filter(None,
+                                 (self.experiment, self.data, self.run.folder.name if self.run else "no finished run")))
 
     @property
     def note(self) -> str:
         """What became of the runs since, in a sentence; empty where there are none."""
         if not self.since: return ""
         last, more = self.since[-1], len(self.since) - 1
-        return f"{last.name} is {last.status}" + (f", like {more} before it" if more else "") + (f": {last.error.rstrip('.')}." if last.error else ".")
+        return f"{last.name} is {last.status}" + (f", like {more} before it" if more
+                                                  else "") + (f": {last.error.rstrip('.')}." if last.error else ".")
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as plain values."""
@@ -57,7 +60,7 @@ class Verdict:
         return {"experiment": self.experiment, "data": self.data, "run": run, "folder": folder,
                 "state": self.state, "ok": self.state == GREEN, "note": self.note, "gates": self.report.to_dict()}
 
-# %% ../../nbs/runs/verdicts.ipynb #93af65b5
+# %% ../../nbs/runs/verdicts.ipynb #8ad8da47
 @dataclass(frozen=True, repr=False)
 class Board:
     """The verdicts by experiment and data. unreadable: sentences about runs that are damaged."""
@@ -92,23 +95,27 @@ class Board:
 
     def text(self) -> str:
         """The board for a terminal: a table for each verdict, notes, and the sentence."""
-        parts = ["\n".join(filter(None, (one.title, one.report.table() or one.state, one.note))) for one in self.verdicts]
+        parts = ["\n".join(filter(None, (one.title, one.report.table() or one.state, one.note)))
+                 for one in self.verdicts]
         return "\n\n".join([*parts, *self.unreadable, self.sentence()])
 
     def to_dict(self) -> dict[str, Any]:
         """The board as plain values."""
         counts = {verdict: self.count(verdict) for verdict in (GREEN, RED, NOT_RUN)}
-        return {"ok": self.ok, "counts": counts, "verdicts": [one.to_dict() for one in self.verdicts], "unreadable": list(self.unreadable)}
+        return {"ok": self.ok, "counts": counts, "verdicts": [one.to_dict() for one in self.verdicts],
+                "unreadable": list(self.unreadable)}
 
     def _repr_html_(self) -> str:
         names = [f"verdict-{row[-1].replace(' ', '-')}" for row in self.rows()]
         return html_table(("experiment", "data", "run", *HEADINGS), self.rows(), names)
 
-# %% ../../nbs/runs/verdicts.ipynb #bcc60c91
-def verdict_board(outputs: str | os.PathLike | None = None, experiments: Sequence[str] = (), root: str | os.PathLike | None = None) -> Board:
+# %% ../../nbs/runs/verdicts.ipynb #0a794126
+def verdict_board(outputs: str | os.PathLike | None = None, experiments: Sequence[str] = (),
+                  root: str | os.PathLike | None = None) -> Board:
     """How all experiments stand by the newest finished run of each and data under `outputs` (default `outputs_root()`).
 
-    experiments: only these. root: the checkout whose notebooks tell the gates of experiments that were not run. Runs of sweeps are trials and do not speak.
+    experiments: only these. root: the checkout whose notebooks tell the gates of experiments that were not run. Runs of
+    sweeps are trials and do not speak.
     Raises KiloError for an experiment that has neither a notebook nor a run.
     """
     records = list_runs(Path(outputs or outputs_root()))
@@ -123,41 +130,47 @@ def verdict_board(outputs: str | os.PathLike | None = None, experiments: Sequenc
         if any(found[key].run for key in own): continue
         tried = tuple(record for key in own for record in found.pop(key).since)
         found[name, ""] = Verdict(name, "", None, check_gates({}, _written_gates(notebooks[name])), tried)
-    return Board(tuple(found[key] for key in sorted(found)), tuple(record.error for record in wanted if record.status == UNREADABLE))
+    return Board(tuple(found[key] for key in sorted(found)),
+                 tuple(record.error for record in wanted if record.status == UNREADABLE))
 
-
+# %% ../../nbs/runs/verdicts.ipynb #c31ac9a8
 def _spoken(records: Sequence[RunRecord]) -> dict[tuple[str, str], Verdict]:
     groups: dict[tuple[str, str], list[RunRecord]] = {}
     for record in records: groups.setdefault((record.experiment, data_label(record)), []).append(record)
     return {key: _verdict(*key, group) for key, group in groups.items()}
 
-# %% ../../nbs/runs/verdicts.ipynb #a9f868b7
+# %% ../../nbs/runs/verdicts.ipynb #c53785dc
 def _verdict(experiment: str, data: str, records: Sequence[RunRecord]) -> Verdict:
     newest = max((i for i, record in enumerate(records) if record.status == FINISHED), default=None)
     run = None if newest is None else records[newest]
-    return Verdict(experiment, data, run, run.report if run else GateReport(()), tuple(records[0 if newest is None else newest + 1:]))
+    return Verdict(experiment, data, run, run.report if run else GateReport(()),
+                   tuple(records[0 if newest is None else newest + 1:]))
 
 
 def _written_gates(path: Path) -> list[Any]:
     try: return list(read_notebook(path).gates)
     except KiloError: return []
 
-# %% ../../nbs/runs/verdicts.ipynb #0f34cc64
+# %% ../../nbs/runs/verdicts.ipynb #c9048c2f
 def explain_standing(standing: Standing, report: PolicyReport) -> str:
     """Why a stage is passed, open or locked: what was reached, or what is missing."""
     if standing.passed:
-        reached = ", ".join(f"{line.gate.result} is {spell(line.value)} ({line.gate.bound})" for line in standing.report.lines) or "it finished"
-        return f"in {standing.run.name} {reached}" + ("" if standing.open else f"; but before it: {_lacking(standing, report)}")
+        reached = ", ".join(f"{line.gate.result} is {spell(line.value)} ({line.gate.bound})"
+                            for line in standing.report.lines) or "it finished"
+        return f"in {standing.run.name} {reached}" + ("" if standing.open
+                                                      else f"; but before it: {_lacking(standing, report)}")
     if not standing.open: return f"waits: {_lacking(standing, report)}"
     return ("" if standing.stage.after else "nothing comes before it; ") + standing.missing()
 
 
-def _lacking(standing: Standing, report: PolicyReport) -> str: return "; ".join(other.missing() for other in report.blocking(standing.stage.experiment))
+def _lacking(standing: Standing, report: PolicyReport) -> str:
+    return "; ".join(other.missing() for other in report.blocking(standing.stage.experiment))
 
-# %% ../../nbs/runs/verdicts.ipynb #fa8a8b17
+# %% ../../nbs/runs/verdicts.ipynb #22522158
 @dataclass(frozen=True)
 class Adoption:
-    """What the adoption rule says. adopted: L, None where it cannot be told; sentence: why. run: the sweep. in_use: L of the newest many-views run."""
+    """What the adoption rule says. adopted: L, None where it cannot be told; sentence: why. run: the sweep. in_use: L
+    of the newest many-views run."""
 
     adopted: int | None
     sentence: str
@@ -169,30 +182,39 @@ class Adoption:
         run, data = (self.run.name, data_label(self.run)) if self.run else (None, "")
         return {"adopted": self.adopted, "sentence": self.sentence, "run": run, "data": data, "in_use": self.in_use}
 
-
+# %% ../../nbs/runs/verdicts.ipynb #224d06ea
 _MEASURED = ("colour_loss", "psnr_srgb_foreground_db", "alpha_spike_share")
 
 
 def _sweep_results(record: RunRecord) -> dict[int, dict[str, Any]]:
     rows = record.tables.get("sweep")
-    rows = [row for row in rows if isinstance(row, Mapping) and isinstance(row.get("L"), int)] if isinstance(rows, list) else []
+    rows = (
+        [row for row in rows if isinstance(row, Mapping) and isinstance(row.get("L"), int)]
+        if isinstance(rows, list)
+        else []
+    )
     if not rows: raise KiloError(f"{record.name} holds no table 'sweep' with a row for each L: run dir_l_sweep again.")
     return {row["L"]: {name: row.get(name) for name in _MEASURED} for row in rows}
 
-# %% ../../nbs/runs/verdicts.ipynb #62becec2
+# %% ../../nbs/runs/verdicts.ipynb #1644be6b
 def adopt_from_run(record: RunRecord) -> Adoption:
     """The adoption rule on what a `dir_l_sweep` measured, with the settings of that run."""
-    settings = {"gain": record.parameters.get("improvement", 0.05), "spikes_allowed": record.parameters.get("spikes_allowed", 0.01)}
+    settings = {"gain": record.parameters.get("improvement", 0.05),
+                "spikes_allowed": record.parameters.get("spikes_allowed", 0.01)}
     try: decision = adopt_direction_frequencies(_sweep_results(record), **settings)
     except (KiloError, TypeError) as error: return Adoption(None, str(error), record)
     recorded = record.results.get("adopted_frequencies", decision.adopted)
-    differs = f" The run itself recorded L = {recorded}, by another rule or other numbers." if recorded != decision.adopted else ""
+    differs = (
+        f" The run itself recorded L = {recorded}, by another rule or other numbers."
+        if recorded != decision.adopted
+        else ""
+    )
     return Adoption(decision.adopted, decision.sentence + differs, record)
 
 # %% ../../nbs/runs/verdicts.ipynb #cbb7689c
 STAGE_HEADINGS = ("stage", "experiment", "state", "why")
 
-# %% ../../nbs/runs/verdicts.ipynb #7e5087f2
+# %% ../../nbs/runs/verdicts.ipynb #5a968b5b
 @dataclass(frozen=True, repr=False)
 class Promotion:
     """What the rules allow on one dataset. policy: how the stages stand; adoption: of direction frequencies."""
@@ -204,30 +226,41 @@ class Promotion:
     @property
     def next(self) -> list[str]:
         """The experiments that are open and not passed: what to run, or to improve, now."""
-        return [standing.stage.experiment for standing in self.policy.standings if standing.open and not standing.passed]
+        return [standing.stage.experiment for standing in self.policy.standings if standing.open
+                and not standing.passed]
 
-    def rows(self) -> list[list[str]]: return [[s.stage.name, s.stage.experiment, s.state, explain_standing(s, self.policy)] for s in self.policy.standings]
+    def rows(self) -> list[list[str]]:
+        return [[s.stage.name, s.stage.experiment, s.state, explain_standing(s, self.policy)]
+                for s in self.policy.standings]
 
     def text(self) -> str:
         """The promotion for a terminal."""
         lines = [f"{state}: {experiment} ({stage})\n    {why}" for stage, experiment, state, why in self.rows()]
         following = f"Next: {' or '.join(self.next)}." if self.next else "All stages are passed."
-        return "\n".join([f"Promotions on {self.data or 'no data yet'}", *lines, following, f"Direction frequencies: {self.adoption.sentence}{self._in_use()}"])
+        return "\n".join([f"Promotions on {self.data or 'no data yet'}", *lines, following,
+                          f"Direction frequencies: {self.adoption.sentence}{self._in_use()}"])
 
     def _in_use(self) -> str:
         used = self.adoption.in_use
-        return f" The newest multi_view_response has L = {used}." if used is not None and used != self.adoption.adopted else ""
+        return (
+            f" The newest multi_view_response has L = {used}."
+            if used is not None and used != self.adoption.adopted
+            else ""
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The promotion as plain values."""
-        stages = [{**dict(zip(STAGE_HEADINGS, row)), "run": s.run.name if s.run else None, "missing": s.missing(), "gates": s.report.to_dict()}
-                  for row, s in zip(self.rows(), self.policy.standings)]
-        return {"data": self.data, "stages": stages, "next": self.next, "direction_frequencies": self.adoption.to_dict()}
+        stages = [{**dict(zip(STAGE_HEADINGS, row)), "run": s.run.name if s.run else None, "missing": s.missing(),
+                   "gates": s.report.to_dict()} for row, s in zip(self.rows(), self.policy.standings)]
+        return {"data": self.data, "stages": stages, "next": self.next,
+                "direction_frequencies": self.adoption.to_dict()}
 
     def __repr__(self) -> str: return self.text()
 
     def _repr_html_(self) -> str:
-        return html_table((self.data, *STAGE_HEADINGS[1:]), self.rows()) + html_table(("direction frequencies",), [[self.adoption.sentence + self._in_use()]])
+        return html_table((self.data, *STAGE_HEADINGS[1:]), self.rows()) + html_table(
+            ("direction frequencies",), [[self.adoption.sentence + self._in_use()]]
+        )
 
 # %% ../../nbs/runs/verdicts.ipynb #efb71cf1
 @dataclass(frozen=True, repr=False)
@@ -251,21 +284,32 @@ class Promotions:
 
     def _repr_html_(self) -> str: return "".join(one._repr_html_() for one in self.by_data)
 
-# %% ../../nbs/runs/verdicts.ipynb #f13559e0
-def promotions(outputs: str | os.PathLike | None = None, data: str = "", policy: Sequence[Stage] = POLICY) -> Promotions:
-    """What the promotion rules say of the runs under `outputs` (default `outputs_root()`), for each dataset that a rule's experiment was run on.
+# %% ../../nbs/runs/verdicts.ipynb #b31fafd5
+def promotions(outputs: str | os.PathLike | None = None, data: str = "",
+               policy: Sequence[Stage] = POLICY) -> Promotions:
+    """What the promotion rules say of the runs under `outputs` (default `outputs_root()`), for each dataset that a
+    rule's experiment was run on.
 
     data: only this, as `data_label` names it. Runs of sweeps are trials and do not speak.
     """
     asked = {*(stage.experiment for stage in policy), "dir_l_sweep"}
-    finished = [record for record in list_runs(Path(outputs or outputs_root())) if record.status == FINISHED and record.experiment in asked]
+    finished = [record for record in list_runs(Path(outputs or outputs_root())) if record.status == FINISHED
+                and record.experiment in asked]
     labels = [data] if data else sorted({data_label(record) for record in finished}) or [""]
     of = lambda label: [record for record in finished if data_label(record) == label]
     return Promotions(tuple(_promotion(label, of(label), read_policy(outputs, policy, label)) for label in labels))
 
-
+# %% ../../nbs/runs/verdicts.ipynb #38ec988d
 def _promotion(data: str, finished: Sequence[RunRecord], report: PolicyReport) -> Promotion:
     newest = {record.experiment: record for record in finished}
-    adoption = adopt_from_run(newest["dir_l_sweep"]) if "dir_l_sweep" in newest else Adoption(None, "dir_l_sweep has no finished run, so none is adopted.")
-    used = newest["multi_view_response"].parameters.get("direction_frequencies") if "multi_view_response" in newest else None
+    adoption = (
+        adopt_from_run(newest["dir_l_sweep"])
+        if "dir_l_sweep" in newest
+        else Adoption(None, "dir_l_sweep has no finished run, so none is adopted.")
+    )
+    used = (
+        newest["multi_view_response"].parameters.get("direction_frequencies")
+        if "multi_view_response" in newest
+        else None
+    )
     return Promotion(data, report, replace(adoption, in_use=used))

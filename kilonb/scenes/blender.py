@@ -24,9 +24,10 @@ from ..geometry.transforms import check_rigid
 from ..core.errors import KiloError
 from ..core.files import atomic_write, write_json
 
-# %% ../../nbs/scenes/blender.ipynb #e29aaeb5
+# %% ../../nbs/scenes/blender.ipynb #166cc420
 def _open_picture(path: Path) -> Image.Image:
-    if not path.is_file(): raise KiloError(f"The picture {path} is missing: restore it or take its frame out of the transforms file.")
+    if not path.is_file():
+        raise KiloError(f"The picture {path} is missing: restore it or take its frame out of the transforms file.")
     try: picture = Image.open(path)
     except (OSError, SyntaxError, ValueError) as error:
         raise KiloError(f"{path} is not a picture that can be read ({error or 'damaged'}): fetch it again.") from None
@@ -35,34 +36,40 @@ def _open_picture(path: Path) -> Image.Image:
                         "save it as RGBA with the object's mask as alpha (straight, 0 outside).")
     return picture
 
-
+# %% ../../nbs/scenes/blender.ipynb #3a960e04
 def _size(path: Path) -> tuple[int, int]:
     """(width, height) of a picture that is whole as far as its header and its end tell."""
     with _open_picture(path) as picture, open(path, "rb") as file:
         file.seek(-min(1024, path.stat().st_size), 2)
-        if picture.format == "PNG" and b"IEND" not in file.read(): raise KiloError(f"{path} is truncated (its last chunk is missing): fetch it again.")
+        if picture.format == "PNG" and b"IEND" not in file.read():
+            raise KiloError(f"{path} is truncated (its last chunk is missing): fetch it again.")
         return picture.size
 
-# %% ../../nbs/scenes/blender.ipynb #4ae97c98
+# %% ../../nbs/scenes/blender.ipynb #53e04364
 def read_rgba(path: str | Path) -> Tensor:
-    """A picture as [height, width, 4] float32 in 0..1, straight alpha, sRGB colour. Raises KiloError where it is missing, damaged or without alpha."""
+    """A picture as [height, width, 4] float32 in 0..1, straight alpha, sRGB colour. Raises KiloError where it is
+    missing, damaged or without alpha."""
     path = Path(path)
     with _open_picture(path) as picture:
         try: pixels = np.asarray(picture.convert("RGBA"))
-        except (OSError, SyntaxError, ValueError) as error: raise KiloError(f"{path} is truncated or damaged ({error}): fetch it again.") from None
+        except (OSError, SyntaxError, ValueError) as error:
+            raise KiloError(f"{path} is truncated or damaged ({error}): fetch it again.") from None
     return torch.from_numpy(pixels.astype(np.float32) / 255)
 
-# %% ../../nbs/scenes/blender.ipynb #bf633b4a
+# %% ../../nbs/scenes/blender.ipynb #262d55f6
 def write_rgba(path: str | Path, rgba_straight: Tensor) -> None:
-    """Write [height, width, 4] straight colour in 0..1 as an 8-bit PNG, atomically; RGB is black wherever the 8-bit alpha is 0."""
+    """Write [height, width, 4] straight colour in 0..1 as an 8-bit PNG, atomically; RGB is black wherever the 8-bit
+    alpha is 0."""
     pixels = rgba_straight.detach().cpu()
-    if pixels.ndim != 3 or pixels.shape[-1] != 4: raise KiloError(f"An RGBA picture is [height, width, 4], but {list(pixels.shape)} was given for {path}.")
-    if not torch.isfinite(pixels).all(): raise KiloError(f"The picture for {path} holds NaN or infinity: nothing was written.")
+    if pixels.ndim != 3 or pixels.shape[-1] != 4:
+        raise KiloError(f"An RGBA picture is [height, width, 4], but {list(pixels.shape)} was given for {path}.")
+    if not torch.isfinite(pixels).all():
+        raise KiloError(f"The picture for {path} holds NaN or infinity: nothing was written.")
     quantised = (pixels.clamp(0, 1) * 255).round().to(torch.uint8)
     quantised[quantised[..., 3] == 0] = 0
     with atomic_write(path) as partial: Image.fromarray(quantised.numpy()).save(partial, format="PNG")
 
-# %% ../../nbs/scenes/blender.ipynb #8b1b131f
+# %% ../../nbs/scenes/blender.ipynb #ea59af28
 def _area_weights(source: int, target: int) -> Tensor:
     edges = torch.arange(target + 1, dtype=torch.float64) * (source / target)
     pixels = torch.arange(source, dtype=torch.float64)
@@ -71,19 +78,22 @@ def _area_weights(source: int, target: int) -> Tensor:
 
 
 def downscale(rgba_straight: Tensor, width: int, height: int) -> Tensor:
-    """[H, W, 4] straight alpha averaged over areas to [height, width, 4]: premultiplied, averaged, and made straight again (black where alpha is 0)."""
+    """[H, W, 4] straight alpha averaged over areas to [height, width, 4]: premultiplied, averaged, and made straight
+    again (black where alpha is 0)."""
     alpha = rgba_straight[..., 3:]
     premultiplied = torch.cat([rgba_straight[..., :3] * alpha, alpha], -1)
     rows, columns = _area_weights(rgba_straight.shape[0], height), _area_weights(rgba_straight.shape[1], width)
     small = torch.einsum("ih,hwc,jw->ijc", rows, premultiplied, columns)
-    return torch.cat([torch.where(small[..., 3:] > 0, small[..., :3] / small[..., 3:].clamp(min=1e-8), 0.0).clamp(max=1), small[..., 3:].clamp(max=1)], -1)
+    return torch.cat([torch.where(small[..., 3:] > 0, small[..., :3] / small[..., 3:].clamp(min=1e-8),
+                                  0.0).clamp(max=1), small[..., 3:].clamp(max=1)], -1)
 
-# %% ../../nbs/scenes/blender.ipynb #70acc1ac
+# %% ../../nbs/scenes/blender.ipynb #13b29cfe
 @dataclass(frozen=True)
 class Frame:
     """One view: its camera (OpenCV frame) and its picture, decoded on demand.
 
-    name: the file's path without its ending, as the transforms file gives it. camera: intrinsics at the scene's resolution.
+    name: the file's path without its ending, as the transforms file gives it. camera: intrinsics at the scene's
+    resolution.
     image_path: the picture on disk, which may be larger than the camera (see `load_blender`'s resolution).
     """
     name: str
@@ -93,17 +103,20 @@ class Frame:
     keep: bool = field(default=False, repr=False, compare=False)
 
     def rgba_straight(self) -> Tensor:
-        """[height, width, 4] float32 in 0..1, straight alpha, at the camera's resolution; decoded each time unless the scene keeps its pictures."""
+        """[height, width, 4] float32 in 0..1, straight alpha, at the camera's resolution; decoded each time unless the
+        scene keeps its pictures."""
         if "rgba" in self.cache: return self.cache["rgba"]
         picture = read_rgba(self.image_path)
-        if picture.shape[:2] != (self.camera.height, self.camera.width): picture = downscale(picture, self.camera.width, self.camera.height)
+        if picture.shape[:2] != (self.camera.height, self.camera.width):
+            picture = downscale(picture, self.camera.width, self.camera.height)
         if self.keep: self.cache["rgba"] = picture
         return picture
 
-# %% ../../nbs/scenes/blender.ipynb #3cc4110b
+# %% ../../nbs/scenes/blender.ipynb #ef1d8868
 @dataclass(frozen=True)
 class BlenderScene:
-    """The frames of one split. `scene[i]` is a Frame (KiloError where there is none), `len`, iteration and `subset` as of a list."""
+    """The frames of one split. `scene[i]` is a Frame (KiloError where there is none), `len`, iteration and `subset` as
+    of a list."""
     root: Path
     split: str
     frames: list[Frame]
@@ -113,45 +126,53 @@ class BlenderScene:
 
     def __getitem__(self, index: int) -> Frame:
         if not 0 <= index < len(self.frames):
-            raise KiloError(f"Frame {index} is not there: split '{self.split}' of {self.root} has {len(self.frames)} frames, 0 to {len(self.frames) - 1}.")
+            raise KiloError(f"Frame {index} is not there: split '{self.split}' of {self.root} has "
+                            f"{len(self.frames)} frames, 0 to {len(self.frames) - 1}.")
         return self.frames[index]
 
     def subset(self, indices: Iterable[int]) -> "BlenderScene":
         """The scene with only these frames, in this order."""
         return BlenderScene(self.root, self.split, [self[i] for i in indices])
 
-# %% ../../nbs/scenes/blender.ipynb #1a8df802
+# %% ../../nbs/scenes/blender.ipynb #57d432f7
 def _read_transforms(root: Path, split: str) -> dict[str, Any]:
     path = root / f"transforms_{split}.json"
-    if not root.is_dir(): raise KiloError(f"The scene folder {root} is not there: give the folder that holds transforms_{split}.json.")
+    if not root.is_dir():
+        raise KiloError(f"The scene folder {root} is not there: give the folder that holds transforms_{split}.json.")
     if not path.is_file():
         there = ", ".join(sorted(p.stem.removeprefix("transforms_") for p in root.glob("transforms_*.json"))) or "none"
         raise KiloError(f"{path} is missing: split '{split}' needs it (splits that are there: {there}).")
     try: transforms = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error: raise KiloError(f"{path} is not valid JSON ({error}): it may be truncated, fetch it again.") from None
+    except ValueError as error:
+        raise KiloError(f"{path} is not valid JSON ({error}): it may be truncated, fetch it again.") from None
     if not isinstance(transforms, dict) or not isinstance(transforms.get("frames"), list):
         raise KiloError(f"{path} has no list 'frames': one entry per view is expected.")
     if not transforms["frames"]: raise KiloError(f"{path} lists no frames: at least one is needed.")
     return transforms
 
-
+# %% ../../nbs/scenes/blender.ipynb #a4cfab53
 def _positive(transforms: dict[str, Any], key: str, path: Path, default: float | None = None) -> float:
     value = transforms.get(key, default)
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
         raise KiloError(f"{path}: '{key}' is {value!r}, but a positive number is expected.")
     return float(value)
 
-# %% ../../nbs/scenes/blender.ipynb #70c2fe6d
+# %% ../../nbs/scenes/blender.ipynb #cfe8cd90
 def _intrinsics(transforms: dict[str, Any], path: Path, width: int, height: int) -> tuple[float, float, float, float]:
     for key, size in (("w", width), ("h", height)):
         if key in transforms and _positive(transforms, key, path) != size:
-            raise KiloError(f"{path} says '{key}' is {transforms[key]}, but its pictures are {width}x{height}: the focal length would be wrong.")
+            raise KiloError(f"{path} says '{key}' is {transforms[key]}, but its pictures are {width}x{height}: "
+                            "the focal length would be wrong.")
     if "fl_x" in transforms:
         focal = _positive(transforms, "fl_x", path)
-        return tuple(_positive(transforms, key, path, default) for key, default in (("fl_x", None), ("fl_y", focal), ("cx", width / 2), ("cy", height / 2)))
-    if "camera_angle_x" not in transforms: raise KiloError(f"{path} has neither 'camera_angle_x' (radians) nor 'fl_x' (pixels): give one of them.")
+        return tuple(_positive(transforms, key, path, default) for key,
+                     default in (("fl_x", None), ("fl_y", focal), ("cx", width / 2), ("cy", height / 2)))
+    if "camera_angle_x" not in transforms:
+        raise KiloError(f"{path} has neither 'camera_angle_x' (radians) nor 'fl_x' (pixels): give one of them.")
     angle = _positive(transforms, "camera_angle_x", path)
-    if angle >= math.pi: raise KiloError(f"{path}: 'camera_angle_x' is {angle} radians, but a pinhole sees less than pi: is it in degrees?")
+    if angle >= math.pi:
+        raise KiloError(f"{path}: 'camera_angle_x' is {angle} radians, but a pinhole sees less than pi: is "
+                        "it in degrees?")
     focal = .5 * width / math.tan(.5 * angle)
     return focal, focal, width / 2, height / 2
 
@@ -164,12 +185,13 @@ def _pose(entry: Any, index: int, path: Path) -> Tensor:
     check_rigid(matrix, f"{path}: the transform_matrix of frame {index} ({entry['file_path']})")
     return blender_to_opencv(matrix).float()
 
-# %% ../../nbs/scenes/blender.ipynb #78e0ec9a
+# %% ../../nbs/scenes/blender.ipynb #527b33a9
 def _target_size(resolution: int | tuple[int, int] | None, width: int, height: int) -> tuple[int, int]:
     if resolution is None: return width, height
     wanted = (resolution, round(height * resolution / width)) if isinstance(resolution, int) else tuple(resolution)
     if not (1 <= wanted[0] <= width and 1 <= wanted[1] <= height):
-        raise KiloError(f"Resolution {resolution} is not possible for pictures of {width}x{height}: they are only made smaller, to at least one pixel.")
+        raise KiloError(f"Resolution {resolution} is not possible for pictures of {width}x{height}: they are "
+                        "only made smaller, to at least one pixel.")
     return wanted
 
 
@@ -177,13 +199,17 @@ def _image_path(root: Path, file_path: str) -> Path:
     path = root / file_path
     return path if path.is_file() else path.with_name(path.name + ".png")
 
-# %% ../../nbs/scenes/blender.ipynb #432d8025
-def load_blender(path: str | Path, split: str = "train", resolution: int | tuple[int, int] | None = None, cache: bool = False) -> BlenderScene:
-    """Open one split of a Blender-format scene; cameras come out in the OpenCV frame, pictures are decoded when asked for.
+# %% ../../nbs/scenes/blender.ipynb #d79ad652
+def load_blender(path: str | Path, split: str = "train", resolution: int | tuple[int, int] | None = None,
+                 cache: bool = False) -> BlenderScene:
+    """Open one split of a Blender-format scene; cameras come out in the OpenCV frame, pictures are decoded when asked
+    for.
 
-    path: the folder with transforms_<split>.json. resolution: new width in pixels (height in proportion) or (width, height); the pictures are then
-    averaged over areas, premultiplied, and the intrinsics scaled alike. cache: keep decoded pictures in memory.
-    Raises KiloError for anything missing, damaged, not rigid, without alpha, or of disagreeing size, before a picture is decoded.
+    path: the folder with transforms_<split>.json. resolution: new width in pixels (height in proportion) or (width,
+    height); the pictures are then averaged over areas, premultiplied, and the intrinsics scaled alike. cache: keep
+    decoded pictures in memory.
+    Raises KiloError for anything missing, damaged, not rigid, without alpha, or of disagreeing size, before a picture
+    is decoded.
     """
     root = Path(path)
     transforms, source = _read_transforms(root, split), root / f"transforms_{split}.json"
@@ -192,7 +218,8 @@ def load_blender(path: str | Path, split: str = "train", resolution: int | tuple
     sizes = [_size(image_path) for image_path in paths]
     for image_path, (width, height) in zip(paths, sizes):
         if (width, height) != sizes[0]:
-            raise KiloError(f"{image_path} is {width}x{height}, but {paths[0].name} is {sizes[0][0]}x{sizes[0][1]}: a split has one size.")
+            raise KiloError(f"{image_path} is {width}x{height}, but {paths[0].name} is "
+                            f"{sizes[0][0]}x{sizes[0][1]}: a split has one size.")
     (width, height), target = sizes[0], _target_size(resolution, *sizes[0])
     fx, fy, cx, cy = _intrinsics(transforms, source, width, height)
     cameras = [PinholeCamera(pose, fx, fy, cx, cy, width, height) for pose in poses]
@@ -200,25 +227,29 @@ def load_blender(path: str | Path, split: str = "train", resolution: int | tuple
     names = [entry["file_path"].removeprefix("./").removesuffix(".png") for entry in transforms["frames"]]
     return BlenderScene(root, split, [Frame(n, c, p, keep=cache) for n, c, p in zip(names, cameras, paths)])
 
-# %% ../../nbs/scenes/blender.ipynb #86faa67c
+# %% ../../nbs/scenes/blender.ipynb #530212a6
 def _intrinsics_entry(camera: PinholeCamera) -> dict[str, float]:
     entry = {"camera_angle_x": 2 * math.atan(.5 * camera.width / camera.fx)}
     if (camera.fx, camera.cx, camera.cy) != (camera.fy, camera.width / 2, camera.height / 2):
-        entry |= {"fl_x": camera.fx, "fl_y": camera.fy, "cx": camera.cx, "cy": camera.cy, "w": camera.width, "h": camera.height}
+        entry |= {"fl_x": camera.fx, "fl_y": camera.fy, "cx": camera.cx, "cy": camera.cy, "w": camera.width,
+                  "h": camera.height}
     return entry
 
+# %% ../../nbs/scenes/blender.ipynb #739a0e90
+def write_blender(folder: str | Path, split: str, cameras: Sequence[PinholeCamera],
+                  rgba_straight_images: Iterable[Tensor], names: Sequence[str] | None = None) -> None:
+    """Write one split: PNGs under `folder/split/`, then transforms_<split>.json. Each file is written atomically, the
+    transforms file last.
 
-def write_blender(folder: str | Path, split: str, cameras: Sequence[PinholeCamera], rgba_straight_images: Iterable[Tensor],
-                  names: Sequence[str] | None = None) -> None:
-    """Write one split: PNGs under `folder/split/`, then transforms_<split>.json. Each file is written atomically, the transforms file last.
-
-    cameras: one per picture, all of the same intrinsics. rgba_straight_images: [height, width, 4] in 0..1 each; an iterator is taken one by one.
+    cameras: one per picture, all of the same intrinsics. rgba_straight_images: [height, width, 4] in 0..1 each; an
+    iterator is taken one by one.
     names: file names without ending, r_0, r_1, ... by default. Raises KiloError where counts or sizes disagree.
     """
     folder, cameras = Path(folder), list(cameras)
     names = [f"r_{i}" for i in range(len(cameras))] if names is None else list(names)
     if not cameras or len(names) != len(cameras):
-        raise KiloError(f"Split '{split}': {len(cameras)} cameras and {len(names)} names; one name per camera is expected.")
+        raise KiloError(f"Split '{split}': {len(cameras)} cameras and {len(names)} names; one name per camera "
+                        "is expected.")
     entries = [_intrinsics_entry(camera) | {"size": (camera.width, camera.height)} for camera in cameras]
     if any(entry != entries[0] for entry in entries):
         raise KiloError(f"The cameras of split '{split}' differ in their intrinsics: the layout has one set per split.")
@@ -228,17 +259,22 @@ def write_blender(folder: str | Path, split: str, cameras: Sequence[PinholeCamer
         if picture.shape[:2] != (camera.height, camera.width):
             raise KiloError(f"Picture {name} is {list(picture.shape)}, its camera {camera.width}x{camera.height}.")
         write_rgba(folder / split / f"{name}.png", picture)
-        frames.append({"file_path": f"./{split}/{name}", "transform_matrix": blender_to_opencv(camera.camera_to_world.double()).tolist()})
-    if len(frames) != len(cameras): raise KiloError(f"Split '{split}': {len(cameras)} cameras but {len(frames)} pictures were given.")
+        frames.append({"file_path": f"./{split}/{name}",
+                       "transform_matrix": blender_to_opencv(camera.camera_to_world.double()).tolist()})
+    if len(frames) != len(cameras):
+        raise KiloError(f"Split '{split}': {len(cameras)} cameras but {len(frames)} pictures were given.")
     write_json(folder / f"transforms_{split}.json", _intrinsics_entry(cameras[0]) | {"frames": frames})
 
-# %% ../../nbs/scenes/blender.ipynb #0d8c778a
+# %% ../../nbs/scenes/blender.ipynb #72a0813f
 def scene_hash(root: str | Path, split: str = "train") -> str:
-    """sha256 (hexadecimal) over transforms_<split>.json and the pictures it names, in order; about 0.1 s for a hundred 400x400 views."""
+    """sha256 (hexadecimal) over transforms_<split>.json and the pictures it names, in order; about 0.1 s for a hundred
+    400x400 views."""
     root = Path(root)
-    digest = hashlib.sha256((root / f"transforms_{split}.json").read_bytes() if (root / f"transforms_{split}.json").is_file() else b"")
+    digest = hashlib.sha256((root / f"transforms_{split}.json").read_bytes()
+                            if (root / f"transforms_{split}.json").is_file() else b"")
     for entry in _read_transforms(root, split)["frames"]:
         path = _image_path(root, entry["file_path"])
-        if not path.is_file(): raise KiloError(f"The picture {path} is missing: restore it or take its frame out of the transforms file.")
+        if not path.is_file():
+            raise KiloError(f"The picture {path} is missing: restore it or take its frame out of the transforms file.")
         digest.update(entry["file_path"].encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()

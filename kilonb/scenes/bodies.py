@@ -7,13 +7,27 @@ __all__ = ['VEHICLES', 'PAINTS', 'CLOTHES', 'SKINS', 'HAIRS', 'PERSON_HALF', 'WA
            'vehicle', 'person', 'broadleaf', 'conifer', 'hedge', 'Lot', 'house', 'lamp', 'signal', 'sign', 'bench',
            'bin_', 'block']
 
-# %% ../../nbs/scenes/bodies.ipynb #cb3855c2
+# %% ../../nbs/scenes/bodies.ipynb #8fe3591e
 import math
 from dataclasses import dataclass
 
 import numpy as np
 
-from .materials import BARK, BLOCK, BODY, BUILDING, CABIN, FACADE, HEAD, LEAVES, OTHER, PERSON, PLAIN, POLE, SIDEWALK
+from kilonb.scenes.materials import (
+    BARK,
+    BLOCK,
+    BODY,
+    BUILDING,
+    CABIN,
+    FACADE,
+    HEAD,
+    LEAVES,
+    OTHER,
+    PERSON,
+    PLAIN,
+    POLE,
+    SIDEWALK,
+)
 from .materials import SIGN, SIGNAL, STRIPES, TILES, VEGETATION, VEHICLE, WHEEL, linear
 from .raycast import BOX, CYLINDER, ELLIPSOID, Solids, solid, stack, turn_z
 
@@ -34,12 +48,14 @@ def moved(solids: Solids, x: float, y: float, yaw: float = 0.0, z: float = 0.0) 
     shapes[:, 3:12] = (shapes[:, 3:12].reshape(-1, 3, 3) @ rotation.T).reshape(-1, 9)
     return Solids(shapes, solids.tags, solids.skins)
 
-# %% ../../nbs/scenes/bodies.ipynb #0396275e
+# %% ../../nbs/scenes/bodies.ipynb #64be2c68
 @dataclass(frozen=True)
 class VehicleKind:
-    """A vehicle's outline, metres. size: length, width, height. waist: height where the cabin begins. cabin: its length and how far behind the middle it sits.
+    """A vehicle's outline, metres. size: length, width, height. waist: height where the cabin begins. cabin: its length
+    and how far behind the middle it sits.
 
-    slopes: how much windscreen, rear window and side windows recede per metre of height; () for a van or bus, which is all body. style: 0 car, 1 van, 2 bus.
+    slopes: how much windscreen, rear window and side windows recede per metre of height; () for a van or bus, which is
+    all body. style: 0 car, 1 van, 2 bus.
     """
     category: str
     size: tuple[float, float, float]
@@ -53,27 +69,40 @@ class VehicleKind:
 
 
 VEHICLES = {
-    "saloon": VehicleKind("Car", (4.64, 1.84, 1.46), .33, (1.42, -1.38), .88, (2.75, .22), (1.15, 1.0, .3), share=5),
-    "hatchback": VehicleKind("Car", (4.08, 1.78, 1.50), .31, (1.28, -1.26), .90, (2.75, .42), (1.05, .35, .28), share=5),
-    "offroader": VehicleKind("Car", (4.72, 1.94, 1.74), .38, (1.45, -1.40), 1.05, (3.1, .55), (.85, .3, .26), share=3),
-    "pickup": VehicleKind("Pickup Truck", (5.40, 1.96, 1.82), .40, (1.75, -1.65), 1.08, (1.9, -.2), (.85, .12, .24), share=1),
-    "van": VehicleKind("Medium-sized Truck", (5.60, 2.06, 2.42), .35, (1.80, -1.70), slopes=(), style=1, share=2),
-    "bus": VehicleKind("Bus", (11.60, 2.56, 3.10), .48, (3.60, -3.30), slopes=(), style=2, share=.5),
-    "connected": VehicleKind("Car", (4.90, 1.86, 1.47), .34, (1.45, -1.42), .88, (2.85, .25), (1.15, 1.0, .34), share=0),
+    "saloon": VehicleKind(
+        "Car", (4.64, 1.84, 1.46), 0.33, (1.42, -1.38), 0.88, (2.75, 0.22), (1.15, 1.0, 0.3), share=5
+    ),
+    "hatchback": VehicleKind(
+        "Car", (4.08, 1.78, 1.50), 0.31, (1.28, -1.26), 0.90, (2.75, 0.42), (1.05, 0.35, 0.28), share=5
+    ),
+    "offroader": VehicleKind(
+        "Car", (4.72, 1.94, 1.74), 0.38, (1.45, -1.40), 1.05, (3.1, 0.55), (0.85, 0.3, 0.26), share=3
+    ),
+    "pickup": VehicleKind(
+        "Pickup Truck", (5.40, 1.96, 1.82), 0.40, (1.75, -1.65), 1.08, (1.9, -0.2), (0.85, 0.12, 0.24), share=1
+    ),
+    "van": VehicleKind("Medium-sized Truck", (5.60, 2.06, 2.42), 0.35, (1.80, -1.70), slopes=(), style=1, share=2),
+    "bus": VehicleKind("Bus", (11.60, 2.56, 3.10), 0.48, (3.60, -3.30), slopes=(), style=2, share=0.5),
+    "connected": VehicleKind(
+        "Car", (4.90, 1.86, 1.47), 0.34, (1.45, -1.42), 0.88, (2.85, 0.25), (1.15, 1.0, 0.34), share=0
+    ),
 }
-PAINTS = ((.82, .82, .80), (.78, .79, .80), (.10, .10, .11), (.32, .33, .35), (.60, .08, .07), (.07, .16, .42), (.10, .28, .16), (.70, .64, .52),
-          (.25, .40, .55), (.55, .18, .05), (.90, .88, .84))
+PAINTS = ((.82, .82, .80), (.78, .79, .80), (.10, .10, .11), (.32, .33, .35), (.60, .08, .07), (.07, .16, .42),
+          (.10, .28, .16), (.70, .64, .52), (.25, .40, .55), (.55, .18, .05), (.90, .88, .84))
 
-# %% ../../nbs/scenes/bodies.ipynb #c05b30a8
+# %% ../../nbs/scenes/bodies.ipynb #802992a5
 def _wheels(kind: VehicleKind) -> list[Solids]:
     _, width, _ = kind.size
     upright = np.array([[1.0, 0, 0], [0, 0, 1], [0, -1, 0]])
-    return [solid(CYLINDER, (x, side * (.5 * width - .13), kind.wheel), (kind.wheel, kind.wheel, .12), WHEEL, VEHICLE, (), upright) for x in kind.axles
-            for side in (-1, 1)]
+    return [solid(CYLINDER, (x, side * (.5 * width - .13), kind.wheel), (kind.wheel, kind.wheel, .12), WHEEL, VEHICLE,
+                  (), upright) for x in kind.axles for side in (-1, 1)]
 
-
-def vehicle(kind: VehicleKind, paint: tuple[float, float, float], seed: int) -> tuple[tuple[float, float, float], Solids]:
-    """(half sizes of its cuboid, solids) of a vehicle: x forward, y left, z up, origin on the ground below its middle. paint: sRGB in 0..1."""
+# %% ../../nbs/scenes/bodies.ipynb #669b1fee
+def vehicle(
+    kind: VehicleKind, paint: tuple[float, float, float], seed: int
+) -> tuple[tuple[float, float, float], Solids]:
+    """(half sizes of its cuboid, solids) of a vehicle: x forward, y left, z up, origin on the ground below its middle.
+    paint: sRGB in 0..1."""
     (length, width, height), floor = kind.size, .55 * kind.wheel
     top = height if kind.style else kind.waist
     half = (.5 * length, .5 * width - .05, .5 * (top - floor))
@@ -85,15 +114,18 @@ def vehicle(kind: VehicleKind, paint: tuple[float, float, float], seed: int) -> 
         long, back = kind.cabin
         up = .5 * (height - kind.waist)
         pillars = (*linear(*paint), 0, 0, 0, seed, .06 * long, -.22 * long)
-        parts += [solid(BOX, (-back, 0, kind.waist + up - .01), (.5 * long, half[1] - .11 * (top - floor), up), CABIN, VEHICLE, pillars, taper=kind.slopes)]
-        parts += [solid(BOX, (.5 * long - back - .42, side * (.5 * width - .09), kind.waist + .09), (.06, .09, .06), PLAIN, VEHICLE, linear(*paint))
+        parts += [solid(BOX, (-back, 0, kind.waist + up - .01), (.5 * long, half[1] - .11 * (top - floor), up), CABIN,
+                        VEHICLE, pillars, taper=kind.slopes)]
+        parts += [solid(BOX, (.5 * long - back - .42, side * (.5 * width - .09), kind.waist + .09), (.06, .09, .06),
+                        PLAIN, VEHICLE, linear(*paint)) for side in (-1, 1)]
+    if kind.cabin[1] < 0:
+        parts += [solid(BOX, (-1.75, side * .84, kind.waist + .07), (.9, .05, .1), PLAIN, VEHICLE, linear(*paint))
                   for side in (-1, 1)]
-    if kind.cabin[1] < 0: parts += [solid(BOX, (-1.75, side * .84, kind.waist + .07), (.9, .05, .1), PLAIN, VEHICLE, linear(*paint)) for side in (-1, 1)]
     return (.5 * length, .5 * width, .5 * height), stack(parts)
 
-# %% ../../nbs/scenes/bodies.ipynb #59f5ab07
-CLOTHES = ((.13, .16, .25), (.55, .12, .12), (.85, .82, .76), (.20, .30, .22), (.10, .10, .11), (.80, .60, .15), (.35, .45, .60), (.60, .35, .45),
-           (.42, .34, .26))
+# %% ../../nbs/scenes/bodies.ipynb #a4fce823
+CLOTHES = ((.13, .16, .25), (.55, .12, .12), (.85, .82, .76), (.20, .30, .22), (.10, .10, .11), (.80, .60, .15),
+           (.35, .45, .60), (.60, .35, .45), (.42, .34, .26))
 SKINS = ((.92, .74, .62), (.78, .58, .44), (.55, .38, .27), (.36, .24, .17))
 HAIRS = ((.10, .07, .05), (.30, .18, .09), (.62, .48, .28), (.45, .45, .45), (.05, .05, .05))
 PERSON_HALF = (.45, .31, .90)
@@ -103,33 +135,49 @@ def person(draw: np.random.Generator) -> tuple[tuple[float, float, float], Solid
     """(half sizes, solids) of a person of 1.55 to 1.78 m in mid-stride, x forward."""
     scale = draw.uniform(.86, .985)
     coat, trousers = (linear(*CLOTHES[int(k)]) for k in draw.integers(len(CLOTHES), size=2))
-    skin, hair, stride = linear(*SKINS[int(draw.integers(len(SKINS)))]), linear(*HAIRS[int(draw.integers(len(HAIRS)))]), draw.uniform(.2, .31)
-    def limb(x, y, z, half, lean, colour): return solid(ELLIPSOID, (scale * x, scale * y, scale * z), [scale * h for h in half], PLAIN, PERSON, colour,
+    skin, hair, stride = (
+        linear(*SKINS[int(draw.integers(len(SKINS)))]),
+        linear(*HAIRS[int(draw.integers(len(HAIRS)))]),
+        draw.uniform(0.2, 0.31),
+    )
+    def limb(x, y, z, half, lean, colour):
+        return solid(ELLIPSOID, (scale * x, scale * y, scale * z), [scale * h for h in half], PLAIN, PERSON, colour,
                                                         turned("y", lean))
     parts = [limb(.43 * math.sin(s * stride), s * .09, .46, (.085, .08, .45), -s * stride, trousers) for s in (-1, 1)]
-    parts += [limb(.80 * math.sin(s * stride) + .05, s * .09, .055, (.13, .05, .05), 0, linear(.08, .07, .07)) for s in (-1, 1)]
-    parts += [limb(-.24 * math.sin(s * stride), s * .225, 1.10, (.05, .055, .31), s * .8 * stride, coat) for s in (-1, 1)]
-    parts += [limb(0, 0, 1.14, (.135, .195, .36), 0, coat), limb(0, 0, .90, (.125, .16, .17), 0, trousers), limb(.01, 0, 1.49, (.055, .055, .09), 0, skin)]
-    parts.append(solid(ELLIPSOID, (scale * .02, 0, scale * 1.65), [scale * h for h in (.105, .085, .125)], HEAD, PERSON, (*skin, *hair)))
-    if draw.random() < .3: parts.append(solid(BOX, (-scale * .16, 0, scale * 1.2), [scale * h for h in (.08, .13, .19)], PLAIN, PERSON,
+    parts += [limb(.80 * math.sin(s * stride) + .05, s * .09, .055, (.13, .05, .05), 0, linear(.08, .07, .07))
+              for s in (-1, 1)]
+    parts += [limb(-.24 * math.sin(s * stride), s * .225, 1.10, (.05, .055, .31), s * .8 * stride, coat)
+              for s in (-1, 1)]
+    parts += [limb(0, 0, 1.14, (.135, .195, .36), 0, coat), limb(0, 0, .90, (.125, .16, .17), 0, trousers),
+              limb(.01, 0, 1.49, (.055, .055, .09), 0, skin)]
+    parts.append(solid(ELLIPSOID, (scale * .02, 0, scale * 1.65), [scale * h for h in (.105, .085, .125)], HEAD, PERSON,
+                       (*skin, *hair)))
+    if draw.random() < .3:
+        parts.append(solid(BOX, (-scale * .16, 0, scale * 1.2), [scale * h for h in (.08, .13, .19)], PLAIN, PERSON,
                                               linear(*CLOTHES[int(draw.integers(len(CLOTHES)))])))
     return PERSON_HALF, stack(parts)
 
-# %% ../../nbs/scenes/bodies.ipynb #bb72d3d4
+# %% ../../nbs/scenes/bodies.ipynb #fcbd1fe3
 def broadleaf(draw: np.random.Generator) -> Solids:
     """A tree of 5 to 8 m with a crown of lumps."""
     trunk, wide = draw.uniform(1.9, 2.7), draw.uniform(1.5, 2.2)
-    green = np.array(linear(.37, .46, .20)) * draw.uniform(.75, 1.15) * [draw.uniform(.85, 1.25), 1, draw.uniform(.7, 1.1)]
-    parts = [solid(CYLINDER, (0, 0, .5 * trunk + .4), (.13, .13, .5 * trunk + .4), BARK, VEGETATION, linear(.36, .29, .23))]
+    green = (
+        np.array(linear(0.37, 0.46, 0.20))
+        * draw.uniform(0.75, 1.15)
+        * [draw.uniform(0.85, 1.25), 1, draw.uniform(0.7, 1.1)]
+    )
+    parts = [solid(CYLINDER, (0, 0, .5 * trunk + .4), (.13, .13, .5 * trunk + .4), BARK, VEGETATION,
+                   linear(.36, .29, .23))]
     for k in range(9):
         angle, out = 2.4 * k + draw.uniform(-.4, .4), wide * (.25 + .38 * draw.random()) * (k > 0)
         size = wide * draw.uniform(.42, .62)
-        centre = (out * math.cos(angle), out * math.sin(angle), trunk + wide * (.35 + .95 * (k / 9) ** .8) + .2 * draw.random())
+        centre = (out * math.cos(angle), out * math.sin(angle),
+                  trunk + wide * (.35 + .95 * (k / 9) ** .8) + .2 * draw.random())
         parts.append(solid(ELLIPSOID, centre, (size, size * draw.uniform(.85, 1.1), .78 * size), LEAVES, VEGETATION,
                            (*green * draw.uniform(.85, 1.12), 0, 0, 0, int(draw.integers(1000))), turn_z(angle)))
     return stack(parts)
 
-
+# %% ../../nbs/scenes/bodies.ipynb #f9285545
 def conifer(draw: np.random.Generator) -> Solids:
     """A tree of 6 to 9 m in tiers."""
     height, wide = draw.uniform(6, 9), draw.uniform(1.3, 1.7)
@@ -139,65 +187,73 @@ def conifer(draw: np.random.Generator) -> Solids:
         low, size = .8 + (height - 2.2) * k / 6, wide * (1 - .8 * k / 6)
         up = .55 * (height - 1.2) / 4
         for turn in (0.0, .785):
-            parts.append(solid(BOX, (0, 0, low + up), (.82 * size, .82 * size, up), LEAVES, VEGETATION, (*green, 0, 0, 0, int(draw.integers(1000))),
-                               turn_z(turn + .5 * k), (.4 * size / up,) * 3))
+            parts.append(solid(BOX, (0, 0, low + up), (.82 * size, .82 * size, up), LEAVES, VEGETATION,
+                               (*green, 0, 0, 0, int(draw.integers(1000))), turn_z(turn + .5 * k),
+                               (.4 * size / up,) * 3))
     return stack(parts)
 
-
+# %% ../../nbs/scenes/bodies.ipynb #ec5193c2
 def hedge(x: float, y: float, half_x: float, half_y: float, z: float, seed: int) -> Solids:
     """A clipped hedge of .9 m."""
-    return solid(BOX, (x, y, z + .45), (half_x, half_y, .45), LEAVES, VEGETATION, (*linear(.27, .40, .16), 0, 0, 0, seed))
+    return solid(BOX, (x, y, z + .45), (half_x, half_y, .45), LEAVES, VEGETATION,
+                 (*linear(.27, .40, .16), 0, 0, 0, seed))
 
-# %% ../../nbs/scenes/bodies.ipynb #266bd2f3
-WALLS = ((.66, .34, .27), (.74, .48, .36), (.55, .30, .26), (.88, .82, .70), (.93, .90, .84), (.80, .72, .56), (.72, .76, .74), (.62, .68, .72),
-         (.86, .70, .58), (.70, .62, .52))
+# %% ../../nbs/scenes/bodies.ipynb #9d48dd9b
+WALLS = ((.66, .34, .27), (.74, .48, .36), (.55, .30, .26), (.88, .82, .70), (.93, .90, .84), (.80, .72, .56),
+         (.72, .76, .74), (.62, .68, .72), (.86, .70, .58), (.70, .62, .52))
 ROOFS = ((.50, .25, .19), (.36, .24, .22), (.30, .32, .35), (.42, .30, .24))
 
 
 @dataclass(frozen=True)
 class Lot:
-    """Where a house stands: rectangle (metres), height of the ground, and which face (0 +x, 1 -x, 2 +y, 3 -y) looks to the street."""
+    """Where a house stands: rectangle (metres), height of the ground, and which face (0 +x, 1 -x, 2 +y, 3 -y) looks to
+    the street."""
     low: tuple[float, float]
     high: tuple[float, float]
     z: float
     front: int
 
-
+# %% ../../nbs/scenes/bodies.ipynb #617981a6
 def _gable(lot: Lot, top: float, draw: np.random.Generator, wall: tuple) -> list[Solids]:
-    (cx, cy), (hx, hy) = ([.5 * (a + b) for a, b in zip(lot.low, lot.high)], [.5 * (b - a) for a, b in zip(lot.low, lot.high)])
+    (cx, cy), (hx, hy) = ([.5 * (a + b) for a, b in zip(lot.low, lot.high)],
+                          [.5 * (b - a) for a, b in zip(lot.low, lot.high)])
     colour, over, up = linear(*ROOFS[int(draw.integers(len(ROOFS)))]), .35, .5 * draw.uniform(.55, .85) * min(hx, hy)
     along = (0.0, 0.0, (hy + over) / (2 * up)) if hx >= hy else ((hx + over) / (2 * up), (hx + over) / (2 * up), 0.0)
-    parts = [solid(BOX, (cx, cy, top + up), (hx + over, hy + over, up), TILES, BUILDING, (*colour, 0, 0, 0, int(draw.integers(1000))), taper=along)]
+    parts = [solid(BOX, (cx, cy, top + up), (hx + over, hy + over, up), TILES, BUILDING,
+                   (*colour, 0, 0, 0, int(draw.integers(1000))), taper=along)]
     chimney = (cx + .5 * hx * draw.uniform(-1, 1), cy + .3 * hy * draw.uniform(-1, 1), top + 1.8 * up)
     return [*parts, solid(BOX, chimney, (.35, .35, .9), PLAIN, BUILDING, wall)]
 
-
+# %% ../../nbs/scenes/bodies.ipynb #7699b0fe
 def _flat(lot: Lot, top: float, draw: np.random.Generator, trim: tuple) -> list[Solids]:
-    (cx, cy), (hx, hy) = ([.5 * (a + b) for a, b in zip(lot.low, lot.high)], [.5 * (b - a) for a, b in zip(lot.low, lot.high)])
+    (cx, cy), (hx, hy) = ([.5 * (a + b) for a, b in zip(lot.low, lot.high)],
+                          [.5 * (b - a) for a, b in zip(lot.low, lot.high)])
     parts = [solid(BOX, (cx, cy, top + .1), (hx + .12, hy + .12, .12), PLAIN, BUILDING, trim)]
     for _ in range(int(draw.integers(1, 4))):
         half = draw.uniform(.5, 1.5, 2)
-        parts.append(solid(BOX, (cx + .6 * (hx - 1.5) * draw.uniform(-1, 1), cy + .6 * (hy - 1.5) * draw.uniform(-1, 1), top + .7), (*half, .7), PLAIN,
-                           BUILDING, linear(.6, .6, .6)))
+        parts.append(solid(BOX,
+                           (cx + .6 * (hx - 1.5) * draw.uniform(-1, 1), cy + .6 * (hy - 1.5) * draw.uniform(-1, 1),
+                            top + .7), (*half, .7), PLAIN, BUILDING, linear(.6, .6, .6)))
     return parts
 
-# %% ../../nbs/scenes/bodies.ipynb #259c6169
+# %% ../../nbs/scenes/bodies.ipynb #4f1d0c90
 def _before(lot: Lot, along: float, out: float) -> tuple[float, float]:
     """The place `along` metres from the middle of the front and `out` metres before it."""
     cx, cy = .5 * (lot.low[0] + lot.high[0]), .5 * (lot.low[1] + lot.high[1])
     if lot.front < 2: return (lot.high[0] + out if lot.front == 0 else lot.low[0] - out), cy + along
     return cx + along, (lot.high[1] + out if lot.front == 2 else lot.low[1] - out)
 
-
-def _front_parts(lot: Lot, ground: float, storey: float, storeys: int, bay: float, shop: bool, draw: np.random.Generator, trim: tuple) -> list[Solids]:
+# %% ../../nbs/scenes/bodies.ipynb #03b377a3
+def _front_parts(lot: Lot, ground: float, storey: float, storeys: int, bay: float, shop: bool,
+                 draw: np.random.Generator, trim: tuple) -> list[Solids]:
     wide = .5 * (lot.high[1] - lot.low[1] if lot.front < 2 else lot.high[0] - lot.low[0])
     def across(along: float, out: float) -> tuple[float, float]: return (out, along) if lot.front < 2 else (along, out)
     parts = []
     if shop and draw.random() < .7:
         colour = linear(*CLOTHES[int(draw.integers(1, len(CLOTHES)))])
         slope = [(1.6, 0, 0), (0, 1.6, 0), (0, 0, .8), (0, 0, .8)][lot.front]
-        parts.append(solid(BOX, (*_before(lot, 0, .45), lot.z + ground - .95), (*across(.8 * wide, .55), .18), STRIPES, BUILDING,
-                           (*colour, *linear(.93, .91, .86)), taper=slope))
+        parts.append(solid(BOX, (*_before(lot, 0, .45), lot.z + ground - .95), (*across(.8 * wide, .55), .18), STRIPES,
+                           BUILDING, (*colour, *linear(.93, .91, .86)), taper=slope))
     if storeys > 2 and draw.random() < .45:
         bays = max(1, round(2 * wide / bay))
         for j in range(1, storeys):
@@ -207,23 +263,33 @@ def _front_parts(lot: Lot, ground: float, storey: float, storeys: int, bay: floa
                 floor = lot.z + ground + (j - 1) * storey + .12
                 parts.append(solid(BOX, (x, y, floor), (*across(.42 * bay, .5), .07), PLAIN, BUILDING, trim))
                 x, y = _before(lot, 2 * wide * ((i + .5) / bays - .5), .97)
-                parts.append(solid(BOX, (x, y, floor + .55), (*across(.42 * bay, .03), .42), PLAIN, BUILDING, [.5 * c for c in trim]))
+                parts.append(solid(BOX, (x, y, floor + .55), (*across(.42 * bay, .03), .42), PLAIN, BUILDING,
+                                   [.5 * c for c in trim]))
     return parts
 
-
+# %% ../../nbs/scenes/bodies.ipynb #13325b66
 def house(lot: Lot, storeys: int, draw: np.random.Generator) -> Solids:
     """A house on a lot, 2 storeys and more (the ground floor counts)."""
-    wall, trim = linear(*WALLS[k := int(draw.integers(len(WALLS)))]), linear(*((.93, .91, .86), (.80, .76, .68), (.55, .54, .52))[int(draw.integers(3))])
+    wall, trim = (
+        linear(*WALLS[k := int(draw.integers(len(WALLS)))]),
+        linear(*((0.93, 0.91, 0.86), (0.80, 0.76, 0.68), (0.55, 0.54, 0.52))[int(draw.integers(3))]),
+    )
     storey, bay, shop = draw.uniform(2.9, 3.3), draw.uniform(2.3, 3.1), draw.random() < .55
     ground = draw.uniform(3.7, 4.2) if shop else 3.2
     top = ground + (storeys - 1) * storey + .45
     half = [.5 * (b - a) for a, b in zip(lot.low, lot.high)]
-    skin = (*wall, *trim, int(draw.integers(1, 10_000)), storey, bay, ground, float(k < 3 or draw.random() < .12), float(shop))
-    parts = [solid(BOX, (lot.low[0] + half[0], lot.low[1] + half[1], lot.z + .5 * top), (*half, .5 * top), FACADE, BUILDING, skin)]
-    parts += _gable(lot, lot.z + top, draw, wall) if storeys <= 4 and draw.random() < .55 else _flat(lot, lot.z + top, draw, trim)
+    skin = (*wall, *trim, int(draw.integers(1, 10_000)), storey, bay, ground, float(k < 3 or draw.random() < .12),
+            float(shop))
+    parts = [solid(BOX, (lot.low[0] + half[0], lot.low[1] + half[1], lot.z + .5 * top), (*half, .5 * top), FACADE,
+                   BUILDING, skin)]
+    parts += (
+        _gable(lot, lot.z + top, draw, wall)
+        if storeys <= 4 and draw.random() < 0.55
+        else _flat(lot, lot.z + top, draw, trim)
+    )
     return stack(parts + _front_parts(lot, ground, storey, storeys, bay, shop, draw, trim))
 
-# %% ../../nbs/scenes/bodies.ipynb #699246e9
+# %% ../../nbs/scenes/bodies.ipynb #01a20fa9
 def lamp(reach: float = 1.6) -> Solids:
     """A street lamp whose arm points along +x."""
     grey = linear(.42, .45, .46)
@@ -231,31 +297,33 @@ def lamp(reach: float = 1.6) -> Solids:
                   solid(BOX, (.5 * reach, 0, 6.36), (.5 * reach, .04, .04), PLAIN, POLE, grey),
                   solid(BOX, (reach, 0, 6.33), (.34, .13, .07), PLAIN, POLE, linear(.75, .75, .72))])
 
-
+# %% ../../nbs/scenes/bodies.ipynb #b995fac4
 def signal(state: int) -> Solids:
     """A traffic light that faces +x. state: 0 green, 1 amber, 2 red."""
     return stack([solid(CYLINDER, (0, 0, 1.6), (.06, .06, 1.6), PLAIN, POLE, linear(.25, .26, .27)),
                   solid(BOX, (.16, 0, 2.75), (.12, .15, .45), SIGNAL, SIGN, (0, 0, 0, 0, 0, 0, 0, state))])
 
-
+# %% ../../nbs/scenes/bodies.ipynb #9193b2c5
 def sign(colour: tuple[float, float, float]) -> Solids:
     """A round road sign that faces +x."""
     upright = np.array([[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]])
     return stack([solid(CYLINDER, (0, 0, 1.15), (.035, .035, 1.15), PLAIN, POLE, linear(.5, .5, .5)),
                   solid(CYLINDER, (.05, 0, 2.3), (.32, .32, .015), PLAIN, SIGN, linear(*colour), upright)])
 
-
+# %% ../../nbs/scenes/bodies.ipynb #d0f3011f
 def bench() -> Solids:
     """A bench that faces +x."""
     wood, iron = linear(.48, .33, .2), linear(.15, .15, .15)
-    return stack([solid(BOX, (0, 0, .45), (.22, .8, .03), PLAIN, OTHER, wood), solid(BOX, (-.24, 0, .75), (.03, .8, .16), PLAIN, OTHER, wood),
+    return stack([solid(BOX, (0, 0, .45), (.22, .8, .03), PLAIN, OTHER, wood),
+                  solid(BOX, (-.24, 0, .75), (.03, .8, .16), PLAIN, OTHER, wood),
                   *(solid(BOX, (0, y, .21), (.2, .03, .21), PLAIN, OTHER, iron) for y in (-.65, .65))])
 
-
+# %% ../../nbs/scenes/bodies.ipynb #acc8ea2d
 def bin_() -> Solids: return solid(CYLINDER, (0, 0, .45), (.24, .24, .45), PLAIN, OTHER, linear(.18, .30, .22))
 
-
+# %% ../../nbs/scenes/bodies.ipynb #ca689b08
 def block(x0: float, x1: float, y0: float, y1: float, height: float, pavement: float, park: bool) -> Solids:
     """The slab between streets."""
     skin = (0, 0, 0, 0, 0, 0, 0, pavement, float(park))
-    return solid(BOX, (.5 * (x0 + x1), .5 * (y0 + y1), .5 * height), (.5 * (x1 - x0), .5 * (y1 - y0), .5 * height), BLOCK, SIDEWALK, skin)
+    return solid(BOX, (.5 * (x0 + x1), .5 * (y0 + y1), .5 * height), (.5 * (x1 - x0), .5 * (y1 - y0), .5 * height),
+                 BLOCK, SIDEWALK, skin)

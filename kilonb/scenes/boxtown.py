@@ -8,7 +8,7 @@ __all__ = ['PAVEMENT', 'OPV2V_CAMERAS', 'OPV2V_LIDAR', 'OPV2V_FOCAL', 'FIRST_FRA
            'Town', 'build_town', 'flow', 'opv2v_cameras', 'opv2v_record', 'write_pcd', 'write_opv2v', 'pandaset_lidars',
            'pandaset_cameras', 'write_pandaset', 'make_opv2v', 'make_pandaset']
 
-# %% ../../nbs/scenes/boxtown.ipynb #ff78c5be
+# %% ../../nbs/scenes/boxtown.ipynb #67e0459f
 import math
 import uuid
 from collections.abc import Iterator, Sequence
@@ -27,18 +27,51 @@ from ..core.errors import KiloError
 from ..core.files import dumps
 from ..data.manifests import atomic_folder
 from ..data.tables import write_table
-from .bodies import PAINTS, VEHICLES, Lot, bench, bin_, block, broadleaf, conifer, hedge, house, lamp, moved, person, sign, signal, vehicle
-from .materials import BUILDING, MARKING, OTHER, PERSON, POLE, ROAD, SIDEWALK, SIGN, SKY, TERRAIN, VEGETATION, VEHICLE
+from kilonb.scenes.bodies import (
+    PAINTS,
+    VEHICLES,
+    Lot,
+    bench,
+    bin_,
+    block,
+    broadleaf,
+    conifer,
+    hedge,
+    house,
+    lamp,
+    moved,
+    person,
+    sign,
+    signal,
+    vehicle,
+)
+from kilonb.scenes.materials import (
+    BUILDING,
+    MARKING,
+    OTHER,
+    PERSON,
+    POLE,
+    ROAD,
+    SIDEWALK,
+    SIGN,
+    SKY,
+    TERRAIN,
+    VEGETATION,
+    VEHICLE,
+)
 from .raycast import Actor, Pose, Solids, SpinningLidar, Sweep, World, render, spin_lidar, stack
 from .streets import EAST, KERB, NORTH, SOUTH, WEST, Drive, Standing, StreetGrid, Traffic, follow, route
 
-# %% ../../nbs/scenes/boxtown.ipynb #a24d6bac
+# %% ../../nbs/scenes/boxtown.ipynb #711d66e4
 @dataclass(frozen=True)
 class TownConfig:
-    """A town. streets_x, streets_y: 2 to 6 streets each way. pitch_x, pitch_y: metres between them, 45 to 150. storeys: fewest and most, 2 to 12.
+    """A town. streets_x, streets_y: 2 to 6 streets each way. pitch_x, pitch_y: metres between them, 45 to 150. storeys:
+    fewest and most, 2 to 12.
 
-    connected: vehicles that carry sensors, 1 to 8, near the crossing in the middle. cars, people: that move besides. parked: share of parking places taken.
-    trees: share of tree places taken. parks: share of blocks that are parks. duration_s: how long traffic keeps apart, 1 to 60.
+    connected: vehicles that carry sensors, 1 to 8, near the crossing in the middle. cars, people: that move besides.
+    parked: share of parking places taken.
+    trees: share of tree places taken. parks: share of blocks that are parks. duration_s: how long traffic keeps apart,
+    1 to 60.
     sun_elevation_deg, sun_azimuth_deg: where the sun stands; None: by the seed. Raises KiloError for values outside.
     """
     streets_x: int = 3
@@ -57,19 +90,21 @@ class TownConfig:
     sun_azimuth_deg: float | None = None
 
     def __post_init__(self) -> None:
-        bounds = {"streets_x": (2, 6), "streets_y": (2, 6), "pitch_x": (45, 150), "pitch_y": (45, 150), "connected": (1, 8), "cars": (0, 200),
-                  "people": (0, 300), "parked": (0, 1),
-                  "trees": (0, 1), "parks": (0, 1), "duration_s": (1, 60), "sun_elevation_deg": (5, 90), "sun_azimuth_deg": (-360, 360)}
+        bounds = {"streets_x": (2, 6), "streets_y": (2, 6), "pitch_x": (45, 150), "pitch_y": (45, 150),
+                  "connected": (1, 8), "cars": (0, 200), "people": (0, 300), "parked": (0, 1), "trees": (0, 1),
+                  "parks": (0, 1), "duration_s": (1, 60), "sun_elevation_deg": (5, 90), "sun_azimuth_deg": (-360, 360)}
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
-            if value is not None and not low <= value <= high: raise KiloError(f"{name} of a town is {value}: expected {low} to {high}.")
+            if value is not None and not low <= value <= high:
+                raise KiloError(f"{name} of a town is {value}: expected {low} to {high}.")
         low, high = self.storeys
-        if not 2 <= low <= high <= 12: raise KiloError(f"storeys of a town are {low} to {high}: expected a fewest and a most within 2 to 12.")
+        if not 2 <= low <= high <= 12:
+            raise KiloError(f"storeys of a town are {low} to {high}: expected a fewest and a most within 2 to 12.")
 
     @property
     def grid(self) -> StreetGrid: return StreetGrid(self.pitch_x, self.pitch_y, self.streets_x, self.streets_y)
 
-# %% ../../nbs/scenes/boxtown.ipynb #6349b3a4
+# %% ../../nbs/scenes/boxtown.ipynb #570ae50a
 PAVEMENT = 3.0
 
 
@@ -90,8 +125,9 @@ def _side_lots(x0: float, x1: float, y0: float, y1: float, draw: np.random.Gener
             here += wide + (draw.uniform(2.5, 6) if draw.random() < .18 else .0)
     return lots
 
-
-def _block_parts(span: tuple[float, float, float, float], config: TownConfig, park: bool, draw: np.random.Generator) -> list[Solids]:
+# %% ../../nbs/scenes/boxtown.ipynb #615b8efd
+def _block_parts(span: tuple[float, float, float, float], config: TownConfig, park: bool,
+                 draw: np.random.Generator) -> list[Solids]:
     x0, x1, y0, y1 = span
     parts = [block(x0, x1, y0, y1, KERB, PAVEMENT, park)]
     if park:
@@ -99,17 +135,20 @@ def _block_parts(span: tuple[float, float, float, float], config: TownConfig, pa
             x, y = draw.uniform(x0 + 6, x1 - 6), draw.uniform(y0 + 6, y1 - 6)
             parts.append(moved((broadleaf if draw.random() < .6 else conifer)(draw), x, y, 0, KERB))
         parts += [moved(bench(), draw.uniform(x0 + 5, x1 - 5), y0 + 4.2, -.5 * math.pi, KERB) for _ in range(3)]
-        return parts + [hedge(.5 * (x0 + x1), y, .5 * (x1 - x0) - 6, .35, KERB, int(draw.integers(999))) for y in (y0 + 3.6, y1 - 3.6)]
+        return parts + [hedge(.5 * (x0 + x1), y, .5 * (x1 - x0) - 6, .35, KERB, int(draw.integers(999)))
+                        for y in (y0 + 3.6, y1 - 3.6)]
     for lot in _side_lots(*span, draw):
         if draw.random() < .07:
             (ax, ay), (bx, by) = lot.low, lot.high
-            parts += [moved(broadleaf(draw), draw.uniform(ax + 2, bx - 2), draw.uniform(ay + 2, by - 2), 0, KERB) for _ in range(2)]
+            parts += [moved(broadleaf(draw), draw.uniform(ax + 2, bx - 2), draw.uniform(ay + 2, by - 2), 0, KERB)
+                      for _ in range(2)]
             continue
         parts.append(house(lot, int(draw.integers(config.storeys[0], config.storeys[1] + 1)), draw))
     cx, cy = .5 * (x0 + x1), .5 * (y0 + y1)
-    return parts + [moved(broadleaf(draw), cx + draw.uniform(-9, 9), cy + draw.uniform(-6, 6), 0, KERB) for _ in range(4)]
+    return parts + [moved(broadleaf(draw), cx + draw.uniform(-9, 9), cy + draw.uniform(-6, 6), 0, KERB)
+                    for _ in range(4)]
 
-# %% ../../nbs/scenes/boxtown.ipynb #76b8e39d
+# %% ../../nbs/scenes/boxtown.ipynb #b4d79765
 class _Side(NamedTuple):
     """A side of a block: where it begins, how long it is, its direction; the block lies to its left."""
     x: float
@@ -125,16 +164,18 @@ class _Side(NamedTuple):
         c, s = math.cos(self.yaw), math.sin(self.yaw)
         return self.x + along * c - deep * s, self.y + along * s + deep * c
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #f39ff9d0
 def _kerb_parts(span: tuple[float, float, float, float], config: TownConfig, draw: np.random.Generator) -> list[Solids]:
     x0, x1, y0, y1 = span
     parts, quarter = [], .5 * math.pi
-    for side in (_Side(x0, y0, x1 - x0, 0), _Side(x1, y0, y1 - y0, quarter), _Side(x1, y1, x1 - x0, 2 * quarter), _Side(x0, y1, y1 - y0, 3 * quarter)):
+    for side in (_Side(x0, y0, x1 - x0, 0), _Side(x1, y0, y1 - y0, quarter), _Side(x1, y1, x1 - x0, 2 * quarter),
+                 _Side(x0, y1, y1 - y0, 3 * quarter)):
         at, inward, length = side.at, side.inward, side.length
         for k, along in enumerate(np.arange(7.0, length - 6, 5.6)):
             x, y = at(float(along) + draw.uniform(-.4, .4), .75)
             if k % 4 == 1: parts.append(moved(lamp(), x, y, inward + math.pi, KERB))
-            elif k % 2 == 0 and draw.random() < config.trees: parts.append(moved(broadleaf(draw), x, y, draw.uniform(0, 6), KERB))
+            elif k % 2 == 0 and draw.random() < config.trees:
+                parts.append(moved(broadleaf(draw), x, y, draw.uniform(0, 6), KERB))
             elif draw.random() < .2: parts.append(moved(bench(), *at(float(along), 1.0), inward, KERB))
             elif draw.random() < .2: parts.append(moved(bin_(), x, y, 0, KERB))
         parts.append(moved(signal(0 if abs(math.sin(inward)) < .5 else 2), *at(1.0, .7), inward + .5 * math.pi, KERB))
@@ -142,7 +183,7 @@ def _kerb_parts(span: tuple[float, float, float, float], config: TownConfig, dra
         if draw.random() < .5: parts.append(moved(sign(colour), *at(length - 4.5, .6), inward + .5 * math.pi, KERB))
     return parts
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #508012d3
 def _statics(config: TownConfig, draw: np.random.Generator) -> Solids:
     parts = []
     for span in config.grid.blocks():
@@ -150,9 +191,10 @@ def _statics(config: TownConfig, draw: np.random.Generator) -> Solids:
         parts += _block_parts(span, config, park, draw) + _kerb_parts(span, config, draw)
     return stack(parts)
 
-# %% ../../nbs/scenes/boxtown.ipynb #bd09265c
+# %% ../../nbs/scenes/boxtown.ipynb #029f1527
 class ActorState(NamedTuple):
-    """An actor at a time. pose: of its origin, on the ground below its middle. half: half sizes. speed: m/s. velocity: [3] m/s, world."""
+    """An actor at a time. pose: of its origin, on the ground below its middle. half: half sizes. speed: m/s. velocity:
+    [3] m/s, world."""
     instance: int
     category: str
     pose: Pose
@@ -160,7 +202,7 @@ class ActorState(NamedTuple):
     speed: float
     velocity: tuple[float, float, float]
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #1675476e
 @dataclass(frozen=True)
 class Town:
     """A built town. connected: instances of the vehicles that carry sensors. parked: instances that never move."""
@@ -173,7 +215,9 @@ class Town:
     def actor(self, instance: int) -> Actor:
         """KiloError where there is none."""
         try: return self.world.by_instance[instance]
-        except KeyError: raise KiloError(f"The town has no actor {instance}: connected vehicles are {', '.join(map(str, self.connected))}.") from None
+        except KeyError:
+            raise KiloError(f"The town has no actor {instance}: connected vehicles are "
+                            f"{', '.join(map(str, self.connected))}.") from None
 
     def state(self, instance: int, time: float) -> ActorState:
         """One actor at `time` (seconds)."""
@@ -186,18 +230,18 @@ class Town:
         """All actors at `time` (seconds), by instance."""
         return [self.state(instance, time) for instance in sorted(self.world.by_instance)]
 
-# %% ../../nbs/scenes/boxtown.ipynb #e37cdb99
+# %% ../../nbs/scenes/boxtown.ipynb #add6aae7
 def _vehicle_actor(instance: int, kind_name: str, drive: Drive | Standing, draw: np.random.Generator) -> Actor:
     kind = VEHICLES[kind_name]
     half, solids = vehicle(kind, PAINTS[int(draw.integers(len(PAINTS)))], int(draw.integers(1, 10_000)))
     return Actor(instance, kind.category, half, solids, drive)
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #2b10a970
 def _speed(turns: Sequence[int], draw: np.random.Generator) -> dict[str, float]:
-    return {"speed": draw.uniform(3.5, 5.5) if any(turns[:2]) else draw.uniform(5.5, 10), "swing": draw.uniform(.03, .15), "rate": draw.uniform(.4, 1.0),
-            "phase": draw.uniform(0, 6.28)}
+    return {"speed": draw.uniform(3.5, 5.5) if any(turns[:2]) else draw.uniform(5.5, 10),
+            "swing": draw.uniform(.03, .15), "rate": draw.uniform(.4, 1.0), "phase": draw.uniform(0, 6.28)}
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #464ed04b
 def _connected(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> Iterator[Actor]:
     """The vehicles with sensors: within 45 m of the middle crossing at the start."""
     grid, middle, found = config.grid, (config.streets_x // 2, config.streets_y // 2), 0
@@ -207,48 +251,61 @@ def _connected(config: TownConfig, traffic: Traffic, draw: np.random.Generator) 
         centre = middle[heading % 2] * (grid.pitch_x, grid.pitch_y)[heading % 2]
         along = centre + draw.uniform(-38, 18) * (1 if heading < 2 else -1)
         turns = [int(draw.choice([0, 0, 0, 1, -1])) for _ in range(3)]
-        drive = Drive(route(grid, heading, middle[1 - heading % 2], along, turns, 40 + 11 * config.duration_s), 0.0, **_speed(turns, draw))
+        drive = Drive(route(grid, heading, middle[1 - heading % 2], along, turns, 40 + 11 * config.duration_s), 0.0,
+                      **_speed(turns, draw))
         if not traffic.admit(drive, [.5 * kind.size[0], .5 * kind.size[1]], 1.2): continue
         yield _vehicle_actor(201 + found, "connected", drive, draw)
         found += 1
         if found == config.connected: return
-    raise KiloError(f"{config.connected} connected vehicles do not fit around one crossing for {config.duration_s:g} s: ask for fewer or a shorter time.")
+    raise KiloError(f"{config.connected} connected vehicles do not fit around one crossing for "
+                    f"{config.duration_s:g} s: ask for fewer or a shorter time.")
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #4d37fac3
 def _cars(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> Iterator[Actor]:
     grid, found = config.grid, 0
     names, shares = zip(*((name, kind.share) for name, kind in VEHICLES.items() if kind.share))
     for _ in range(12 * config.cars):
         if found == config.cars: return
         heading, name = int(draw.integers(4)), str(draw.choice(names, p=np.array(shares) / sum(shares)))
-        count, reach = (grid.streets_y, grid.streets_x * grid.pitch_x) if heading % 2 == 0 else (grid.streets_x, grid.streets_y * grid.pitch_y)
+        count, reach = (
+            (grid.streets_y, grid.streets_x * grid.pitch_x)
+            if heading % 2 == 0
+            else (grid.streets_x, grid.streets_y * grid.pitch_y)
+        )
         turns = [int(draw.choice([0, 0, 0, 1, -1])) if VEHICLES[name].style < 2 else 0 for _ in range(3)]
-        drive = Drive(route(grid, heading, int(draw.integers(count)), draw.uniform(-40, reach), turns, 40 + 11 * config.duration_s), 0.0, **_speed(turns, draw))
+        drive = Drive(route(grid, heading, int(draw.integers(count)), draw.uniform(-40, reach), turns,
+                            40 + 11 * config.duration_s), 0.0, **_speed(turns, draw))
         if draw.random() < .15: drive = Standing(drive(0.0))
         if traffic.admit(drive, [.5 * VEHICLES[name].size[0], .5 * VEHICLES[name].size[1]], .9):
             yield _vehicle_actor(301 + found, name, drive, draw)
             found += 1
 
-# %% ../../nbs/scenes/boxtown.ipynb #5db46b47
+# %% ../../nbs/scenes/boxtown.ipynb #3de60701
 def _parked(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> Iterator[Actor]:
     grid, found = config.grid, 0
     names, shares = zip(*((name, kind.share) for name, kind in VEHICLES.items() if kind.share and kind.style < 2))
     for axis, count, pitch, other_pitch, other in ((0, grid.streets_y, grid.pitch_y, grid.pitch_x, grid.streets_x),
                                                    (1, grid.streets_x, grid.pitch_x, grid.pitch_y, grid.streets_y)):
         for line, side, span in ((a, b, c) for a in range(count) for b in (-1, 1) for c in range(-1, other)):
-            for along in np.arange(span * other_pitch + grid.half_width + 10, (span + 1) * other_pitch - grid.half_width - 10, 6.1):
+            for along in np.arange(span * other_pitch + grid.half_width + 10,
+                                   (span + 1) * other_pitch - grid.half_width - 10, 6.1):
                 name, slack = str(draw.choice(names, p=np.array(shares) / sum(shares))), draw.uniform(-.25, .25, 2)
                 if draw.random() >= config.parked: continue
                 across = line * pitch + side * (grid.half_width - .5 * grid.parking - .05)
-                x, y = (float(along) + slack[0], across + .15 * slack[1]) if axis == 0 else (across + .15 * slack[1], float(along) + slack[0])
-                yaw = .5 * math.pi * ((EAST if side < 0 else WEST) if axis == 0 else (NORTH if side > 0 else SOUTH)) + .05 * slack[1]
+                x, y = (
+                    (float(along) + slack[0], across + 0.15 * slack[1])
+                    if axis == 0
+                    else (across + 0.15 * slack[1], float(along) + slack[0])
+                )
+                yaw = .5 * math.pi * ((EAST if side < 0 else WEST) if axis == 0
+                                      else (NORTH if side > 0 else SOUTH)) + .05 * slack[1]
                 drive = Standing(Pose(x, y, 0.0, yaw))
                 if traffic.admit(drive, [.5 * VEHICLES[name].size[0], .5 * VEHICLES[name].size[1]], 0.0):
                     yield _vehicle_actor(501 + found, name, drive, draw)
                     found += 1
                 if found == 299: return
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #d123a5e6
 def _walk(config: TownConfig, draw: np.random.Generator) -> Drive:
     """Someone who walks around a block on its pavement, either way, or over a crosswalk."""
     grid, blocks = config.grid, config.grid.blocks()
@@ -263,10 +320,12 @@ def _walk(config: TownConfig, draw: np.random.Generator) -> Drive:
     bend, turn = 1.0, .5 * math.pi
     ring = [(x1 - x0 - 2, 0.0), (turn, 1 / bend), (y1 - y0 - 2, 0.0), (turn, 1 / bend)] * 2
     path = follow(x0 + 1, y0, 0.0, ring)
-    if draw.random() < .5: path = follow(x0, y0 + 1, .5 * math.pi, [(y1 - y0 - 2, 0.0), (turn, -1 / bend), (x1 - x0 - 2, 0.0), (turn, -1 / bend)] * 2)
+    if draw.random() < .5:
+        path = follow(x0, y0 + 1, .5 * math.pi,
+                      [(y1 - y0 - 2, 0.0), (turn, -1 / bend), (x1 - x0 - 2, 0.0), (turn, -1 / bend)] * 2)
     return Drive(path, draw.uniform(0, .5 * path.length), **motion)
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #c0be5558
 def _people(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> Iterator[Actor]:
     found = 0
     for _ in range(8 * config.people):
@@ -277,13 +336,14 @@ def _people(config: TownConfig, traffic: Traffic, draw: np.random.Generator) -> 
             yield Actor(801 + found, "Pedestrian", half, solids, drive)
             found += 1
 
-# %% ../../nbs/scenes/boxtown.ipynb #dd79e789
+# %% ../../nbs/scenes/boxtown.ipynb #14474f58
 def build_town(config: TownConfig | None = None, seed: int = 0) -> Town:
     """The town of a configuration and a seed; the same two give the same town."""
     config = config or TownConfig()
     draws = [np.random.default_rng([seed, k]) for k in range(6)]
     traffic = Traffic(-.3, config.duration_s + .3)
-    actors = [actor for make, draw in zip((_connected, _parked, _cars, _people), draws) for actor in make(config, traffic, draw)]
+    actors = [actor for make,
+              draw in zip((_connected, _parked, _cars, _people), draws) for actor in make(config, traffic, draw)]
     elevation = draws[4].uniform(28, 58) if config.sun_elevation_deg is None else config.sun_elevation_deg
     azimuth = draws[4].uniform(-180, 180) if config.sun_azimuth_deg is None else config.sun_azimuth_deg
     e, a = math.radians(elevation), math.radians(azimuth)
@@ -292,15 +352,16 @@ def build_town(config: TownConfig | None = None, seed: int = 0) -> Town:
     return Town(config, seed, world, tuple(a.instance for a in actors if 200 < a.instance < 300),
                 frozenset(a.instance for a in actors if isinstance(a.pose, Standing)))
 
-# %% ../../nbs/scenes/boxtown.ipynb #db165d30
+# %% ../../nbs/scenes/boxtown.ipynb #82f08dab
 def flow(town: Town, points: np.ndarray, instance: np.ndarray, start: Any, end: Any) -> np.ndarray:
-    """Displacement [N, 3] (metres, world) of `points` [N, 3] struck at times `start` on actors `instance` [N] (0: none), until times `end`; seconds, one or
-    [N]."""
+    """Displacement [N, 3] (metres, world) of `points` [N, 3] struck at times `start` on actors `instance` [N] (0:
+    none), until times `end`; seconds, one or [N]."""
     points, result = np.asarray(points, dtype=np.float64), np.zeros((len(points), 3))
     start, end = (np.broadcast_to(np.asarray(t, dtype=np.float64), len(points)) for t in (start, end))
     moving = np.array([i for i in np.unique(instance) if i and int(i) not in town.parked], dtype=np.int64)
     chosen = np.flatnonzero(np.isin(instance, moving))
-    keys, inverse = np.unique(np.stack([np.asarray(instance)[chosen], start[chosen], end[chosen]], -1), axis=0, return_inverse=True)
+    keys, inverse = np.unique(np.stack([np.asarray(instance)[chosen], start[chosen], end[chosen]], -1), axis=0,
+                              return_inverse=True)
     for k, (number, t0, t1) in enumerate(keys):
         pose, rows = town.actor(int(number)).pose, chosen[inverse.ravel() == k]
         a, b = pose(float(t0)).matrix(), pose(float(t1)).matrix()
@@ -308,8 +369,9 @@ def flow(town: Town, points: np.ndarray, instance: np.ndarray, start: Any, end: 
         result[rows] = local @ b[:3, :3].T + b[:3, 3] - points[rows]
     return result
 
-# %% ../../nbs/scenes/boxtown.ipynb #bfd87af9
-OPV2V_CAMERAS = {"camera0": (2.5, 0.0, 1.0, 0.0), "camera1": (0.0, .3, 1.8, 100.0), "camera2": (0.0, -.3, 1.8, -100.0), "camera3": (-2.0, 0.0, 1.5, 180.0)}
+# %% ../../nbs/scenes/boxtown.ipynb #0380a11f
+OPV2V_CAMERAS = {"camera0": (2.5, 0.0, 1.0, 0.0), "camera1": (0.0, .3, 1.8, 100.0), "camera2": (0.0, -.3, 1.8, -100.0),
+                 "camera3": (-2.0, 0.0, 1.5, 180.0)}
 OPV2V_LIDAR = (-.5, 0.0, 1.9, 0.0)
 OPV2V_FOCAL = 335.639852470912 / 800                          # of the picture's width: 100 degrees
 
@@ -319,36 +381,44 @@ def _mount(x: float, y: float, z: float, yaw_deg: float) -> np.ndarray:
     return left_to_right_handed(carla_pose_to_matrix(x, y, z, 0.0, yaw_deg, 0.0)).numpy()
 
 
-def _pinhole(body_to_world: np.ndarray, fx: float, fy: float, cx: float, cy: float, width: int, height: int) -> PinholeCamera:
+def _pinhole(body_to_world: np.ndarray, fx: float, fy: float, cx: float, cy: float, width: int,
+             height: int) -> PinholeCamera:
     return PinholeCamera(forward_to_opencv(torch.from_numpy(body_to_world)).float(), fx, fy, cx, cy, width, height)
 
 
 def opv2v_cameras(vehicle_to_world: np.ndarray, width: int = 800, height: int = 600) -> dict[str, PinholeCamera]:
     """The four cameras of a vehicle at [4, 4] `vehicle_to_world`."""
     focal = OPV2V_FOCAL * width
-    return {name: _pinhole(vehicle_to_world @ _mount(*mount), focal, focal, width / 2, height / 2, width, height) for name, mount in OPV2V_CAMERAS.items()}
+    return {name: _pinhole(vehicle_to_world @ _mount(*mount), focal, focal, width / 2, height / 2, width, height)
+            for name, mount in OPV2V_CAMERAS.items()}
 
-# %% ../../nbs/scenes/boxtown.ipynb #c1769b00
+# %% ../../nbs/scenes/boxtown.ipynb #ec747055
 FIRST_FRAME, RANGE_M, NO_DEPTH = 60, 120.0, 65535
 OPV2V_SWEEP = SpinningLidar(tuple(np.linspace(-25, 5, 32).tolist()), steps=600, period_s=0.0, far_m=RANGE_M)
 
 
 def _carla(pose: np.ndarray) -> list[float]:
     """[x, y, z, roll, yaw, pitch] in CARLA's axes (metres, degrees) of an upright right-handed pose [4, 4]."""
-    return [float(pose[0, 3]), -float(pose[1, 3]), float(pose[2, 3]), 0.0, -math.degrees(math.atan2(pose[1, 0], pose[0, 0])), 0.0]
+    return [float(pose[0, 3]), -float(pose[1, 3]), float(pose[2, 3]), 0.0,
+            -math.degrees(math.atan2(pose[1, 0], pose[0, 0])), 0.0]
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #e5da22b5
 def _vehicle_entry(state: ActorState) -> dict[str, Any]:
     x, y, z, _, yaw, _ = _carla(state.pose.matrix())
-    return {"angle": [0.0, yaw, 0.0], "center": [0.0, 0.0, state.half[2]], "extent": list(state.half), "location": [x, y, z], "speed": 3.6 * state.speed}
+    return {"angle": [0.0, yaw, 0.0], "center": [0.0, 0.0, state.half[2]], "extent": list(state.half),
+            "location": [x, y, z], "speed": 3.6 * state.speed}
 
-
-def opv2v_record(town: Town, instance: int, time: float, width: int, height: int, seen: Sequence[int]) -> dict[str, Any]:
-    """What the yaml of a connected vehicle says at `time` (seconds); seen: instances of the vehicles that its LiDAR struck."""
+# %% ../../nbs/scenes/boxtown.ipynb #64cedd1b
+def opv2v_record(
+    town: Town, instance: int, time: float, width: int, height: int, seen: Sequence[int]
+) -> dict[str, Any]:
+    """What the yaml of a connected vehicle says at `time` (seconds); seen: instances of the vehicles that its LiDAR
+    struck."""
     state = town.state(instance, time)
     pose = state.pose.matrix()
     lidar = _carla(pose @ _mount(*OPV2V_LIDAR))
-    record: dict[str, Any] = {"ego_speed": 3.6 * state.speed, "lidar_pose": lidar, "true_ego_pos": _carla(pose), "predicted_ego_pos": _carla(pose)}
+    record: dict[str, Any] = {"ego_speed": 3.6 * state.speed, "lidar_pose": lidar, "true_ego_pos": _carla(pose),
+                              "predicted_ego_pos": _carla(pose)}
     ahead = [town.state(instance, time + .2 * k) for k in range(1, 11)]
     record["plan_trajectory"] = [[*_carla(s.pose.matrix())[:2], 3.6 * s.speed] for s in ahead]
     record["vehicles"] = {number: _vehicle_entry(town.state(number, time)) for number in seen}
@@ -356,93 +426,113 @@ def opv2v_record(town: Town, instance: int, time: float, width: int, height: int
     for name, mount in OPV2V_CAMERAS.items():
         cords = _carla(pose @ _mount(*mount))
         extrinsic = np.linalg.inv(carla_pose_to_matrix(*cords).numpy()) @ lidar_to_world
-        record[name] = {"cords": cords, "intrinsic": [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]], "extrinsic": extrinsic.tolist()}
+        record[name] = {"cords": cords,
+                        "intrinsic": [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]],
+                        "extrinsic": extrinsic.tolist()}
     return record
 
-# %% ../../nbs/scenes/boxtown.ipynb #1d66a040
+# %% ../../nbs/scenes/boxtown.ipynb #92e529c2
 _DUMPER = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-_PCD_HEAD = ("# .PCD v0.7 - Point Cloud Data file format\nVERSION 0.7\nFIELDS x y z rgb\nSIZE 4 4 4 4\nTYPE F F F F\nCOUNT 1 1 1 1\nWIDTH {count}\nHEIGHT 1\n"
+_PCD_HEAD = ("# .PCD v0.7 - Point Cloud Data file format\nVERSION 0.7\nFIELDS x y z rgb\nSIZE 4 4 "
+             "4 4\nTYPE F F F F\nCOUNT 1 1 1 1\nWIDTH {count}\nHEIGHT 1\n"
              "VIEWPOINT 0 0 0 1 0 0 0\nPOINTS {count}\nDATA ascii\n")
 
 
 def write_pcd(path: Path, points: np.ndarray, intensity: np.ndarray) -> None:
-    """Write `points` [N, 3] (metres, CARLA's axes) and `intensity` [N] in 0..1 as ASCII PCD with the intensity in the red of `rgb`, as Open3D does."""
+    """Write `points` [N, 3] (metres, CARLA's axes) and `intensity` [N] in 0..1 as ASCII PCD with the intensity in the
+    red of `rgb`, as Open3D does."""
     red = (np.clip(intensity, 0, 1) * 255).astype(np.uint32) << 16
     rows = np.column_stack([points, red.view(np.float32).astype(np.float64)])
-    path.write_text(_PCD_HEAD.format(count=len(rows)) + "".join(map("%.7g %.7g %.7g %.9g\n".__mod__, map(tuple, rows.tolist()))), encoding="ascii")
+    path.write_text(_PCD_HEAD.format(count=len(rows))
+                    + "".join(map("%.7g %.7g %.7g %.9g\n".__mod__, map(tuple, rows.tolist()))), encoding="ascii")
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #365dd7e1
 def _write_png(path: Path, pixels: np.ndarray) -> None: Image.fromarray(pixels).save(path, compress_level=4)
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #be008e78
 def _bytes(rgb_srgb: np.ndarray) -> np.ndarray: return (rgb_srgb * 255 + .5).astype(np.uint8)
 
-
-def _write_vehicle_frame(folder: Path, name: str, town: Town, instance: int, time: float, width: int, height: int, lidar: SpinningLidar, samples: int,
-                         depth: bool, labels: bool) -> None:
+# %% ../../nbs/scenes/boxtown.ipynb #378b6330
+def _write_vehicle_frame(folder: Path, name: str, town: Town, instance: int, time: float, width: int, height: int,
+                         lidar: SpinningLidar, samples: int, depth: bool, labels: bool) -> None:
     actor = town.actor(instance)
     sensor = actor.pose(time).matrix() @ _mount(*OPV2V_LIDAR)
     sweep = spin_lidar(town.world, lambda t: sensor, time, lidar, seed=1000 * town.seed + instance)
     local = (sweep.points - sensor[:3, 3]) @ sensor[:3, :3]
     write_pcd(folder / f"{name}.pcd", local * [1, -1, 1], sweep.intensity / 255)
-    near = (np.linalg.norm(sweep.points - sensor[:3, 3], axis=1) < RANGE_M) & (sweep.label == VEHICLE) & (sweep.instance != instance)
+    near = (
+        (np.linalg.norm(sweep.points - sensor[:3, 3], axis=1) < RANGE_M)
+        & (sweep.label == VEHICLE)
+        & (sweep.instance != instance)
+    )
     record = opv2v_record(town, instance, time, width, height, [int(i) for i in np.unique(sweep.instance[near]) if i])
     (folder / f"{name}.yaml").write_text(yaml.dump(record, Dumper=_DUMPER, default_flow_style=False), encoding="utf-8")
     for camera_name, camera in opv2v_cameras(actor.pose(time).matrix(), width, height).items():
         picture = render(town.world, camera, time, samples)
         _write_png(folder / f"{name}_{camera_name}.png", _bytes(picture.rgb_srgb))
-        if depth: _write_png(folder / f"{name}_depth{camera_name[-1]}.png",
-                             np.where(np.isfinite(picture.z_depth_m), np.clip(np.rint(100 * picture.z_depth_m.clip(0, 1e4)), 1, NO_DEPTH - 1),
-                                      NO_DEPTH).astype(np.uint16))
+        if depth:
+            _write_png(folder / f"{name}_depth{camera_name[-1]}.png",
+                       np.where(np.isfinite(picture.z_depth_m),
+                                np.clip(np.rint(100 * picture.z_depth_m.clip(0, 1e4)), 1, NO_DEPTH - 1),
+                                NO_DEPTH).astype(np.uint16))
         if labels: _write_png(folder / f"{name}_label{camera_name[-1]}.png", picture.label.astype(np.uint8))
 
-# %% ../../nbs/scenes/boxtown.ipynb #d6baf4be
+# %% ../../nbs/scenes/boxtown.ipynb #9c4a6bdf
 def _new_folder(folder: Path) -> Path:
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise KiloError(f"{folder} exists and is not empty: choose another folder or remove it.")
     return folder
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #1a5243ae
 def _checked_recording(town: Town, frames: int, interval_s: float, width: int, height: int) -> None:
     if min(frames, width, height) < 1:
-        raise KiloError(f"A recording of {frames} frames of {width}x{height} pixels was asked for: each number must be at least 1.")
+        raise KiloError(f"A recording of {frames} frames of {width}x{height} pixels was asked for: each "
+                        "number must be at least 1.")
     if interval_s <= 0: raise KiloError(f"Frames {interval_s:g} s apart were asked for: the interval must be positive.")
     if (frames - 1) * interval_s > town.config.duration_s:
-        raise KiloError(f"{frames} frames every {interval_s:g} s last longer than the {town.config.duration_s:g} s of the town: "
-                        "raise duration_s or record less.")
+        raise KiloError(f"{frames} frames every {interval_s:g} s last longer than the "
+                        f"{town.config.duration_s:g} s of the town: " "raise duration_s or record less.")
 
+# %% ../../nbs/scenes/boxtown.ipynb #b6e380d8
+def write_opv2v(folder: str | Path, town: Town, vehicles: int = 4, frames: int = 20, width: int = 400,
+                height: int = 300, split: str = "train", scenario: str = "", interval_s: float = .1,
+                lidar: SpinningLidar = OPV2V_SWEEP, samples: int = 4, depth: bool = True, labels: bool = False) -> Path:
+    """Write one scenario in OPV2V's layout to `folder`/`split`/`scenario` (default boxtown_<seed>), whole or not at
+    all; returns its folder.
 
-def write_opv2v(folder: str | Path, town: Town, vehicles: int = 4, frames: int = 20, width: int = 400, height: int = 300, split: str = "train",
-                scenario: str = "", interval_s: float = .1, lidar: SpinningLidar = OPV2V_SWEEP, samples: int = 4, depth: bool = True,
-                labels: bool = False) -> Path:
-    """Write one scenario in OPV2V's layout to `folder`/`split`/`scenario` (default boxtown_<seed>), whole or not at all; returns its folder.
-
-    vehicles: how many of the connected ones record. interval_s: between frames, seconds. lidar: their LiDAR. samples: rays per uneven pixel.
+    vehicles: how many of the connected ones record. interval_s: between frames, seconds. lidar: their LiDAR. samples:
+    rays per uneven pixel.
     depth, labels: write them beside. Raises KiloError: the folder exists, or numbers that the town cannot give.
     """
     _checked_recording(town, frames, interval_s, width, height)
     if not 1 <= vehicles <= len(town.connected):
-        raise KiloError(f"{vehicles} vehicles were asked for, the town has {len(town.connected)} connected ones: set `connected`.")
+        raise KiloError(f"{vehicles} vehicles were asked for, the town has {len(town.connected)} connected "
+                        "ones: set `connected`.")
     target = _new_folder(Path(folder).absolute() / split / (scenario or f"boxtown_{town.seed:05d}"))
     step = max(1, round(interval_s * 20))
     sensing = {"camera": {"width": width, "height": height, "fov": 100},
-               "lidar": {"channels": len(lidar.elevations_deg), "steps": lidar.steps, "range": lidar.far_m, "noise_stddev": lidar.noise_m}}
-    protocol = {"description": "boxtown, a procedural town", "seed": town.seed, "town": asdict(town.config) | {"storeys": list(town.config.storeys)},
-                "world": {"fixed_delta_seconds": .05, "frame_interval_seconds": interval_s}, "vehicle_base": {"sensing": sensing}}
+               "lidar": {"channels": len(lidar.elevations_deg), "steps": lidar.steps, "range": lidar.far_m,
+                         "noise_stddev": lidar.noise_m}}
+    protocol = {"description": "boxtown, a procedural town", "seed": town.seed,
+                "town": asdict(town.config) | {"storeys": list(town.config.storeys)},
+                "world": {"fixed_delta_seconds": .05, "frame_interval_seconds": interval_s},
+                "vehicle_base": {"sensing": sensing}}
     with atomic_folder(target) as whole:
         whole.mkdir()
-        (whole / "data_protocol.yaml").write_text(yaml.dump(protocol, Dumper=_DUMPER, default_flow_style=False), encoding="utf-8")
+        (whole / "data_protocol.yaml").write_text(yaml.dump(protocol, Dumper=_DUMPER, default_flow_style=False),
+                                                  encoding="utf-8")
         for instance in town.connected[:vehicles]:
             (whole / str(instance)).mkdir()
             for k in range(frames):
-                _write_vehicle_frame(whole / str(instance), f"{FIRST_FRAME + step * k:06d}", town, instance, k * interval_s, width, height, lidar, samples,
-                                     depth, labels)
+                _write_vehicle_frame(whole / str(instance), f"{FIRST_FRAME + step * k:06d}", town, instance,
+                                     k * interval_s, width, height, lidar, samples, depth, labels)
     return target
 
-# %% ../../nbs/scenes/boxtown.ipynb #78fab936
+# %% ../../nbs/scenes/boxtown.ipynb #3b7bf0c7
 START_S, CLOCK = 1557539956.5, .15                            # seconds since 1970 of frame 0; the town's time then
 PANDASET_HEIGHT = .34                                         # of the vehicle's frame above the street, metres
-# forward, left, above the vehicle's frame (metres), yaw to the left (degrees), fx, fy, cx, cy at 1920x1080, seconds after the LiDAR's stamp
+# forward, left, above the vehicle's frame (metres), yaw to the left (degrees), fx, fy, cx, cy at 1920x1080, seconds
+# after the LiDAR's stamp
 PANDASET_CAMERAS = {
     "front_camera": (.70, .0, 1.81, .2, 1970.0, 1970.0, 970.0, 483.3, -.0498),
     "front_left_camera": (1.33, .64, 1.54, 57.7, 929.8, 930.1, 972.2, 508.0, -.0606),
@@ -451,67 +541,79 @@ PANDASET_CAMERAS = {
     "right_camera": (.54, -.70, 1.55, -88.6, 922.5, 922.4, 945.1, 517.6, -.0186),
     "back_camera": (-.55, -.04, 1.65, -178.3, 933.5, 934.7, 896.5, 507.4, -.0999),
 }
-PANDAR64 = (14.9, 11.0, 8.0, 5.0, 3.0, 2.0, *(round(1.83 - k / 6, 2) for k in range(47)), -6.0, -7.0, -8.0, -9.0, -10.0, -11.0, -12.0, -13.0, -14.0, -19.0,
-            -25.0)
-CLASSES = (
-    "Smoke", "Exhaust", "Spray or rain", "Reflection", "Vegetation", "Ground", "Road", "Lane Line Marking", "Stop Line Marking", "Other Road Marking",
-    "Sidewalk", "Driveway", "Car", "Pickup Truck", "Medium-sized Truck", "Semi-truck", "Towed Object", "Motorcycle",
-    "Other Vehicle - Construction Vehicle", "Other Vehicle - Uncommon", "Other Vehicle - Pedicab", "Emergency Vehicle", "Bus",
-    "Personal Mobility Device", "Motorized Scooter", "Bicycle", "Train", "Trolley", "Tram / Subway", "Pedestrian", "Pedestrian with Object",
-    "Animals - Bird", "Animals - Other", "Pylons", "Road Barriers", "Signs", "Cones", "Construction Signs", "Temporary Construction Barriers",
-    "Rolling Containers", "Building", "Other Static Object",
-)
-_CLASS_OF = {ROAD: "Road", MARKING: "Lane Line Marking", SIDEWALK: "Sidewalk", TERRAIN: "Ground", BUILDING: "Building", VEGETATION: "Vegetation",
-             VEHICLE: "Car", PERSON: "Pedestrian",
-             POLE: "Other Static Object", SIGN: "Signs", OTHER: "Other Static Object", SKY: "Other Static Object"}
+PANDAR64 = (14.9, 11.0, 8.0, 5.0, 3.0, 2.0, *(round(1.83 - k / 6, 2) for k in range(47)), -6.0, -7.0, -8.0, -9.0, -10.0,
+            -11.0, -12.0, -13.0, -14.0, -19.0, -25.0)
+CLASSES = ("Smoke", "Exhaust", "Spray or rain", "Reflection", "Vegetation", "Ground", "Road", "Lane Line Marking",
+           "Stop Line Marking", "Other Road Marking", "Sidewalk", "Driveway", "Car", "Pickup Truck",
+           "Medium-sized Truck", "Semi-truck", "Towed Object", "Motorcycle", "Other Vehicle - Construction Vehicle",
+           "Other Vehicle - Uncommon", "Other Vehicle - Pedicab", "Emergency Vehicle", "Bus",
+           "Personal Mobility Device", "Motorized Scooter", "Bicycle", "Train", "Trolley", "Tram / Subway",
+           "Pedestrian", "Pedestrian with Object", "Animals - Bird", "Animals - Other", "Pylons", "Road Barriers",
+           "Signs", "Cones", "Construction Signs", "Temporary Construction Barriers", "Rolling Containers", "Building",
+           "Other Static Object")
+_CLASS_OF = {ROAD: "Road", MARKING: "Lane Line Marking", SIDEWALK: "Sidewalk", TERRAIN: "Ground", BUILDING: "Building",
+             VEGETATION: "Vegetation", VEHICLE: "Car", PERSON: "Pedestrian", POLE: "Other Static Object", SIGN: "Signs",
+             OTHER: "Other Static Object", SKY: "Other Static Object"}
 
 
 def pandaset_lidars(channels: int = 32, steps: int = 900) -> tuple[tuple[np.ndarray, SpinningLidar, float], ...]:
-    """((mount [4, 4] in the vehicle's frame on the ground, LiDAR, seconds from its end to the frame's stamp) of the turning one and of the one ahead)."""
-    if not 2 <= channels <= 64: raise KiloError(f"A LiDAR of {channels} channels was asked for: PandaSet's has 64, 2 to 64 can be had.")
+    """((mount [4, 4] in the vehicle's frame on the ground, LiDAR, seconds from its end to the frame's stamp) of the
+    turning one and of the one ahead)."""
+    if not 2 <= channels <= 64:
+        raise KiloError(f"A LiDAR of {channels} channels was asked for: PandaSet's has 64, 2 to 64 can be had.")
     rows = tuple(PANDAR64[round(k)] for k in np.linspace(0, 63, channels))
-    ahead = SpinningLidar(tuple(np.linspace(11, -9, channels).tolist()), steps=max(1, steps // 4), first_deg=30.0, sweep_deg=-60.0, period_s=.099, far_m=300.0)
+    ahead = SpinningLidar(tuple(np.linspace(11, -9, channels).tolist()), steps=max(1, steps // 4), first_deg=30.0,
+                          sweep_deg=-60.0, period_s=.099, far_m=300.0)
     mounts = _mount(.66, 0, PANDASET_HEIGHT + 1.85, 0), _mount(1.27, 0, PANDASET_HEIGHT + 1.55, 0)
     return (mounts[0], SpinningLidar(rows, steps=steps, far_m=200.0), 0.0), (mounts[1], ahead, -.032)
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #f33611cc
 def _stamp(k: int) -> float: return START_S + .1 * k + 4.7e-5 * k
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #976593bc
 def _town_time(stamp: float) -> float: return stamp - START_S + CLOCK
 
-# %% ../../nbs/scenes/boxtown.ipynb #b8245580
+# %% ../../nbs/scenes/boxtown.ipynb #23562094
 def _pose_entry(pose: np.ndarray, origin: np.ndarray) -> dict[str, dict[str, float]]:
     quat = rotmat_to_quat(torch.from_numpy(np.ascontiguousarray(pose[:3, :3]))).tolist()
     return {"position": dict(zip("xyz", (pose[:3, 3] - origin).tolist())), "heading": dict(zip("wxyz", quat))}
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #4fcbcecc
 def _vehicle_frame(pose: Pose) -> np.ndarray:
     """[4, 4] of PandaSet's vehicle frame (x right, y forward, z up) in the world."""
     right = np.array([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, PANDASET_HEIGHT], [0, 0, 0, 1]])
     return pose.matrix() @ right
 
-
-def pandaset_cameras(pose_at: Any, time: float, width: int = 1920, height: int = 1080) -> dict[str, tuple[PinholeCamera, float]]:
-    """Camera -> (camera, the time at which it looks, seconds) of a frame stamped `time`; pose_at: time -> Pose of the vehicle."""
+# %% ../../nbs/scenes/boxtown.ipynb #14e15f33
+def pandaset_cameras(
+    pose_at: Any, time: float, width: int = 1920, height: int = 1080
+) -> dict[str, tuple[PinholeCamera, float]]:
+    """Camera -> (camera, the time at which it looks, seconds) of a frame stamped `time`; pose_at: time -> Pose of the
+    vehicle."""
     sx, sy, found = width / 1920, height / 1080, {}
     for name, (x, y, z, yaw, fx, fy, cx, cy, delay) in PANDASET_CAMERAS.items():
         body = pose_at(time + delay).matrix() @ _mount(x, -y, z + PANDASET_HEIGHT, -yaw)
         found[name] = _pinhole(body, fx * sx, fy * sy, cx * sx, cy * sy, width, height), time + delay
     return found
 
-# %% ../../nbs/scenes/boxtown.ipynb #ddb63963
+# %% ../../nbs/scenes/boxtown.ipynb #0443d3a6
 def _struck_at(town: Town, own: int, instance: int, time: float, mount: np.ndarray, lidar: SpinningLidar) -> float:
     """When a sweep that ends at `time` looks at the middle of an actor."""
     moment = time - .5 * lidar.period_s
     for _ in range(3):
-        local = np.linalg.inv(town.actor(own).pose(moment).matrix() @ mount) @ [*town.actor(instance).pose(moment)[:3], 1]
-        turned = ((math.degrees(math.atan2(local[1], local[0])) - lidar.first_deg) / lidar.sweep_deg) % (360 / abs(lidar.sweep_deg))
+        local = np.linalg.inv(town.actor(own).pose(moment).matrix() @ mount) @ [
+            *town.actor(instance).pose(moment)[:3],
+            1,
+        ]
+        turned = ((math.degrees(math.atan2(local[1], local[0])) - lidar.first_deg) / lidar.sweep_deg) % (
+            360 / abs(lidar.sweep_deg)
+        )
         moment = time - lidar.period_s * (1 - min(1.0, turned))
     return moment
 
-
-def _cuboid_rows(town: Town, own: int, sweeps: Sequence[Sweep], ends: Sequence[float], lidars: Sequence, origin: np.ndarray) -> list[dict[str, Any]]:
+# %% ../../nbs/scenes/boxtown.ipynb #498aa661
+def _cuboid_rows(town: Town, own: int, sweeps: Sequence[Sweep], ends: Sequence[float], lidars: Sequence,
+                 origin: np.ndarray) -> list[dict[str, Any]]:
     struck = [set(np.unique(sweep.instance).tolist()) - {0, own} for sweep in sweeps]
     rows = []
     for instance in sorted(set.union(*struck)):
@@ -522,17 +624,20 @@ def _cuboid_rows(town: Town, own: int, sweeps: Sequence[Sweep], ends: Sequence[f
         person_ = town.actor(instance).category == "Pedestrian"
         motion = math.nan if person_ else ("Parked" if 500 < instance < 800 else "Stopped" if stationary else "Moving")
         for sensor in sensors:
-            pose, half = town.actor(instance).pose(_struck_at(town, own, instance, ends[sensor], *lidars[sensor][:2])), town.actor(instance).half
+            pose, half = town.actor(instance).pose(_struck_at(town, own, instance, ends[sensor],
+                                                              *lidars[sensor][:2])), town.actor(instance).half
             rows.append({"uuid": names[sensor if twins else 0], "label": town.actor(instance).category,
                          "yaw": math.remainder(pose.yaw - .5 * math.pi, 2 * math.pi), "stationary": stationary,
-                         "camera_used": -1, "position.x": pose.x - origin[0], "position.y": pose.y - origin[1], "position.z": pose.z + half[2] - origin[2],
-                         "dimensions.x": 2 * half[1], "dimensions.y": 2 * half[0], "dimensions.z": 2 * half[2], "attributes.object_motion": motion,
+                         "camera_used": -1, "position.x": pose.x - origin[0], "position.y": pose.y - origin[1],
+                         "position.z": pose.z + half[2] - origin[2], "dimensions.x": 2 * half[1],
+                         "dimensions.y": 2 * half[0], "dimensions.z": 2 * half[2], "attributes.object_motion": motion,
                          "cuboids.sibling_id": names[1 - sensor] if twins else "-",
                          "cuboids.sensor_id": sensor if twins else -1, "attributes.rider_status": math.nan,
-                         "attributes.pedestrian_behavior": "Walking" if person_ else math.nan, "attributes.pedestrian_age": "Adult" if person_ else math.nan})
+                         "attributes.pedestrian_behavior": "Walking" if person_ else math.nan,
+                         "attributes.pedestrian_age": "Adult" if person_ else math.nan})
     return rows
 
-# %% ../../nbs/scenes/boxtown.ipynb #5d35354e
+# %% ../../nbs/scenes/boxtown.ipynb #bdfbb351
 _CUBOID_TYPES = {"yaw": float, "stationary": bool, "camera_used": np.int64,
                  "cuboids.sensor_id": np.int64} | {f"{a}.{b}": float for a in ("position", "dimensions") for b in "xyz"}
 
@@ -541,88 +646,110 @@ def _classes_of(town: Town, sweep: Sweep) -> np.ndarray:
     """[N] int64: PandaSet's class of every point."""
     lookup = np.array([1 + CLASSES.index(_CLASS_OF[label]) for label in range(len(_CLASS_OF))])
     classes = lookup[sweep.label].astype(np.int64)
-    for instance in np.unique(sweep.instance[sweep.instance > 0]): classes[sweep.instance == instance] = 1 + CLASSES.index(town.actor(int(instance)).category)
+    for instance in np.unique(sweep.instance[sweep.instance > 0]):
+        classes[sweep.instance == instance] = 1 + CLASSES.index(town.actor(int(instance)).category)
     return classes
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #5ff98139
 def _write_lidar_frame(folder: Path, k: int, town: Town, own: int, lidars: Sequence, origin: np.ndarray) -> None:
     pose = town.actor(own).pose
     ends = [_town_time(_stamp(k)) + delay for *_, delay in lidars]
-    sweeps = [spin_lidar(town.world, lambda t, m=mount: pose(t).matrix() @ m, end, lidar, seed=10 * town.seed + d, without=own)
-              for d, ((mount, lidar, _), end) in enumerate(zip(lidars, ends))]
-    points, classes = np.concatenate([s.points for s in sweeps]) - origin, np.concatenate([_classes_of(town, s) for s in sweeps])
-    columns = {"x": points[:, 0], "y": points[:, 1], "z": points[:, 2], "i": np.rint(np.concatenate([s.intensity for s in sweeps])),
-               "t": np.concatenate([s.time for s in sweeps]) - CLOCK + START_S, "d": np.repeat(np.arange(len(sweeps)),
-                       [len(s.time) for s in sweeps]).astype(np.int64)}
+    sweeps = [spin_lidar(town.world, lambda t, m=mount: pose(t).matrix() @ m, end, lidar, seed=10 * town.seed + d,
+                         without=own) for d, ((mount, lidar, _), end) in enumerate(zip(lidars, ends))]
+    points, classes = (
+        np.concatenate([s.points for s in sweeps]) - origin,
+        np.concatenate([_classes_of(town, s) for s in sweeps]),
+    )
+    columns = {"x": points[:, 0], "y": points[:, 1], "z": points[:, 2],
+               "i": np.rint(np.concatenate([s.intensity for s in sweeps])),
+               "t": np.concatenate([s.time for s in sweeps]) - CLOCK + START_S,
+               "d": np.repeat(np.arange(len(sweeps)), [len(s.time) for s in sweeps]).astype(np.int64)}
     write_table(folder / "lidar" / f"{k:02d}.pkl.gz", columns)
     write_table(folder / "annotations" / "semseg" / f"{k:02d}.pkl.gz", {"class": classes})
     rows = _cuboid_rows(town, own, sweeps, ends, lidars, origin)
     names = list(rows[0]) if rows else list(_CUBOID_TYPES)
-    write_table(folder / "annotations" / "cuboids" / f"{k:02d}.pkl.gz", {name: np.array([row[name] for row in rows], dtype=_CUBOID_TYPES.get(name, object))
-                                                                         for name in names})
+    write_table(folder / "annotations" / "cuboids" / f"{k:02d}.pkl.gz",
+                {name: np.array([row[name] for row in rows], dtype=_CUBOID_TYPES.get(name, object)) for name in names})
 
-# %% ../../nbs/scenes/boxtown.ipynb #a029d0a5
+# %% ../../nbs/scenes/boxtown.ipynb #f51eb42d
 def _write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(value) + "\n", encoding="utf-8")
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #61d1209e
 def _gps(state: ActorState, origin: np.ndarray) -> dict[str, float]:
     north, east = state.pose.y - origin[1], state.pose.x - origin[0]
-    return {"lat": 37.776 + north / 111_200, "long": -122.399 + east / (111_200 * math.cos(math.radians(37.776))), "height": 2.95, "xvel": state.velocity[0],
-            "yvel": state.velocity[1]}
+    return {"lat": 37.776 + north / 111_200, "long": -122.399 + east / (111_200 * math.cos(math.radians(37.776))),
+            "height": 2.95, "xvel": state.velocity[0], "yvel": state.velocity[1]}
 
+# %% ../../nbs/scenes/boxtown.ipynb #fe711c5f
+def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int = 480, height: int = 270,
+                   sequence: str = "001", vehicle: int = 0, channels: int = 32, steps: int = 900,
+                   samples: int = 4) -> Path:
+    """Write one sequence in PandaSet's layout to `folder`/`sequence`, 10 frames a second, whole or not at all; returns
+    its folder.
 
-def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int = 480, height: int = 270, sequence: str = "001", vehicle: int = 0,
-                   channels: int = 32, steps: int = 900, samples: int = 4) -> Path:
-    """Write one sequence in PandaSet's layout to `folder`/`sequence`, 10 frames a second, whole or not at all; returns its folder.
-
-    vehicle: which connected vehicle drives (0 the first). width, height: of the pictures; the real ones are 1920x1080. channels, steps: of the turning LiDAR
-    (the real one: 64, 1800).
+    vehicle: which connected vehicle drives (0 the first). width, height: of the pictures; the real ones are 1920x1080.
+    channels, steps: of the turning LiDAR (the real one: 64, 1800).
     Raises KiloError: the folder exists, or numbers that the town cannot give.
     """
     _checked_recording(town, frames, .1, width, height)
-    if not 0 <= vehicle < len(town.connected): raise KiloError(f"Connected vehicle {vehicle} was asked for: there are {len(town.connected)}, counted from 0.")
-    target, lidars, own = _new_folder(Path(folder).absolute() / sequence), pandaset_lidars(channels, steps), town.connected[vehicle]
+    if not 0 <= vehicle < len(town.connected):
+        raise KiloError(f"Connected vehicle {vehicle} was asked for: there are {len(town.connected)}, counted from 0.")
+    target, lidars, own = (
+        _new_folder(Path(folder).absolute() / sequence),
+        pandaset_lidars(channels, steps),
+        town.connected[vehicle],
+    )
     pose, stamps = town.actor(own).pose, [_stamp(k) for k in range(frames)]
     origin = _vehicle_frame(pose(_town_time(stamps[0])))[:3, 3]
     with atomic_folder(target) as whole:
         for part in ("lidar", "annotations/cuboids", "annotations/semseg", "meta",
                      *(f"camera/{name}" for name in PANDASET_CAMERAS)): (whole / part).mkdir(parents=True)
-        _write_json(whole / "lidar" / "poses.json", [_pose_entry(_vehicle_frame(pose(_town_time(t))), origin) for t in stamps])
+        _write_json(whole / "lidar" / "poses.json",
+                    [_pose_entry(_vehicle_frame(pose(_town_time(t))), origin) for t in stamps])
         for part in ("lidar", "meta"): _write_json(whole / part / "timestamps.json", stamps)
         _write_json(whole / "meta" / "gps.json", [_gps(town.state(own, _town_time(t)), origin) for t in stamps])
-        _write_json(whole / "annotations" / "semseg" / "classes.json", {str(k + 1): name for k, name in enumerate(CLASSES)})
+        _write_json(whole / "annotations" / "semseg" / "classes.json",
+                    {str(k + 1): name for k, name in enumerate(CLASSES)})
         rigs = [pandaset_cameras(pose, _town_time(t), width, height) for t in stamps]
         for name in PANDASET_CAMERAS:
             camera = rigs[0][name][0]
-            _write_json(whole / "camera" / name / "intrinsics.json", {"fx": camera.fx, "fy": camera.fy, "cx": camera.cx, "cy": camera.cy})
-            _write_json(whole / "camera" / name / "poses.json", [_pose_entry(rig[name][0].camera_to_world.double().numpy(), origin) for rig in rigs])
+            _write_json(whole / "camera" / name / "intrinsics.json",
+                        {"fx": camera.fx, "fy": camera.fy, "cx": camera.cx, "cy": camera.cy})
+            _write_json(whole / "camera" / name / "poses.json",
+                        [_pose_entry(rig[name][0].camera_to_world.double().numpy(), origin) for rig in rigs])
             _write_json(whole / "camera" / name / "timestamps.json", [rig[name][1] - CLOCK + START_S for rig in rigs])
         for k in range(frames):
             _write_lidar_frame(whole, k, town, own, lidars, origin)
             for name, (camera, time) in rigs[k].items():
-                Image.fromarray(_bytes(render(town.world, camera, time, samples).rgb_srgb)).save(whole / "camera" / name / f"{k:02d}.jpg", quality=92)
+                Image.fromarray(_bytes(render(town.world, camera, time, samples).rgb_srgb)).save(
+                    whole / "camera" / name / f"{k:02d}.jpg", quality=92
+                )
     return target
 
-# %% ../../nbs/scenes/boxtown.ipynb #3dc83e17
-def make_opv2v(folder: str | Path, train: int = 1, validate: int = 1, test: int = 0, vehicles: int = 4, frames: int = 20, width: int = 400, height: int = 300,
-               interval_s: float = .1, channels: int = 32, steps: int = 600, samples: int = 4, seed: int = 0) -> None:
-    """Write `train` + `validate` + `test` scenarios, each in its own town, into `folder`. The other arguments are `write_opv2v`'s; channels, steps: of the
-    LiDAR."""
+# %% ../../nbs/scenes/boxtown.ipynb #8533b325
+def make_opv2v(folder: str | Path, train: int = 1, validate: int = 1, test: int = 0, vehicles: int = 4,
+               frames: int = 20, width: int = 400, height: int = 300, interval_s: float = .1, channels: int = 32,
+               steps: int = 600, samples: int = 4, seed: int = 0) -> None:
+    """Write `train` + `validate` + `test` scenarios, each in its own town, into `folder`. The other arguments are
+    `write_opv2v`'s; channels, steps: of the LiDAR."""
     lidar = SpinningLidar(tuple(np.linspace(-25, 5, channels).tolist()), steps=steps, period_s=0.0, far_m=RANGE_M)
     counts = {"train": train, "validate": validate, "test": test}
     if min(counts.values()) < 0 or not sum(counts.values()):
-        raise KiloError(f"{train} + {validate} + {test} scenarios were asked for: expected none or more each, one at least.")
+        raise KiloError(f"{train} + {validate} + {test} scenarios were asked for: expected none or more each, "
+                        "one at least.")
     splits = [split for split, count in counts.items() for _ in range(count)]
     config = TownConfig(connected=max(1, vehicles), duration_s=max(2.0, frames * interval_s + 1))
-    for k, split in enumerate(splits): write_opv2v(folder, build_town(config, 100 * seed + k), vehicles, frames, width, height, split, "", interval_s, lidar,
-                                                   samples)
+    for k, split in enumerate(splits):
+        write_opv2v(folder, build_town(config, 100 * seed + k), vehicles, frames, width, height, split, "", interval_s,
+                    lidar, samples)
 
-
-def make_pandaset(folder: str | Path, sequences: int = 1, frames: int = 80, width: int = 480, height: int = 270, channels: int = 32, steps: int = 900,
-                  samples: int = 4, seed: int = 0) -> None:
-    """Write `sequences` sequences 001, 002, ..., each in its own town, into `folder`. The other arguments are `write_pandaset`'s."""
+# %% ../../nbs/scenes/boxtown.ipynb #b9ad1c85
+def make_pandaset(folder: str | Path, sequences: int = 1, frames: int = 80, width: int = 480, height: int = 270,
+                  channels: int = 32, steps: int = 900, samples: int = 4, seed: int = 0) -> None:
+    """Write `sequences` sequences 001, 002, ..., each in its own town, into `folder`. The other arguments are
+    `write_pandaset`'s."""
     if sequences < 1: raise KiloError(f"{sequences} sequences were asked for: expected one at least.")
     for k in range(sequences):
         town = build_town(TownConfig(duration_s=max(2.0, .1 * frames + 1)), 100 * seed + k)

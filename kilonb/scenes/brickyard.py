@@ -30,21 +30,21 @@ from ..splats.harmonics import rgb_to_sh0, sh_basis
 from ..splats.ply import write_ply
 from ..splats.rasterizer import render_gaussians
 
-# %% ../../nbs/scenes/brickyard.ipynb #065af53f
+# %% ../../nbs/scenes/brickyard.ipynb #5454ce13
 STUD = 0.16                    # metres per stud
 GROUND = -0.53                 # z of the ground plate's top, metres
 BRICK, PLATE = 1.2, 0.4        # heights, studs
-COLOURS = {
-    "yellow": (.99, .79, .06), "red": (.90, .11, .09), "blue": (.08, .34, .88), "green": (.10, .64, .24), "orange": (1.0, .48, .08), "white": (.95, .95, .93),
-    "black": (.11, .11, .12), "dark": (.31, .32, .35), "grey": (.70, .72, .74), "glass": (.16, .62, .74), "ground": (.56, .74, .46),
-}
+COLOURS = {"yellow": (.99, .79, .06), "red": (.90, .11, .09), "blue": (.08, .34, .88), "green": (.10, .64, .24),
+           "orange": (1.0, .48, .08), "white": (.95, .95, .93), "black": (.11, .11, .12), "dark": (.31, .32, .35),
+           "grey": (.70, .72, .74), "glass": (.16, .62, .74), "ground": (.56, .74, .46)}
 
 
 @dataclass(frozen=True)
 class Solid:
     """A box or a cylinder in studs. half: half sizes [3]; a cylinder has (radius, radius, half length) along its own z.
 
-    rotation: [3, 3] local to scene. colour: sRGB in 0..1. gloss: strength of the highlight. detail: fineness of its covering relative to the rest.
+    rotation: [3, 3] local to scene. colour: sRGB in 0..1. gloss: strength of the highlight. detail: fineness of its
+    covering relative to the rest.
     """
     shape: str
     centre: Tensor
@@ -55,7 +55,7 @@ class Solid:
     detail: float = 1.0
     knob: bool = False
 
-# %% ../../nbs/scenes/brickyard.ipynb #3e68bc2c
+# %% ../../nbs/scenes/brickyard.ipynb #f5a3cf2e
 def _turn(axis: str, degrees: float) -> Tensor:
     """[3, 3] rotation about a coordinate axis, float64."""
     c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
@@ -64,28 +64,31 @@ def _turn(axis: str, degrees: float) -> Tensor:
     rotation[i, i], rotation[j, j], rotation[i, j], rotation[j, i] = c, c, -s, s
     return rotation
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #cb5ec88b
 def box(low: tuple, high: tuple, colour: str, rotation: Tensor | None = None, **options) -> Solid:
     """The box between two corners, studs; a rotation turns it about its own centre."""
     low, high = torch.tensor(low, dtype=torch.float64), torch.tensor(high, dtype=torch.float64)
-    return Solid("box", (low + high) / 2, (high - low) / 2, torch.eye(3, dtype=torch.float64) if rotation is None else rotation, COLOURS[colour], **options)
+    return Solid("box", (low + high) / 2, (high - low) / 2,
+                 torch.eye(3, dtype=torch.float64) if rotation is None else rotation, COLOURS[colour], **options)
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #a4ef49f6
 def cylinder(centre: tuple, radius: float, length: float, axis: str, colour: str, **options) -> Solid:
     """The cylinder about `centre` along a coordinate axis, studs."""
     rotation = {"z": _turn("x", 0), "y": _turn("x", 90), "x": _turn("y", 90)}[axis]
     half = torch.tensor([radius, radius, length / 2], dtype=torch.float64)
     return Solid("cylinder", torch.tensor(centre, dtype=torch.float64), half, rotation, COLOURS[colour], **options)
 
-# %% ../../nbs/scenes/brickyard.ipynb #e4355ae3
+# %% ../../nbs/scenes/brickyard.ipynb #b7732fef
 def _arrays(solids: list[Solid]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(round [S] bool, centres [S, 3], rotations [S, 3, 3], halves [S, 3]) of solids, for the kernels."""
-    stacks = [torch.stack([getattr(s, name) for s in solids]).contiguous().numpy() for name in ("centre", "rotation", "half")]
+    stacks = [torch.stack([getattr(s, name) for s in solids]).contiguous().numpy()
+              for name in ("centre", "rotation", "half")]
     return np.array([s.shape == "cylinder" for s in solids]), *stacks
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #7b125476
 @njit(cache=True)
-def _inside_any(points: np.ndarray, round_: np.ndarray, centres: np.ndarray, rotations: np.ndarray, halves: np.ndarray) -> np.ndarray:
+def _inside_any(points: np.ndarray, round_: np.ndarray, centres: np.ndarray, rotations: np.ndarray,
+                halves: np.ndarray) -> np.ndarray:
     result = np.zeros(points.shape[0], np.bool_)
     for n in range(points.shape[0]):
         for s in range(centres.shape[0]):
@@ -98,14 +101,16 @@ def _inside_any(points: np.ndarray, round_: np.ndarray, centres: np.ndarray, rot
             if result[n]: break
     return result
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #eb5a2ab6
 def inside(solids: list[Solid], points: Tensor) -> Tensor:
     """[N] bool: which `points` [N, 3] (studs, float64) lie strictly inside any of the solids."""
     return torch.from_numpy(_inside_any(points.contiguous().numpy(), *_arrays(solids)))
 
-# %% ../../nbs/scenes/brickyard.ipynb #7712974c
-def row(x: tuple[float, ...], y: tuple[float, float], z: float, height: float, colours: list[str], **options) -> list[Solid]:
-    """Bricks side by side along x: `x` holds their borders, `y` their common extent, studs; colours are taken in turn."""
+# %% ../../nbs/scenes/brickyard.ipynb #1ff0b57e
+def row(x: tuple[float, ...], y: tuple[float, float], z: float, height: float, colours: list[str],
+        **options) -> list[Solid]:
+    """Bricks side by side along x: `x` holds their borders, `y` their common extent, studs; colours are taken in
+    turn."""
     gap = .015
     return [box((a + gap, y[0] + gap, z), (b - gap, y[1] - gap, z + height - gap), colour, **options)
             for a, b, colour in zip(x, x[1:], itertools.cycle(colours), strict=False)]
@@ -114,12 +119,13 @@ def row(x: tuple[float, ...], y: tuple[float, float], z: float, height: float, c
 def knobs(solid: Solid) -> list[Solid]:
     """A knob on every cell of the top of an upright box."""
     low, size = (solid.centre - solid.half).tolist(), (2 * solid.half).tolist()
-    cells = [[low[i] + (k + .5) * size[i] / n for k in range(n)] for i, n in ((0, max(1, round(size[0]))), (1, max(1, round(size[1]))))]
+    cells = [[low[i] + (k + .5) * size[i] / n for k in range(n)] for i,
+             n in ((0, max(1, round(size[0]))), (1, max(1, round(size[1]))))]
     half = torch.tensor([.3, .3, .1], dtype=torch.float64)
     centres = [torch.tensor([x, y, low[2] + size[2] + .1], dtype=torch.float64) for x, y in itertools.product(*cells)]
     return [replace(solid, shape="cylinder", centre=centre, half=half, knob=True) for centre in centres]
 
-# %% ../../nbs/scenes/brickyard.ipynb #2e1ede61
+# %% ../../nbs/scenes/brickyard.ipynb #22ab824b
 def _body(draw: torch.Generator) -> list[Solid]:
     cuts = [1.0, 1.5, 2.0][int(torch.randint(3, (1,), generator=draw))]
     solids = [box((-5.2, -1.3, .9), (4.4, 1.3, 1.8), "dark")]
@@ -127,49 +133,59 @@ def _body(draw: torch.Generator) -> list[Solid]:
         solids += row((-5.0, -5 + cuts, -2.0, 1.0, 4.0), y, 1.8, BRICK, ["yellow"])
         solids += row((1.0, 2.0 + .5 * (cuts - 1), 4.0), y, 1.8 + BRICK, BRICK, ["red"])
     solids += row((-5.0, -2.0), (-1.5, 1.5), 1.8 + BRICK, PLATE, ["dark"])
-    solids += [box((4.0, -1.1, 1.95), (4.12, 1.1, 2.9), "black")] + [box((4.0, -1.0, z), (4.22, 1.0, z + .12), "grey") for z in (2.08, 2.36, 2.64)]
+    solids += [box((4.0, -1.1, 1.95), (4.12, 1.1, 2.9), "black")] + [box((4.0, -1.0, z), (4.22, 1.0, z + .12), "grey")
+                                                                     for z in (2.08, 2.36, 2.64)]
     solids += [cylinder((4.05, y, 3.62), .36, .36, "x", "white", gloss=.6) for y in (-1.0, 1.0)]
     return solids
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #a90aafe0
 def _cab() -> list[Solid]:
     floor, sill, roof = 1.8 + BRICK, 1.8 + 2 * BRICK, 6.1
-    solids = row((-2.0, -.5, 1.0), (-1.5, 0), floor, BRICK, ["blue"]) + row((-2.0, -.5, 1.0), (0, 1.5), floor, BRICK, ["blue"])
+    solids = row((-2.0, -0.5, 1.0), (-1.5, 0), floor, BRICK, ["blue"]) + row(
+        (-2.0, -0.5, 1.0), (0, 1.5), floor, BRICK, ["blue"]
+    )
     solids += [box((-1.85, -1.36, sill), (.85, 1.36, roof), "glass", gloss=1.0)]
     solids += [box((x, y, sill), (x + .3, y + .3, roof), "white") for x in (-2.0, .7) for y in (-1.5, 1.2)]
-    solids += [box((-2.2, -1.7, roof), (1.3, 1.7, roof + PLATE), "red"), box((-1.9, -.5, roof + PLATE), (-.9, .5, roof + 2 * PLATE), "white")]
+    solids += [box((-2.2, -1.7, roof), (1.3, 1.7, roof + PLATE), "red"),
+               box((-1.9, -.5, roof + PLATE), (-.9, .5, roof + 2 * PLATE), "white")]
     return [*solids, cylinder((-1.4, 0, roof + 2 * PLATE + .28), .36, .56, "z", "orange", gloss=.8)]
 
-# %% ../../nbs/scenes/brickyard.ipynb #537d0797
+# %% ../../nbs/scenes/brickyard.ipynb #f3fcde5f
 def _wheels() -> list[Solid]:
     solids = []
     for x, side in itertools.product((-3.5, 2.6), (-1, 1)):
-        solids += [cylinder((x, side * 2.0, 1.2), 1.2, .95, "y", "black", gloss=.12), cylinder((x, side * 2.5, 1.2), .66, .16, "y", "grey")]
+        solids += [cylinder((x, side * 2.0, 1.2), 1.2, .95, "y", "black", gloss=.12),
+                   cylinder((x, side * 2.5, 1.2), .66, .16, "y", "grey")]
         solids += [cylinder((x, side * 2.6, 1.2), .26, .2, "y", "yellow")]
         solids += [box((x - 1.35, side * 2.02 - .5, 2.45), (x + 1.35, side * 2.02 + .5, 2.45 + PLATE), "yellow")]
     return solids
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #55308c90
 def _arms_and_blade() -> list[Solid]:
     solids = []
     for y in (-2.0, 2.0):
-        solids += [box((.15, y - .2, 2.41), (5.25, y + .2, 2.93), "orange", _turn("y", 28.9)), cylinder((.3, y, 4.0), .46, .56, "y", "dark")]
+        solids += [box((.15, y - .2, 2.41), (5.25, y + .2, 2.93), "orange", _turn("y", 28.9)),
+                   cylinder((.3, y, 4.0), .46, .56, "y", "dark")]
         solids += [box((-.1, .86 * y - .24, 3.7), (.7, .86 * y + .24, 4.3), "dark")]
     solids += [box((5.1, -3.1, .35), (5.38, 3.1, 2.15), "grey", _turn("y", -8), gloss=.7)]
     solids += [box((5.15, -3.1, .12), (6.3, 3.1, .34), "grey", _turn("y", 4), gloss=.7)]
     return solids + [box((5.2, y - .1, .3), (6.1, y + .1, 1.25), "dark") for y in (-3.0, 3.0)]
 
-# %% ../../nbs/scenes/brickyard.ipynb #7f3619a7
+# %% ../../nbs/scenes/brickyard.ipynb #12612f04
 def _load(draw: torch.Generator) -> list[Solid]:
     floor = 1.8 + BRICK + PLATE
     order = [["green", "orange", "blue"][i] for i in torch.randperm(3, generator=draw)]
-    crates = row((-4.9, -2.9), (-1.4, -.05), floor, BRICK, order[:1]) + row((-4.9, -3.4), (.05, 1.4), floor, BRICK, order[1:2])
+    crates = row((-4.9, -2.9), (-1.4, -0.05), floor, BRICK, order[:1]) + row(
+        (-4.9, -3.4), (0.05, 1.4), floor, BRICK, order[1:2]
+    )
     crates += row((-4.4, -2.9), (-1.3, 0), floor + BRICK, BRICK, order[2:])
-    pipe = [cylinder((1.6, 1.05, 4.95), .22, 1.5, "z", "grey", gloss=.7), cylinder((1.6, 1.05, 5.8), .3, .3, "z", "black")]
-    rear = [box((-5.35, -1.2, 1.95), (-5.0, 1.2, 2.35), "black"), *(cylinder((-5.02, y, 2.7), .2, .16, "x", "red", gloss=.7) for y in (-1.1, 1.1))]
+    pipe = [cylinder((1.6, 1.05, 4.95), .22, 1.5, "z", "grey", gloss=.7),
+            cylinder((1.6, 1.05, 5.8), .3, .3, "z", "black")]
+    rear = [box((-5.35, -1.2, 1.95), (-5.0, 1.2, 2.35), "black"),
+            *(cylinder((-5.02, y, 2.7), .2, .16, "x", "red", gloss=.7) for y in (-1.1, 1.1))]
     return crates + pipe + rear
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #c0705c56
 def loader(seed: int = 0) -> list[Solid]:
     """All solids of the scene in studs, the ground's top at z = 0; knobs are last, and none is buried."""
     draw = torch.Generator().manual_seed(seed)
@@ -177,16 +193,18 @@ def loader(seed: int = 0) -> list[Solid]:
     shade = 1 + .05 * (2 * torch.rand(len(solids), generator=draw) - 1)
     solids = [replace(s, colour=tuple(min(1.0, c * k) for c in s.colour)) for s, k in zip(solids, shade.tolist())]
     solids.append(box((-6.5, -3.5, -.42), (6.5, 3.5, 0), "ground", gloss=.2, detail=.75))
-    upright = [s for s in solids if s.shape == "box" and s.gloss <= .5 and min(s.half[:2]) >= .45 and torch.equal(s.rotation, _turn("z", 0))]
+    upright = [s for s in solids if s.shape == "box" and s.gloss <= .5 and min(s.half[:2]) >= .45
+               and torch.equal(s.rotation, _turn("z", 0))]
     tops, lid = [knob for solid in upright for knob in knobs(solid)], torch.tensor([0, 0, .12], dtype=torch.float64)
     free = ~inside(solids, torch.stack([knob.centre for knob in tops]) + lid)
     return solids + list(itertools.compress(tops, free.tolist()))
 
-# %% ../../nbs/scenes/brickyard.ipynb #6b612ac7
+# %% ../../nbs/scenes/brickyard.ipynb #741e40fb
 def graded(length: float, sharp: float, broad: float) -> tuple[Tensor, Tensor]:
     """Places and standard deviations of gaussians that cover [0, length] with sharp ends: two float64 tensors [n]."""
     half = length / 2
-    if half < 1.6 * sharp: return torch.tensor([half], dtype=torch.float64), torch.tensor([half / 1.3], dtype=torch.float64)
+    if half < 1.6 * sharp:
+        return torch.tensor([half], dtype=torch.float64), torch.tensor([half / 1.3], dtype=torch.float64)
     places, sigmas, wide = [1.35 * sharp], [sharp], min(broad, 1.2 * sharp)
     while sigmas[-1] < broad and places[-1] + .6 * sigmas[-1] + .9 * wide < half:
         places.append(places[-1] + .6 * (sigmas[-1] + wide)); sigmas.append(wide)
@@ -200,10 +218,11 @@ def graded(length: float, sharp: float, broad: float) -> tuple[Tensor, Tensor]:
     return (torch.tensor(places + inner + [length - p for p in reversed(places)], dtype=torch.float64),
             torch.tensor(sigmas + [wide] * middle + sigmas[::-1], dtype=torch.float64))
 
-# %% ../../nbs/scenes/brickyard.ipynb #95745dd0
+# %% ../../nbs/scenes/brickyard.ipynb #d1b7ad54
 @dataclass
 class Skin:
-    """Surface elements, studs. points [N, 3]; frames [N, 3, 3], columns tangent, tangent, outward normal; sigmas [N, 2]; border [N] bool."""
+    """Surface elements, studs. points [N, 3]; frames [N, 3, 3], columns tangent, tangent, outward normal; sigmas [N,
+    2]; border [N] bool."""
     points: Tensor
     frames: Tensor
     sigmas: Tensor
@@ -216,7 +235,8 @@ class Skin:
     @staticmethod
     def join(skins: list["Skin"]) -> "Skin":
         """All elements of several skins."""
-        return Skin(*(torch.cat([getattr(s, name) for s in skins]) for name in ("points", "frames", "sigmas", "border")))
+        return Skin(*(torch.cat([getattr(s, name) for s in skins])
+                      for name in ("points", "frames", "sigmas", "border")))
 
 # %% ../../nbs/scenes/brickyard.ipynb #46f4e6d3
 def _box_skin(half: list[float], sharp: float, broad: float) -> Skin:
@@ -234,14 +254,14 @@ def _box_skin(half: list[float], sharp: float, broad: float) -> Skin:
             skins.append(Skin(points, frame.expand(len(points), 3, 3), torch.cartesian_prod(su, sv), border.flatten()))
     return Skin.join(skins)
 
-# %% ../../nbs/scenes/brickyard.ipynb #5ec6cf64
+# %% ../../nbs/scenes/brickyard.ipynb #0ac9e5cf
 def _ring(radius: float, sharp: float, broad: float) -> tuple[Tensor, float]:
     """Angles and the tangential standard deviation of the gaussians around a circle."""
     sigma = min(broad, math.sqrt(sharp * radius) / 1.2)
     count = max(6, math.ceil(2 * math.pi * radius / (1.35 * sigma)))
     return torch.arange(count, dtype=torch.float64) * (2 * math.pi / count), 2 * math.pi * radius / count / 1.35
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #488d448d
 def _cylinder_skin(half: list[float], sharp: float, broad: float) -> Skin:
     """The skin of a cylinder about the origin, along z."""
     radius, half, parts = half[0], half[2], []
@@ -266,15 +286,15 @@ def _facets(angles: Tensor, radius: float, z: float, around: float, across: floa
     sigmas = torch.tensor([around, across], dtype=torch.float64).expand(len(angles), 2)
     return Skin(radius * outward + z * axis, frames, sigmas, torch.full((len(angles),), border))
 
-# %% ../../nbs/scenes/brickyard.ipynb #b641393d
+# %% ../../nbs/scenes/brickyard.ipynb #df918525
 _SHAPES = {"box": _box_skin, "cylinder": _cylinder_skin}
 
 
 def cover(solids: list[Solid], fineness: float) -> tuple[Skin, Tensor]:
     """The skin of all solids that is not buried, in the scene's frame, and which solid [N] each element belongs to.
 
-    fineness: 1 gives about 25,000 elements of the loader; larger is finer. An element is buried where a place a little way out along its normal
-    lies inside another solid.
+    fineness: 1 gives about 25,000 elements of the loader; larger is finer. An element is buried where a place a little
+    way out along its normal lies inside another solid.
     """
     skins, made = [], {}
     for solid in solids:
@@ -285,15 +305,17 @@ def cover(solids: list[Solid], fineness: float) -> tuple[Skin, Tensor]:
         skins.append(made[key])
     skin, owner = Skin.join(skins), torch.repeat_interleave(torch.tensor([len(s.points) for s in skins]))
     turns, centres = torch.stack([s.rotation for s in solids])[owner], torch.stack([s.centre for s in solids])[owner]
-    skin = replace(skin, points=(turns * skin.points[:, None]).sum(-1) + centres, frames=(turns[..., None] * skin.frames[:, None]).sum(2))
+    skin = replace(skin, points=(turns * skin.points[:, None]).sum(-1) + centres,
+                   frames=(turns[..., None] * skin.frames[:, None]).sum(2))
     bare = ~inside(solids, skin.points + .04 * skin.frames[..., 2])
     return skin.pick(bare), owner[bare]
 
-# %% ../../nbs/scenes/brickyard.ipynb #0f2da16d
+# %% ../../nbs/scenes/brickyard.ipynb #c2ae19d5
 @njit(cache=True, parallel=True)
 def _seen(origins: np.ndarray, frames: np.ndarray, rays: np.ndarray, local: bool,
           centres: np.ndarray, rotations: np.ndarray, halves: np.ndarray) -> np.ndarray:
-    """[N, R] 1 where the ray escapes all boxes, 0 where it is stopped. rays [R, 3]: in the element's frame where local, else in the scene's."""
+    """[N, R] 1 where the ray escapes all boxes, 0 where it is stopped. rays [R, 3]: in the element's frame where local,
+    else in the scene's."""
     result = np.ones((origins.shape[0], rays.shape[0]), np.float32)
     for n in prange(origins.shape[0]):
         for s in range(centres.shape[0]):
@@ -310,7 +332,7 @@ def _seen(origins: np.ndarray, frames: np.ndarray, rays: np.ndarray, local: bool
                 if near < far: result[n, r] = 0
     return result
 
-# %% ../../nbs/scenes/brickyard.ipynb #e1f687f8
+# %% ../../nbs/scenes/brickyard.ipynb #83cbad19
 LAMP = torch.nn.functional.normalize(torch.tensor([.45, -.55, .85], dtype=torch.float64), dim=0)
 
 
@@ -319,10 +341,12 @@ def _spiral(count: int) -> tuple[Tensor, Tensor]:
     k = torch.arange(count, dtype=torch.float64)
     return (k + .5) / count, k * math.pi * (3 - math.sqrt(5))
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #544db8f2
 def shade(skin: Skin, solids: list[Solid], rays: int = 32) -> tuple[Tensor, Tensor]:
-    """How much sky (cosine-weighted, brighter overhead) and how much of the lamp each element receives: two [N], 0..1."""
-    boxes = [s if s.shape == "box" else replace(s, half=s.half * torch.tensor([.9, .9, 1.0])) for s in solids if not s.knob]
+    """How much sky (cosine-weighted, brighter overhead) and how much of the lamp each element receives: two [N],
+    0..1."""
+    boxes = [s if s.shape == "box" else replace(s, half=s.half * torch.tensor([.9, .9, 1.0])) for s in solids
+             if not s.knob]
     arrays = _arrays(boxes)[1:]
     origins, frames = (skin.points + .05 * skin.frames[..., 2]).contiguous().numpy(), skin.frames.contiguous().numpy()
     (height, angle), disc = _spiral(rays), lambda turn: torch.stack([turn.cos(), turn.sin(), 0 * turn], -1)
@@ -333,9 +357,10 @@ def shade(skin: Skin, solids: list[Solid], rays: int = 32) -> tuple[Tensor, Tens
     lamp = torch.from_numpy(_seen(origins, frames, cone.contiguous().numpy(), False, *arrays)).double().mean(1)
     return sky.mean(1), lamp * (skin.frames[..., 2] @ LAMP).clamp(min=0)
 
-# %% ../../nbs/scenes/brickyard.ipynb #04e1ab87
+# %% ../../nbs/scenes/brickyard.ipynb #9af641e9
 def gloss_sh(normals: Tensor, degree: int = 3, directions: int = 400) -> tuple[Tensor, Tensor]:
-    """Coefficients [N, (degree + 1)^2] each of the lamp's highlight and of the grazing sheen on surfaces with `normals` [N, 3]; both peak at about 1."""
+    """Coefficients [N, (degree + 1)^2] each of the lamp's highlight and of the grazing sheen on surfaces with `normals`
+    [N, 3]; both peak at about 1."""
     height, angle = _spiral(directions)
     z = 2 * height - 1
     eyes = torch.stack([(1 - z * z).sqrt() * angle.cos(), (1 - z * z).sqrt() * angle.sin(), z], -1)
@@ -363,9 +388,10 @@ def _coloured(skin: Skin, owner: Tensor, solids: list[Solid]) -> Tensor:
     sh[:, 0] += rgb_to_sh0((own * light[:, None]).clamp(max=1))
     return sh
 
-# %% ../../nbs/scenes/brickyard.ipynb #33cf84ff
+# %% ../../nbs/scenes/brickyard.ipynb #1e897f31
 def _skin_of(count: int, solids: list[Solid]) -> tuple[Skin, Tensor]:
-    """The skin whose size comes within 3% of `count`, and its owners: the fineness is corrected by how far the last one was off."""
+    """The skin whose size comes within 3% of `count`, and its owners: the fineness is corrected by how far the last one
+    was off."""
     fineness = (count / 25_000) ** 1.25
     for _ in range(6):
         skin, owner = cover(solids, fineness)
@@ -373,13 +399,16 @@ def _skin_of(count: int, solids: list[Solid]) -> tuple[Skin, Tensor]:
         fineness *= (count / len(owner)) ** 1.25
     return skin, owner
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #7aea91b0
 def build_brickyard(seed: int = 0, count: int = 20_000) -> Gaussians:
-    """The loader as about `count` gaussians (within 10%): float32, degree 3, z up, metres, inside x +-1.2, y +-0.7, z -0.6 to 0.8.
+    """The loader as about `count` gaussians (within 10%): float32, degree 3, z up, metres, inside x +-1.2, y +-0.7, z
+    -0.6 to 0.8.
 
-    seed: shuffles crates, brick lengths and shades. count: 4,000 to 60,000. The same arguments give the same bits. Raises KiloError for other counts.
+    seed: shuffles crates, brick lengths and shades. count: 4,000 to 60,000. The same arguments give the same bits.
+    Raises KiloError for other counts.
     """
-    if not 4_000 <= count <= 60_000: raise KiloError(f"A brickyard of {count} gaussians was asked for: it can be made of 4,000 to 60,000.")
+    if not 4_000 <= count <= 60_000:
+        raise KiloError(f"A brickyard of {count} gaussians was asked for: it can be made of 4,000 to 60,000.")
     solids = loader(seed)
     skin, owner = _skin_of(count, solids)
     thickness = torch.full_like(skin.sigmas[:, :1], .012)
@@ -388,7 +417,7 @@ def build_brickyard(seed: int = 0, count: int = 20_000) -> Gaussians:
     opacities, sh = torch.full((len(means),), 7.0), _coloured(skin, owner, solids).float()
     return Gaussians(means.float(), rotmat_to_quat(skin.frames).float(), scales.log().float(), opacities, sh).validate()
 
-# %% ../../nbs/scenes/brickyard.ipynb #7f46635d
+# %% ../../nbs/scenes/brickyard.ipynb #66e3eb28
 LEGO_RADIUS, LEGO_ANGLE_X = 4.03, 0.6911112
 
 
@@ -397,50 +426,60 @@ def _camera(azimuth: float, height: float, width: int, image_height: int) -> Pin
     eye = LEGO_RADIUS * torch.tensor([flat * math.cos(azimuth), flat * math.sin(azimuth), height])
     return camera_from_angle(look_at(eye, torch.zeros(3), torch.tensor([0.0, 0, 1])), width, image_height, LEGO_ANGLE_X)
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #e071b0d9
 def hemisphere_cameras(count: int, width: int, height: int, seed: int = 0) -> list[PinholeCamera]:
     """`count` cameras on the upper hemisphere (elevations 2 to 80 degrees), evenly by area with jitter."""
     draw = torch.Generator().manual_seed(seed)
     places, angles = _spiral(count)
     jitter = (torch.rand(count, 2, generator=draw, dtype=torch.float64) - .5) / torch.tensor([count, math.sqrt(count)])
-    return [_camera((a + b).item(), .035 + .95 * p.item() + .95 * c.item(), width, height) for p, a, (c, b) in zip(places, angles, jitter)]
+    return [_camera((a + b).item(), .035 + .95 * p.item() + .95 * c.item(), width, height) for p, a,
+            (c, b) in zip(places, angles, jitter)]
 
-
+# %% ../../nbs/scenes/brickyard.ipynb #555db6fe
 def passing_cameras(count: int, width: int, height: int) -> list[PinholeCamera]:
     """`count` cameras on one turn around the scene whose elevation swings between 10 and 55 degrees."""
     turns = [(k + .5) / count for k in range(count)]
-    return [_camera(2 * math.pi * t, math.sin(math.radians(32.5 + 22.5 * math.sin(4 * math.pi * t))), width, height) for t in turns]
+    return [_camera(2 * math.pi * t, math.sin(math.radians(32.5 + 22.5 * math.sin(4 * math.pi * t))), width, height)
+            for t in turns]
 
-# %% ../../nbs/scenes/brickyard.ipynb #b278b117
+# %% ../../nbs/scenes/brickyard.ipynb #cf67f5ac
 def straight_picture(gaussians: Gaussians, camera: PinholeCamera) -> Tensor:
     """[height, width, 4] straight sRGB colour and alpha of `gaussians`, in 0..1."""
     with torch.no_grad(): render = render_gaussians(gaussians, camera)
     alpha = render.alpha[..., None]
-    return torch.cat([torch.where(alpha > 0, render.rgb_premultiplied / alpha.clamp(min=1e-8), 0.0), alpha], -1).clamp(0, 1)
+    return torch.cat([torch.where(alpha > 0, render.rgb_premultiplied / alpha.clamp(min=1e-8), 0.0), alpha],
+                     -1).clamp(0, 1)
 
-# %% ../../nbs/scenes/brickyard.ipynb #770e3b1e
+# %% ../../nbs/scenes/brickyard.ipynb #e683f444
 def _fresh(folder: Path) -> None:
     """Raise KiloError where `folder` cannot become a new dataset."""
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise KiloError(f"{folder} exists and is not empty: choose another folder or remove it.")
     try: folder.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error: raise KiloError(f"{folder} cannot be made ({error.strerror}): choose another folder.") from None
-    if not os.access(folder.parent, os.W_OK): raise KiloError(f"{folder} cannot be made, {folder.parent} is not writable: choose another folder.")
+    except OSError as error:
+        raise KiloError(f"{folder} cannot be made ({error.strerror}): choose another folder.") from None
+    if not os.access(folder.parent, os.W_OK):
+        raise KiloError(f"{folder} cannot be made, {folder.parent} is not writable: choose another folder.")
 
+# %% ../../nbs/scenes/brickyard.ipynb #05d88f8f
+def write_brickyard(folder: str | Path, width: int = 400, height: int = 400, train: int = 24, test: int = 8,
+                    seed: int = 0, count: int = 20_000) -> Gaussians:
+    """Write the scene as a Blender dataset (splits train and test) with its teacher.ply, whole or not at all. Returns
+    the teacher.
 
-def write_brickyard(folder: str | Path, width: int = 400, height: int = 400, train: int = 24, test: int = 8, seed: int = 0, count: int = 20_000) -> Gaussians:
-    """Write the scene as a Blender dataset (splits train and test) with its teacher.ply, whole or not at all. Returns the teacher.
-
-    folder: new or empty. width, height: pixels. train, test: views. seed, count: of `build_brickyard`. Raises KiloError where the folder holds something.
+    folder: new or empty. width, height: pixels. train, test: views. seed, count: of `build_brickyard`. Raises KiloError
+    where the folder holds something.
     """
     folder = Path(folder).absolute()
     _fresh(folder)
     if min(width, height, train, test) < 1:
-        raise KiloError(f"A brickyard of {train} + {test} views of {width}x{height} was asked for: each number must be at least 1.")
+        raise KiloError(f"A brickyard of {train} + {test} views of {width}x{height} was asked for: each "
+                        "number must be at least 1.")
     teacher = build_brickyard(seed, count)
     partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.part"
     try:
-        for split, cameras in (("train", hemisphere_cameras(train, width, height, seed)), ("test", passing_cameras(test, width, height))):
+        for split, cameras in (("train", hemisphere_cameras(train, width, height, seed)),
+                               ("test", passing_cameras(test, width, height))):
             write_blender(partial, split, cameras, (straight_picture(teacher, camera) for camera in cameras))
         write_ply(partial / "teacher.ply", teacher)
         os.replace(partial, folder)

@@ -14,18 +14,22 @@ import math
 import numpy as np
 from numba import njit
 
-# %% ../../nbs/scenes/materials.ipynb #2a152262
-LABELS = ("sky", "road", "road_marking", "sidewalk", "terrain", "building", "vegetation", "vehicle", "person", "pole", "sign", "other")
+# %% ../../nbs/scenes/materials.ipynb #4c7af461
+LABELS = ("sky", "road", "road_marking", "sidewalk", "terrain", "building", "vegetation", "vehicle", "person", "pole",
+          "sign", "other")
 SKY, ROAD, MARKING, SIDEWALK, TERRAIN, BUILDING, VEGETATION, VEHICLE, PERSON, POLE, SIGN, OTHER = range(len(LABELS))
-MATERIALS = ("plain", "street", "block", "facade", "gravel", "tiles", "leaves", "bark", "body", "cabin", "wheel", "head", "stripes", "signal")
-PLAIN, STREET, BLOCK, FACADE, GRAVEL, TILES, LEAVES, BARK, BODY, CABIN, WHEEL, HEAD, STRIPES, SIGNAL = range(len(MATERIALS))
+MATERIALS = ("plain", "street", "block", "facade", "gravel", "tiles", "leaves", "bark", "body", "cabin", "wheel",
+             "head", "stripes", "signal")
+PLAIN, STREET, BLOCK, FACADE, GRAVEL, TILES, LEAVES, BARK, BODY, CABIN, WHEEL, HEAD, STRIPES, SIGNAL = range(
+    len(MATERIALS)
+)
 
 
 def linear(red: float, green: float, blue: float) -> tuple[float, float, float]:
     """Linear light of an sRGB colour, both in 0..1 (IEC 61966-2-1)."""
     return tuple(c / 12.92 if c <= .04045 else ((c + .055) / 1.055) ** 2.4 for c in (red, green, blue))
 
-# %% ../../nbs/scenes/materials.ipynb #39ed6d40
+# %% ../../nbs/scenes/materials.ipynb #5020a668
 @njit(cache=True, inline="always")
 def _chance(i: int, j: int, k: int, seed: int) -> float:
     h = ((i * 73856093) ^ (j * 19349663) ^ (k * 83492791) ^ (seed * 40503 + 97)) & 0xFFFFFFFF
@@ -33,7 +37,7 @@ def _chance(i: int, j: int, k: int, seed: int) -> float:
     h = ((h ^ (h >> 16)) * 0x45D9F3B) & 0xFFFFFFFF
     return ((h ^ (h >> 16)) & 0xFFFFFF) / 16777216.0
 
-
+# %% ../../nbs/scenes/materials.ipynb #420ea170
 @njit(cache=True)
 def _noise(x: float, y: float, seed: int) -> float:
     """Value noise in 0..1 with period of a unit in its correlation."""
@@ -44,7 +48,7 @@ def _noise(x: float, y: float, seed: int) -> float:
     high = _chance(i, j + 1, 0, seed) * (1 - u) + _chance(i + 1, j + 1, 0, seed) * u
     return low * (1 - v) + high * v
 
-
+# %% ../../nbs/scenes/materials.ipynb #fe7ddbb5
 @njit(cache=True)
 def _lumps(x: float, y: float, z: float, seed: int) -> float:
     """Value noise of a place, 0..1."""
@@ -58,14 +62,14 @@ def _lumps(x: float, y: float, z: float, seed: int) -> float:
             total += near * (u if a else 1 - u) * (v if b else 1 - v)
     return total
 
-
+# %% ../../nbs/scenes/materials.ipynb #e4f04f08
 @njit(cache=True)
 def _clouds(x: float, y: float, seed: int) -> float:
     """Four octaves of noise, 0..1 with mean one half."""
     coarse = .5 * _noise(x, y, seed) + .27 * _noise(2.1 * x, 2.1 * y, seed + 1)
     return coarse + .15 * _noise(4.3 * x, 4.3 * y, seed + 2) + .08 * _noise(8.7 * x, 8.7 * y, seed + 3)
 
-# %% ../../nbs/scenes/materials.ipynb #34d8703c
+# %% ../../nbs/scenes/materials.ipynb #b87ad62f
 @njit(cache=True, inline="always")
 def _sharp(size: float, footprint: float) -> float:
     """1 where `size` is well above the pixel's `footprint` (metres both), 0 where it is below."""
@@ -77,13 +81,16 @@ def _fraction(x: float) -> float: return x - math.floor(x)
 
 
 @njit(cache=True, inline="always")
-def _blend(r: float, g: float, b: float, red: float, green: float, blue: float, share: float) -> tuple[float, float, float]:
+def _blend(
+    r: float, g: float, b: float, red: float, green: float, blue: float, share: float
+) -> tuple[float, float, float]:
     return r + share * (red - r), g + share * (green - g), b + share * (blue - b)
 
-# %% ../../nbs/scenes/materials.ipynb #ec4e9a7b
+# %% ../../nbs/scenes/materials.ipynb #fd8c7e0c
 @njit(cache=True)
 def sky(dx: float, dy: float, dz: float, sun: np.ndarray, seed: int) -> tuple[float, float, float]:
-    """Linear colour of the sky in the unit direction (dx, dy, dz), z up. sun: [3] unit direction to the sun. seed: of clouds and hills."""
+    """Linear colour of the sky in the unit direction (dx, dy, dz), z up. sun: [3] unit direction to the sun. seed: of
+    clouds and hills."""
     up = max(dz, 0.0)
     pale = math.exp(-4.5 * up)
     r, g, b = .16 + .66 * pale, .33 + .53 * pale, .72 + .22 * pale
@@ -101,7 +108,7 @@ def sky(dx: float, dy: float, dz: float, sun: np.ndarray, seed: int) -> tuple[fl
     if dz < ridge: r, g, b = _blend(.30, .40, .42, .80, .85, .90, .72 - 6 * max(0.0, dz))
     return r, g, b
 
-# %% ../../nbs/scenes/materials.ipynb #36240ba0
+# %% ../../nbs/scenes/materials.ipynb #d38ec42c
 PLAN = ("x0", "y0", "pitch_x", "pitch_y", "streets_x", "streets_y", "half_width", "parking")
 
 
@@ -111,12 +118,14 @@ def _nearest_line(value: float, first: float, pitch: float, count: float) -> flo
     k = min(max(math.floor((value - first) / pitch + .5), 0.0), count - 1)
     return value - first - k * pitch
 
-
+# %% ../../nbs/scenes/materials.ipynb #ebc31163
 @njit(cache=True)
 def _asphalt(x: float, y: float, footprint: float, seed: int) -> float:
     """Albedo of worn asphalt."""
     tone = .115 + .05 * (_noise(.13 * x, .13 * y, seed) - .5) + .035 * (_noise(.9 * x, .9 * y, seed + 1) - .5)
-    tone += .05 * _sharp(.05, footprint) * (_noise(18 * x, 18 * y, seed + 2) - .5) + .03 * _sharp(.2, footprint) * (_noise(5 * x, 5 * y, seed + 3) - .5)
+    tone += 0.05 * _sharp(0.05, footprint) * (_noise(18 * x, 18 * y, seed + 2) - 0.5) + 0.03 * _sharp(
+        0.2, footprint
+    ) * (_noise(5 * x, 5 * y, seed + 3) - 0.5)
     patch = _chance(math.floor(x / 5), math.floor(y / 7), 5, seed)
     px, py = _fraction(x / 5) * 5, _fraction(y / 7) * 7
     if patch < .07 and .6 < px < 2.4 + 8 * patch and .8 < py < 3 + 30 * patch: tone *= .72
@@ -124,10 +133,11 @@ def _asphalt(x: float, y: float, footprint: float, seed: int) -> float:
     if crack < .004 and footprint < .02 and _noise(.06 * x, .06 * y, seed + 6) > .55: tone *= .7
     return tone
 
-# %% ../../nbs/scenes/materials.ipynb #0d27f0eb
+# %% ../../nbs/scenes/materials.ipynb #4eef4aff
 @njit(cache=True)
 def _paint_across(across: float, along: float, side: float, half: float, parking: float) -> int:
-    """0 bare, 1 white, 2 yellow: what is painted at `across` from a street's centre and `along` (signed) from the nearest crossing's centre.
+    """0 bare, 1 white, 2 yellow: what is painted at `across` from a street's centre and `along` (signed) from the
+    nearest crossing's centre.
 
     side: +1 where traffic at this `across` moves toward growing `along`.
     """
@@ -140,7 +150,7 @@ def _paint_across(across: float, along: float, side: float, half: float, parking
     if abs(abs(across) - (half - parking)) < .06: return 1 if _fraction(along / 2.0) < .62 else 0
     return 0
 
-
+# %% ../../nbs/scenes/materials.ipynb #4d355a0c
 @njit(cache=True)
 def _street(x: float, y: float, plan: np.ndarray, footprint: float) -> tuple[float, float, float, float, int]:
     half, parking = plan[6], plan[7]
@@ -156,28 +166,43 @@ def _street(x: float, y: float, plan: np.ndarray, footprint: float) -> tuple[flo
     edge = half - (abs(ax) if on_x else abs(ay)) if on_x != on_y else 9.0
     if edge < .35: tone *= .8
     if paint:
-        worn = .75 + .25 * min(1.0, 2.2 * _noise(3.1 * x, 3.1 * y, 23)) - .25 * _sharp(.1, footprint) * (_noise(11 * x, 11 * y, 24) > .72)
-        return (.62 * worn, .62 * worn, .6 * worn, 0.0, 2) if paint == 1 else (.66 * worn, .46 * worn, .09 * worn, 0.0, 2)
+        worn = (
+            0.75
+            + 0.25 * min(1.0, 2.2 * _noise(3.1 * x, 3.1 * y, 23))
+            - 0.25 * _sharp(0.1, footprint) * (_noise(11 * x, 11 * y, 24) > 0.72)
+        )
+        return (
+            (0.62 * worn, 0.62 * worn, 0.6 * worn, 0.0, 2)
+            if paint == 1
+            else (0.66 * worn, 0.46 * worn, 0.09 * worn, 0.0, 2)
+        )
     mx, my = _fraction(x / 31.0) * 31 - 15, _fraction(y / 27.0) * 27 - 9
     lid = math.sqrt(mx * mx + my * my)
     if lid < .34: tone *= .45 if lid > .29 or (_fraction(mx * 9) < .5) == (_fraction(my * 9) < .5) else .7
     return tone, tone * 1.0, tone * 1.03, 0.0, 1
 
-# %% ../../nbs/scenes/materials.ipynb #e2b582ee
+# %% ../../nbs/scenes/materials.ipynb #1663e139
 @njit(cache=True)
 def _grass(x: float, y: float, footprint: float) -> tuple[float, float, float]:
-    blades = .5 * _sharp(.12, footprint) * (_noise(9 * x, 9 * y, 32) - .5) + .4 * _sharp(.03, footprint) * (_noise(40 * x, 23 * y, 33) - .5)
+    blades = 0.5 * _sharp(0.12, footprint) * (_noise(9 * x, 9 * y, 32) - 0.5) + 0.4 * _sharp(0.03, footprint) * (
+        _noise(40 * x, 23 * y, 33) - 0.5
+    )
     tone = .75 + .5 * (_noise(.3 * x, .3 * y, 31) - .5) + blades
     dry = .5 * _noise(.15 * x, .15 * y, 34)
     return (.07 + .05 * dry) * tone, (.135 + .01 * dry) * tone, .033 * tone
 
-
+# %% ../../nbs/scenes/materials.ipynb #07a5ac8a
 @njit(cache=True)
-def _block(x: float, y: float, lx: float, ly: float, face: int, half: np.ndarray, skin: np.ndarray, footprint: float) -> tuple[float, float, float, float, int]:
+def _block(x: float, y: float, lx: float, ly: float, face: int, half: np.ndarray, skin: np.ndarray,
+           footprint: float) -> tuple[float, float, float, float, int]:
     edge = min(half[0] - abs(lx), half[1] - abs(ly))
     if face < 4 or edge < .18:
         along = x + y
-        tone = .36 * (1 - .35 * _sharp(.02, footprint) * (_fraction(along) < .02)) * (.9 + .2 * _noise(2 * x, 2 * y, 41))
+        tone = (
+            0.36
+            * (1 - 0.35 * _sharp(0.02, footprint) * (_fraction(along) < 0.02))
+            * (0.9 + 0.2 * _noise(2 * x, 2 * y, 41))
+        )
         return tone, tone, tone * .97, 0.0, 3
     if edge < skin[7]:
         i, j = math.floor(x / .8), math.floor(y / .8)
@@ -196,7 +221,7 @@ def _block(x: float, y: float, lx: float, ly: float, face: int, half: np.ndarray
         return tone, tone, tone, 0.0, 4
     return r, g, b, 0.0, 4
 
-# %% ../../nbs/scenes/materials.ipynb #0d4df004
+# %% ../../nbs/scenes/materials.ipynb #96ae6f23
 @njit(cache=True)
 def _wall(u: float, w: float, skin: np.ndarray, footprint: float) -> tuple[float, float, float]:
     """Bare wall at `u` metres along and `w` metres up: brick (style 1) or plaster, with weather in it."""
@@ -210,12 +235,16 @@ def _wall(u: float, w: float, skin: np.ndarray, footprint: float) -> tuple[float
         if mortar: r, g, b = _blend(r, g, b, .42, .40, .37, .75 * share)
         else: r, g, b = _blend(r, g, b, r * tone, g * tone, b * tone, share)
     else:
-        tone = 1 + .16 * (_noise(.7 * u, .7 * w, seed) - .5) + .1 * _sharp(.04, footprint) * (_noise(21 * u, 21 * w, seed + 1) - .5)
+        tone = (
+            1
+            + 0.16 * (_noise(0.7 * u, 0.7 * w, seed) - 0.5)
+            + 0.1 * _sharp(0.04, footprint) * (_noise(21 * u, 21 * w, seed + 1) - 0.5)
+        )
         r, g, b = r * tone, g * tone, b * tone
     streak = 1 - .22 * _noise(1.7 * u, .12 * w, seed + 2) - .14 * math.exp(-1.2 * w)
     return r * streak, g * streak, b * streak
 
-
+# %% ../../nbs/scenes/materials.ipynb #e4836849
 @njit(cache=True)
 def _glass(i: int, j: int, u: float, w: float, seed: int) -> tuple[float, float, float]:
     """What is behind a window pane: mostly dark, sometimes curtains or a warm room."""
@@ -225,9 +254,11 @@ def _glass(i: int, j: int, u: float, w: float, seed: int) -> tuple[float, float,
     if kind > .82: return .20, .15, .08
     return .025, .032, .04
 
-# %% ../../nbs/scenes/materials.ipynb #8ac44191
+# %% ../../nbs/scenes/materials.ipynb #1787cfb4
 @njit(cache=True)
-def _ground_floor(u: float, w: float, width: float, high: float, skin: np.ndarray, footprint: float) -> tuple[float, float, float, float]:
+def _ground_floor(
+    u: float, w: float, width: float, high: float, skin: np.ndarray, footprint: float
+) -> tuple[float, float, float, float]:
     bays = max(1.0, math.floor(width / (1.25 * skin[8])))
     bay, seed = width / bays, int(skin[6])
     i = math.floor(u / bay)
@@ -235,10 +266,15 @@ def _ground_floor(u: float, w: float, width: float, high: float, skin: np.ndarra
     r, g, b = _wall(u, w, skin, footprint)
     if skin[11] > .5 and w > high - .95 and w < high - .25:
         sign = _chance(i // 2, 3, 3, seed)
-        r, g, b = .04 + .5 * _chance(i // 2, 7, 3, seed) ** 2, .05 + .2 * _chance(i // 2, 8, 3, seed), .04 + .4 * _chance(i // 2, 9, 3, seed) ** 2
+        r, g, b = (
+            0.04 + 0.5 * _chance(i // 2, 7, 3, seed) ** 2,
+            0.05 + 0.2 * _chance(i // 2, 8, 3, seed),
+            0.04 + 0.4 * _chance(i // 2, 9, 3, seed) ** 2,
+        )
         if sign > .8: r, g, b = .55, .50, .38
         letters = _fraction(2.6 * f + sign) < .6 and abs(w - high + .6) < .17 and abs(f) < .38 * bay
-        if letters and _chance(math.floor(9 * f), math.floor(9 * w), i, seed) < .6: r, g, b = _blend(r, g, b, .85, .83, .78, _sharp(.12, footprint))
+        if letters and _chance(math.floor(9 * f), math.floor(9 * w), i, seed) < .6:
+            r, g, b = _blend(r, g, b, .85, .83, .78, _sharp(.12, footprint))
         return r, g, b, 0.0
     door = _chance(i, 0, 4, seed) < .28
     if door and abs(f) < .55 and w < 2.25:
@@ -247,15 +283,18 @@ def _ground_floor(u: float, w: float, width: float, high: float, skin: np.ndarra
     tall = .42 * bay if skin[11] > .5 else .24 * bay
     low, top = (.45, high - 1.1) if skin[11] > .5 else (.95, high - .7)
     if not door and abs(f) < tall and low < w < top:
-        if abs(f) > tall - .07 or w < low + .07 or w > top - .07 or abs(f) < .03: return skin[3] * .5, skin[4] * .5, skin[5] * .5, 0.0
+        if abs(f) > tall - .07 or w < low + .07 or w > top - .07 or abs(f) < .03:
+            return skin[3] * .5, skin[4] * .5, skin[5] * .5, 0.0
         r, g, b = _glass(i, 0, .5 + f / bay, (w - low) / (top - low), seed)
         return r, g, b, .7
     if w < .5: r, g, b = .55 * r, .55 * g, .55 * b
     return r, g, b, 0.0
 
-
+# %% ../../nbs/scenes/materials.ipynb #3004145c
 @njit(cache=True)
-def _facade(u: float, w: float, width: float, height: float, skin: np.ndarray, footprint: float) -> tuple[float, float, float, float]:
+def _facade(
+    u: float, w: float, width: float, height: float, skin: np.ndarray, footprint: float
+) -> tuple[float, float, float, float]:
     """Colour and gloss at `u` metres along and `w` metres up a wall of `width` x `height` metres."""
     high, storey, seed = skin[9], skin[7], int(skin[6])
     if height - w < .38: return skin[3], skin[4], skin[5], 0.0
@@ -276,9 +315,11 @@ def _facade(u: float, w: float, width: float, height: float, skin: np.ndarray, f
     dim = .55 if v > top - .22 else 1.0
     return r * dim, g * dim, b * dim, .75 * dim
 
-# %% ../../nbs/scenes/materials.ipynb #7afb232e
+# %% ../../nbs/scenes/materials.ipynb #50395520
 @njit(cache=True)
-def _body_side(lx: float, lz: float, half: np.ndarray, skin: np.ndarray, footprint: float) -> tuple[float, float, float, float]:
+def _body_side(
+    lx: float, lz: float, half: np.ndarray, skin: np.ndarray, footprint: float
+) -> tuple[float, float, float, float]:
     r, g, b, gloss, style = skin[0], skin[1], skin[2], .22, skin[10]
     for axle in (skin[7], skin[8]):
         if (lx - axle) ** 2 + (lz + half[2] - skin[11]) ** 2 < (skin[9] + .07) ** 2: return .012, .012, .013, 0.0
@@ -287,20 +328,25 @@ def _body_side(lx: float, lz: float, half: np.ndarray, skin: np.ndarray, footpri
     if lx < -half[0] + .3 and .1 < lz / half[2] < .62: return .42, .015, .012, .25
     if style > 1.5:
         pane = abs(_fraction(lx / 1.5) - .5) < .46
-        if .12 < lz / half[2] < .7 and abs(lx) < half[0] - .15: return (.02, .026, .03, .8) if pane else (.03, .03, .03, .1)
+        if .12 < lz / half[2] < .7 and abs(lx) < half[0] - .15:
+            return (.02, .026, .03, .8) if pane else (.03, .03, .03, .1)
         if -.25 < lz / half[2] < -.12: return skin[3], skin[4], skin[5], .1
         return r, g, b, gloss
     if style > .5:
         if .18 < lz / half[2] < .72 and .45 * half[0] < lx < .78 * half[0]: return .02, .026, .03, .8
-        if abs(lz / half[2] + .05) < .22 and -.75 * half[0] < lx < .2 * half[0]: return (*_blend(r, g, b, skin[3], skin[4], skin[5], .8), gloss)
+        if abs(lz / half[2] + .05) < .22 and -.75 * half[0] < lx < .2 * half[0]:
+            return (*_blend(r, g, b, skin[3], skin[4], skin[5], .8), gloss)
     for seam in (.32 * half[0], -.12 * half[0], -.5 * half[0]):
-        if abs(lx - seam) < .012 and lz > -.6 * half[2]: r, g, b = _blend(r, g, b, .01, .01, .01, .8 * _sharp(.02, footprint))
+        if abs(lx - seam) < .012 and lz > -.6 * half[2]:
+            r, g, b = _blend(r, g, b, .01, .01, .01, .8 * _sharp(.02, footprint))
         if abs(lx - seam + .16) < .09 and .5 < lz / half[2] < .62 and seam < .3 * half[0]: return .25, .25, .26, .2
     return r, g, b, gloss
 
-
+# %% ../../nbs/scenes/materials.ipynb #6e4f35ab
 @njit(cache=True)
-def _body_ends(ly: float, lz: float, face: int, half: np.ndarray, skin: np.ndarray, footprint: float) -> tuple[float, float, float, float]:
+def _body_ends(
+    ly: float, lz: float, face: int, half: np.ndarray, skin: np.ndarray, footprint: float
+) -> tuple[float, float, float, float]:
     a, v, style = abs(ly) / half[1], lz / half[2], skin[10]
     if abs(ly) < .26 and abs(lz + .3 * half[2]) < .065:
         mark = _chance(math.floor(ly / .045), math.floor(lz / .06), 1, int(skin[6])) < .45
@@ -310,14 +356,16 @@ def _body_ends(ly: float, lz: float, face: int, half: np.ndarray, skin: np.ndarr
     if style > .5: v = 2.2 * v + 1.0
     if face == 0:
         if a > .58 and .0 < v < .5: return (.85, .84, .78, .5) if a < .9 else (.6, .3, .05, .3)
-        if a < .5 and -.12 < v < .38: return (.02, .02, .02, .1) if _fraction(lz / .055) < .6 or footprint > .03 else (.3, .3, .31, .4)
+        if a < .5 and -.12 < v < .38:
+            return (.02, .02, .02, .1) if _fraction(lz / .055) < .6 or footprint > .03 else (.3, .3, .31, .4)
         if a < .8 and -.5 < v < -.25: return .02, .02, .02, .02
     elif a > .6 and .1 < v < .62: return (.46, .015, .012, .3) if v < .45 else (.55, .2, .02, .3)
     return skin[0], skin[1], skin[2], .22
 
-
+# %% ../../nbs/scenes/materials.ipynb #f39a44ae
 @njit(cache=True)
-def _cabin(lx: float, ly: float, lz: float, face: int, half: np.ndarray, taper: np.ndarray, skin: np.ndarray) -> tuple[float, float, float, float]:
+def _cabin(lx: float, ly: float, lz: float, face: int, half: np.ndarray, taper: np.ndarray,
+           skin: np.ndarray) -> tuple[float, float, float, float]:
     """taper: how much the front, the back and the sides recede per metre of height."""
     up = lz + half[2]
     f, inset = up / (2 * half[2]), half[1] - taper[2] * up - abs(ly)
@@ -325,10 +373,15 @@ def _cabin(lx: float, ly: float, lz: float, face: int, half: np.ndarray, taper: 
     if face == 4 or f > .9: return skin[0], skin[1], skin[2], .22
     if face < 2:
         if inset > .06 and f > .06: return .022, .028, .033, .85
-    elif .1 < f < .86 and front > .09 and back > .1 and abs(lx - skin[7]) > .045 and abs(lx - skin[8]) > .04: return .018, .022, .027, .8
-    return (.02, .02, .022, .1) if face >= 2 and .05 < f < .9 and front > .05 and back > .05 else (skin[0], skin[1], skin[2], .22)
+    elif .1 < f < .86 and front > .09 and back > .1 and abs(lx - skin[7]) > .045 and abs(lx - skin[8]) > .04:
+        return .018, .022, .027, .8
+    return (
+        (0.02, 0.02, 0.022, 0.1)
+        if face >= 2 and 0.05 < f < 0.9 and front > 0.05 and back > 0.05
+        else (skin[0], skin[1], skin[2], 0.22)
+    )
 
-
+# %% ../../nbs/scenes/materials.ipynb #37e14caf
 @njit(cache=True)
 def _wheel(lx: float, ly: float, face: int, radius: float, footprint: float) -> tuple[float, float, float, float]:
     if face != 4 and face != 5: return .02, .02, .02, 0.0
@@ -338,26 +391,34 @@ def _wheel(lx: float, ly: float, face: int, radius: float, footprint: float) -> 
     if r < .16 or r > .6 or spoke > .27: return .38, .38, .40, .25
     return .04, .04, .045, .05
 
-# %% ../../nbs/scenes/materials.ipynb #13e7ffdf
+# %% ../../nbs/scenes/materials.ipynb #b8c52f5f
 @njit(cache=True)
 def _leaves(x: float, y: float, z: float, skin: np.ndarray, footprint: float) -> tuple[float, float, float]:
     seed = int(skin[6])
-    tone = .8 + .9 * (_lumps(1.3 * x, 1.3 * y, 1.3 * z, seed) - .5) + 1.1 * _sharp(.3, footprint) * (_lumps(4.5 * x, 4.5 * y, 4.5 * z, seed + 1) - .5)
+    tone = (
+        0.8
+        + 0.9 * (_lumps(1.3 * x, 1.3 * y, 1.3 * z, seed) - 0.5)
+        + 1.1 * _sharp(0.3, footprint) * (_lumps(4.5 * x, 4.5 * y, 4.5 * z, seed + 1) - 0.5)
+    )
     tone += 1.0 * _sharp(.09, footprint) * (_lumps(14 * x, 14 * y, 14 * z, seed + 2) - .5)
     tone = max(.12, tone)
     return skin[0] * tone, skin[1] * tone, skin[2] * tone
 
-
+# %% ../../nbs/scenes/materials.ipynb #6788e6fd
 @njit(cache=True)
 def _tiles(lx: float, ly: float, lz: float, skin: np.ndarray, footprint: float) -> tuple[float, float, float]:
     row = math.floor(lz / .2)
-    tone = .8 + .35 * _sharp(.25, footprint) * (_chance(int(row), math.floor((lx + ly) / .3 + .5 * _fraction(.5 * row) * 2), 0, int(skin[6])) - .3)
+    tone = .8 + .35 * _sharp(.25,
+                             footprint) * (_chance(int(row), math.floor((lx + ly) / .3 + .5 * _fraction(.5 * row) * 2),
+                                                   0, int(skin[6])) - .3)
     tone *= 1 - .35 * _sharp(.05, footprint) * (_fraction(lz / .2) < .15)
     return skin[0] * tone, skin[1] * tone, skin[2] * tone
 
-
+# %% ../../nbs/scenes/materials.ipynb #6196c60e
 @njit(cache=True)
-def _signal(lx: float, ly: float, lz: float, face: int, half: np.ndarray, skin: np.ndarray) -> tuple[float, float, float, float]:
+def _signal(
+    lx: float, ly: float, lz: float, face: int, half: np.ndarray, skin: np.ndarray
+) -> tuple[float, float, float, float]:
     lamp = math.floor((lz / half[2] + 1) * 1.5)
     off = lz - half[2] * ((2 * lamp + 1) / 3 - 1)
     across = ly if face < 2 else lx
@@ -366,14 +427,31 @@ def _signal(lx: float, ly: float, lz: float, face: int, half: np.ndarray, skin: 
     return (.12 * lit, .9 * lit, .35 * lit, .1) if lamp < .5 else ((.95 * lit, .55 * lit, .05 * lit, .1) if lamp < 1.5
                                                                    else (1.0 * lit, .06 * lit, .04 * lit, .1))
 
-# %% ../../nbs/scenes/materials.ipynb #19b8bf78
+# %% ../../nbs/scenes/materials.ipynb #26f7d13e
 @njit(cache=True)
-def surface(material: int, label: int, x: float, y: float, z: float, lx: float, ly: float, lz: float, face: int, half: np.ndarray, taper: np.ndarray,
-            skin: np.ndarray, plan: np.ndarray, footprint: float) -> tuple[float, float, float, float, int]:
-    """(red, green, blue, gloss, label) where a ray hit: linear albedo, share of a mirror in 0..1, and the name of the place.
+def surface(
+    material: int,
+    label: int,
+    x: float,
+    y: float,
+    z: float,
+    lx: float,
+    ly: float,
+    lz: float,
+    face: int,
+    half: np.ndarray,
+    taper: np.ndarray,
+    skin: np.ndarray,
+    plan: np.ndarray,
+    footprint: float,
+) -> tuple[float, float, float, float, int]:
+    """(red, green, blue, gloss, label) where a ray hit: linear albedo, share of a mirror in 0..1, and the name of the
+    place.
 
-    x, y, z: in the world; lx, ly, lz: in the solid's frame, metres. face: 0-5 +x -x +y -y +z -z, 6 ellipsoid, 7 round side, 8 ground.
-    half, taper: [3] of the solid. skin: [12], see the table. plan: [8], the street grid. footprint: pixel size on the surface, metres.
+    x, y, z: in the world; lx, ly, lz: in the solid's frame, metres. face: 0-5 +x -x +y -y +z -z, 6 ellipsoid, 7 round
+    side, 8 ground.
+    half, taper: [3] of the solid. skin: [12], see the table. plan: [8], the street grid. footprint: pixel size on the
+    surface, metres.
     """
     if material == STREET: return _street(x, y, plan, footprint)
     if material == BLOCK: return _block(x, y, lx, ly, face, half, skin, footprint)
@@ -383,7 +461,11 @@ def surface(material: int, label: int, x: float, y: float, z: float, lx: float, 
         elif face < 4: r, g, b, gloss = _facade(lx + half[0], lz + half[2], 2 * half[0], 2 * half[2], skin, footprint)
         else: r = g = b = .22 + .08 * (_noise(x, y, 51) - .5)
     elif material == GRAVEL:
-        tone = .8 + .5 * (_noise(.5 * x, .5 * y, 52) - .5) + .5 * _sharp(.05, footprint) * (_noise(20 * x, 20 * y, 53) - .5)
+        tone = (
+            0.8
+            + 0.5 * (_noise(0.5 * x, 0.5 * y, 52) - 0.5)
+            + 0.5 * _sharp(0.05, footprint) * (_noise(20 * x, 20 * y, 53) - 0.5)
+        )
         r, g, b = r * tone, g * tone, b * tone
     elif material == TILES: r, g, b = _tiles(lx, ly, lz, skin, footprint)
     elif material == LEAVES: r, g, b = _leaves(x, y, z, skin, footprint)
@@ -403,15 +485,17 @@ def surface(material: int, label: int, x: float, y: float, z: float, lx: float, 
     elif material == SIGNAL: r, g, b, gloss = _signal(lx, ly, lz, face, half, skin)
     return r, g, b, gloss, label
 
-# %% ../../nbs/scenes/materials.ipynb #942bad69
+# %% ../../nbs/scenes/materials.ipynb #66cf6584
 SUN_COLOUR = (2.55, 2.28, 1.86)
 SKY_COLOUR = (.50, .60, .78)
 BOUNCE = (.22, .20, .17)
 
 
 @njit(cache=True)
-def lit(r: float, g: float, b: float, gloss: float, n: tuple, d: tuple, sun: np.ndarray, seen: float, openness: float, seed: int) -> tuple[float, float, float]:
-    """Linear light that leaves toward the eye. n: unit normal. d: unit direction of the view ray. seen: of the sun, 0..1. openness: to the sky, 0..1."""
+def lit(r: float, g: float, b: float, gloss: float, n: tuple, d: tuple, sun: np.ndarray, seen: float, openness: float,
+        seed: int) -> tuple[float, float, float]:
+    """Linear light that leaves toward the eye. n: unit normal. d: unit direction of the view ray. seen: of the sun,
+    0..1. openness: to the sky, 0..1."""
     direct = max(0.0, n[0] * sun[0] + n[1] * sun[1] + n[2] * sun[2]) * seen
     above, below = .5 * (1 + n[2]) * openness, .5 * (1 - n[2])
     r *= SUN_COLOUR[0] * direct + SKY_COLOUR[0] * above + BOUNCE[0] * below
@@ -426,7 +510,7 @@ def lit(r: float, g: float, b: float, gloss: float, n: tuple, d: tuple, sun: np.
         r, g, b = _blend(r, g, b, min(mr, 1.6), min(mg, 1.6), min(mb, 1.6), share)
     return r, g, b
 
-
+# %% ../../nbs/scenes/materials.ipynb #de11373f
 @njit(cache=True, inline="always")
 def exposed(value: float) -> float:
     """Linear light in [0, infinity) to linear light in [0, 1] as a camera would keep it."""

@@ -6,7 +6,7 @@
 __all__ = ['CAMERAS', 'KM_PER_HOUR', 'DEPTH_ENDINGS', 'read_record', 'read_pcd', 'ExtrinsicCheck', 'check_extrinsic', 'Entry',
            'Opv2vFrame', 'read_vehicles', 'open_entry', 'Instant', 'Opv2vScene', 'rig_record', 'load_opv2v']
 
-# %% ../../nbs/scenes/opv2v.ipynb #7ec7b0c2
+# %% ../../nbs/scenes/opv2v.ipynb #277c5d13
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,27 +22,37 @@ from torch import Tensor
 
 from ..geometry.boxes import Boxes
 from ..geometry.cameras import PinholeCamera
-from ..geometry.transforms import carla_pose_to_matrix, check_rigid, forward_to_opencv, left_to_right_handed, mirror_y, rigid_inverse, transform_points
+from kilonb.geometry.transforms import (
+    carla_pose_to_matrix,
+    check_rigid,
+    forward_to_opencv,
+    left_to_right_handed,
+    mirror_y,
+    rigid_inverse,
+    transform_points,
+)
 from ..core.errors import KiloError, unknown_name
 from .surround import Problem, SurroundFrame, image_size, no_boxes, note
 
-# %% ../../nbs/scenes/opv2v.ipynb #475899bc
+# %% ../../nbs/scenes/opv2v.ipynb #3df22f0d
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 CAMERAS = ("camera0", "camera1", "camera2", "camera3")
 KM_PER_HOUR = 1 / 3.6
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """A frame's yaml as a dictionary (safe subset of YAML). Raises KiloError where it is missing, unreadable or not a map."""
+    """A frame's yaml as a dictionary (safe subset of YAML). Raises KiloError where it is missing, unreadable or not a
+    map."""
     try: text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError: raise KiloError(f"{Path(path).name} is missing") from None
     except (OSError, UnicodeDecodeError): raise KiloError(f"{Path(path).name} cannot be read as text") from None
     try: record = yaml.load(text, Loader=_LOADER)
-    except yaml.YAMLError as error: raise KiloError(f"{Path(path).name} is not YAML ({' '.join(str(error).split())[:120]})") from None
+    except yaml.YAMLError as error:
+        raise KiloError(f"{Path(path).name} is not YAML ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(record, dict): raise KiloError(f"{Path(path).name} holds no map of keys")
     return record
 
-
+# %% ../../nbs/scenes/opv2v.ipynb #ea785b2e
 def _numbers(record: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> Tensor:
     """`record[key]` as a finite float64 tensor of that shape; KiloError that names the key elsewhere."""
     try: values = torch.from_numpy(np.array(record[key], dtype=np.float64))
@@ -52,40 +62,50 @@ def _numbers(record: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> Ten
     if not torch.isfinite(values).all(): raise KiloError(f"'{key}' holds a number that is not finite")
     return values
 
-# %% ../../nbs/scenes/opv2v.ipynb #3e7e70a8
+# %% ../../nbs/scenes/opv2v.ipynb #1a0d7134
 def read_pcd(path: str | Path) -> tuple[Tensor, Tensor]:
-    """(points [N, 3] float64 metres, intensity [N] float32 in 0..1) of an ASCII .pcd, in the file's own axes (OPV2V: CARLA's, left-handed).
+    """(points [N, 3] float64 metres, intensity [N] float32 in 0..1) of an ASCII .pcd, in the file's own axes (OPV2V:
+    CARLA's, left-handed).
 
-    Intensity is the red of a packed `rgb` or a field `intensity`; 0 where there is neither. Raises KiloError: missing, binary, or cut short.
+    Intensity is the red of a packed `rgb` or a field `intensity`; 0 where there is neither. Raises KiloError: missing,
+    binary, or cut short.
     """
     path = Path(path)
     try: head, _, body = path.read_bytes().partition(b"DATA ascii")
     except FileNotFoundError: raise KiloError(f"the LiDAR file {path.name} is missing") from None
     except OSError as error: raise KiloError(f"the LiDAR file {path.name} cannot be read ({error.strerror})") from None
-    lines = {words[0]: words[1:] for words in (line.split() for line in head.decode("ascii", "replace").splitlines()) if words}
+    lines = {words[0]: words[1:] for words in (line.split() for line in head.decode("ascii", "replace").splitlines())
+             if words}
     fields, count = lines.get("FIELDS", []), int((lines.get("POINTS") or ["-1"])[0])
-    if not body or not {"x", "y", "z"} <= set(fields): raise KiloError(f"the LiDAR file {path.name} is not an ASCII .pcd with fields x y z")
+    if not body or not {"x", "y", "z"} <= set(fields):
+        raise KiloError(f"the LiDAR file {path.name} is not an ASCII .pcd with fields x y z")
     try: values = np.array(body.split(), dtype=np.float64)
     except ValueError: raise KiloError(f"the LiDAR file {path.name} holds something that is not a number") from None
-    if values.size != count * len(fields): raise KiloError(f"the LiDAR file {path.name} is cut short: {count} points of {len(fields)} numbers expected")
+    if values.size != count * len(fields):
+        raise KiloError(f"the LiDAR file {path.name} is cut short: {count} points of {len(fields)} numbers expected")
     table = dict(zip(fields, values.reshape(count, len(fields)).T))
     intensity = table.get("intensity", np.zeros(count))
     if "rgb" in table: intensity = (_packed(table["rgb"], lines["TYPE"][fields.index("rgb")]) >> 16 & 255) / 255
-    return torch.from_numpy(np.stack([table[axis] for axis in "xyz"], -1)), torch.from_numpy(intensity.astype(np.float32))
+    return torch.from_numpy(np.stack([table[axis] for axis in "xyz"],
+                                     -1)), torch.from_numpy(intensity.astype(np.float32))
 
+# %% ../../nbs/scenes/opv2v.ipynb #62eee8dc
+def _packed(colours: np.ndarray, kind: str) -> np.ndarray:
+    return colours.astype(np.float32).view(np.uint32) if kind == "F" else colours.astype(np.uint32)
 
-def _packed(colours: np.ndarray, kind: str) -> np.ndarray: return colours.astype(np.float32).view(np.uint32) if kind == "F" else colours.astype(np.uint32)
-
-# %% ../../nbs/scenes/opv2v.ipynb #06d4ac30
+# %% ../../nbs/scenes/opv2v.ipynb #b7b10c01
 class ExtrinsicCheck(NamedTuple):
-    """How a camera's `extrinsic` relates to its `cords`. direction: "lidar to camera", "camera to lidar", "neither" or "absent"; the remaining difference."""
+    """How a camera's `extrinsic` relates to its `cords`. direction: "lidar to camera", "camera to lidar", "neither" or
+    "absent"; the remaining difference."""
     direction: str
     translation_m: float
     rotation_deg: float
 
-
-def check_extrinsic(camera_pose: Tensor, lidar_pose: Tensor, extrinsic: Tensor, tolerance_m: float = 0.01, tolerance_deg: float = 0.1) -> ExtrinsicCheck:
-    """Compare `extrinsic` with the poses [4, 4] of camera and LiDAR, all in CARLA's axes: which way round it is, and how far off in that direction."""
+# %% ../../nbs/scenes/opv2v.ipynb #28b0c62f
+def check_extrinsic(camera_pose: Tensor, lidar_pose: Tensor, extrinsic: Tensor, tolerance_m: float = 0.01,
+                    tolerance_deg: float = 0.1) -> ExtrinsicCheck:
+    """Compare `extrinsic` with the poses [4, 4] of camera and LiDAR, all in CARLA's axes: which way round it is, and
+    how far off in that direction."""
     expected = rigid_inverse(camera_pose) @ lidar_pose
     checks = []
     for direction, given in (("lidar to camera", extrinsic), ("camera to lidar", torch.linalg.inv(extrinsic))):
@@ -96,10 +116,11 @@ def check_extrinsic(camera_pose: Tensor, lidar_pose: Tensor, extrinsic: Tensor, 
         if check.translation_m <= tolerance_m and check.rotation_deg <= tolerance_deg: return check
     return min(checks, key=lambda check: check.translation_m)._replace(direction="neither")
 
-# %% ../../nbs/scenes/opv2v.ipynb #190793df
+# %% ../../nbs/scenes/opv2v.ipynb #b5d3be77
 @dataclass(frozen=True)
 class Entry:
-    """Where one frame of one vehicle lies: `folder`/`prefix`.yaml, .pcd, _camera0.png and so on; `record` in place of the yaml where it is known already."""
+    """Where one frame of one vehicle lies: `folder`/`prefix`.yaml, .pcd, _camera0.png and so on; `record` in place of
+    the yaml where it is known already."""
     split: str
     scenario: str
     vehicle: str
@@ -109,16 +130,19 @@ class Entry:
     record: dict[str, Any] | None = field(default=None, compare=False, repr=False)
 
     @property
-    def name(self) -> str: return "/".join(part for part in (self.split, self.scenario, self.vehicle, self.frame) if part)
+    def name(self) -> str:
+        return "/".join(part for part in (self.split, self.scenario, self.vehicle, self.frame) if part)
 
     def path(self, ending: str) -> Path: return self.folder / f"{self.prefix}{ending}"
 
-
+# %% ../../nbs/scenes/opv2v.ipynb #f1b06c61
 @dataclass(frozen=True)
 class Opv2vFrame(SurroundFrame):
-    """A surround frame of OPV2V. entry: where it lies. speed_m_s: the vehicle's own. lidar_to_world: [4, 4] float64, x forward, y left, z up, or None.
+    """A surround frame of OPV2V. entry: where it lies. speed_m_s: the vehicle's own. lidar_to_world: [4, 4] float64, x
+    forward, y left, z up, or None.
 
-    speeds_m_s: [N] of `boxes`, NaN where not given. extrinsics: camera -> ExtrinsicCheck. pose_sources: camera -> "cords" or "extrinsic".
+    speeds_m_s: [N] of `boxes`, NaN where not given. extrinsics: camera -> ExtrinsicCheck. pose_sources: camera ->
+    "cords" or "extrinsic".
     """
     entry: Entry | None = None
     speed_m_s: float = float("nan")
@@ -127,8 +151,9 @@ class Opv2vFrame(SurroundFrame):
     extrinsics: dict[str, ExtrinsicCheck] = field(default_factory=dict)
     pose_sources: dict[str, str] = field(default_factory=dict)
 
-# %% ../../nbs/scenes/opv2v.ipynb #18cb69ca
-def _camera(record: Mapping[str, Any], name: str, lidar_pose: Tensor | None, size: tuple[int, int]) -> tuple[PinholeCamera, ExtrinsicCheck, str]:
+# %% ../../nbs/scenes/opv2v.ipynb #3fa0209c
+def _camera(record: Mapping[str, Any], name: str, lidar_pose: Tensor | None,
+            size: tuple[int, int]) -> tuple[PinholeCamera, ExtrinsicCheck, str]:
     entry = record.get(name)
     if not isinstance(entry, Mapping): raise KiloError("it has no entry in the yaml")
     K = _numbers(entry, "intrinsic", (3, 3))
@@ -136,17 +161,20 @@ def _camera(record: Mapping[str, Any], name: str, lidar_pose: Tensor | None, siz
     extrinsic = _numbers(entry, "extrinsic", (4, 4)) if "extrinsic" in entry and lidar_pose is not None else None
     source, check = "cords", ExtrinsicCheck("absent", float("nan"), float("nan"))
     if "cords" in entry: pose = carla_pose_to_matrix(*_numbers(entry, "cords", (6,)).tolist())
-    elif extrinsic is not None: source, pose = "extrinsic", lidar_pose @ torch.linalg.inv(check_rigid(extrinsic, "its extrinsic"))
+    elif extrinsic is not None:
+        source, pose = "extrinsic", lidar_pose @ torch.linalg.inv(check_rigid(extrinsic, "its extrinsic"))
     else: raise KiloError("it has neither 'cords' nor an 'extrinsic' with a LiDAR's pose")
     if extrinsic is not None: check = check_extrinsic(pose, lidar_pose, extrinsic)
     camera_to_world = forward_to_opencv(left_to_right_handed(pose)).float()
-    return PinholeCamera(camera_to_world, *(K[i, j].item() for i, j in ((0, 0), (1, 1), (0, 2), (1, 2))), *size), check, source
+    return PinholeCamera(camera_to_world, *(K[i, j].item() for i, j in ((0, 0), (1, 1), (0, 2), (1, 2))),
+                         *size), check, source
 
-# %% ../../nbs/scenes/opv2v.ipynb #33c35c13
+# %% ../../nbs/scenes/opv2v.ipynb #64c15bea
 def _vehicle_box(vehicle: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """(box_to_world [4, 4], full sizes [3]) of an entry of `vehicles`."""
     if not isinstance(vehicle, Mapping): raise KiloError("it is not a map of keys")
-    pose = left_to_right_handed(carla_pose_to_matrix(*_numbers(vehicle, "location", (3,)).tolist(), *_numbers(vehicle, "angle", (3,)).tolist()))
+    pose = left_to_right_handed(carla_pose_to_matrix(*_numbers(vehicle, "location", (3,)).tolist(),
+                                                     *_numbers(vehicle, "angle", (3,)).tolist()))
     extent = _numbers(vehicle, "extent", (3,))
     if not (extent > 0).all(): raise KiloError(f"its extent {extent.tolist()} is not positive")
     centre = _numbers(vehicle, "center", (3,)) if "center" in vehicle else torch.zeros(3, dtype=torch.float64)
@@ -154,9 +182,10 @@ def _vehicle_box(vehicle: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     box_to_world[:3, 3] = transform_points(pose, mirror_y(centre)[None])[0]
     return box_to_world, 2 * extent
 
-
+# %% ../../nbs/scenes/opv2v.ipynb #eaad4144
 def read_vehicles(record: Mapping[str, Any], frame: str, problems: list[Problem]) -> tuple[Boxes, Tensor]:
-    """(boxes in the right-handed world, speeds [N] in m/s) of a record's `vehicles`; entries that cannot be read are left out and noted."""
+    """(boxes in the right-handed world, speeds [N] in m/s) of a record's `vehicles`; entries that cannot be read are
+    left out and noted."""
     found: list[tuple[str, Tensor, Tensor, float]] = []
     for identity, vehicle in (record.get("vehicles") or {}).items():
         try:
@@ -168,15 +197,19 @@ def read_vehicles(record: Mapping[str, Any], frame: str, problems: list[Problem]
     identities, poses, sizes, speeds = zip(*found)
     return Boxes(torch.stack(poses), torch.stack(sizes), ("vehicle",) * len(found), identities), torch.tensor(speeds)
 
-# %% ../../nbs/scenes/opv2v.ipynb #8565d521
+# %% ../../nbs/scenes/opv2v.ipynb #90704815
 DEPTH_ENDINGS = (".png", ".npy", ".npz")
 
 
-def _read_points(path: Path, lidar_to_world: Tensor) -> Tensor: return transform_points(lidar_to_world, mirror_y(read_pcd(path)[0]))
+def _read_points(path: Path, lidar_to_world: Tensor) -> Tensor:
+    return transform_points(lidar_to_world, mirror_y(read_pcd(path)[0]))
 
-
-def _cameras(entry: Entry, record: Mapping[str, Any], lidar_pose: Tensor | None, problems: list[Problem]) -> tuple[dict, dict, dict, dict, dict]:
-    """(cameras, picture paths, depth paths, extrinsic checks, pose sources) by name, of the cameras that can be used."""
+# %% ../../nbs/scenes/opv2v.ipynb #2d389bb2
+def _cameras(
+    entry: Entry, record: Mapping[str, Any], lidar_pose: Tensor | None, problems: list[Problem]
+) -> tuple[dict, dict, dict, dict, dict]:
+    """(cameras, picture paths, depth paths, extrinsic checks, pose sources) by name, of the cameras that can be
+    used."""
     cameras, images, depths, checks, sources = {}, {}, {}, {}, {}
     for name in CAMERAS:
         path = entry.path(f"_{name}.png")
@@ -188,20 +221,24 @@ def _cameras(entry: Entry, record: Mapping[str, Any], lidar_pose: Tensor | None,
         if checks[name].direction == "neither":
             apart = f"{checks[name].translation_m:.3g} m and {checks[name].rotation_deg:.3g} degrees"
             note(problems, entry.name, f"{name}: 'extrinsic' and 'cords' are {apart} apart")
-        depth = next((p for p in (entry.path(f"_depth{name[-1]}{ending}") for ending in DEPTH_ENDINGS) if p.is_file()), None)
+        depth = next((p for p in (entry.path(f"_depth{name[-1]}{ending}") for ending in DEPTH_ENDINGS) if p.is_file()),
+                     None)
         if depth: depths[name] = depth
     return cameras, images, depths, checks, sources
 
-# %% ../../nbs/scenes/opv2v.ipynb #e3c691eb
+# %% ../../nbs/scenes/opv2v.ipynb #f5b87943
 def open_entry(entry: Entry, problems: list[Problem]) -> Opv2vFrame:
     """The frame at `entry`; what cannot be used of it is left out and noted in `problems`.
 
-    Raises KiloError (one sentence, without the frame's name) where its yaml cannot be read, the vehicle has no pose or no camera is left.
+    Raises KiloError (one sentence, without the frame's name) where its yaml cannot be read, the vehicle has no pose or
+    no camera is left.
     """
     record = read_record(entry.path(".yaml")) if entry.record is None else entry.record
     try: vehicle_to_world = left_to_right_handed(carla_pose_to_matrix(*_numbers(record, "true_ego_pos", (6,)).tolist()))
     except KiloError as error: raise KiloError(f"the vehicle has no pose: {error}") from None
-    try: lidar_pose = carla_pose_to_matrix(*_numbers(record, "lidar_pose", (6,)).tolist()) if "lidar_pose" in record else None
+    try:
+        lidar_pose = carla_pose_to_matrix(*_numbers(record, "lidar_pose",
+                                                    (6,)).tolist()) if "lidar_pose" in record else None
     except KiloError as error:
         lidar_pose = None
         note(problems, entry.name, f"the LiDAR was left out: {error}")
@@ -210,13 +247,15 @@ def open_entry(entry: Entry, problems: list[Problem]) -> Opv2vFrame:
     if len(cameras) == 1: note(problems, entry.name, f"only one camera, {next(iter(cameras))}, is left")
     boxes, speeds = read_vehicles(record, entry.name, problems)
     lidar_to_world = None if lidar_pose is None else left_to_right_handed(lidar_pose)
-    points = partial(_read_points, entry.path(".pcd"), lidar_to_world) if lidar_to_world is not None and entry.path(".pcd").is_file() else None
+    points = partial(_read_points, entry.path(".pcd"),
+                     lidar_to_world) if lidar_to_world is not None and entry.path(".pcd").is_file() else None
     try: speed = _numbers(record, "ego_speed", ()).item() * KM_PER_HOUR
     except KiloError: speed = float("nan")
-    return Opv2vFrame(entry.name, cameras, vehicle_to_world, images, depths, 0.0, boxes, problems=problems, read_points=points, entry=entry,
-                      speed_m_s=speed, lidar_to_world=lidar_to_world, speeds_m_s=speeds, extrinsics=checks, pose_sources=sources)
+    return Opv2vFrame(entry.name, cameras, vehicle_to_world, images, depths, 0.0, boxes, problems=problems,
+                      read_points=points, entry=entry, speed_m_s=speed, lidar_to_world=lidar_to_world,
+                      speeds_m_s=speeds, extrinsics=checks, pose_sources=sources)
 
-# %% ../../nbs/scenes/opv2v.ipynb #90d40ec8
+# %% ../../nbs/scenes/opv2v.ipynb #a6686723
 class Instant(NamedTuple):
     """One moment of one scenario: the entries of all vehicles that recorded it, by vehicle."""
     split: str
@@ -227,12 +266,14 @@ class Instant(NamedTuple):
     @property
     def name(self) -> str: return "/".join(part for part in (self.split, self.scenario, self.frame) if part)
 
-
+# %% ../../nbs/scenes/opv2v.ipynb #d3649d05
 @dataclass(frozen=True)
 class Opv2vScene:
-    """All frames under a folder, by entry. `len` counts entries; iteration opens them one by one and passes over those that cannot be opened.
+    """All frames under a folder, by entry. `len` counts entries; iteration opens them one by one and passes over those
+    that cannot be opened.
 
-    `scene[i]` is the frame of entry i (KiloError where there is none or it cannot be opened). problems: of everything opened so far.
+    `scene[i]` is the frame of entry i (KiloError where there is none or it cannot be opened). problems: of everything
+    opened so far.
     """
     root: Path
     entries: tuple[Entry, ...]
@@ -240,10 +281,12 @@ class Opv2vScene:
 
     def __len__(self) -> int: return len(self.entries)
 
-    def __iter__(self) -> Iterator[Opv2vFrame]: return (frame for frame in map(self.read, self.entries) if frame is not None)
+    def __iter__(self) -> Iterator[Opv2vFrame]:
+        return (frame for frame in map(self.read, self.entries) if frame is not None)
 
     def __getitem__(self, index: int) -> Opv2vFrame:
-        if not 0 <= index < len(self.entries): raise KiloError(f"Frame {index} is not there: {self.root} has {len(self.entries)} frames.")
+        if not 0 <= index < len(self.entries):
+            raise KiloError(f"Frame {index} is not there: {self.root} has {len(self.entries)} frames.")
         try: return open_entry(self.entries[index], self.problems)
         except KiloError as error: raise KiloError(f"{self.entries[index].name}: {error}.") from None
 
@@ -275,17 +318,18 @@ class Opv2vScene:
         return [Instant(*key, tuple(entries)) for key, entries in sorted(together.items(), key=lambda item: item[0])]
 
     def together(self, instant: Instant) -> dict[str, Opv2vFrame]:
-        """Vehicle -> frame of one instant, without those that cannot be opened; each knows its own box where another vehicle lists it."""
+        """Vehicle -> frame of one instant, without those that cannot be opened; each knows its own box where another
+        vehicle lists it."""
         frames = {entry.vehicle: frame for entry in instant.entries if (frame := self.read(entry)) is not None}
         return {vehicle: replace(frame, own_box=_own_box(vehicle, frames)) for vehicle, frame in frames.items()}
 
-
+# %% ../../nbs/scenes/opv2v.ipynb #db74ebc8
 def _own_box(vehicle: str, frames: Mapping[str, Opv2vFrame]) -> Boxes:
     for frame in frames.values():
         if vehicle in frame.boxes.identities: return frame.boxes.subset([frame.boxes.identities.index(vehicle)])
     return no_boxes()
 
-# %% ../../nbs/scenes/opv2v.ipynb #06a86c82
+# %% ../../nbs/scenes/opv2v.ipynb #d6ee60e1
 _FRAME_FILE = re.compile(r"(\d+)(?:\.yaml|_camera\d\.png)")
 
 
@@ -298,17 +342,19 @@ def _list_entries(root: Path) -> list[Entry]:
     for levels in range(4):
         for folder in sorted(root.glob("/".join("*" * levels)) if levels else [root]):
             if not folder.is_dir(): continue
-            split, scenario = (folder.parent.parent.name if levels == 3 else root.name if levels == 2 else ""), folder.parent.name
+            split, scenario = (folder.parent.parent.name if levels == 3 else root.name if levels == 2
+                               else ""), folder.parent.name
             entries += [Entry(split, scenario, folder.name, frame, folder, frame) for frame in _vehicle_frames(folder)]
         if entries: break
     return entries
 
-# %% ../../nbs/scenes/opv2v.ipynb #32313d60
+# %% ../../nbs/scenes/opv2v.ipynb #3ce5ee01
 _SAMPLE_FILE = re.compile(r"(?:(\w+)_)?(\d+)_camera\d\.png")
 
 
 def rig_record(calibration: Mapping[str, Any]) -> dict[str, Any]:
-    """A frame's record, as its yaml would hold it, of a rig: fx, fy, cx, cy, and `xyz` and `yaw` per mount (`camera0_front`, `lidar`), CARLA axes."""
+    """A frame's record, as its yaml would hold it, of a rig: fx, fy, cx, cy, and `xyz` and `yaw` per mount
+    (`camera0_front`, `lidar`), CARLA axes."""
     def mount(place: Mapping[str, Any]) -> list[float]:
         x, y, z = _numbers(place, "xyz", (3,)).tolist()
         return [x, y, z, float(place.get("roll", 0)), float(place.get("yaw", 0)), float(place.get("pitch", 0))]
@@ -316,27 +362,35 @@ def rig_record(calibration: Mapping[str, Any]) -> dict[str, Any]:
     record: dict[str, Any] = {"true_ego_pos": [0.0] * 6, "vehicles": {}}
     if "lidar" in calibration: record["lidar_pose"] = mount(calibration["lidar"])
     for key, place in calibration.items():
-        if (name := key.split("_")[0]) in CAMERAS: record[name] = {"cords": mount(place), "intrinsic": [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]}
+        if (name := key.split("_")[0]) in CAMERAS:
+            record[name] = {"cords": mount(place), "intrinsic": [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]}
     return record
 
-
+# %% ../../nbs/scenes/opv2v.ipynb #d74fb8d5
 def _sample_entries(root: Path) -> list[Entry]:
     """The entries of a folder of pictures with a rig in its MANIFEST.json; none where it is not one."""
     try: calibration = json.loads((root / "MANIFEST.json").read_text(encoding="utf-8"))["calibration"]
     except (OSError, ValueError, KeyError, TypeError): return []
-    found = sorted({(match[1] or root.name, match[2], path.name.rpartition("_")[0]) for path in root.iterdir() if (match := _SAMPLE_FILE.fullmatch(path.name))})
-    return [Entry("", root.name, vehicle, frame, root, prefix, rig_record(calibration)) for vehicle, frame, prefix in found]
+    found = sorted({(match[1] or root.name, match[2], path.name.rpartition("_")[0]) for path in root.iterdir()
+                    if (match := _SAMPLE_FILE.fullmatch(path.name))})
+    return [Entry("", root.name, vehicle, frame, root, prefix, rig_record(calibration)) for vehicle, frame,
+            prefix in found]
 
-# %% ../../nbs/scenes/opv2v.ipynb #c1288872
+# %% ../../nbs/scenes/opv2v.ipynb #d81714bb
 def load_opv2v(path: str | Path, split: str | None = None) -> Opv2vScene:
-    """The frames under `path` in OPV2V's layout: a data set of splits, a split, a scenario, or pictures of one vehicle with their rig in a MANIFEST.json.
+    """The frames under `path` in OPV2V's layout: a data set of splits, a split, a scenario, or pictures of one vehicle
+    with their rig in a MANIFEST.json.
 
-    split: only this one. Frames are opened when asked for. Raises KiloError: nothing there, no frames, or no such split.
+    split: only this one. Frames are opened when asked for. Raises KiloError: nothing there, no frames, or no such
+    split.
     """
     root = Path(path)
-    if not root.is_dir(): raise KiloError(f"The OPV2V folder {root} is not there: give a data set, a split or a scenario.")
+    if not root.is_dir():
+        raise KiloError(f"The OPV2V folder {root} is not there: give a data set, a split or a scenario.")
     root = root.resolve()
     entries = _sample_entries(root) or _list_entries(root)
-    if not entries: raise KiloError(f"{root} holds no OPV2V frames: expected split/scenario/vehicle/NNNNNN.yaml and _camera0.png under it, or a part of that.")
+    if not entries:
+        raise KiloError(f"{root} holds no OPV2V frames: expected split/scenario/vehicle/NNNNNN.yaml and "
+                        "_camera0.png under it, or a part of that.")
     scene = Opv2vScene(root, tuple(entries))
     return scene if split is None else scene.subset(split)

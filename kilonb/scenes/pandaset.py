@@ -25,7 +25,7 @@ from ..core.errors import KiloError
 from ..data.tables import read_table
 from .surround import Problem, SurroundFrame, SurroundScene, image_size, no_boxes, note
 
-# %% ../../nbs/scenes/pandaset.ipynb #0312d63e
+# %% ../../nbs/scenes/pandaset.ipynb #164d2408
 CAMERAS = ("front_camera", "front_left_camera", "left_camera", "back_camera", "right_camera", "front_right_camera")
 ORIGIN_HEIGHT_M = 0.34
 _FORWARD_FROM_RIGHT = torch.tensor([[0.0, -1, 0, 0], [1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.float64)
@@ -36,50 +36,60 @@ def _read_json(path: Path) -> Any:
     except FileNotFoundError: raise KiloError(f"{path} is missing: a PandaSet sequence has it.") from None
     except (OSError, ValueError) as error: raise KiloError(f"{path} is not JSON ({error}): fetch it again.") from None
 
-
+# %% ../../nbs/scenes/pandaset.ipynb #7838ba4c
 def read_poses(path: str | Path) -> Tensor:
-    """`sensor_to_world` [frames, 4, 4] float64 of a poses.json. Raises KiloError where it is missing or an entry is not a pose."""
+    """`sensor_to_world` [frames, 4, 4] float64 of a poses.json. Raises KiloError where it is missing or an entry is not
+    a pose."""
     try:
         entries = [(entry["position"], entry["heading"]) for entry in _read_json(Path(path))]
-        positions = torch.tensor([[float(p[axis]) for axis in "xyz"] for p, _ in entries], dtype=torch.float64).reshape(-1, 3)
-        headings = torch.tensor([[float(h[axis]) for axis in "wxyz"] for _, h in entries], dtype=torch.float64).reshape(-1, 4)
-    except (TypeError, KeyError, ValueError) as error: raise KiloError(f"{path}: a pose needs position x y z and heading w x y z ({error!r}).") from None
-    if not (torch.isfinite(positions).all() and torch.isfinite(headings).all() and (headings.norm(dim=-1) > 1e-6).all()):
+        positions = torch.tensor([[float(p[axis]) for axis in "xyz"] for p, _ in entries],
+                                 dtype=torch.float64).reshape(-1, 3)
+        headings = torch.tensor([[float(h[axis]) for axis in "wxyz"] for _, h in entries],
+                                dtype=torch.float64).reshape(-1, 4)
+    except (TypeError, KeyError, ValueError) as error:
+        raise KiloError(f"{path}: a pose needs position x y z and heading w x y z ({error!r}).") from None
+    if not (torch.isfinite(positions).all() and torch.isfinite(headings).all()
+            and (headings.norm(dim=-1) > 1e-6).all()):
         raise KiloError(f"{path} holds a pose that is not finite or has no heading.")
     return rigid(quat_to_rotmat(headings), positions)
 
-
+# %% ../../nbs/scenes/pandaset.ipynb #50797c7a
 def read_times(path: str | Path) -> Tensor:
     """[frames] float64 seconds since 1970 of a timestamps.json."""
     values = _read_json(Path(path))
     try: return torch.tensor([float(value) for value in values], dtype=torch.float64)
     except (TypeError, ValueError): raise KiloError(f"{path} must be a list of seconds.") from None
 
-# %% ../../nbs/scenes/pandaset.ipynb #a8144a31
+# %% ../../nbs/scenes/pandaset.ipynb #0e5cf21c
 class LidarSweep(NamedTuple):
-    """points: [N, 3] float64, world. intensity: [N] float32, 0..1. times_s: [N] float64 since 1970. sensors: [N], 0 spinning, 1 forward."""
+    """points: [N, 3] float64, world. intensity: [N] float32, 0..1. times_s: [N] float64 since 1970. sensors: [N], 0
+    spinning, 1 forward."""
     points: Tensor
     intensity: Tensor
     times_s: Tensor
     sensors: Tensor
 
-
+# %% ../../nbs/scenes/pandaset.ipynb #4c3b0f4b
 def read_sweep(path: str | Path) -> LidarSweep:
-    """The LiDAR sweep in a pickled table; a file without `d` is all of the spinning LiDAR. Raises KiloError: missing, damaged, or without a column."""
+    """The LiDAR sweep in a pickled table; a file without `d` is all of the spinning LiDAR. Raises KiloError: missing,
+    damaged, or without a column."""
     table = read_table(path, ("x", "y", "z", "i", "t"))
     points = np.stack([table[axis].astype(np.float64) for axis in "xyz"], -1)
     sensors = table.get("d", np.zeros(len(points))).astype(np.int64)
     times = table["t"]
-    if times.dtype != np.float64: raise KiloError(f"the times of '{path}' are {times.dtype}: seconds since 1970 need float64.")
+    if times.dtype != np.float64:
+        raise KiloError(f"the times of '{path}' are {times.dtype}: seconds since 1970 need float64.")
     intensity = (table["i"] / 255).astype(np.float32)
     return LidarSweep(*map(torch.from_numpy, (points, intensity, times.copy(), sensors)))
 
-# %% ../../nbs/scenes/pandaset.ipynb #a323926c
+# %% ../../nbs/scenes/pandaset.ipynb #54332189
 @dataclass(frozen=True)
 class Cuboids:
-    """Annotated boxes. boxes: in the world, x to the front; labels and uuids (`identities`) with them. stationary: [N] bool. motion: "Moving", "Parked", ...
+    """Annotated boxes. boxes: in the world, x to the front; labels and uuids (`identities`) with them. stationary: [N]
+    bool. motion: "Moving", "Parked", ...
 
-    sensors: [N] int64, the LiDAR at whose instant a box was annotated (-1: either). siblings: uuid of its twin from the other LiDAR, or "".
+    sensors: [N] int64, the LiDAR at whose instant a box was annotated (-1: either). siblings: uuid of its twin from the
+    other LiDAR, or "".
     """
     boxes: Boxes
     stationary: Tensor
@@ -95,22 +105,31 @@ class Cuboids:
         kept = [s in (-1, sensor) or twin not in there for s, twin in zip(self.sensors.tolist(), self.siblings)]
         return self.boxes.subset(torch.tensor(kept, dtype=torch.bool))
 
-
+# %% ../../nbs/scenes/pandaset.ipynb #4e752b56
 def read_cuboids(path: str | Path) -> Cuboids:
-    """The cuboids in a pickled table. Raises KiloError: missing, damaged, without a column, or with a size that is not positive."""
-    table = read_table(path, ("uuid", "label", "yaw", "stationary", *(f"{what}.{axis}" for what in ("position", "dimensions") for axis in "xyz")))
-    def columns(names: Sequence[str]) -> Tensor: return torch.from_numpy(np.stack([table[name].astype(np.float64) for name in names], -1))
-    def texts(name: str) -> tuple[str, ...]: return tuple(value if isinstance(value, str) else "" for value in table.get(name, [""] * len(table["uuid"])))
-    boxes = upright_boxes(columns(["position.x", "position.y", "position.z"]), columns(["dimensions.y", "dimensions.x", "dimensions.z"]),
-                          torch.from_numpy(table["yaw"].astype(np.float64)) + torch.pi / 2, texts("label"), texts("uuid"))
+    """The cuboids in a pickled table. Raises KiloError: missing, damaged, without a column, or with a size that is not
+    positive."""
+    table = read_table(path,
+                       ("uuid", "label", "yaw", "stationary",
+                        *(f"{what}.{axis}" for what in ("position", "dimensions") for axis in "xyz")))
+    def columns(names: Sequence[str]) -> Tensor:
+        return torch.from_numpy(np.stack([table[name].astype(np.float64) for name in names], -1))
+    def texts(name: str) -> tuple[str, ...]:
+        return tuple(value if isinstance(value, str) else "" for value in table.get(name, [""] * len(table["uuid"])))
+    boxes = upright_boxes(columns(["position.x", "position.y", "position.z"]),
+                          columns(["dimensions.y", "dimensions.x", "dimensions.z"]),
+                          torch.from_numpy(table["yaw"].astype(np.float64)) + torch.pi / 2, texts("label"),
+                          texts("uuid"))
     sensors = table.get("cuboids.sensor_id", np.full(len(boxes), -1)).astype(np.int64)
     siblings = tuple("" if value == "-" else value for value in texts("cuboids.sibling_id"))
-    return Cuboids(boxes, torch.from_numpy(table["stationary"].astype(bool)), texts("attributes.object_motion"), torch.from_numpy(sensors), siblings)
+    return Cuboids(boxes, torch.from_numpy(table["stationary"].astype(bool)), texts("attributes.object_motion"),
+                   torch.from_numpy(sensors), siblings)
 
-# %% ../../nbs/scenes/pandaset.ipynb #d9eb056a
+# %% ../../nbs/scenes/pandaset.ipynb #1c0f1b36
 @dataclass(frozen=True)
 class PandasetFrame(SurroundFrame):
-    """A surround frame of PandaSet. index: its number in the sequence. time_s: float64 since 1970, of the LiDAR; camera_times_s: by camera.
+    """A surround frame of PandaSet. index: its number in the sequence. time_s: float64 since 1970, of the LiDAR;
+    camera_times_s: by camera.
 
     The vehicle's pose is the LiDAR's of that time; every camera has its own pose, of the instant when it looked.
     """
@@ -133,10 +152,10 @@ class PandasetFrame(SurroundFrame):
         """[N] int64, the class of every LiDAR point. Raises KiloError where it is missing."""
         return torch.from_numpy(read_table(self.file("annotations/semseg"), ("class",))["class"].astype(np.int64))
 
-
+# %% ../../nbs/scenes/pandaset.ipynb #cadb3558
 def _points(path: Path) -> Tensor: return read_sweep(path).points
 
-# %% ../../nbs/scenes/pandaset.ipynb #4a7c1435
+# %% ../../nbs/scenes/pandaset.ipynb #076e2e6e
 class _Rig(NamedTuple):
     """What the JSON files of a camera folder say."""
     intrinsics: tuple[float, float, float, float]
@@ -147,19 +166,23 @@ class _Rig(NamedTuple):
 def _read_rig(folder: Path) -> _Rig:
     values = _read_json(folder / "intrinsics.json")
     try: intrinsics = tuple(float(values[key]) for key in ("fx", "fy", "cx", "cy"))
-    except (TypeError, KeyError, ValueError): raise KiloError(f"{folder / 'intrinsics.json'} needs the numbers fx, fy, cx, cy.") from None
+    except (TypeError, KeyError, ValueError):
+        raise KiloError(f"{folder / 'intrinsics.json'} needs the numbers fx, fy, cx, cy.") from None
     return _Rig(intrinsics, read_poses(folder / "poses.json"), read_times(folder / "timestamps.json"))
 
 
 def _numbered(folder: Path, ending: str) -> set[int]:
-    return {int(path.name.split(".")[0]) for path in folder.glob(f"*{ending}") if path.name.split(".")[0].isdigit()} if folder.is_dir() else set()
+    return {int(path.name.split(".")[0]) for path in folder.glob(f"*{ending}")
+            if path.name.split(".")[0].isdigit()} if folder.is_dir() else set()
 
-# %% ../../nbs/scenes/pandaset.ipynb #09cdd020
+# %% ../../nbs/scenes/pandaset.ipynb #96644d09
 @dataclass(frozen=True)
 class PandasetSequence:
-    """One sequence. frames: those with a LiDAR sweep or a picture, in order. missing: part -> numbers without a file (of `length`); problems: what is damaged.
+    """One sequence. frames: those with a LiDAR sweep or a picture, in order. missing: part -> numbers without a file
+    (of `length`); problems: what is damaged.
 
-    `len`, iteration and `[i]` are over `frames`; `at(number)` finds a frame by its number in the sequence. start_s: float64, time of its frame 0.
+    `len`, iteration and `[i]` are over `frames`; `at(number)` finds a frame by its number in the sequence. start_s:
+    float64, time of its frame 0.
     """
     root: Path
     frames: tuple[PandasetFrame, ...]
@@ -172,24 +195,28 @@ class PandasetSequence:
     def __iter__(self) -> Iterator[PandasetFrame]: return iter(self.frames)
 
     def __getitem__(self, index: int) -> PandasetFrame:
-        if not 0 <= index < len(self.frames): raise KiloError(f"Frame {index} is not there: {self.root} has {len(self.frames)} frames with data.")
+        if not 0 <= index < len(self.frames):
+            raise KiloError(f"Frame {index} is not there: {self.root} has {len(self.frames)} frames with data.")
         return self.frames[index]
 
     def at(self, number: int) -> PandasetFrame:
         """The frame of that number in the sequence; KiloError where it has no data."""
         for frame in self.frames:
             if frame.index == number: return frame
-        raise KiloError(f"{self.root} has no data of frame {number}: there are {', '.join(str(frame.index) for frame in self.frames)}.")
+        raise KiloError(f"{self.root} has no data of frame {number}: there are "
+                        f"{', '.join(str(frame.index) for frame in self.frames)}.")
 
     def relative_s(self, times_s: Tensor | float) -> Tensor:
-        """Times in float64 seconds since 1970, relative to frame 0 of the sequence, as float32. Raises KiloError for times that are not float64."""
+        """Times in float64 seconds since 1970, relative to frame 0 of the sequence, as float32. Raises KiloError for
+        times that are not float64."""
         times = torch.as_tensor(times_s, dtype=torch.float64) if isinstance(times_s, float) else times_s
-        if times.dtype != torch.float64: raise KiloError(f"Times since 1970 must be float64 until they are relative, but {times.dtype} was given.")
+        if times.dtype != torch.float64:
+            raise KiloError(f"Times since 1970 must be float64 until they are relative, but {times.dtype} was given.")
         return (times - self.start_s).float()
 
-# %% ../../nbs/scenes/pandaset.ipynb #7c5aee52
-def _frame(folder: Path, number: int, vehicle: Tensor, time_s: float, rigs: dict[str, _Rig], pictures: dict[str, set[int]],
-           lidar: bool, problems: list[Problem]) -> PandasetFrame:
+# %% ../../nbs/scenes/pandaset.ipynb #3eca4837
+def _frame(folder: Path, number: int, vehicle: Tensor, time_s: float, rigs: dict[str, _Rig],
+           pictures: dict[str, set[int]], lidar: bool, problems: list[Problem]) -> PandasetFrame:
     name, cameras, paths = f"{folder.name}/{number:02d}", {}, {}
     for camera, rig in rigs.items():
         if number not in pictures[camera]: continue
@@ -201,42 +228,57 @@ def _frame(folder: Path, number: int, vehicle: Tensor, time_s: float, rigs: dict
     if (cuboids := folder / "annotations" / "cuboids" / f"{number:02d}.pkl.gz").is_file():
         try: boxes = read_cuboids(cuboids).seen_by(0)
         except KiloError as error: note(problems, name, f"the cuboids were left out: {error}")
-    return PandasetFrame(name, cameras, vehicle @ _FORWARD_FROM_RIGHT, paths, origin_height_m=ORIGIN_HEIGHT_M, boxes=boxes, problems=problems,
-                         read_points=partial(_points, folder / "lidar" / f"{number:02d}.pkl.gz") if lidar else None, index=number, time_s=time_s,
-                         camera_times_s={camera: rigs[camera].times[number].item() for camera in cameras}, folder=folder)
+    return PandasetFrame(name, cameras, vehicle @ _FORWARD_FROM_RIGHT, paths, origin_height_m=ORIGIN_HEIGHT_M,
+                         boxes=boxes, problems=problems,
+                         read_points=partial(_points, folder / "lidar" / f"{number:02d}.pkl.gz") if lidar else None,
+                         index=number, time_s=time_s,
+                         camera_times_s={camera: rigs[camera].times[number].item() for camera in cameras},
+                         folder=folder)
 
-# %% ../../nbs/scenes/pandaset.ipynb #dfc5b659
+# %% ../../nbs/scenes/pandaset.ipynb #483722c5
 def find_sequences(path: str | Path) -> list[Path]:
     """The sequence folders at `path`: itself, or those in it. Raises KiloError where there are none."""
     root = Path(path)
-    if not root.is_dir(): raise KiloError(f"The PandaSet folder {root} is not there: give a sequence (002) or the folder that holds sequences.")
-    found = [folder.resolve() for folder in (root, *sorted(root.iterdir())) if (folder / "lidar" / "poses.json").is_file()]
-    if not found: raise KiloError(f"{root} holds no PandaSet sequence: expected lidar/poses.json in it or in a folder of it.")
+    if not root.is_dir():
+        raise KiloError(f"The PandaSet folder {root} is not there: give a sequence (002) or the folder that "
+                        "holds sequences.")
+    found = [folder.resolve() for folder in (root, *sorted(root.iterdir()))
+             if (folder / "lidar" / "poses.json").is_file()]
+    if not found:
+        raise KiloError(f"{root} holds no PandaSet sequence: expected lidar/poses.json in it or in a folder of it.")
     return found
 
-
+# %% ../../nbs/scenes/pandaset.ipynb #0adc8444
 def load_pandaset(path: str | Path) -> PandasetSequence:
-    """The sequence at `path` (a sequence folder, or a folder that holds exactly one). Points, pictures and labels are read when asked for.
+    """The sequence at `path` (a sequence folder, or a folder that holds exactly one). Points, pictures and labels are
+    read when asked for.
 
     Raises KiloError: no sequence or several (named), or JSON that is missing, damaged or disagrees in length.
     """
     sequences = find_sequences(path)
-    if len(sequences) > 1: raise KiloError(f"{path} holds {len(sequences)} sequences: give one of them ({', '.join(folder.name for folder in sequences[:6])}).")
+    if len(sequences) > 1:
+        raise KiloError(f"{path} holds {len(sequences)} sequences: give one of them "
+                        f"({', '.join(folder.name for folder in sequences[:6])}).")
     folder = sequences[0]
     vehicle, times = read_poses(folder / "lidar" / "poses.json"), read_times(folder / "lidar" / "timestamps.json")
     rigs = {name: _read_rig(folder / "camera" / name) for name in CAMERAS if (folder / "camera" / name).is_dir()}
-    lengths = {"lidar/timestamps.json": len(times)} | {f"camera/{name}/{part}.json": len(values) for name, rig in rigs.items()
-                                                       for part, values in (("poses", rig.poses), ("timestamps", rig.times))}
+    lengths = {"lidar/timestamps.json": len(times)} | {f"camera/{name}/{part}.json": len(values) for name,
+                                                       rig in rigs.items() for part,
+                                                       values in (("poses", rig.poses), ("timestamps", rig.times))}
     for part, count in lengths.items():
-        if count != len(vehicle): raise KiloError(f"{folder / part} has {count} entries, but lidar/poses.json {len(vehicle)}: they belong to one sequence.")
-    sweeps, pictures = _numbered(folder / "lidar", ".pkl.gz"), {name: _numbered(folder / "camera" / name, ".jpg") for name in rigs}
+        if count != len(vehicle):
+            raise KiloError(f"{folder / part} has {count} entries, but lidar/poses.json {len(vehicle)}: they "
+                            "belong to one sequence.")
+    sweeps, pictures = _numbered(folder / "lidar",
+                                 ".pkl.gz"), {name: _numbered(folder / "camera" / name, ".jpg") for name in rigs}
     there = {"lidar": sweeps} | {f"camera/{name}": pictures.get(name, set()) for name in CAMERAS}
     there |= {part: _numbered(folder / part, ".pkl.gz") for part in ("annotations/cuboids", "annotations/semseg")}
     missing = {part: tuple(i for i in range(len(vehicle)) if i not in numbers) for part, numbers in there.items()}
     problems: list[Problem] = []
     frames = tuple(_frame(folder, i, vehicle[i], times[i].item(), rigs, pictures, i in sweeps, problems)
                    for i in range(len(vehicle)) if i in sweeps or any(i in numbers for numbers in pictures.values()))
-    return PandasetSequence(folder, frames, len(vehicle), times[0].item(), {part: numbers for part, numbers in missing.items() if numbers}, problems)
+    return PandasetSequence(folder, frames, len(vehicle), times[0].item(),
+                            {part: numbers for part, numbers in missing.items() if numbers}, problems)
 
 # %% ../../nbs/scenes/pandaset.ipynb #b51eb793
 def load_surround_frames(path: str | Path) -> SurroundScene:

@@ -20,14 +20,15 @@ from numba import njit, prange
 from ..core.errors import KiloError
 from .materials import MARKING, VEGETATION, exposed, lit, sky, surface
 
-# %% ../../nbs/scenes/raycast.ipynb #3e4f280b
+# %% ../../nbs/scenes/raycast.ipynb #b9785180
 BOX, ELLIPSOID, CYLINDER = range(3)
 
 
 class Solids(NamedTuple):
     """Solids as arrays, for the kernels.
 
-    shapes: [P, 18] float64: centre (3), rows of the rotation from outside into the solid's frame (9), half sizes (3), tapers front, back, sides (3); metres.
+    shapes: [P, 18] float64: centre (3), rows of the rotation from outside into the solid's frame (9), half sizes (3),
+    tapers front, back, sides (3); metres.
     tags: [P, 4] int32: kind, material, label, 1 where it casts shadows. skins: [P, 12] float64, read by the material.
     """
     shapes: np.ndarray
@@ -37,28 +38,28 @@ class Solids(NamedTuple):
     @property
     def count(self) -> int: return len(self.shapes)
 
-
+# %% ../../nbs/scenes/raycast.ipynb #0fc97ef4
 def turn_z(yaw: float) -> np.ndarray:
     """[3, 3] rotation by `yaw` radians about z (x towards y)."""
     c, s = math.cos(yaw), math.sin(yaw)
     return np.array([[c, -s, 0.0], [s, c, 0.0], [0.0, 0.0, 1.0]])
 
-
-def solid(kind: int, centre: Iterable[float], half: Iterable[float], material: int, label: int, skin: Iterable[float], rotation: np.ndarray | None = None,
-          taper: Iterable[float] = (0.0, 0.0, 0.0)) -> Solids:
+# %% ../../nbs/scenes/raycast.ipynb #793fc490
+def solid(kind: int, centre: Iterable[float], half: Iterable[float], material: int, label: int, skin: Iterable[float],
+          rotation: np.ndarray | None = None, taper: Iterable[float] = (0.0, 0.0, 0.0)) -> Solids:
     """One solid. rotation: [3, 3] from the solid's frame to the outside. skin: up to 12 numbers."""
     rows = np.eye(3) if rotation is None else np.asarray(rotation).T
     skin = [float(value) for value in skin]
-    return Solids(np.array([[*centre, *rows.ravel(), *half, *taper]], dtype=np.float64), np.array([[kind, material, label, 1]], dtype=np.int32),
-                  np.array([skin + [0.0] * (12 - len(skin))]))
+    return Solids(np.array([[*centre, *rows.ravel(), *half, *taper]], dtype=np.float64),
+                  np.array([[kind, material, label, 1]], dtype=np.int32), np.array([skin + [0.0] * (12 - len(skin))]))
 
-
+# %% ../../nbs/scenes/raycast.ipynb #66bc311f
 def stack(parts: Iterable[Solids]) -> Solids:
     """All solids of `parts` in order."""
     parts = list(parts) or [Solids(np.zeros((0, 18)), np.zeros((0, 4), np.int32), np.zeros((0, 12)))]
     return Solids(*(np.ascontiguousarray(np.concatenate(arrays)) for arrays in zip(*parts)))
 
-# %% ../../nbs/scenes/raycast.ipynb #8b6c7a70
+# %% ../../nbs/scenes/raycast.ipynb #fdb13539
 @njit(cache=True, error_model="numpy")
 def _meet_box(ox: float, oy: float, oz: float, dx: float, dy: float, dz: float, shape: np.ndarray) -> tuple[float, int]:
     """(distance, face) where a ray enters a tapered box; infinity where it does not."""
@@ -80,9 +81,10 @@ def _meet_box(ox: float, oy: float, oz: float, dx: float, dy: float, dz: float, 
         if enter > leave: return np.inf, -1
     return (enter, face) if enter > 0 else (np.inf, -1)
 
-
+# %% ../../nbs/scenes/raycast.ipynb #30b198f6
 @njit(cache=True, error_model="numpy")
-def _meet_round(ox: float, oy: float, oz: float, dx: float, dy: float, dz: float, kind: int, shape: np.ndarray) -> tuple[float, int]:
+def _meet_round(ox: float, oy: float, oz: float, dx: float, dy: float, dz: float, kind: int,
+                shape: np.ndarray) -> tuple[float, int]:
     """(distance, face) where a ray enters an ellipsoid or a cylinder."""
     hx, hy, hz = shape[12], shape[13], shape[14]
     ox, dx, oy, dy = ox / hx, dx / hx, oy / hy, dy / hy
@@ -103,24 +105,29 @@ def _meet_round(ox: float, oy: float, oz: float, dx: float, dy: float, dz: float
     elif abs(oz) > hz: return np.inf, -1
     return (enter, face) if 0 < enter < leave else (np.inf, -1)
 
-
+# %% ../../nbs/scenes/raycast.ipynb #a6a81984
 @njit(cache=True, error_model="numpy")
-def _meet(shapes: np.ndarray, tags: np.ndarray, p: int, x: float, y: float, z: float, dx: float, dy: float, dz: float) -> tuple[float, int]:
+def _meet(shapes: np.ndarray, tags: np.ndarray, p: int, x: float, y: float, z: float, dx: float, dy: float,
+          dz: float) -> tuple[float, int]:
     """(distance, face) of solid `p` along the ray; infinity where they miss."""
     s = shapes[p]
     x, y, z = x - s[0], y - s[1], z - s[2]
     ox, oy, oz = s[3] * x + s[4] * y + s[5] * z, s[6] * x + s[7] * y + s[8] * z, s[9] * x + s[10] * y + s[11] * z
-    ux, uy, uz = s[3] * dx + s[4] * dy + s[5] * dz, s[6] * dx + s[7] * dy + s[8] * dz, s[9] * dx + s[10] * dy + s[11] * dz
+    ux, uy, uz = (
+        s[3] * dx + s[4] * dy + s[5] * dz,
+        s[6] * dx + s[7] * dy + s[8] * dz,
+        s[9] * dx + s[10] * dy + s[11] * dz,
+    )
     if tags[p, 0] == 0: return _meet_box(ox, oy, oz, ux, uy, uz, s)
     return _meet_round(ox, oy, oz, ux, uy, uz, tags[p, 0], s)
 
-# %% ../../nbs/scenes/raycast.ipynb #252a65ee
+# %% ../../nbs/scenes/raycast.ipynb #60ce6c4e
 @njit(cache=True)
 def _area(low: np.ndarray, high: np.ndarray) -> float:
     x, y, z = high[0] - low[0], high[1] - low[1], high[2] - low[2]
     return x * y + y * z + z * x
 
-
+# %% ../../nbs/scenes/raycast.ipynb #6178c465
 @njit(cache=True)
 def _best_cut(order: np.ndarray, first: int, count: int, low: np.ndarray, high: np.ndarray) -> tuple[int, int]:
     """(axis, members to the left) of the cheapest cut; reorders nothing. axis -1 where a leaf is cheaper."""
@@ -140,12 +147,13 @@ def _best_cut(order: np.ndarray, first: int, count: int, low: np.ndarray, high: 
             if total < best: best, axis, left = total, a, k
     return axis, left
 
-
+# %% ../../nbs/scenes/raycast.ipynb #541e7864
 @njit(cache=True)
 def build_tree(low: np.ndarray, high: np.ndarray, leaf: int = 3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Bounding-volume hierarchy of boxes `low`, `high` [P, 3].
 
-    Returns (bounds [M, 6], links [M, 3] int32: right child or first member, members (0 for an inner node), axis; order [P] of the members).
+    Returns (bounds [M, 6], links [M, 3] int32: right child or first member, members (0 for an inner node), axis; order
+    [P] of the members).
     """
     total = len(low)
     order = np.arange(total)
@@ -163,7 +171,10 @@ def build_tree(low: np.ndarray, high: np.ndarray, leaf: int = 3) -> tuple[np.nda
             bounds[node, c] = np.inf
             bounds[node, 3 + c] = -np.inf
             for k in range(first, first + count):
-                bounds[node, c], bounds[node, 3 + c] = min(bounds[node, c], low[order[k], c]), max(bounds[node, 3 + c], high[order[k], c])
+                bounds[node, c], bounds[node, 3 + c] = (
+                    min(bounds[node, c], low[order[k], c]),
+                    max(bounds[node, 3 + c], high[order[k], c]),
+                )
         links[node, 0], links[node, 1] = first, count
         if count <= leaf: continue
         axis, left = _best_cut(order, first, count, low, high)
@@ -184,7 +195,7 @@ def bounding_boxes(solids: Solids) -> tuple[np.ndarray, np.ndarray]:
     reach = np.einsum("pij,pi->pj", np.abs(rows), half) + 1e-9
     return centre - reach, centre + reach
 
-# %% ../../nbs/scenes/raycast.ipynb #5ca1491d
+# %% ../../nbs/scenes/raycast.ipynb #ef1a3652
 class Pose(NamedTuple):
     """Where an actor is: position of its origin (metres, world) and yaw (radians, from x towards y)."""
     x: float
@@ -198,10 +209,11 @@ class Pose(NamedTuple):
         result[:3, :3], result[:3, 3] = turn_z(self.yaw), (self.x, self.y, self.z)
         return result
 
-
+# %% ../../nbs/scenes/raycast.ipynb #b06dde00
 @dataclass(frozen=True)
 class Actor:
-    """A rigid body. instance: its number, > 0. category: its class by name. half: [3] half sizes of its cuboid, whose bottom is at z = 0.
+    """A rigid body. instance: its number, > 0. category: its class by name. half: [3] half sizes of its cuboid, whose
+    bottom is at z = 0.
 
     solids: in its frame, inside the cuboid. pose: time (seconds) -> Pose.
     """
@@ -211,7 +223,7 @@ class Actor:
     solids: Solids
     pose: Callable[[float], Pose]
 
-
+# %% ../../nbs/scenes/raycast.ipynb #03be9a3c
 class Scene(NamedTuple):
     """A world between two instants, as arrays for the kernels."""
     bounds: np.ndarray
@@ -230,13 +242,13 @@ class Scene(NamedTuple):
     sun: np.ndarray
     seed: int
 
-# %% ../../nbs/scenes/raycast.ipynb #fd393837
+# %% ../../nbs/scenes/raycast.ipynb #30a04d4c
 @dataclass(frozen=True)
 class World:
     """Ground, statics and actors under a sky.
 
-    statics: solids. actors: with distinct instances. plan: [8] numbers of the street grid (materials.PLAN). sun: [3] unit vector towards the sun. seed: of
-    the sky.
+    statics: solids. actors: with distinct instances. plan: [8] numbers of the street grid (materials.PLAN). sun: [3]
+    unit vector towards the sun. seed: of the sky.
     """
     statics: Solids
     actors: tuple[Actor, ...] = ()
@@ -253,7 +265,9 @@ class World:
     def _moving(self) -> tuple[np.ndarray, Solids]:
         counts = [actor.solids.count for actor in self.actors]
         firsts = np.cumsum([0, *counts[:-1]])
-        return np.array(list(zip(firsts, counts)), dtype=np.int64).reshape(-1, 2), stack(actor.solids for actor in self.actors)
+        return np.array(list(zip(firsts, counts)), dtype=np.int64).reshape(-1, 2), stack(
+            actor.solids for actor in self.actors
+        )
 
     @cached_property
     def by_instance(self) -> dict[int, Actor]:
@@ -261,19 +275,23 @@ class World:
         return {actor.instance: actor for actor in self.actors}
 
     def scene(self, start: float, end: float | None = None) -> Scene:
-        """The world from `start` to `end` (seconds); within, each actor moves on the straight line between its two poses."""
+        """The world from `start` to `end` (seconds); within, each actor moves on the straight line between its two
+        poses."""
         parts, solids = self._moving
         poses = [(actor.pose(start), actor.pose(start if end is None else end)) for actor in self.actors]
-        motions = np.array([[*a, *b, *actor.half, actor.instance] for actor, (a, b) in zip(self.actors, poses)]).reshape(-1, 12)
+        motions = np.array([[*a, *b, *actor.half, actor.instance] for actor,
+                            (a, b) in zip(self.actors, poses)]).reshape(-1, 12)
         ends = motions[:, [0, 1, 2]], motions[:, [4, 5, 6]]
         reach = np.hypot(motions[:, 8], motions[:, 9])[:, None] * [1, 1, 0] + 1e-9
-        bounds, links, order = build_tree(np.minimum(*ends) - reach, np.maximum(*ends) + reach + motions[:, 10:11] * [0, 0, 2], 2)
+        bounds, links, order = build_tree(np.minimum(*ends) - reach,
+                                          np.maximum(*ends) + reach + motions[:, 10:11] * [0, 0, 2], 2)
         moving = (np.ascontiguousarray(array[order]) for array in (motions, parts))
         return Scene(*self._fixed, bounds, links, *moving, *solids, self.plan, self.sun, self.seed)
 
-# %% ../../nbs/scenes/raycast.ipynb #d2122d67
+# %% ../../nbs/scenes/raycast.ipynb #d86b0a73
 @njit(cache=True, error_model="numpy", inline="always")
-def _enters(bounds: np.ndarray, node: int, x: float, y: float, z: float, ix: float, iy: float, iz: float, nearest: float) -> bool:
+def _enters(bounds: np.ndarray, node: int, x: float, y: float, z: float, ix: float, iy: float, iz: float,
+            nearest: float) -> bool:
     """Whether a ray (with inverse direction) meets a node's box before `nearest`."""
     a, b = (bounds[node, 0] - x) * ix, (bounds[node, 3] - x) * ix
     near, far = min(a, b), max(a, b)
@@ -283,15 +301,16 @@ def _enters(bounds: np.ndarray, node: int, x: float, y: float, z: float, ix: flo
     near, far = max(near, min(a, b)), min(far, max(a, b))
     return far >= max(near, 0.0) and near < nearest
 
-
+# %% ../../nbs/scenes/raycast.ipynb #46a7fa0a
 @njit(cache=True, error_model="numpy", inline="always")
 def _inverse(value: float) -> float: return 1.0 / value if abs(value) > 1e-12 else (1e12 if value >= 0 else -1e12)
 
-
+# %% ../../nbs/scenes/raycast.ipynb #75930958
 @njit(cache=True, error_model="numpy")
-def _walk_statics(s: Scene, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float, stack: np.ndarray,
-                  any_hit: bool) -> tuple[float, int, int]:
-    """(distance, solid, face) of the nearest static before `nearest`; of any where `any_hit`; solid -1 where there is none."""
+def _walk_statics(s: Scene, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float,
+                  stack: np.ndarray, any_hit: bool) -> tuple[float, int, int]:
+    """(distance, solid, face) of the nearest static before `nearest`; of any where `any_hit`; solid -1 where there is
+    none."""
     found, face, node, waiting = -1, -1, 0, 0
     if len(s.shapes) == 0: return nearest, found, face
     ix, iy, iz = _inverse(dx), _inverse(dy), _inverse(dz)
@@ -314,16 +333,23 @@ def _walk_statics(s: Scene, x: float, y: float, z: float, dx: float, dy: float, 
         waiting -= 1
         node = stack[waiting]
 
-# %% ../../nbs/scenes/raycast.ipynb #829b1f54
+# %% ../../nbs/scenes/raycast.ipynb #88f1d484
 @njit(cache=True, error_model="numpy")
 def _actor_frame(m: np.ndarray, share: float) -> tuple[float, float, float, float, float]:
     """(x, y, z, cos yaw, sin yaw) of an actor's motion at `share` in 0..1."""
     yaw = m[3] + share * (m[7] - m[3])
-    return m[0] + share * (m[4] - m[0]), m[1] + share * (m[5] - m[1]), m[2] + share * (m[6] - m[2]), math.cos(yaw), math.sin(yaw)
+    return (
+        m[0] + share * (m[4] - m[0]),
+        m[1] + share * (m[5] - m[1]),
+        m[2] + share * (m[6] - m[2]),
+        math.cos(yaw),
+        math.sin(yaw),
+    )
 
-
+# %% ../../nbs/scenes/raycast.ipynb #7a36d0ce
 @njit(cache=True, error_model="numpy")
-def _meet_actor(s: Scene, a: int, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float) -> tuple[float, int, int]:
+def _meet_actor(s: Scene, a: int, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float,
+                nearest: float) -> tuple[float, int, int]:
     """(distance, solid, face) of the nearest solid of one actor before `nearest`."""
     px, py, pz, c, n = _actor_frame(s.motions[a], share)
     x, y, z = x - px, y - py, z - pz
@@ -340,10 +366,10 @@ def _meet_actor(s: Scene, a: int, share: float, x: float, y: float, z: float, dx
         if t < nearest: nearest, found, face = t, p, f
     return nearest, found, face
 
-
+# %% ../../nbs/scenes/raycast.ipynb #a75963c1
 @njit(cache=True, error_model="numpy")
-def _walk_actors(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float, stack: np.ndarray,
-                 any_hit: bool) -> tuple[float, int, int, int]:
+def _walk_actors(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float,
+                 stack: np.ndarray, any_hit: bool) -> tuple[float, int, int, int]:
     """(distance, solid, face, actor) of the nearest actor before `nearest`; actor -1 where there is none."""
     found, face, actor, node, waiting = -1, -1, -1, 0, 0
     if len(s.motions) == 0: return nearest, found, face, actor
@@ -365,12 +391,12 @@ def _walk_actors(s: Scene, share: float, x: float, y: float, z: float, dx: float
         waiting -= 1
         node = stack[waiting]
 
-
+# %% ../../nbs/scenes/raycast.ipynb #8f9fe998
 @njit(cache=True, error_model="numpy")
 def _trace(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, nearest: float,
            stack: np.ndarray) -> tuple[float, int, int, int]:
-    """(distance, solid, face, actor) of what the ray meets first. solid: -1 nothing, -2 the ground; counted within statics, or within actors where actor >=
-    0."""
+    """(distance, solid, face, actor) of what the ray meets first. solid: -1 nothing, -2 the ground; counted within
+    statics, or within actors where actor >= 0."""
     found, face, actor = -1, -1, -1
     if dz < 0 and -z / dz < nearest and z > 0: nearest, found, face = -z / dz, -2, 8
     t, p, f = _walk_statics(s, x, y, z, dx, dy, dz, nearest, stack, False)
@@ -378,19 +404,26 @@ def _trace(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: 
     t, p, f, a = _walk_actors(s, share, x, y, z, dx, dy, dz, nearest, stack, False)
     return (t, p, f, a) if a >= 0 else (nearest, found, face, actor)
 
-
+# %% ../../nbs/scenes/raycast.ipynb #30702ed1
 @njit(cache=True, error_model="numpy")
-def _blocked(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, reach: float, stack: np.ndarray) -> bool:
+def _blocked(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, reach: float,
+             stack: np.ndarray) -> bool:
     """Whether anything lies within `reach` metres along the ray (the ground apart)."""
     if _walk_statics(s, x, y, z, dx, dy, dz, reach, stack, True)[1] >= 0: return True
     return _walk_actors(s, share, x, y, z, dx, dy, dz, reach, stack, True)[1] >= 0
 
-# %% ../../nbs/scenes/raycast.ipynb #e553581a
+# %% ../../nbs/scenes/raycast.ipynb #e7867d69
 @njit(cache=True, error_model="numpy")
-def _place(shape: np.ndarray, face: int, x: float, y: float, z: float) -> tuple[float, float, float, float, float, float]:
+def _place(
+    shape: np.ndarray, face: int, x: float, y: float, z: float
+) -> tuple[float, float, float, float, float, float]:
     """Local position and outward normal (in the frame around the solid) at a point on its face."""
     x, y, z = x - shape[0], y - shape[1], z - shape[2]
-    lx, ly, lz = shape[3] * x + shape[4] * y + shape[5] * z, shape[6] * x + shape[7] * y + shape[8] * z, shape[9] * x + shape[10] * y + shape[11] * z
+    lx, ly, lz = (
+        shape[3] * x + shape[4] * y + shape[5] * z,
+        shape[6] * x + shape[7] * y + shape[8] * z,
+        shape[9] * x + shape[10] * y + shape[11] * z,
+    )
     a, b, c = 0.0, 0.0, 0.0
     if face == 0: a, c = 1.0, shape[15]
     elif face == 1: a, c = -1.0, shape[16]
@@ -398,22 +431,41 @@ def _place(shape: np.ndarray, face: int, x: float, y: float, z: float) -> tuple[
     elif face == 3: b, c = -1.0, shape[17]
     elif face == 4: c = 1.0
     elif face == 5: c = -1.0
-    else: a, b, c = lx / (shape[12] * shape[12]), ly / (shape[13] * shape[13]), lz / (shape[14] * shape[14]) if face == 6 else 0.0
+    else:
+        a, b, c = (
+            lx / (shape[12] * shape[12]),
+            ly / (shape[13] * shape[13]),
+            lz / (shape[14] * shape[14]) if face == 6 else 0.0,
+        )
     scale = 1 / math.sqrt(a * a + b * b + c * c)
     a, b, c = a * scale, b * scale, c * scale
-    return lx, ly, lz, shape[3] * a + shape[6] * b + shape[9] * c, shape[4] * a + shape[7] * b + shape[10] * c, shape[5] * a + shape[8] * b + shape[11] * c
+    return (
+        lx,
+        ly,
+        lz,
+        shape[3] * a + shape[6] * b + shape[9] * c,
+        shape[4] * a + shape[7] * b + shape[10] * c,
+        shape[5] * a + shape[8] * b + shape[11] * c,
+    )
 
-
+# %% ../../nbs/scenes/raycast.ipynb #0bcd37fe
 @njit(cache=True, error_model="numpy")
-def _look(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, found: int, face: int, actor: int,
-          spread: float) -> tuple[float, float, float, float, int, float, float, float, float, float, float]:
-    """(red, green, blue, gloss, label, normal (3), local position (3)) at a hit. spread: the pixel's size there across the ray, metres."""
+def _look(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, found: int, face: int,
+          actor: int, spread: float) -> tuple[float, float, float, float, int, float, float, float, float, float,
+                                              float]:
+    """(red, green, blue, gloss, label, normal (3), local position (3)) at a hit. spread: the pixel's size there across
+    the ray, metres."""
     lx, ly, lz, a, b, c = x, y, z, 0.0, 0.0, 1.0
     shape, material, label, skin = s.plan, 1, 1, s.plan
     if actor >= 0:
         px, py, pz, cos, sin = _actor_frame(s.motions[actor], share)
         ux, uy = x - px, y - py
-        shape, material, label, skin = s.actor_shapes[found], s.actor_tags[found, 1], s.actor_tags[found, 2], s.actor_skins[found]
+        shape, material, label, skin = (
+            s.actor_shapes[found],
+            s.actor_tags[found, 1],
+            s.actor_tags[found, 2],
+            s.actor_skins[found],
+        )
         lx, ly, lz, a, b, c = _place(shape, face, cos * ux + sin * uy, cos * uy - sin * ux, z - pz)
         a, b = cos * a - sin * b, sin * a + cos * b
     elif found >= 0:
@@ -424,7 +476,7 @@ def _look(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: f
     r, g, h, gloss, label = surface(material, label, x, y, z, lx, ly, lz, face, half, taper, skin, s.plan, footprint)
     return r, g, h, gloss, label, a, b, c, lx, ly, lz
 
-# %% ../../nbs/scenes/raycast.ipynb #fb5d5a06
+# %% ../../nbs/scenes/raycast.ipynb #0cbfb90b
 @njit(cache=True, error_model="numpy")
 def _surface_uv(face: int, lx: float, ly: float, lz: float) -> tuple[float, float]:
     if face < 2: return ly, lz
@@ -432,35 +484,47 @@ def _surface_uv(face: int, lx: float, ly: float, lz: float) -> tuple[float, floa
     if face == 4 or face == 5 or face == 8: return lx, ly
     return math.atan2(ly, lx), lz
 
-
+# %% ../../nbs/scenes/raycast.ipynb #8e767cc6
 @njit(cache=True, parallel=True, error_model="numpy")
-def _cast_kernel(s: Scene, origins: np.ndarray, directions: np.ndarray, shares: np.ndarray, reach: float, numbers: np.ndarray, whats: np.ndarray) -> None:
+def _cast_kernel(s: Scene, origins: np.ndarray, directions: np.ndarray, shares: np.ndarray, reach: float,
+                 numbers: np.ndarray, whats: np.ndarray) -> None:
     """numbers: [N, 8] range, normal (3), uv (2), reflectance, gloss. whats: [N, 4] solid, face, label, instance."""
     chunk = 1024
     for block in prange((len(origins) + chunk - 1) // chunk):
         waiting = np.empty(128, np.int32)
         for n in range(block * chunk, min(len(origins), (block + 1) * chunk)):
-            x, y, z, dx, dy, dz = origins[n, 0], origins[n, 1], origins[n, 2], directions[n, 0], directions[n, 1], directions[n, 2]
+            x, y, z, dx, dy, dz = (
+                origins[n, 0],
+                origins[n, 1],
+                origins[n, 2],
+                directions[n, 0],
+                directions[n, 1],
+                directions[n, 2],
+            )
             t, found, face, actor = _trace(s, shares[n], x, y, z, dx, dy, dz, reach, waiting)
             whats[n, 0], whats[n, 1], whats[n, 2], whats[n, 3] = -1, -1, 0, 0
             for k in range(8): numbers[n, k] = 0.0
             numbers[n, 0] = np.inf
             if found == -1: continue
             x, y, z = x + t * dx, y + t * dy, z + t * dz
-            r, g, b, gloss, label, nx, ny, nz, lx, ly, lz = _look(s, shares[n], x, y, z, dx, dy, dz, found, face, actor, 1e-3)
+            r, g, b, gloss, label, nx, ny, nz, lx, ly, lz = _look(s, shares[n], x, y, z, dx, dy, dz, found, face, actor,
+                                                                  1e-3)
             numbers[n, 0], numbers[n, 1], numbers[n, 2], numbers[n, 3] = t, nx, ny, nz
             numbers[n, 4], numbers[n, 5] = _surface_uv(face, lx, ly, lz)
             numbers[n, 6], numbers[n, 7] = .3 * r + .6 * g + .1 * b, gloss
-            whats[n, 0] = len(s.shapes) + len(s.actor_shapes) if found == -2 else (found + len(s.shapes) if actor >= 0 else found)
+            whats[n, 0] = (
+                len(s.shapes) + len(s.actor_shapes) if found == -2 else (found + len(s.shapes) if actor >= 0 else found)
+            )
             whats[n, 1], whats[n, 2] = face, label
             whats[n, 3] = int(s.motions[actor, 11]) if actor >= 0 else 0
 
-# %% ../../nbs/scenes/raycast.ipynb #a078dbb8
+# %% ../../nbs/scenes/raycast.ipynb #68c782c2
 class Hits(NamedTuple):
-    """What N rays met. range_m: [N] float64 metres along the unit ray, infinity for the sky. primitive: [N] int32, -1 for the sky; statics in the order of the
-    hierarchy, then the actors' solids, then the ground. face: [N] int8. normals: [N, 3]. uv: [N, 2] place on the face, metres (radians around a round one).
-    label: [N] int16 index into materials.LABELS. instance: [N] int32, 0 for what is no actor. reflectance: [N] albedo in 0..1. gloss: [N] in 0..1, above one
-    half for glass."""
+    """What N rays met. range_m: [N] float64 metres along the unit ray, infinity for the sky. primitive: [N] int32, -1
+    for the sky; statics in the order of the hierarchy, then the actors' solids, then the ground. face: [N] int8.
+    normals: [N, 3]. uv: [N, 2] place on the face, metres (radians around a round one).
+    label: [N] int16 index into materials.LABELS. instance: [N] int32, 0 for what is no actor. reflectance: [N] albedo
+    in 0..1. gloss: [N] in 0..1, above one half for glass."""
     range_m: np.ndarray
     primitive: np.ndarray
     face: np.ndarray
@@ -471,24 +535,27 @@ class Hits(NamedTuple):
     reflectance: np.ndarray
     gloss: np.ndarray
 
-
+# %% ../../nbs/scenes/raycast.ipynb #6de8f084
 def _checked_rays(origins: Any, directions: Any) -> tuple[np.ndarray, np.ndarray]:
     origins, directions = (np.ascontiguousarray(np.asarray(a, dtype=np.float64)) for a in (origins, directions))
     if origins.ndim != 2 or origins.shape[1] != 3 or origins.shape != directions.shape:
-        raise KiloError(f"Rays need origins and directions of one shape [N, 3]: got {origins.shape} and {directions.shape}.")
+        raise KiloError(f"Rays need origins and directions of one shape [N, 3]: got {origins.shape} and "
+                        f"{directions.shape}.")
     if not (np.isfinite(origins).all() and np.isfinite(directions).all()):
         raise KiloError("Rays hold a number that is not finite: check the camera's pose and intrinsics.")
     lengths = np.linalg.norm(directions, axis=1)
     if len(lengths) and abs(lengths - 1).max() > 1e-3:
-        raise KiloError(f"Ray directions must be unit vectors: their lengths go from {lengths.min():.4g} to {lengths.max():.4g}.")
+        raise KiloError(f"Ray directions must be unit vectors: their lengths go from {lengths.min():.4g} to "
+                        f"{lengths.max():.4g}.")
     return origins, directions / lengths[:, None]
 
-
+# %% ../../nbs/scenes/raycast.ipynb #731333c9
 def cast(world: World, origins: Any, directions: Any, time: Any, reach: float = math.inf) -> Hits:
     """What each ray meets first.
 
-    origins: [N, 3] metres. directions: [N, 3] unit vectors. time: seconds, one or [N]; over an array of times each actor moves straight from the
-    first to the last. reach: metres beyond which a ray sees nothing. Raises KiloError for rays that are not.
+    origins: [N, 3] metres. directions: [N, 3] unit vectors. time: seconds, one or [N]; over an array of times each
+    actor moves straight from the first to the last. reach: metres beyond which a ray sees nothing. Raises KiloError for
+    rays that are not.
     """
     origins, directions = _checked_rays(origins, directions)
     times = np.broadcast_to(np.asarray(time, dtype=np.float64), len(origins))
@@ -496,14 +563,15 @@ def cast(world: World, origins: Any, directions: Any, time: Any, reach: float = 
     shares = np.ascontiguousarray((times - start) / (end - start) if end > start else np.zeros(len(times)))
     numbers, whats = np.empty((len(origins), 8)), np.empty((len(origins), 4), np.int32)
     _cast_kernel(world.scene(float(start), float(end)), origins, directions, shares, float(reach), numbers, whats)
-    return Hits(numbers[:, 0], whats[:, 0], whats[:, 1].astype(np.int8), numbers[:, 1:4], numbers[:, 4:6], whats[:, 2].astype(np.int16), whats[:, 3],
-                numbers[:, 6], numbers[:, 7])
+    return Hits(numbers[:, 0], whats[:, 0], whats[:, 1].astype(np.int8), numbers[:, 1:4], numbers[:, 4:6],
+                whats[:, 2].astype(np.int16), whats[:, 3], numbers[:, 6], numbers[:, 7])
 
-# %% ../../nbs/scenes/raycast.ipynb #7aaa5157
+# %% ../../nbs/scenes/raycast.ipynb #edfd55a9
 @njit(cache=True, error_model="numpy")
-def _colour(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, t: float, found: int, face: int, actor: int,
-            spread: float, waiting: np.ndarray) -> tuple[float, float, float, int]:
-    """(red, green, blue, label) that a camera keeps of what its ray met, linear in 0..1. spread: the pixel's angle, radians."""
+def _colour(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy: float, dz: float, t: float, found: int,
+            face: int, actor: int, spread: float, waiting: np.ndarray) -> tuple[float, float, float, int]:
+    """(red, green, blue, label) that a camera keeps of what its ray met, linear in 0..1. spread: the pixel's angle,
+    radians."""
     if found == -1:
         r, g, b = sky(dx, dy, dz, s.sun, s.seed)
         return exposed(r), exposed(g), exposed(b), 0
@@ -511,7 +579,9 @@ def _colour(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy:
     r, g, b, gloss, label, nx, ny, nz, _, _, _ = _look(s, share, x, y, z, dx, dy, dz, found, face, actor, spread * t)
     seen, openness = 0.0, 1.0
     facing = nx * s.sun[0] + ny * s.sun[1] + nz * s.sun[2]
-    if facing > 0 and not _blocked(s, share, x + .004 * nx, y + .004 * ny, z + .004 * nz, s.sun[0], s.sun[1], s.sun[2], np.inf, waiting): seen = 1.0
+    if facing > 0 and not _blocked(s, share, x + .004 * nx, y + .004 * ny, z + .004 * nz, s.sun[0], s.sun[1], s.sun[2],
+                                   np.inf, waiting):
+        seen = 1.0
     if nz > .9 and label <= 4 and _blocked(s, share, x, y, z + .004, 0.0, 0.0, 1.0, 2.5, waiting): openness = .45
     elif z < 1.5: openness = .72 + .28 * max(0.0, z) / 1.5 if nz < .5 else 1.0
     if label == 6: seen, nz = .85 * seen, .5 * nz + .5
@@ -520,22 +590,32 @@ def _colour(s: Scene, share: float, x: float, y: float, z: float, dx: float, dy:
     r, g, b = r + haze * (.80 - r), g + haze * (.87 - g), b + haze * (.95 - b)
     return exposed(r), exposed(g), exposed(b), label
 
-
+# %% ../../nbs/scenes/raycast.ipynb #0f2d3c9c
 @njit(cache=True, parallel=True, error_model="numpy")
-def _render_kernel(s: Scene, origins: np.ndarray, directions: np.ndarray, spread: float, colours: np.ndarray, ranges: np.ndarray, whats: np.ndarray) -> None:
+def _render_kernel(s: Scene, origins: np.ndarray, directions: np.ndarray, spread: float, colours: np.ndarray,
+                   ranges: np.ndarray, whats: np.ndarray) -> None:
     """colours: [N, 3] float32. ranges: [N]. whats: [N, 3] int32 solid with face, label, instance."""
     chunk = 512
     for block in prange((len(origins) + chunk - 1) // chunk):
         waiting = np.empty(128, np.int32)
         for n in range(block * chunk, min(len(origins), (block + 1) * chunk)):
-            x, y, z, dx, dy, dz = origins[n, 0], origins[n, 1], origins[n, 2], directions[n, 0], directions[n, 1], directions[n, 2]
+            x, y, z, dx, dy, dz = (
+                origins[n, 0],
+                origins[n, 1],
+                origins[n, 2],
+                directions[n, 0],
+                directions[n, 1],
+                directions[n, 2],
+            )
             t, found, face, actor = _trace(s, 0.0, x, y, z, dx, dy, dz, np.inf, waiting)
-            colours[n, 0], colours[n, 1], colours[n, 2], label = _colour(s, 0.0, x, y, z, dx, dy, dz, t, found, face, actor, spread, waiting)
+            colours[n, 0], colours[n, 1], colours[n, 2], label = _colour(
+                s, 0.0, x, y, z, dx, dy, dz, t, found, face, actor, spread, waiting
+            )
             ranges[n], whats[n, 1] = t, label
             whats[n, 0] = 16 * (found + (len(s.shapes) if actor >= 0 else 0)) + face
             whats[n, 2] = int(s.motions[actor, 11]) if actor >= 0 else 0
 
-# %% ../../nbs/scenes/raycast.ipynb #c563736c
+# %% ../../nbs/scenes/raycast.ipynb #61f5d773
 @njit(cache=True, parallel=True, error_model="numpy")
 def _outlines(s: Scene, origins: np.ndarray, directions: np.ndarray, counts: np.ndarray) -> None:
     """counts: [chunks, A] pixels of each actor's outline, in the order of `s.motions`."""
@@ -543,7 +623,14 @@ def _outlines(s: Scene, origins: np.ndarray, directions: np.ndarray, counts: np.
     for block in prange(len(counts)):
         waiting = np.empty(128, np.int32)
         for n in range(block * chunk, min(len(origins), (block + 1) * chunk)):
-            x, y, z, dx, dy, dz = origins[n, 0], origins[n, 1], origins[n, 2], directions[n, 0], directions[n, 1], directions[n, 2]
+            x, y, z, dx, dy, dz = (
+                origins[n, 0],
+                origins[n, 1],
+                origins[n, 2],
+                directions[n, 0],
+                directions[n, 1],
+                directions[n, 2],
+            )
             ix, iy, iz = _inverse(dx), _inverse(dy), _inverse(dz)
             left, waiting[0] = 1, 0
             while left:
@@ -557,12 +644,12 @@ def _outlines(s: Scene, origins: np.ndarray, directions: np.ndarray, counts: np.
                 for a in range(first, first + count):
                     if _meet_actor(s, a, 0.0, x, y, z, dx, dy, dz, np.inf)[1] >= 0: counts[block, a] += 1
 
-# %% ../../nbs/scenes/raycast.ipynb #11109435
+# %% ../../nbs/scenes/raycast.ipynb #a0325ce6
 class Picture(NamedTuple):
-    """What a camera sees. rgb_srgb: [H, W, 3] float32 in 0..1. range_m: [H, W] float32 along the ray, infinity for the sky. z_depth_m: [H, W] float32, the
-    range
-    times the cosine to the camera's z axis. label: [H, W] int16. instance: [H, W] int32. visible: instance -> share of its outline in this picture that is
-    not hidden."""
+    """What a camera sees. rgb_srgb: [H, W, 3] float32 in 0..1. range_m: [H, W] float32 along the ray, infinity for the
+    sky. z_depth_m: [H, W] float32, the range
+    times the cosine to the camera's z axis. label: [H, W] int16. instance: [H, W] int32. visible: instance -> share of
+    its outline in this picture that is not hidden."""
     rgb_srgb: np.ndarray
     range_m: np.ndarray
     z_depth_m: np.ndarray
@@ -570,42 +657,47 @@ class Picture(NamedTuple):
     instance: np.ndarray
     visible: dict[int, float]
 
-
+# %% ../../nbs/scenes/raycast.ipynb #85366db6
 def _uneven(whats: np.ndarray, colours: np.ndarray, threshold: float = .05) -> np.ndarray:
     """[H, W] bool: where a pixel and one of its four neighbours hit different faces or differ in colour."""
     result = np.zeros(whats.shape[:2], bool)
     for axis in (0, 1):
-        a, b = (slice(1, None), slice(None, -1)) if axis == 0 else ((slice(None), slice(1, None)), (slice(None), slice(None, -1)))
+        a, b = (slice(1, None), slice(None, -1)) if axis == 0 else ((slice(None), slice(1, None)),
+                                                                    (slice(None), slice(None, -1)))
         differs = (whats[a] != whats[b]).any(-1) | (abs(np.sqrt(colours[a]) - np.sqrt(colours[b])).max(-1) > threshold)
         result[a] |= differs
         result[b] |= differs
     return result
 
-
+# %% ../../nbs/scenes/raycast.ipynb #7cf8674e
 def _sample_places(samples: int) -> np.ndarray:
-    """[samples, 2] offsets from a pixel's centre, one in each cell of the squarest grid, shuffled within it by a fixed pattern."""
+    """[samples, 2] offsets from a pixel's centre, one in each cell of the squarest grid, shuffled within it by a fixed
+    pattern."""
     rows = max(k for k in range(1, samples + 1) if samples % k == 0 and k * k <= samples)
     columns = samples // rows
     k = np.arange(samples)
     inner = np.stack([(k * .618034 + .25) % 1, (k * .754878 + .6) % 1], -1)
     return (np.stack([k % columns, k // columns], -1) + inner) / [columns, rows] - .5
 
-# %% ../../nbs/scenes/raycast.ipynb #d1682b0e
+# %% ../../nbs/scenes/raycast.ipynb #0630fd1a
 def srgb(linear_light: np.ndarray) -> np.ndarray:
     """sRGB values in 0..1 of linear light in 0..1 (IEC 61966-2-1)."""
-    return np.where(linear_light <= .0031308, 12.92 * linear_light, 1.055 * np.maximum(linear_light, .0031308) ** (1 / 2.4) - .055)
+    return np.where(linear_light <= .0031308, 12.92 * linear_light,
+                    1.055 * np.maximum(linear_light, .0031308) ** (1 / 2.4) - .055)
 
-
+# %% ../../nbs/scenes/raycast.ipynb #879d73b7
 def _shoot(scene: Scene, origins: Any, directions: Any, spread: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    colours, ranges, whats = np.empty((len(origins), 3), np.float32), np.empty(len(origins)), np.empty((len(origins), 3), np.int32)
+    colours, ranges, whats = np.empty((len(origins), 3),
+                                      np.float32), np.empty(len(origins)), np.empty((len(origins), 3), np.int32)
     _render_kernel(scene, origins, directions, spread, colours, ranges, whats)
     return colours, ranges, whats
 
-
+# %% ../../nbs/scenes/raycast.ipynb #e3371e91
 def render(world: World, camera: Any, time: float, samples: int = 4) -> Picture:
     """The picture of a camera at `time` (seconds).
 
-    camera: anything with width, height, camera_to_world, pixel_centres() and rays(pixels). samples: rays per uneven pixel, 1 to 64; 1 means no anti-aliasing.
+    camera: anything with width, height, camera_to_world, pixel_centres() and rays(pixels). samples: rays per uneven
+    pixel, 1 to 64; 1 means no anti-aliasing.
     Raises KiloError for other numbers of samples.
     """
     if not 1 <= samples <= 64: raise KiloError(f"A picture takes 1 to 64 samples per pixel: got {samples}.")
@@ -630,18 +722,18 @@ def render(world: World, camera: Any, time: float, samples: int = 4) -> Picture:
     picture = srgb(colours).astype(np.float32).reshape(height, width, 3)
     depth = np.where(np.isfinite(ranges), ranges, 0) * (directions @ axis)
     depth = np.where(np.isfinite(ranges), depth, np.inf)
-    return Picture(picture, *(a.astype(np.float32).reshape(height, width) for a in (ranges, depth)), whats[:, 1].astype(np.int16).reshape(height, width),
-                   whats[:, 2].reshape(height, width), visible)
+    return Picture(picture, *(a.astype(np.float32).reshape(height, width) for a in (ranges, depth)),
+                   whats[:, 1].astype(np.int16).reshape(height, width), whats[:, 2].reshape(height, width), visible)
 
-# %% ../../nbs/scenes/raycast.ipynb #23c78f9e
+# %% ../../nbs/scenes/raycast.ipynb #35b0fd35
 @dataclass(frozen=True)
 class SpinningLidar:
     """A LiDAR's lasers and turn.
 
-    elevations_deg: of the channels, degrees. steps: columns in a sweep. first_deg, sweep_deg: azimuth (from x towards y) of the first column and how far it
-    turns;
-    negative turns clockwise. period_s: how long a sweep takes; 0 takes all columns at once. near_m, far_m: ranges kept. noise_m: standard deviation along
-    the ray.
+    elevations_deg: of the channels, degrees. steps: columns in a sweep. first_deg, sweep_deg: azimuth (from x towards
+    y) of the first column and how far it turns;
+    negative turns clockwise. period_s: how long a sweep takes; 0 takes all columns at once. near_m, far_m: ranges kept.
+    noise_m: standard deviation along the ray.
     dropout: share of pulses lost anywhere; glass: share lost on glass.
     """
     elevations_deg: tuple[float, ...]
@@ -656,13 +748,15 @@ class SpinningLidar:
     glass: float = .6
 
     def __post_init__(self):
-        if not self.elevations_deg or self.steps < 1: raise KiloError(f"A LiDAR needs channels and steps: got {len(self.elevations_deg)} and {self.steps}.")
+        if not self.elevations_deg or self.steps < 1:
+            raise KiloError(f"A LiDAR needs channels and steps: got {len(self.elevations_deg)} and {self.steps}.")
         if not 0 <= self.dropout < 1 or self.noise_m < 0 or self.period_s < 0 or not 0 < self.near_m < self.far_m:
             raise KiloError("A LiDAR needs dropout in 0..1, noise_m and period_s of at least 0 and 0 < near_m < far_m.")
 
-
+# %% ../../nbs/scenes/raycast.ipynb #1d4abcde
 class Sweep(NamedTuple):
-    """Returns of a LiDAR. points: [N, 3] float64, world, each where it was struck. intensity: [N] in 0..255. time: [N] float64 seconds. column: [N] int32.
+    """Returns of a LiDAR. points: [N, 3] float64, world, each where it was struck. intensity: [N] in 0..255. time: [N]
+    float64 seconds. column: [N] int32.
     label: [N] int16.
     instance: [N] int32."""
     points: np.ndarray
@@ -672,17 +766,26 @@ class Sweep(NamedTuple):
     label: np.ndarray
     instance: np.ndarray
 
-
-def spin_lidar(world: World, sensor_to_world: Callable[[float], np.ndarray], time: float, lidar: SpinningLidar, seed: int = 0, without: int = 0) -> Sweep:
+# %% ../../nbs/scenes/raycast.ipynb #f6545643
+def spin_lidar(world: World, sensor_to_world: Callable[[float], np.ndarray], time: float, lidar: SpinningLidar,
+               seed: int = 0, without: int = 0) -> Sweep:
     """One sweep that ends at `time` (seconds).
 
-    sensor_to_world: time -> [4, 4], the sensor's frame (x forward, y left, z up) then. seed: of noise and losses; the same gives the same bits.
+    sensor_to_world: time -> [4, 4], the sensor's frame (x forward, y left, z up) then. seed: of noise and losses; the
+    same gives the same bits.
     without: an instance whose returns are left out (the own vehicle).
     """
     turned = np.arange(lidar.steps) / lidar.steps
     times = time - lidar.period_s * (1 - (turned + 1 / lidar.steps))
-    poses = np.stack([sensor_to_world(float(t)) for t in times]) if lidar.period_s else np.broadcast_to(sensor_to_world(float(time)), (lidar.steps, 4, 4))
-    azimuths, elevations = np.radians(lidar.first_deg + lidar.sweep_deg * turned)[:, None], np.radians(lidar.elevations_deg)[None]
+    poses = (
+        np.stack([sensor_to_world(float(t)) for t in times])
+        if lidar.period_s
+        else np.broadcast_to(sensor_to_world(float(time)), (lidar.steps, 4, 4))
+    )
+    azimuths, elevations = (
+        np.radians(lidar.first_deg + lidar.sweep_deg * turned)[:, None],
+        np.radians(lidar.elevations_deg)[None],
+    )
     local = np.stack([np.cos(elevations) * np.cos(azimuths), np.cos(elevations) * np.sin(azimuths),
                       np.broadcast_to(np.sin(elevations), (lidar.steps, elevations.shape[1]))], -1)
     directions = np.einsum("sij,scj->sci", poses[:, :3, :3], local).reshape(-1, 3)
@@ -691,9 +794,15 @@ def spin_lidar(world: World, sensor_to_world: Callable[[float], np.ndarray], tim
     hits = cast(world, origins, directions, times[column], lidar.far_m)
     draw = np.random.default_rng([seed, round(time * 1e4) % (1 << 31)])
     luck, noise = draw.random(len(column)), draw.normal(size=len(column)) * lidar.noise_m
-    kept = np.isfinite(hits.range_m) & (hits.range_m > lidar.near_m) & (luck >= np.where(hits.gloss > .5, lidar.glass, lidar.dropout))
+    kept = (
+        np.isfinite(hits.range_m)
+        & (hits.range_m > lidar.near_m)
+        & (luck >= np.where(hits.gloss > 0.5, lidar.glass, lidar.dropout))
+    )
     if without: kept &= hits.instance != without
     facing = abs(np.einsum("ni,ni->n", hits.normals, directions))
-    strength = np.where(hits.label == VEGETATION, .35, np.where(hits.label == MARKING, .85, hits.reflectance)) * np.sqrt(facing)
+    strength = np.where(hits.label == VEGETATION, .35,
+                        np.where(hits.label == MARKING, .85, hits.reflectance)) * np.sqrt(facing)
     points = origins + (hits.range_m + noise)[:, None].clip(lidar.near_m, lidar.far_m) * directions
-    return Sweep(points[kept], np.clip(255 * strength[kept], 0, 255), times[column][kept], column[kept], hits.label[kept], hits.instance[kept])
+    return Sweep(points[kept], np.clip(255 * strength[kept], 0, 255), times[column][kept], column[kept],
+                 hits.label[kept], hits.instance[kept])

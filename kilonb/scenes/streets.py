@@ -16,7 +16,7 @@ import numpy as np
 from ..core.errors import KiloError
 from .raycast import Pose
 
-# %% ../../nbs/scenes/streets.ipynb #2472ee8d
+# %% ../../nbs/scenes/streets.ipynb #88bf4ad9
 KERB = .14                                                    # metres that a block is higher than the street
 EAST, NORTH, WEST, SOUTH = range(4)                           # headings
 _STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
@@ -24,7 +24,8 @@ _STEPS = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
 @dataclass(frozen=True)
 class StreetGrid:
-    """Streets on a grid, metres. pitch_x: between streets that run along y (there are streets_x of them, the first at x = 0); pitch_y, streets_y alike."""
+    """Streets on a grid, metres. pitch_x: between streets that run along y (there are streets_x of them, the first at x
+    = 0); pitch_y, streets_y alike."""
     pitch_x: float = 72.0
     pitch_y: float = 64.0
     streets_x: int = 3
@@ -39,7 +40,8 @@ class StreetGrid:
 
     def plan(self) -> np.ndarray:
         """[8] numbers for the ground's material."""
-        return np.array([0, 0, self.pitch_x, self.pitch_y, self.streets_x, self.streets_y, self.half_width, self.parking], dtype=np.float64)
+        return np.array([0, 0, self.pitch_x, self.pitch_y, self.streets_x, self.streets_y, self.half_width,
+                         self.parking], dtype=np.float64)
 
     def blocks(self) -> list[tuple[float, float, float, float]]:
         """(x low, x high, y low, y high) of every block, the outer ring included."""
@@ -53,10 +55,11 @@ class StreetGrid:
                     for v, pitch, count in ((x, self.pitch_x, self.streets_x), (y, self.pitch_y, self.streets_y)))
         return KERB * min(1.0, max(0.0, depth / .3))
 
-# %% ../../nbs/scenes/streets.ipynb #7a8a840a
+# %% ../../nbs/scenes/streets.ipynb #4a523d6a
 @dataclass(frozen=True)
 class Path:
-    """Pieces (start s, length, x, y, yaw, curvature) one after another; curvature in 1/metre, positive to the left. Beyond its ends it goes straight on."""
+    """Pieces (start s, length, x, y, yaw, curvature) one after another; curvature in 1/metre, positive to the left.
+    Beyond its ends it goes straight on."""
     pieces: tuple[tuple[float, float, float, float, float, float], ...]
 
     @property
@@ -76,7 +79,7 @@ class Path:
             along -= length
         return x + along * math.cos(yaw), y + along * math.sin(yaw), yaw
 
-
+# %% ../../nbs/scenes/streets.ipynb #e0b1b932
 def follow(x: float, y: float, yaw: float, steps: Sequence[tuple[float, float]]) -> Path:
     """The path from a place through `steps` (length, curvature)."""
     pieces, s = [], 0.0
@@ -86,12 +89,13 @@ def follow(x: float, y: float, yaw: float, steps: Sequence[tuple[float, float]])
         s += length
     return Path(tuple(pieces))
 
-# %% ../../nbs/scenes/streets.ipynb #609a8775
+# %% ../../nbs/scenes/streets.ipynb #75ccf34e
 RIGHT_RADIUS, LEFT_RADIUS = 5.0, 8.0
 
 
 def route(grid: StreetGrid, heading: int, line: int, along: float, turns: Sequence[int], length: float = 200.0) -> Path:
-    """A lane's path of at least `length` metres. heading: EAST, NORTH, WEST or SOUTH. line: which street. along: coordinate of the start on it.
+    """A lane's path of at least `length` metres. heading: EAST, NORTH, WEST or SOUTH. line: which street. along:
+    coordinate of the start on it.
 
     turns: at each crossing -1 right, 0 straight, 1 left, used in turn. Raises KiloError for a street that is not there.
     """
@@ -118,11 +122,11 @@ def route(grid: StreetGrid, heading: int, line: int, along: float, turns: Sequen
     start = place[0] + grid.lane * step[1], place[1] - grid.lane * step[0]
     return follow(*start, .5 * math.pi * (_STEPS.index(step)), steps)
 
-# %% ../../nbs/scenes/streets.ipynb #351e4aaf
+# %% ../../nbs/scenes/streets.ipynb #fcdd5984
 @dataclass(frozen=True)
 class Drive:
-    """Motion along a path: mean speed (m/s), swing in 0..1 of it, rate (rad/s), phase. grid: to stand on, or None for the street. Called with a time it
-    gives a Pose."""
+    """Motion along a path: mean speed (m/s), swing in 0..1 of it, rate (rad/s), phase. grid: to stand on, or None for
+    the street. Called with a time it gives a Pose."""
     path: Path
     start: float
     speed: float
@@ -133,7 +137,9 @@ class Drive:
 
     def travelled(self, time: float) -> float:
         """Arc length at `time`, metres."""
-        return self.start + self.speed * (time + self.swing / self.rate * (math.sin(self.rate * time + self.phase) - math.sin(self.phase)))
+        return self.start + self.speed * (
+            time + self.swing / self.rate * (math.sin(self.rate * time + self.phase) - math.sin(self.phase))
+        )
 
     def speed_at(self, time: float) -> float:
         """Metres per second at `time`."""
@@ -143,7 +149,7 @@ class Drive:
         x, y, yaw = self.path.at(self.travelled(time))
         return Pose(x, y, self.grid.height(x, y) if self.grid else 0.0, yaw)
 
-
+# %% ../../nbs/scenes/streets.ipynb #c84cc3ec
 @dataclass(frozen=True)
 class Standing:
     """What does not move; called with a time it gives its Pose."""
@@ -153,16 +159,20 @@ class Standing:
 
     def __call__(self, time: float) -> Pose: return self.pose
 
-# %% ../../nbs/scenes/streets.ipynb #93113e34
-def _discs(drive: Drive | Standing, times: np.ndarray, half: Sequence[float], margin: float) -> tuple[np.ndarray, float]:
+# %% ../../nbs/scenes/streets.ipynb #464692de
+def _discs(
+    drive: Drive | Standing, times: np.ndarray, half: Sequence[float], margin: float
+) -> tuple[np.ndarray, float]:
     """([T, K, 2] centres, radius) of discs that cover a footprint."""
     count = max(1, math.ceil(half[0] / half[1]))
     offsets = (np.arange(count) + .5) / count * 2 * half[0] - half[0]
     poses = np.array([drive(float(t)) for t in times])
     forward = np.stack([np.cos(poses[:, 3]), np.sin(poses[:, 3])], -1)
-    return poses[:, None, :2] + offsets[None, :, None] * forward[:, None], math.hypot(half[1], half[0] / count) + .5 * margin
+    return poses[:, None, :2] + offsets[None, :, None] * forward[:, None], math.hypot(
+        half[1], half[0] / count
+    ) + 0.5 * margin
 
-
+# %% ../../nbs/scenes/streets.ipynb #f2754c59
 class Traffic:
     """Who is where between two times (seconds). `admit` adds what fits and says so."""
 
@@ -171,8 +181,8 @@ class Traffic:
         self.centres, self.radii = np.zeros((len(self.times), 0, 2)), np.zeros(0)
 
     def admit(self, drive: Drive | Standing, half: Sequence[float], margin: float = .6, force: bool = False) -> bool:
-        """Whether a footprint of half sizes `half` (metres) keeps `margin` metres from all others the whole time; it is then one of them. force: add it
-        anyway."""
+        """Whether a footprint of half sizes `half` (metres) keeps `margin` metres from all others the whole time; it is
+        then one of them. force: add it anyway."""
         centres, radius = _discs(drive, self.times, half, margin)
         if not force and self.centres.shape[1]:
             gaps = np.linalg.norm(centres[:, :, None] - self.centres[:, None], axis=-1) - radius - self.radii

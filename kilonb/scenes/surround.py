@@ -23,10 +23,11 @@ from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import forward_to_opencv, rigid
 from ..core.errors import KiloError, unknown_name
 
-# %% ../../nbs/scenes/surround.ipynb #6241cb74
+# %% ../../nbs/scenes/surround.ipynb #f3f28f59
 @dataclass(frozen=True)
 class Problem:
-    """One thing that could not be read or does not agree. frame: which frame, by name. sentence: what is wrong with it."""
+    """One thing that could not be read or does not agree. frame: which frame, by name. sentence: what is wrong with
+    it."""
     frame: str
     sentence: str
 
@@ -36,29 +37,33 @@ def note(problems: list[Problem], frame: str, sentence: str) -> None:
     problem = Problem(frame, sentence)
     if problem not in problems: problems.append(problem)
 
-# %% ../../nbs/scenes/surround.ipynb #f2ebc5f4
+# %% ../../nbs/scenes/surround.ipynb #abf08850
 def image_size(path: str | Path) -> tuple[int, int]:
     """(width, height) from a picture's header. Raises KiloError where it is missing or no picture."""
     try:
         with Image.open(path) as picture: return picture.size
     except FileNotFoundError: raise KiloError(f"the picture {Path(path).name} is missing") from None
-    except (OSError, SyntaxError, ValueError): raise KiloError(f"{Path(path).name} is not a picture that can be read") from None
+    except (OSError, SyntaxError, ValueError):
+        raise KiloError(f"{Path(path).name} is not a picture that can be read") from None
 
 
 def read_rgb(path: str | Path) -> Tensor:
-    """A picture as [height, width, 3] float32 in 0..1, sRGB; alpha is dropped. Raises KiloError where it is missing or damaged."""
+    """A picture as [height, width, 3] float32 in 0..1, sRGB; alpha is dropped. Raises KiloError where it is missing or
+    damaged."""
     try:
         with Image.open(path) as picture: pixels = np.asarray(picture.convert("RGB"))
     except FileNotFoundError: raise KiloError(f"the picture {Path(path).name} is missing") from None
-    except (OSError, SyntaxError, ValueError) as error: raise KiloError(f"the picture {Path(path).name} is damaged ({str(error) or 'cut short'})") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise KiloError(f"the picture {Path(path).name} is damaged ({str(error) or 'cut short'})") from None
     return torch.from_numpy(pixels.astype(np.float32) / 255)
 
-# %% ../../nbs/scenes/surround.ipynb #56c2782c
+# %% ../../nbs/scenes/surround.ipynb #70e898ce
 FAR_CENTIMETRES = 65535
 
 
 def read_z_depth(path: str | Path) -> Tensor:
-    """Z-depth [height, width] float32, metres, NaN left in: a 16-bit PNG in centimetres, or .npy / .npz (its one array) in metres.
+    """Z-depth [height, width] float32, metres, NaN left in: a 16-bit PNG in centimetres, or .npy / .npz (its one array)
+    in metres.
 
     0: not known. Infinite: nothing there. Raises KiloError where it is missing, damaged or of another layout.
     """
@@ -69,24 +74,28 @@ def read_z_depth(path: str | Path) -> Tensor:
             with np.load(path, allow_pickle=False) as arrays: depth = arrays[arrays.files[0]]
         else:
             with Image.open(path) as picture: pixels = np.asarray(picture)
-            if pixels.dtype not in (np.uint16, np.int32): raise KiloError(f"the depth {path.name} holds {pixels.dtype}: 16 bits (centimetres) are expected")
+            if pixels.dtype not in (np.uint16, np.int32):
+                raise KiloError(f"the depth {path.name} holds {pixels.dtype}: 16 bits (centimetres) are expected")
             depth = np.where(pixels >= FAR_CENTIMETRES, np.inf, pixels / 100)
     except FileNotFoundError: raise KiloError(f"the depth {path.name} is missing") from None
-    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error: raise KiloError(f"the depth {path.name} is damaged ({error})") from None
+    except (OSError, SyntaxError, ValueError, EOFError, IndexError) as error:
+        raise KiloError(f"the depth {path.name} is damaged ({error})") from None
     if depth.ndim != 2 or depth.dtype.kind not in "fiu":
-        raise KiloError(f"the depth {path.name} holds {list(depth.shape)} {depth.dtype}: [height, width] metres are expected")
+        raise KiloError(f"the depth {path.name} holds {list(depth.shape)} {depth.dtype}: [height, width] "
+                        "metres are expected")
     return torch.from_numpy(np.maximum(depth.astype(np.float32), 0))
 
-# %% ../../nbs/scenes/surround.ipynb #b2f66e7b
+# %% ../../nbs/scenes/surround.ipynb #707c3f1b
 @dataclass(frozen=True)
 class View:
-    """One camera's part of a frame, decoded. rgb_srgb: [H, W, 3] in 0..1. z_depth: [H, W] metres (0 not known, infinite: nothing there) or None."""
+    """One camera's part of a frame, decoded. rgb_srgb: [H, W, 3] in 0..1. z_depth: [H, W] metres (0 not known,
+    infinite: nothing there) or None."""
     name: str
     camera: PinholeCamera
     rgb_srgb: Tensor
     z_depth: Tensor | None
 
-
+# %% ../../nbs/scenes/surround.ipynb #c25dd440
 class Frame(Protocol):
     """What `panorama_pose` and the panoramas ask of a frame."""
     name: str
@@ -94,21 +103,25 @@ class Frame(Protocol):
     vehicle_to_world: Tensor
     origin_height_m: float
 
-
+# %% ../../nbs/scenes/surround.ipynb #7d720c83
 def no_boxes() -> Boxes:
     """Boxes of which there are none."""
     return upright_boxes(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))
 
-# %% ../../nbs/scenes/surround.ipynb #6b7c5f7a
+# %% ../../nbs/scenes/surround.ipynb #8885caf0
 @dataclass(frozen=True)
 class SurroundFrame:
     """One instant of one vehicle; pictures, depth and points are read when asked for.
 
-    name: which frame, for people. cameras: by name, OpenCV frames in the world (right-handed, metres, z up), sized as their pictures.
+    name: which frame, for people. cameras: by name, OpenCV frames in the world (right-handed, metres, z up), sized as
+    their pictures.
     vehicle_to_world: [4, 4] float64, x forward, y left, z up, origin `origin_height_m` above the ground.
-    image_paths, depth_paths: by camera; depth only where there is some. read_depth: a depth file's decoder, NaN left in.
-    read_points: the LiDAR's points [N, 3] float64 in the world, or None where there are none. boxes: what is around, in the world.
-    own_box: the vehicle itself as one box, or none where its size is not known. problems: grows while the frame is read; shared with its scene.
+    image_paths, depth_paths: by camera; depth only where there is some. read_depth: a depth file's decoder, NaN left
+    in.
+    read_points: the LiDAR's points [N, 3] float64 in the world, or None where there are none. boxes: what is around, in
+    the world.
+    own_box: the vehicle itself as one box, or none where its size is not known. problems: grows while the frame is
+    read; shared with its scene.
     """
     name: str
     cameras: dict[str, PinholeCamera]
@@ -123,7 +136,8 @@ class SurroundFrame:
     read_points: Callable[[], Tensor] | None = field(default=None, compare=False)
 
     def views(self) -> list[View]:
-        """The cameras whose pictures can be read, decoded, in order; those that cannot be are left out and noted in `problems`."""
+        """The cameras whose pictures can be read, decoded, in order; those that cannot be are left out and noted in
+        `problems`."""
         found = []
         for name, camera in self.cameras.items():
             try: rgb = read_rgb(self.image_paths[name])
@@ -138,12 +152,14 @@ class SurroundFrame:
 
     @property
     def z_depths(self) -> dict[str, Tensor] | None:
-        """Camera -> [H, W] z-depth, metres (0 not known, infinite: nothing there); None where no camera has any. Decoded at each call."""
+        """Camera -> [H, W] z-depth, metres (0 not known, infinite: nothing there); None where no camera has any.
+        Decoded at each call."""
         depths = {name: self._depth(name, camera) for name, camera in self.cameras.items()}
         return {name: depth for name, depth in depths.items() if depth is not None} or None
 
     def lidar_points(self) -> Tensor | None:
-        """The LiDAR's points [N, 3] float64 in the world, metres; None without a LiDAR, or where it cannot be read (noted in `problems`)."""
+        """The LiDAR's points [N, 3] float64 in the world, metres; None without a LiDAR, or where it cannot be read
+        (noted in `problems`)."""
         if self.read_points is None: return None
         try: return self.read_points()
         except KiloError as error:
@@ -158,16 +174,18 @@ class SurroundFrame:
             return None
         height, width = depth.shape
         if (width, height) != (camera.width, camera.height):
-            note(self.problems, self.name, f"{name}: the depth is {width}x{height}, but the picture {camera.width}x{camera.height}; it was not used")
+            note(self.problems, self.name, f"{name}: the depth is {width}x{height}, but the picture "
+                 f"{camera.width}x{camera.height}; it was not used")
             return None
         holes = int(depth.isnan().sum())
         if holes: note(self.problems, self.name, f"{name}: the depth holds {holes} NaN; they were taken as not known")
         return depth.nan_to_num(nan=0.0, posinf=torch.inf)
 
-# %% ../../nbs/scenes/surround.ipynb #9db14b0d
+# %% ../../nbs/scenes/surround.ipynb #d6410a53
 @dataclass(frozen=True)
 class SurroundScene:
-    """Frames of a data set that is small enough to be opened at once. `len`, iteration, `[i]` (KiloError where there is none); `problems` of all frames."""
+    """Frames of a data set that is small enough to be opened at once. `len`, iteration, `[i]` (KiloError where there is
+    none); `problems` of all frames."""
     root: Path
     frames: Sequence[SurroundFrame]
     problems: list[Problem] = field(default_factory=list)
@@ -176,32 +194,38 @@ class SurroundScene:
     def __iter__(self) -> Iterator[SurroundFrame]: return iter(self.frames)
 
     def __getitem__(self, index: int) -> SurroundFrame:
-        if not 0 <= index < len(self.frames): raise KiloError(f"Frame {index} is not there: {self.root} has {len(self.frames)} frames.")
+        if not 0 <= index < len(self.frames):
+            raise KiloError(f"Frame {index} is not there: {self.root} has {len(self.frames)} frames.")
         return self.frames[index]
 
-# %% ../../nbs/scenes/surround.ipynb #3823ee83
+# %% ../../nbs/scenes/surround.ipynb #019d51ab
 def camera_height_m(frame: Frame) -> float:
     """The mean height of the frame's cameras above the ground under the vehicle, metres."""
     up, origin = frame.vehicle_to_world[:3, 2], frame.vehicle_to_world[:3, 3]
-    return torch.stack([(camera.position.double() - origin) @ up for camera in frame.cameras.values()]).mean().item() + frame.origin_height_m
+    return torch.stack([(camera.position.double() - origin) @ up
+                        for camera in frame.cameras.values()]).mean().item() + frame.origin_height_m
 
 
 def panorama_pose(frame: Frame, height_m: float | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """`camera_to_world` [4, 4] (OpenCV: x right, y down, z forward) of a panorama at the vehicle's origin, looking along its forward axis.
+    """`camera_to_world` [4, 4] (OpenCV: x right, y down, z forward) of a panorama at the vehicle's origin, looking
+    along its forward axis.
 
-    height_m: above the ground; the mean height of the cameras by default. dtype: float32, as cameras are; float64 for poses that are subtracted.
+    height_m: above the ground; the mean height of the cameras by default. dtype: float32, as cameras are; float64 for
+    poses that are subtracted.
     """
     rise = (camera_height_m(frame) if height_m is None else height_m) - frame.origin_height_m
     lift = rigid(torch.eye(3, dtype=torch.float64), torch.tensor([0, 0, rise], dtype=torch.float64))
     return forward_to_opencv(frame.vehicle_to_world.double() @ lift).to(dtype)
 
-# %% ../../nbs/scenes/surround.ipynb #89760977
-READERS: Mapping[str, str] = {"opv2v": "kilonb.scenes.opv2v:load_opv2v", "pandaset": "kilonb.scenes.pandaset:load_surround_frames",
+# %% ../../nbs/scenes/surround.ipynb #93d71c37
+READERS: Mapping[str, str] = {"opv2v": "kilonb.scenes.opv2v:load_opv2v",
+                              "pandaset": "kilonb.scenes.pandaset:load_surround_frames",
                               "v2xsim": "kilonb.scenes.v2xsim:load_v2xsim"}
 
 
 def load_surround(kind: str, path: str | Path) -> Any:
-    """The scene of surround frames at `path`, opened by the reader of its `kind` (opv2v, pandaset, v2xsim): `len`, iteration over frames, `problems`."""
+    """The scene of surround frames at `path`, opened by the reader of its `kind` (opv2v, pandaset, v2xsim): `len`,
+    iteration over frames, `problems`."""
     if kind not in READERS: raise unknown_name("kind of surround data", kind, READERS)
     module, _, name = READERS[kind].partition(":")
     return getattr(importlib.import_module(module), name)(path)

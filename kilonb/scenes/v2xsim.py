@@ -23,7 +23,7 @@ from ..geometry.transforms import forward_to_opencv, rigid
 from ..core.errors import KiloError
 from .surround import SurroundFrame, SurroundScene, image_size, note
 
-# %% ../../nbs/scenes/v2xsim.ipynb #f068505c
+# %% ../../nbs/scenes/v2xsim.ipynb #a8204ca3
 SKY_GREY = 255
 
 
@@ -34,14 +34,16 @@ def decode_log_depth(grey: Tensor) -> Tensor:
 
 
 def read_log_depth(path: str | Path) -> Tensor:
-    """Z-depth [height, width], metres, of a grey picture in CARLA's logarithmic code. Raises KiloError where it is missing or damaged."""
+    """Z-depth [height, width], metres, of a grey picture in CARLA's logarithmic code. Raises KiloError where it is
+    missing or damaged."""
     try:
         with Image.open(path) as picture: grey = np.asarray(picture.convert("L"))
     except FileNotFoundError: raise KiloError(f"the depth {Path(path).name} is missing") from None
-    except (OSError, SyntaxError, ValueError) as error: raise KiloError(f"the depth {Path(path).name} is damaged ({error})") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise KiloError(f"the depth {Path(path).name} is damaged ({error})") from None
     return decode_log_depth(torch.from_numpy(grey.copy()))
 
-# %% ../../nbs/scenes/v2xsim.ipynb #fb5871c5
+# %% ../../nbs/scenes/v2xsim.ipynb #3512b306
 MOUNTS_M = {"front": (1.70, 0.0), "front_left": (1.52, 0.49), "front_right": (1.55, -0.49),
             "back_left": (-0.96, 0.48), "back_right": (-0.99, -0.48), "back": (-1.97, 0.0)}
 CAMERA_HEIGHT_M = 1.86
@@ -49,29 +51,36 @@ YAW_CORRECTIONS_DEG = {"back_right": 0.4}
 
 
 def mount_pose(name: str, yaw_deg: float) -> Tensor:
-    """`camera_to_vehicle` [4, 4] float64 (OpenCV camera, vehicle x forward y left z up on the ground) of a camera that looks `yaw_deg` to the left of ahead."""
+    """`camera_to_vehicle` [4, 4] float64 (OpenCV camera, vehicle x forward y left z up on the ground) of a camera that
+    looks `yaw_deg` to the left of ahead."""
     yaw = math.radians(yaw_deg + YAW_CORRECTIONS_DEG.get(name, 0))
-    rotation = torch.tensor([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]], dtype=torch.float64)
+    rotation = torch.tensor([[math.cos(yaw), -math.sin(yaw), 0], [math.sin(yaw), math.cos(yaw), 0], [0, 0, 1]],
+                            dtype=torch.float64)
     return forward_to_opencv(rigid(rotation, torch.tensor([*MOUNTS_M[name], CAMERA_HEIGHT_M], dtype=torch.float64)))
 
-# %% ../../nbs/scenes/v2xsim.ipynb #e478b971
+# %% ../../nbs/scenes/v2xsim.ipynb #aa8cc905
 def _calibration(root: Path) -> Mapping[str, Any]:
     try:
         calibration = json.loads((root / "MANIFEST.json").read_text(encoding="utf-8"))["calibration"]
         for name in MOUNTS_M: float(calibration["fov_deg"][name]), float(calibration["yaw_deg_left_positive"][name])
-    except FileNotFoundError: raise KiloError(f"{root} has no MANIFEST.json, which holds the fields of view and yaws of the six cameras.") from None
+    except FileNotFoundError:
+        raise KiloError(f"{root} has no MANIFEST.json, which holds the fields of view and yaws of the "
+                        "six cameras.") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KiloError(f"{root / 'MANIFEST.json'} needs a 'calibration' with fov_deg and yaw_deg_left_positive of each camera ({error!r}).") from None
+        raise KiloError(f"{root / 'MANIFEST.json'} needs a 'calibration' with fov_deg and "
+                        f"yaw_deg_left_positive of each camera ({error!r}).") from None
     return calibration
 
-
+# %% ../../nbs/scenes/v2xsim.ipynb #7c78ffb2
 def load_v2xsim(path: str | Path) -> SurroundScene:
-    """The one frame of a V2X-Sim sample, its vehicle at the origin; cameras without a picture are left out and noted in `problems`.
+    """The one frame of a V2X-Sim sample, its vehicle at the origin; cameras without a picture are left out and noted in
+    `problems`.
 
     Raises KiloError: no such folder, no calibration, or no picture at all.
     """
     root, problems = Path(path), []
-    if not root.is_dir(): raise KiloError(f"The folder {root} is not there: give the one with rgb/, depth/ and MANIFEST.json.")
+    if not root.is_dir():
+        raise KiloError(f"The folder {root} is not there: give the one with rgb/, depth/ and MANIFEST.json.")
     calibration, name = _calibration(root), root.resolve().name
     cameras, pictures, depths = {}, {}, {}
     for camera in MOUNTS_M:
@@ -85,5 +94,6 @@ def load_v2xsim(path: str | Path) -> SurroundScene:
         pictures[camera], depths[camera] = root / "rgb" / file, root / "depth" / file
     if not cameras: raise KiloError(f"{root} has none of the pictures rgb/front.jpg ... rgb/back.jpg.")
     if len(cameras) == 1: note(problems, name, f"only one camera, {next(iter(cameras))}, is left")
-    frame = SurroundFrame(name, cameras, torch.eye(4, dtype=torch.float64), pictures, depths, problems=problems, read_depth=read_log_depth)
+    frame = SurroundFrame(name, cameras, torch.eye(4, dtype=torch.float64), pictures, depths, problems=problems,
+                          read_depth=read_log_depth)
     return SurroundScene(root, [frame], problems)

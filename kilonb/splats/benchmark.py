@@ -21,10 +21,11 @@ from .rasterizer import Harmonics, Project, Render, rasterize, render_gaussians
 from .reference import rasterize_reference
 from .tiles import composite, fill_records, list_tiles
 
-# %% ../../nbs/splats/benchmark.ipynb #d49ab471
+# %% ../../nbs/splats/benchmark.ipynb #245a6415
 def benchmark_scene(count: int = 30_000, width: int = 400, height: int = 400, coverage: float = 0.65, seed: int = 0,
                     sh_degree: int = 3) -> tuple[Gaussians, PinholeCamera]:
-    """A hollow ball of `count` gaussians with view-dependent colour, and a camera in whose picture it covers about `coverage` of the pixels.
+    """A hollow ball of `count` gaussians with view-dependent colour, and a camera in whose picture it covers about
+    `coverage` of the pixels.
 
     coverage: 0..0.78 for a square picture. Returns (gaussians, camera), the same for the same arguments.
     """
@@ -37,7 +38,8 @@ def benchmark_scene(count: int = 30_000, width: int = 400, height: int = 400, co
     log_scales = math.log(size) + 0.5 * torch.randn(count, 3, generator=generator)
     sh = 0.1 * torch.randn(count, (sh_degree + 1) ** 2, 3, generator=generator)
     sh[:, 0] = rgb_to_sh0(means / radius * 0.5 + 0.5)
-    return Gaussians(means, torch.randn(count, 4, generator=generator), log_scales, 1.5 + 1.5 * torch.randn(count, generator=generator), sh), camera
+    return Gaussians(means, torch.randn(count, 4, generator=generator), log_scales,
+                     1.5 + 1.5 * torch.randn(count, generator=generator), sh), camera
 
 # %% ../../nbs/splats/benchmark.ipynb #facfa1fd
 def time_calls(call: Callable[[], object], repeats: int) -> list[float]:
@@ -50,10 +52,10 @@ def time_calls(call: Callable[[], object], repeats: int) -> list[float]:
         seconds.append(time.perf_counter() - start)
     return seconds
 
-# %% ../../nbs/splats/benchmark.ipynb #4e70401c
+# %% ../../nbs/splats/benchmark.ipynb #4954bc2f
 def _arguments(gaussians: Gaussians, camera: PinholeCamera) -> tuple:
-    return (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh, camera.world_to_camera[None], camera.K[None],
-            camera.width, camera.height)
+    return (gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh,
+            camera.world_to_camera[None], camera.K[None], camera.width, camera.height)
 
 
 def _forward(draw: Callable, gaussians: Gaussians, camera: PinholeCamera) -> Callable[[], tuple]:
@@ -63,40 +65,51 @@ def _forward(draw: Callable, gaussians: Gaussians, camera: PinholeCamera) -> Cal
 
 
 def _forward_backward(draw: Callable, gaussians: Gaussians, camera: PinholeCamera) -> Callable[[], None]:
-    raw = Gaussians(**{name: tensor.detach().clone().requires_grad_() for name, tensor in gaussians.parameters().items()})
+    raw = Gaussians(**{name: tensor.detach().clone().requires_grad_() for name,
+                       tensor in gaussians.parameters().items()})
     gradient = torch.randn(1, camera.height, camera.width, 3, generator=torch.Generator().manual_seed(0))
     def call():
         for tensor in raw.parameters().values(): tensor.grad = None
         draw(*_arguments(raw, camera), sh_degree=raw.sh_degree)[0].backward(gradient)
     return call
 
-# %% ../../nbs/splats/benchmark.ipynb #d2eb2d14
-def measure_rasterizer(gaussians: Gaussians, camera: PinholeCamera, repeats: int = 10, reference_repeats: int = 1) -> dict[str, float]:
+# %% ../../nbs/splats/benchmark.ipynb #7cd703e1
+def measure_rasterizer(gaussians: Gaussians, camera: PinholeCamera, repeats: int = 10,
+                       reference_repeats: int = 1) -> dict[str, float]:
     """Time `rasterize` and its plain-torch twin on one picture.
 
-    Returns forward_ms and forward_backward_ms (medians), the twin's best as torch_forward_ms and torch_forward_backward_ms, their ratios
-    speedup_over_torch and speedup_over_torch_forward_backward, covered_fraction (pixels with alpha above one half), gaussians, visible_gaussians,
-    tile_pairs, threads, and largest_difference, of any colour channel, between the two pictures.
+    Returns forward_ms and forward_backward_ms (medians), the twin's best as torch_forward_ms and
+    torch_forward_backward_ms, their ratios speedup_over_torch and speedup_over_torch_forward_backward, covered_fraction
+    (pixels with alpha above one half), gaussians, visible_gaussians, tile_pairs, threads, and largest_difference, of
+    any colour channel, between the two pictures.
     """
     ours, theirs = _forward(rasterize, gaussians, camera), _forward(rasterize_reference, gaussians, camera)
     colors, alphas, meta = ours()
     results = {"forward_ms": 1e3 * statistics.median(time_calls(ours, repeats)),
-               "forward_backward_ms": 1e3 * statistics.median(time_calls(_forward_backward(rasterize, gaussians, camera), repeats)),
+               "forward_backward_ms": 1e3
+               * statistics.median(time_calls(_forward_backward(rasterize, gaussians, camera), repeats)),
                "torch_forward_ms": 1e3 * min(time_calls(theirs, reference_repeats)),
-               "torch_forward_backward_ms": 1e3 * min(time_calls(_forward_backward(rasterize_reference, gaussians, camera), reference_repeats))}
+               "torch_forward_backward_ms": 1e3
+               * min(time_calls(_forward_backward(rasterize_reference, gaussians, camera), reference_repeats))}
     results["speedup_over_torch"] = results["torch_forward_ms"] / results["forward_ms"]
-    results["speedup_over_torch_forward_backward"] = results["torch_forward_backward_ms"] / results["forward_backward_ms"]
-    return results | {"covered_fraction": (alphas > 0.5).float().mean().item(), "gaussians": len(gaussians), "visible_gaussians": len(meta["gaussian_ids"]),
-                      "tile_pairs": len(meta["flatten_ids"]), "threads": torch.get_num_threads(),
+    results["speedup_over_torch_forward_backward"] = (
+        results["torch_forward_backward_ms"] / results["forward_backward_ms"]
+    )
+    return results | {"covered_fraction": (alphas > 0.5).float().mean().item(), "gaussians": len(gaussians),
+                      "visible_gaussians": len(meta["gaussian_ids"]), "tile_pairs": len(meta["flatten_ids"]),
+                      "threads": torch.get_num_threads(),
                       "largest_difference": (colors - theirs()[0]).abs().max().item()}
 
-# %% ../../nbs/splats/benchmark.ipynb #c53f41ce
+# %% ../../nbs/splats/benchmark.ipynb #a1daaaf2
 def stage_times(gaussians: Gaussians, camera: PinholeCamera, repeats: int = 10) -> dict[str, float]:
-    """Milliseconds of each step of one picture, forwards: projection_ms, colours_ms, tile_lists_ms and compositing_ms (medians)."""
+    """Milliseconds of each step of one picture, forwards: projection_ms, colours_ms, tile_lists_ms and compositing_ms
+    (medians)."""
     with torch.no_grad():
         means, quats, scales, opacities, sh, views, Ks, width, height = _arguments(gaussians.detach(), camera)
         centres, background = torch.linalg.inv(views)[:, :3, 3], np.zeros((1, 3), np.float32)
-        def project(): return Project.apply(means, quats, scales, opacities, views, Ks, width, height, 0.3, 0.01, 1e10, 0.0, False, True)
+        def project():
+            return Project.apply(means, quats, scales, opacities, views, Ks, width, height, 0.3, 0.01, 1e10, 0.0, False,
+                                 True)
         means2d, depths, _, alphas, radii, factors, rows = project()
         def shade(): return Harmonics.apply(means, centres, sh[None], gaussians.sh_degree, rows)
         records, colors = np.empty((len(rows), 8), np.float32), shade().numpy()
@@ -105,13 +118,15 @@ def stage_times(gaussians: Gaussians, camera: PinholeCamera, repeats: int = 10) 
             return list_tiles(records, depths.numpy(), rows.starts, width, height)
         lists = sort_into_tiles()
         def draw(): return composite(records, colors, lists, background, width, height)
-        stages = {"projection_ms": project, "colours_ms": shade, "tile_lists_ms": sort_into_tiles, "compositing_ms": draw}
+        stages = {"projection_ms": project, "colours_ms": shade, "tile_lists_ms": sort_into_tiles,
+                  "compositing_ms": draw}
         return {name: 1e3 * statistics.median(time_calls(stage, repeats)) for name, stage in stages.items()}
 
-# %% ../../nbs/splats/benchmark.ipynb #b11bd505
-def viewing_camera(gaussians: Gaussians, width: int = 800, height: int = 800, azimuth_deg: float = 0.0, elevation_deg: float = 15.0,
-                   up: tuple[float, float, float] = (0.0, 0.0, 1.0)) -> PinholeCamera:
-    """A camera that looks at the middle of `gaussians` from far enough to see nine tenths of them; up: the world's upward direction."""
+# %% ../../nbs/splats/benchmark.ipynb #ac6212a7
+def viewing_camera(gaussians: Gaussians, width: int = 800, height: int = 800, azimuth_deg: float = 0.0,
+                   elevation_deg: float = 15.0, up: tuple[float, float, float] = (0.0, 0.0, 1.0)) -> PinholeCamera:
+    """A camera that looks at the middle of `gaussians` from far enough to see nine tenths of them; up: the world's
+    upward direction."""
     means = gaussians.means.detach().cpu()
     middle = (means.quantile(0.05, dim=0) + means.quantile(0.95, dim=0)) / 2
     reach = (means - middle).norm(dim=1).quantile(0.9).item()

@@ -32,7 +32,7 @@ from .rasterizer import rasterize
 from ..training.guards import AlphaGuard, TrainingStopped
 from ..training.loop import LoopConfig, train
 
-# %% ../../nbs/splats/fit.ipynb #770721c4
+# %% ../../nbs/splats/fit.ipynb #ef875054
 STRATEGY_SETTINGS = {"default": ("grow_gradient", "split_size", "prune_size", "reset_opacity_steps"),
                      "mcmc": ("growth", "scatter", "noise_rate", "opacity_weight", "scale_weight")}
 
@@ -41,19 +41,26 @@ STRATEGY_SETTINGS = {"default": ("grow_gradient", "split_size", "prune_size", "r
 class FitConfig:
     """How a teacher is fitted.
 
-    steps: optimiser steps, one view each. initial: "hull" (points on the silhouettes' visual hull) or "box" (points in the ball that all cameras see).
+    steps: optimiser steps, one view each. initial: "hull" (points on the silhouettes' visual hull) or "box" (points in
+    the ball that all cameras see).
     initial_count, maximum_count: gaussians at the start and at most. sh_degree: 0 to 3, reached after the first third.
     background: "random" colour for each step, "white" or "black". ssim_weight: lambda, 0..1.
-    *_rate: Adam's rates at the start; means_rate is per unit of the scene's extent. All fall exponentially, to rate_end of themselves, the means' to
-    means_rate_end. They are for runs of a few thousand steps: 3DGS's own, for thirty thousand, are two to twenty times smaller, and fall for the means only.
-    grow_every_steps: between changes of the set; grow_from, grow_until: share of the run in which they happen. grow_gradient: of the centre in the image,
-    normalised to (-1, 1) as gsplat does, above which a gaussian is cloned or split. split_size: share of the extent that tells the two apart.
-    prune_opacity: below it a gaussian is dropped. prune_size: share of the extent above which it is dropped. reset_opacity_steps: lower all opacities
-    every so many steps while growing; None: never. evaluate_every_steps: score held-out views; None: ten times in the run.
-    strategy: "default" (grow by the gradient in the image) or "mcmc", which relocates gaussians below prune_opacity at each change, and has
-    growth: share of the count added at each change; None: at least 0.05, and what fills maximum_count by the last change;
+    *_rate: Adam's rates at the start; means_rate is per unit of the scene's extent. All fall exponentially, to rate_end
+    of themselves, the means' to means_rate_end. They are for runs of a few thousand steps: 3DGS's own, for thirty
+    thousand, are two to twenty times smaller, and fall for the means only.
+    grow_every_steps: between changes of the set; grow_from, grow_until: share of the run in which they happen.
+    grow_gradient: of the centre in the image, normalised to (-1, 1) as gsplat does, above which a gaussian is cloned or
+    split. split_size: share of the extent that tells the two apart.
+    prune_opacity: below it a gaussian is dropped. prune_size: share of the extent above which it is dropped.
+    reset_opacity_steps: lower all opacities every so many steps while growing; None: never. evaluate_every_steps: score
+    held-out views; None: ten times in the run.
+    strategy: "default" (grow by the gradient in the image) or "mcmc", which relocates gaussians below prune_opacity at
+    each change, and has
+    growth: share of the count added at each change; None: at least 0.05, and what fills maximum_count by the last
+    change;
     scatter: how far from the original a copy is put, in standard deviations (3DGS-MCMC: 0);
-    noise_rate: of the wandering at the start, per unit of extent (3DGS-MCMC's own is about 1500 for lego), falling with the means' rate;
+    noise_rate: of the wandering at the start, per unit of extent (3DGS-MCMC's own is about 1500 for lego), falling with
+    the means' rate;
     opacity_weight, scale_weight: penalties on the mean opacity and on the mean scale as a share of the extent.
     Raises KiloError where a setting is impossible or belongs to the other strategy.
     """
@@ -89,23 +96,31 @@ class FitConfig:
     scale_weight: float = 0.02
 
     def __post_init__(self):
-        if self.strategy not in STRATEGY_SETTINGS: raise KiloError(f"strategy is '{self.strategy}': 'default' or 'mcmc' is expected.")
-        if self.initial not in ("hull", "box"): raise KiloError(f"initial is '{self.initial}': 'hull' or 'box' is expected.")
-        if self.background not in ("random", "white", "black"): raise KiloError(f"background is '{self.background}': random, white or black is expected.")
+        if self.strategy not in STRATEGY_SETTINGS:
+            raise KiloError(f"strategy is '{self.strategy}': 'default' or 'mcmc' is expected.")
+        if self.initial not in ("hull", "box"):
+            raise KiloError(f"initial is '{self.initial}': 'hull' or 'box' is expected.")
+        if self.background not in ("random", "white", "black"):
+            raise KiloError(f"background is '{self.background}': random, white or black is expected.")
         if not 0 <= self.sh_degree <= 3: raise KiloError(f"sh_degree is {self.sh_degree}: 0 to 3 is expected.")
         if not 0 <= self.ssim_weight <= 1: raise KiloError(f"ssim_weight is {self.ssim_weight}: 0 to 1 is expected.")
-        if not 0 <= self.grow_from <= self.grow_until <= 1: raise KiloError("grow_from, grow_until: shares of the run, 0 <= from <= until <= 1, are expected.")
+        if not 0 <= self.grow_from <= self.grow_until <= 1:
+            raise KiloError("grow_from, grow_until: shares of the run, 0 <= from <= until <= 1, are expected.")
         if not 1 <= self.initial_count <= self.maximum_count:
-            raise KiloError(f"initial_count {self.initial_count} is not within 1 and maximum_count {self.maximum_count}.")
+            raise KiloError(f"initial_count {self.initial_count} is not within 1 and maximum_count "
+                            f"{self.maximum_count}.")
         for name in ("steps", "grow_every_steps", "reset_opacity_steps", "evaluate_every_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 1: raise KiloError(f"{name} is {getattr(self, name)}: at least 1 is expected.")
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise KiloError(f"{name} is {getattr(self, name)}: at least 1 is expected.")
         for name in ("growth", "scatter", "noise_rate", "opacity_weight", "scale_weight"):
-            if getattr(self, name) is not None and not getattr(self, name) >= 0: raise KiloError(f"{name} is {getattr(self, name)}: 0 or more is expected.")
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise KiloError(f"{name} is {getattr(self, name)}: 0 or more is expected.")
         usual = {field.name: field.default for field in fields(self)}
         for other, names in STRATEGY_SETTINGS.items():
             stray = [name for name in names if other != self.strategy and getattr(self, name) != usual[name]]
-            if stray: raise KiloError(f"{stray[0]} is set to {getattr(self, stray[0])}, but only the strategy '{other}' has it: "
-                                      f"leave it out, or set strategy to '{other}'.")
+            if stray:
+                raise KiloError(f"{stray[0]} is set to {getattr(self, stray[0])}, but only the strategy "
+                                f"'{other}' has it: " f"leave it out, or set strategy to '{other}'.")
 
     def growth_per_change(self) -> float:
         """The share that the strategy "mcmc" adds to the count at each change of the set."""
@@ -117,7 +132,7 @@ class FitConfig:
         """Whether the set changes once `done` steps are done."""
         return self.grow_from * self.steps <= done <= self.grow_until * self.steps and done % self.grow_every_steps == 0
 
-# %% ../../nbs/splats/fit.ipynb #d4e4ee33
+# %% ../../nbs/splats/fit.ipynb #29ac8149
 class View(Protocol):
     """What a scene is made of: `kilonb.scenes.blender.Frame` is one."""
     camera: PinholeCamera
@@ -125,7 +140,7 @@ class View(Protocol):
     def rgba_straight(self) -> Tensor:
         """[height, width, 4] in 0..1."""
 
-
+# %% ../../nbs/splats/fit.ipynb #a6677db7
 class Views:
     """All pictures of a scene in memory, with their cameras, on one device."""
 
@@ -134,16 +149,20 @@ class Views:
         if not frames: raise KiloError("There is no view to fit to: the scene has no frames.")
         self.names = [str(getattr(frame, "name", index)) for index, frame in enumerate(frames)]
         self.cameras = [frame.camera.to(device) for frame in frames]
-        self.rgba = torch.stack([self._eight_bits(name, frame, frames[0].camera) for name, frame in zip(self.names, frames)]).to(device)
+        self.rgba = torch.stack([self._eight_bits(name, frame, frames[0].camera) for name,
+                                 frame in zip(self.names, frames)]).to(device)
         self.device = torch.device(device)
 
     @staticmethod
     def _eight_bits(name: str, frame: View, first: PinholeCamera) -> Tensor:
         rgba, size = frame.rgba_straight(), (first.height, first.width, 4)
         if tuple(rgba.shape) != size or (frame.camera.height, frame.camera.width) != size[:2]:
-            raise KiloError(f"View '{name}' has a picture of shape {list(rgba.shape)} and a camera of {frame.camera.width}x{frame.camera.height} pixels, but "
-                            f"the first view's camera has {first.width}x{first.height}: RGBA pictures of one size, that of their cameras, are expected.")
-        if not torch.isfinite(rgba).all(): raise KiloError(f"The picture of view '{name}' holds NaN or infinity: leave it out or make it again.")
+            raise KiloError(f"View '{name}' has a picture of shape {list(rgba.shape)} and a camera of "
+                            f"{frame.camera.width}x{frame.camera.height} pixels, but "
+                            f"the first view's camera has {first.width}x{first.height}: RGBA pictures of one "
+                            "size, that of their cameras, are expected.")
+        if not torch.isfinite(rgba).all():
+            raise KiloError(f"The picture of view '{name}' holds NaN or infinity: leave it out or make it again.")
         return (rgba * 255).round().to(torch.uint8)
 
     def __len__(self) -> int: return len(self.cameras)
@@ -157,16 +176,18 @@ class Views:
         """[F, H, W] bool: where each view shows the object."""
         return self.rgba[..., 3] > 127
 
-# %% ../../nbs/splats/fit.ipynb #180d1c73
+# %% ../../nbs/splats/fit.ipynb #1da97e2f
 def scene_extent(cameras: Sequence[PinholeCamera]) -> float:
-    """1.1 times the largest distance of a camera from the mean of all, metres: the scale of 3DGS's rates; the focus distance for one camera."""
+    """1.1 times the largest distance of a camera from the mean of all, metres: the scale of 3DGS's rates; the focus
+    distance for one camera."""
     origins = torch.stack([c.position for c in cameras])
     spread = (origins - origins.mean(0)).norm(dim=-1).max().item()
     return 1.1 * spread if spread > 1e-3 else (origins[0].cpu() - focus(cameras)[0]).norm().item()
 
-# %% ../../nbs/splats/fit.ipynb #41c3f005
+# %% ../../nbs/splats/fit.ipynb #5f837e0c
 def silhouette_votes(points: Tensor, cameras: Sequence[PinholeCamera], masks: Tensor) -> Tensor:
-    """[N] how many views do not show background at `points` [N, 3]; outside an image counts as object, for nothing speaks against it."""
+    """[N] how many views do not show background at `points` [N, 3]; outside an image counts as object, for nothing
+    speaks against it."""
     votes = torch.zeros(len(points), dtype=torch.int32, device=points.device)
     for camera, mask in zip(cameras, masks):
         pixels, depth = camera.project(points)
@@ -175,9 +196,10 @@ def silhouette_votes(points: Tensor, cameras: Sequence[PinholeCamera], masks: Te
         votes += torch.where(within, mask[row.clamp(0, camera.height - 1), column.clamp(0, camera.width - 1)], True)
     return votes
 
-# %% ../../nbs/splats/fit.ipynb #c6f551c4
+# %% ../../nbs/splats/fit.ipynb #bdb014e7
 def _coarse_hull(views: Views, cells: int) -> tuple[Tensor, float]:
-    """(corners [M, 3] of the grid cells that may touch the hull, their size in metres): silhouettes grown by half a cell's diagonal hold the centre."""
+    """(corners [M, 3] of the grid cells that may touch the hull, their size in metres): silhouettes grown by half a
+    cell's diagonal hold the centre."""
     centre, radius = focus(views.cameras)
     size, camera = 2 * radius / cells, views.cameras[0]
     reach = math.ceil(.87 * size * camera.fx / (camera.position.cpu() - centre).norm().item())
@@ -186,11 +208,14 @@ def _coarse_hull(views: Views, cells: int) -> tuple[Tensor, float]:
     corners = centre.to(views.device) - radius + torch.cartesian_prod(steps, steps, steps) * size
     return corners[silhouette_votes(corners + .5 * size, views.cameras, grown) == len(views)], size
 
-
+# %% ../../nbs/splats/fit.ipynb #d1c0d418
 def hull_points(views: Views, count: int, generator: torch.Generator, cells: int = 48) -> Tensor:
-    """`count` random points [count, 3] near the surface of the silhouettes' visual hull, metres. Raises KiloError where the hull is empty."""
+    """`count` random points [count, 3] near the surface of the silhouettes' visual hull, metres. Raises KiloError where
+    the hull is empty."""
     (corners, size), masks, kept, rest = _coarse_hull(views, cells), views.masks(), [], []
-    if not len(corners): raise KiloError("The silhouettes have no common volume: check that alpha is 0 outside and that poses and pictures belong together.")
+    if not len(corners):
+        raise KiloError("The silhouettes have no common volume: check that alpha is 0 outside and that poses "
+                        "and pictures belong together.")
     for _ in range(12):
         pick = torch.randint(len(corners), (2 * count,), generator=generator, device=views.device)
         points = corners[pick] + size * torch.rand(2 * count, 3, generator=generator, device=views.device)
@@ -203,9 +228,10 @@ def hull_points(views: Views, count: int, generator: torch.Generator, cells: int
     missing = torch.randint(len(corners), (count - len(found),), generator=generator, device=views.device)
     return torch.cat([found, corners[missing] + .5 * size])
 
-# %% ../../nbs/splats/fit.ipynb #74de3531
+# %% ../../nbs/splats/fit.ipynb #4240a4a4
 def median_colours(points: Tensor, views: Views) -> Tensor:
-    """[N, 3] median over the views of the straight colour at `points` [N, 3], grey where no view shows the object there."""
+    """[N, 3] median over the views of the straight colour at `points` [N, 3], grey where no view shows the object
+    there."""
     seen = torch.full((len(views), len(points), 3), torch.nan, device=points.device)
     for k, camera in enumerate(views.cameras):
         column, row = camera.project(points)[0].nan_to_num(0).floor().long().unbind(-1)
@@ -213,35 +239,44 @@ def median_colours(points: Tensor, views: Views) -> Tensor:
         seen[k] = torch.where(rgba[:, 3:] > .5, rgba[:, :3], torch.nan)
     return seen.nanmedian(0).values.nan_to_num(.5)
 
-
+# %% ../../nbs/splats/fit.ipynb #4130f0bd
 def initial_gaussians(views: Views, config: FitConfig) -> Gaussians:
     """The set that a fit starts from, by `config.initial`; every size is that of the distance to the neighbours."""
     generator = torch.Generator(device=views.device).manual_seed(config.seed)
     if config.initial == "hull": points = hull_points(views, config.initial_count, generator)
     else:
         centre, radius = focus(views.cameras)
-        points = centre.to(views.device) + radius / math.sqrt(3) * (2 * torch.rand(config.initial_count, 3, generator=generator, device=views.device) - 1)
-    return gaussians_from_points(points, median_colours(points, views), config.sh_degree, opacity=.1 if config.initial == "box" else .3)
+        points = centre.to(views.device) + radius / math.sqrt(3) * (
+            2 * torch.rand(config.initial_count, 3, generator=generator, device=views.device) - 1
+        )
+    return gaussians_from_points(points, median_colours(points, views), config.sh_degree,
+                                 opacity=.1 if config.initial == "box" else .3)
 
-# %% ../../nbs/splats/fit.ipynb #7b7d017a
+# %% ../../nbs/splats/fit.ipynb #199ae613
 def check_start(gaussians: Gaussians, views: Views, config: FitConfig) -> None:
-    """Raise KiloError where the fit cannot begin: no view shows anything, a view that does sees no gaussian, the harmonics are not of the fit's degree."""
+    """Raise KiloError where the fit cannot begin: no view shows anything, a view that does sees no gaussian, the
+    harmonics are not of the fit's degree."""
     shows = views.masks().flatten(1).any(1).tolist()
-    if not any(shows): raise KiloError("No view shows the object: alpha is 0 in every picture, so there is nothing to fit to.")
+    if not any(shows):
+        raise KiloError("No view shows the object: alpha is 0 in every picture, so there is nothing to fit to.")
     if gaussians.sh_degree != config.sh_degree:
-        raise KiloError(f"The gaussians to start from have harmonics of degree {gaussians.sh_degree}, but sh_degree is {config.sh_degree}: make them agree.")
+        raise KiloError(f"The gaussians to start from have harmonics of degree {gaussians.sh_degree}, but "
+                        f"sh_degree is {config.sh_degree}: make them agree.")
     blind = []
     for name, camera, shown in zip(views.names, views.cameras, shows):
         pixels, depth = camera.project(gaussians.means)
         size = torch.tensor([camera.width, camera.height], device=pixels.device)
         if shown and not ((depth > 0) & (pixels >= 0).all(-1) & (pixels <= size).all(-1)).any(): blind.append(name)
     if blind:
-        raise KiloError(f"{len(blind)} of {len(views)} views show the object but see none of the {len(gaussians)} gaussians to start from, "
-                        f"the first is '{blind[0]}': check that poses, pictures and gaussians are of one scene in one frame, or leave these views out.")
+        raise KiloError(f"{len(blind)} of {len(views)} views show the object but see none of the "
+                        f"{len(gaussians)} gaussians to start from, "
+                        f"the first is '{blind[0]}': check that poses, pictures and gaussians are of one "
+                        "scene in one frame, or leave these views out.")
 
-# %% ../../nbs/splats/fit.ipynb #a39af3af
+# %% ../../nbs/splats/fit.ipynb #fcc2cd18
 def structural_dissimilarity(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 - mean SSIM of two images [H, W, 3] in 0..1 (window 11, sigma 1.5, valid positions; smaller for images below 11 pixels). Differentiable."""
+    """1 - mean SSIM of two images [H, W, 3] in 0..1 (window 11, sigma 1.5, valid positions; smaller for images below 11
+    pixels). Differentiable."""
     size = min(11, *prediction.shape[:2])
     window = torch.exp(-.5 * ((torch.arange(size, device=prediction.device) - (size - 1) / 2) / 1.5) ** 2)
     window = (window / window.sum()).to(prediction.dtype).expand(15, 1, size)
@@ -250,25 +285,29 @@ def structural_dissimilarity(prediction: Tensor, target: Tensor) -> Tensor:
     filtered = F.conv2d(F.conv2d(maps, window[..., None], groups=15), window[:, :, None], groups=15)[0]
     mx, my, xx, yy, xy = filtered.reshape(5, 3, *filtered.shape[1:])
     c1, c2 = .01 ** 2, .03 ** 2
-    return 1 - ((2 * mx * my + c1) * (2 * (xy - mx * my) + c2) / ((mx * mx + my * my + c1) * (xx - mx * mx + yy - my * my + c2))).mean()
+    return 1 - ((2 * mx * my + c1) * (2 * (xy - mx * my) + c2)
+                / ((mx * mx + my * my + c1) * (xx - mx * mx + yy - my * my + c2))).mean()
 
-
+# %% ../../nbs/splats/fit.ipynb #9bf84508
 def photometric_loss(prediction: Tensor, target: Tensor, ssim_weight: float) -> Tensor:
     """(1 - w) L1 + w (1 - SSIM) of two images [H, W, 3] over the same background."""
     loss = (1 - ssim_weight) * (prediction - target).abs().mean()
     return loss + ssim_weight * structural_dissimilarity(prediction, target) if ssim_weight else loss
 
-# %% ../../nbs/splats/fit.ipynb #5038a7b3
+# %% ../../nbs/splats/fit.ipynb #575183f8
 class Teacher:
-    """The gaussians that are being fitted, as parameters of one Adam, and what the mending of the set needs to remember."""
+    """The gaussians that are being fitted, as parameters of one Adam, and what the mending of the set needs to
+    remember."""
 
     def __init__(self, gaussians: Gaussians, config: FitConfig, extent: float):
         self.config, self.extent = config, extent
-        self.rates = {"means": config.means_rate * extent, "quats": config.rotation_rate, "log_scales": config.scale_rate,
-                      "logit_opacities": config.opacity_rate, "sh0": config.colour_rate, "sh_rest": config.colour_rate / 20}
+        self.rates = {"means": config.means_rate * extent, "quats": config.rotation_rate,
+                      "log_scales": config.scale_rate, "logit_opacities": config.opacity_rate,
+                      "sh0": config.colour_rate, "sh_rest": config.colour_rate / 20}
         values = gaussians.detach().parameters()
         values |= {"sh0": values["sh"][:, :1], "sh_rest": values.pop("sh")[:, 1:]}
-        groups = [{"name": name, "lr": rate, "params": [nn.Parameter(values[name].clone())]} for name, rate in self.rates.items()]
+        groups = [{"name": name, "lr": rate, "params": [nn.Parameter(values[name].clone())]} for name,
+                  rate in self.rates.items()]
         self.optimizer = torch.optim.Adam(groups, lr=1e-3, eps=1e-15, fused=True)
         self.evaluations: list[dict[str, float]] = []
         self.spent_s = 0.0
@@ -283,25 +322,31 @@ class Teacher:
 
     def clear_statistics(self) -> None:
         """Forget the gradients that were seen since the set last changed."""
-        self.gradient, self.seen = torch.zeros(len(self), device=self["means"].device), torch.zeros(len(self), device=self["means"].device)
+        self.gradient, self.seen = (
+            torch.zeros(len(self), device=self["means"].device),
+            torch.zeros(len(self), device=self["means"].device),
+        )
 
     def gaussians(self) -> Gaussians:
         """The set as it stands; differentiable with respect to the parameters."""
-        return Gaussians(self["means"], self["quats"], self["log_scales"], self["logit_opacities"], torch.cat([self["sh0"], self["sh_rest"]], 1))
+        return Gaussians(self["means"], self["quats"], self["log_scales"], self["logit_opacities"],
+                         torch.cat([self["sh0"], self["sh_rest"]], 1))
 
-# %% ../../nbs/splats/fit.ipynb #ed66bf5a
+# %% ../../nbs/splats/fit.ipynb #5862d74f
 def change_set(teacher: Teacher, keep: Tensor, born: Mapping[str, Tensor]) -> None:
-    """Keep the rows `keep` (indices) and append `born` (name -> rows); Adam's moments follow the kept rows and are zero for new ones."""
+    """Keep the rows `keep` (indices) and append `born` (name -> rows); Adam's moments follow the kept rows and are zero
+    for new ones."""
     for group in teacher.optimizer.param_groups:
         old, new = group["params"][0], born[group["name"]]
         group["params"] = [nn.Parameter(torch.cat([old.detach()[keep], new.detach()]))]
         state = teacher.optimizer.state.pop(old, None)
         if state is None: continue
-        moments = {name: torch.cat([value[keep], torch.zeros_like(new)]) for name, value in state.items() if value.shape == old.shape}
+        moments = {name: torch.cat([value[keep], torch.zeros_like(new)]) for name,
+                   value in state.items() if value.shape == old.shape}
         teacher.optimizer.state[group["params"][0]] = {**state, **moments}
     teacher.clear_statistics()
 
-# %% ../../nbs/splats/fit.ipynb #73cfcdbf
+# %% ../../nbs/splats/fit.ipynb #e439ae4c
 class TeacherState:
     """Saves and restores a Teacher between sessions; the optimiser's moments are saved by the loop."""
 
@@ -311,43 +356,49 @@ class TeacherState:
         """The parameters, the statistics and the evaluations so far."""
         teacher = self.teacher
         return {"parameters": {group["name"]: group["params"][0].detach() for group in teacher.optimizer.param_groups},
-                "gradient": teacher.gradient, "seen": teacher.seen, "evaluations": teacher.evaluations, "spent_s": teacher.spent_s}
+                "gradient": teacher.gradient, "seen": teacher.seen, "evaluations": teacher.evaluations,
+                "spent_s": teacher.spent_s}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put everything back; the parameters may have another count than now."""
         teacher, device = self.teacher, self.teacher["means"].device
-        for group in teacher.optimizer.param_groups: group["params"] = [nn.Parameter(state["parameters"][group["name"]].to(device).clone())]
+        for group in teacher.optimizer.param_groups:
+            group["params"] = [nn.Parameter(state["parameters"][group["name"]].to(device).clone())]
         teacher.optimizer.state.clear()
         teacher.gradient, teacher.seen = state["gradient"].to(device).clone(), state["seen"].to(device).clone()
         teacher.evaluations, teacher.spent_s = list(state["evaluations"]), state["spent_s"]
 
-# %% ../../nbs/splats/fit.ipynb #7eaa576e
+# %% ../../nbs/splats/fit.ipynb #bf42d902
 def note_gradients(teacher: Teacher, meta: Mapping[str, Any]) -> None:
     """Add the last step's gradients of the projected centres to the statistics."""
     gradient = meta["means2d"].grad.detach().reshape(-1, 2)
     half = torch.tensor([meta["width"] / 2, meta["height"] / 2], device=gradient.device)
     length, visible = (gradient * half).norm(dim=-1), (meta["radii"].reshape(len(gradient), -1) > 0).all(-1)
-    rows = torch.arange(len(gradient), device=gradient.device) if meta.get("gaussian_ids") is None else meta["gaussian_ids"]
+    rows = torch.arange(len(gradient),
+                        device=gradient.device) if meta.get("gaussian_ids") is None else meta["gaussian_ids"]
     teacher.gradient.index_add_(0, rows[visible], length[visible])
     teacher.seen.index_add_(0, rows[visible], torch.ones_like(length[visible]))
 
-# %% ../../nbs/splats/fit.ipynb #2a8b743b
+# %% ../../nbs/splats/fit.ipynb #d8126af8
 def step_generator(config: FitConfig, step: int, device: torch.device) -> torch.Generator:
     """Random numbers for what happens after step `step`, the same however the run got there."""
     return torch.Generator(device=device).manual_seed(config.seed * 1_000_003 + step)
 
-
+# %% ../../nbs/splats/fit.ipynb #db3167d2
 def _require_alive(alive: Tensor, step: int, reason: str) -> None:
     if alive.any(): return
     raise TrainingStopped(f"Training stopped at step {step}: every gaussian is {reason}. "
                           "Check that pictures and poses belong together; lower opacity_rate or prune_opacity.")
 
-
+# %% ../../nbs/splats/fit.ipynb #917bf46a
 def grow_and_prune(teacher: Teacher, step: int) -> dict[str, int]:
-    """Clone, split and drop gaussians by the statistics since the last change. Returns how many of each, and the count after."""
+    """Clone, split and drop gaussians by the statistics since the last change. Returns how many of each, and the count
+    after."""
     config, largest = teacher.config, teacher["log_scales"].detach().exp().amax(-1)
     pull = teacher.gradient / teacher.seen.clamp(min=1)
-    alive = (teacher["logit_opacities"].detach().sigmoid() > config.prune_opacity) & (largest < config.prune_size * teacher.extent)
+    alive = (teacher["logit_opacities"].detach().sigmoid() > config.prune_opacity) & (
+        largest < config.prune_size * teacher.extent
+    )
     _require_alive(alive, step, f"fainter than {config.prune_opacity:g} or larger than prune_size allows")
     wanted = (alive & (pull > config.grow_gradient)).nonzero()[:, 0]
     room = max(0, config.maximum_count - int(alive.sum()))
@@ -357,9 +408,10 @@ def grow_and_prune(teacher: Teacher, step: int) -> dict[str, int]:
     born = _offspring(teacher, cloned, split, step_generator(config, step, pull.device))
     alive[split] = False
     change_set(teacher, alive.nonzero()[:, 0], born)
-    return {"cloned": len(cloned), "split": len(split), "dropped": int((~alive).sum()) - len(split), "count": len(teacher)}
+    return {"cloned": len(cloned), "split": len(split), "dropped": int((~alive).sum()) - len(split),
+            "count": len(teacher)}
 
-# %% ../../nbs/splats/fit.ipynb #50ab20c4
+# %% ../../nbs/splats/fit.ipynb #699c2213
 def _offspring(teacher: Teacher, cloned: Tensor, split: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     """The rows to append: one for each clone (whose original is thinned in place), two for each split."""
     thin = torch.logit((1 - torch.sqrt(1 - teacher["logit_opacities"].detach().sigmoid())).clamp(1e-6, 1 - 1e-6))
@@ -369,26 +421,30 @@ def _offspring(teacher: Teacher, cloned: Tensor, split: Tensor, generator: torch
     born["logit_opacities"] = thin[parents]
     two = torch.arange(len(parents), device=parents.device) >= len(cloned)
     draw = torch.randn(int(two.sum()), 3, generator=generator, device=parents.device)
-    born["means"][two] += (quat_to_rotmat(born["quats"][two]) @ (born["log_scales"][two].exp() * draw)[..., None])[..., 0]
+    born["means"][two] += (quat_to_rotmat(born["quats"][two]) @ (born["log_scales"][two].exp() * draw)[..., None])[
+        ..., 0
+    ]
     born["log_scales"][two] -= math.log(1.6)
     return born
 
-
+# %% ../../nbs/splats/fit.ipynb #752b86c8
 def reset_opacities(teacher: Teacher, ceiling: float = .02) -> None:
-    """Lower all opacities to `ceiling` at most and forget their moments: what the pictures need comes back, floaters do not."""
+    """Lower all opacities to `ceiling` at most and forget their moments: what the pictures need comes back, floaters do
+    not."""
     parameter = teacher["logit_opacities"]
     with torch.no_grad(): parameter.clamp_(max=math.log(ceiling / (1 - ceiling)))
     forget_moments(teacher, parameter, slice(None))
 
-
+# %% ../../nbs/splats/fit.ipynb #219285d7
 def forget_moments(teacher: Teacher, parameter: nn.Parameter, rows: Tensor | slice) -> None:
     """Set Adam's moments of some rows of a parameter to zero, because those rows were changed from outside."""
     for name, value in teacher.optimizer.state.get(parameter, {}).items():
         if name.startswith("exp_avg"): value[rows] = 0
 
-# %% ../../nbs/splats/fit.ipynb #00a64966
+# %% ../../nbs/splats/fit.ipynb #79bb6db7
 def relocate_and_grow(teacher: Teacher, step: int, generator: torch.Generator) -> dict[str, int]:
-    """Move dead gaussians onto live ones and add copies, up to the count allowed. Returns how many of each, and the count after.
+    """Move dead gaussians onto live ones and add copies, up to the count allowed. Returns how many of each, and the
+    count after.
 
     Source: 3DGS-MCMC, section 3.4; it does not scatter the copies.
     """
@@ -406,13 +462,13 @@ def relocate_and_grow(teacher: Teacher, step: int, generator: torch.Generator) -
     change_set(teacher, alive.nonzero()[:, 0], born)
     return {"relocated": before - int(alive.sum()), "grown": after - before, "count": after}
 
-# %% ../../nbs/splats/fit.ipynb #3efaebbc
+# %% ../../nbs/splats/fit.ipynb #3c581f16
 def view_order(step: int, count: int, seed: int) -> int:
     """Which view step `step` shows: each of `count` once an epoch, in an order drawn from the seed and the epoch."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step // count)
     return int(torch.randperm(count, generator=generator)[step % count])
 
-
+# %% ../../nbs/splats/fit.ipynb #6ffee6ec
 def set_rates(teacher: Teacher, step: int) -> None:
     """Give each of the optimiser's groups its rate for this step."""
     config = teacher.config
@@ -420,20 +476,23 @@ def set_rates(teacher: Teacher, step: int) -> None:
         end = config.means_rate_end if group["name"] == "means" else config.rate_end
         group["lr"] = teacher.rates[group["name"]] * end ** (step / config.steps)
 
-
+# %% ../../nbs/splats/fit.ipynb #93f74513
 def background_colour(name: str, generator: torch.Generator) -> Tensor:
     """[3] the colour behind a step's pictures."""
     if name == "random": return torch.rand(3, generator=generator, device=generator.device)
     return torch.full((3,), float(name == "white"), device=generator.device)
 
-
-def render_teacher(gaussians: Gaussians, camera: PinholeCamera, background: Tensor, degree: int) -> tuple[Tensor, Tensor, dict]:
+# %% ../../nbs/splats/fit.ipynb #743eb47b
+def render_teacher(
+    gaussians: Gaussians, camera: PinholeCamera, background: Tensor, degree: int
+) -> tuple[Tensor, Tensor, dict]:
     """(rgb [H, W, 3] over the background, alpha [H, W, 1], the rasteriser's meta)."""
-    colours, alphas, meta = rasterize(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh, camera.world_to_camera[None],
-                                      camera.K[None], camera.width, camera.height, sh_degree=degree, backgrounds=background[None], packed=False)
+    colours, alphas, meta = rasterize(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities,
+                                      gaussians.sh, camera.world_to_camera[None], camera.K[None], camera.width,
+                                      camera.height, sh_degree=degree, backgrounds=background[None], packed=False)
     return colours[0], alphas[0], meta
 
-# %% ../../nbs/splats/fit.ipynb #7d61a37e
+# %% ../../nbs/splats/fit.ipynb #09141606
 class Fit:
     """The step function and what comes after each step; `fit_teacher` hands both to the training loop."""
 
@@ -449,14 +508,19 @@ class Fit:
         """One view's loss, for the loop."""
         config, teacher = self.config, self.teacher
         set_rates(teacher, step)
-        index, background = view_order(step, len(self.views), config.seed), background_colour(config.background, generator)
+        index, background = (
+            view_order(step, len(self.views), config.seed),
+            background_colour(config.background, generator),
+        )
         colour, alpha = self.views.premultiplied(index)
-        rendered, rendered_alpha, self.meta = render_teacher(teacher.gaussians(), self.views.cameras[index], background, self.degree(step))
+        rendered, rendered_alpha, self.meta = render_teacher(teacher.gaussians(), self.views.cameras[index], background,
+                                                             self.degree(step))
         self.meta["means2d"].retain_grad()
         loss = photometric_loss(rendered, colour + (1 - alpha) * background, config.ssim_weight)
         if config.strategy == "mcmc":
             scales = teacher["log_scales"].exp() / teacher.extent
-            loss = loss + penalty(teacher["logit_opacities"].sigmoid(), scales, config.opacity_weight, config.scale_weight)
+            loss = loss + penalty(teacher["logit_opacities"].sigmoid(), scales, config.opacity_weight,
+                                  config.scale_weight)
         share = {name: (rendered_alpha.detach() * where).sum() / where.sum().clamp(min=1)
                  for name, where in (("background_alpha", alpha == 0), ("ray_alpha_foreground", alpha > .5))}
         return {"loss": loss, **share, "count": float(len(teacher)), "means_rate": teacher.group("means")["lr"]}
@@ -479,7 +543,8 @@ class Fit:
         if growing and config.reset_opacity_steps and done % config.reset_opacity_steps == 0: reset_opacities(teacher)
 
     def explore(self, done: int) -> None:
-        """The strategy "mcmc" after a step: noise on the means, less as their rate falls; now and then relocation and growth."""
+        """The strategy "mcmc" after a step: noise on the means, less as their rate falls; now and then relocation and
+        growth."""
         config, teacher = self.config, self.teacher
         generator = step_generator(config, done, teacher["means"].device)
         strength = config.noise_rate / teacher.extent * config.means_rate_end ** (done / config.steps)
@@ -496,24 +561,29 @@ class Fit:
         teacher.evaluations.append({"step": done, "train_s": teacher.spent_s, "count": len(teacher), **scores})
         self.clock = time.perf_counter()
 
-# %% ../../nbs/splats/fit.ipynb #6250aa6f
+# %% ../../nbs/splats/fit.ipynb #a7c25b4f
 def held_out_scores(gaussians: Gaussians, views: Views, degree: int | None = None) -> dict[str, float]:
-    """Mean over the views: PSNR on white (dB, pictures clamped to 0..1), that of a blank image, and alpha where the target's is 0."""
+    """Mean over the views: PSNR on white (dB, pictures clamped to 0..1), that of a blank image, and alpha where the
+    target's is 0."""
     scores, white = [], torch.ones(3, device=views.device)
     for index, camera in enumerate(views.cameras):
         colour, alpha = views.premultiplied(index)
         target = colour + 1 - alpha
-        with torch.no_grad(): rendered, rendered_alpha, _ = render_teacher(gaussians, camera, white, gaussians.sh_degree if degree is None else degree)
+        with torch.no_grad():
+            rendered, rendered_alpha, _ = render_teacher(gaussians, camera, white,
+                                                         gaussians.sh_degree if degree is None else degree)
         error, blank = (rendered.clamp(0, 1) - target).square().mean(), (1 - target).square().mean()
         haze = rendered_alpha[alpha == 0].mean() if (alpha == 0).any() else torch.zeros(())
-        scores.append(torch.stack([-10 * error.clamp(min=1e-12).log10(), -10 * blank.clamp(min=1e-12).log10(), haze.to(error)]))
+        scores.append(torch.stack([-10 * error.clamp(min=1e-12).log10(), -10 * blank.clamp(min=1e-12).log10(),
+                                   haze.to(error)]))
     psnr, blank, haze = torch.stack(scores).double().mean(0).tolist()
     return {"psnr_srgb_white_db": psnr, "psnr_blank_white_db": blank, "background_alpha": haze}
 
-# %% ../../nbs/splats/fit.ipynb #2965e521
+# %% ../../nbs/splats/fit.ipynb #354fc094
 @dataclass(frozen=True)
 class FitResult:
-    """gaussians: the teacher. records: of the loop (loss, count, rates). evaluations: held-out scores with step and training seconds.
+    """gaussians: the teacher. records: of the loop (loss, count, rates). evaluations: held-out scores with step and
+    training seconds.
 
     steps: done. seconds: of training. resumed_from: step, None for a fresh run. finished: whether all steps were done.
     """
@@ -525,27 +595,34 @@ class FitResult:
     resumed_from: int | None
     finished: bool
 
-# %% ../../nbs/splats/fit.ipynb #9b2f12f9
-def fit_teacher(scene: Sequence[View], config: FitConfig, folder: str | Path | None = None, *, held_out: Sequence[View] | None = None,
-                initial: Gaussians | None = None, resume: bool = False, device: torch.device | str = "cpu", time_limit_s: float | None = None,
+# %% ../../nbs/splats/fit.ipynb #92892df9
+def fit_teacher(scene: Sequence[View], config: FitConfig, folder: str | Path | None = None, *,
+                held_out: Sequence[View] | None = None, initial: Gaussians | None = None, resume: bool = False,
+                device: torch.device | str = "cpu", time_limit_s: float | None = None,
                 checkpoint_every_seconds: float = 60.0, quiet: bool = False) -> FitResult:
     """Fit gaussians to the views of a scene.
 
-    scene: views with `camera` and `rgba_straight()`, e.g. a BlenderScene; held_out alike, scored on the way. initial: gaussians to start from.
-    folder: of the run: logs, checkpoints, teacher.ply, evaluations.json; None keeps nothing. resume: go on from its checkpoint, to the same numbers.
-    Raises KiloError on bad input, TrainingStopped where a loss is not finite or the object fades, KeyboardInterrupt on Ctrl-C once a checkpoint is saved.
+    scene: views with `camera` and `rgba_straight()`, e.g. a BlenderScene; held_out alike, scored on the way. initial:
+    gaussians to start from.
+    folder: of the run: logs, checkpoints, teacher.ply, evaluations.json; None keeps nothing. resume: go on from its
+    checkpoint, to the same numbers.
+    Raises KiloError on bad input, TrainingStopped where a loss is not finite or the object fades, KeyboardInterrupt on
+    Ctrl-C once a checkpoint is saved.
     """
     views = Views(scene, device)
     begin = initial_gaussians(views, config) if initial is None else initial.to(device).validate()
     check_start(begin, views, config)
     teacher = Teacher(begin, config, scene_extent(views.cameras))
     fit = Fit(teacher, views, None if held_out is None else Views(held_out, device))
-    loop = LoopConfig(steps=config.steps, learning_rate=None, warmup_steps=0, minimum_learning_rate_ratio=1.0, log_every_steps=20, seed=config.seed,
-                      checkpoint_every_seconds=checkpoint_every_seconds, time_limit_s=time_limit_s)
-    result = train(fit, teacher.optimizer, loop, folder=folder, stateful={"teacher": TeacherState(teacher)}, after_step=fit.after_step,
-                   guards=[AlphaGuard()], settings=asdict(config), resume=resume, description="fitting the teacher", quiet=quiet)
+    loop = LoopConfig(steps=config.steps, learning_rate=None, warmup_steps=0, minimum_learning_rate_ratio=1.0,
+                      log_every_steps=20, seed=config.seed, checkpoint_every_seconds=checkpoint_every_seconds,
+                      time_limit_s=time_limit_s)
+    result = train(fit, teacher.optimizer, loop, folder=folder, stateful={"teacher": TeacherState(teacher)},
+                   after_step=fit.after_step, guards=[AlphaGuard()], settings=asdict(config), resume=resume,
+                   description="fitting the teacher", quiet=quiet)
     gaussians = teacher.gaussians().detach()
     if folder is not None:
         write_ply(Path(folder) / "teacher.ply", gaussians)
         write_json(Path(folder) / "evaluations.json", teacher.evaluations)
-    return FitResult(gaussians, result.records, teacher.evaluations, result.steps, result.seconds, result.resumed_from, result.finished)
+    return FitResult(gaussians, result.records, teacher.evaluations, result.steps, result.seconds, result.resumed_from,
+                     result.finished)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core.errors import KiloError
 from .harmonics import rgb_to_sh0
 
-# %% ../../nbs/splats/gaussians.ipynb #e22ca283
+# %% ../../nbs/splats/gaussians.ipynb #f7c35145
 SH_DEGREES = {1: 0, 4: 1, 9: 2, 16: 3}
 
 
@@ -82,14 +82,16 @@ class Gaussians:
         """The gaussians that `selection`, a boolean mask [N] or indices [M], picks."""
         return Gaussians(**{name: tensor[selection] for name, tensor in self.parameters().items()})
 
-    def __repr__(self) -> str: return f"Gaussians({len(self):,}, sh_degree={self.sh_degree}, {self.means.dtype}, {self.device})"
+    def __repr__(self) -> str:
+        return f"Gaussians({len(self):,}, sh_degree={self.sh_degree}, {self.means.dtype}, {self.device})"
 
     @staticmethod
     def concatenate(parts: Sequence["Gaussians"]) -> "Gaussians":
         """One container of all `parts`, in order; a part of lower degree is filled up with zero coefficients."""
         if not parts: raise KiloError("Nothing to concatenate: give at least one Gaussians.")
         terms = max(part.sh.shape[1] for part in parts)
-        stacked = {name: torch.cat([part.parameters()[name] for part in parts]) for name in ("means", "quats", "log_scales", "logit_opacities")}
+        stacked = {name: torch.cat([part.parameters()[name] for part in parts])
+                   for name in ("means", "quats", "log_scales", "logit_opacities")}
         padded = [torch.nn.functional.pad(part.sh, (0, 0, 0, terms - part.sh.shape[1])) for part in parts]
         return Gaussians(**stacked, sh=torch.cat(padded))
 
@@ -97,51 +99,63 @@ class Gaussians:
         """Return self, or raise KiloError where shapes disagree, a number is not finite or a quaternion is zero."""
         check_shapes(self)
         for name, tensor in self.parameters().items():
-            reject(~torch.isfinite(tensor.detach()).reshape(len(self), -1).all(1), f"value in {name} that is not finite")
+            reject(~torch.isfinite(tensor.detach()).reshape(len(self), -1).all(1),
+                   f"value in {name} that is not finite")
         reject((self.quats.detach() == 0).all(1), "zero quaternion")
         return self
 
-# %% ../../nbs/splats/gaussians.ipynb #2280ba03
+# %% ../../nbs/splats/gaussians.ipynb #a275dfce
 def reject(bad: Tensor, what: str) -> None:
     """Raise KiloError if `bad` [N] is true anywhere; `what` names the fault of one gaussian."""
-    if bad.any(): raise KiloError(f"{int(bad.sum())} of {len(bad)} gaussians have a {what}, the first is number {int(bad.nonzero()[0])}.")
+    if bad.any():
+        raise KiloError(f"{int(bad.sum())} of {len(bad)} gaussians have a {what}, the first is number "
+                        f"{int(bad.nonzero()[0])}.")
 
-
+# %% ../../nbs/splats/gaussians.ipynb #e7b535fb
 def check_shapes(gaussians: Gaussians) -> None:
     """Raise KiloError unless the five tensors have the shapes that `Gaussians` documents."""
     count = gaussians.means.shape[0]
     terms = gaussians.sh.shape[1] if gaussians.sh.dim() == 3 else -1
-    expected = {"means": [count, 3], "quats": [count, 4], "log_scales": [count, 3], "logit_opacities": [count], "sh": [count, terms, 3]}
+    expected = {"means": [count, 3], "quats": [count, 4], "log_scales": [count, 3], "logit_opacities": [count],
+                "sh": [count, terms, 3]}
     for name, tensor in gaussians.parameters().items():
         shape = list(tensor.shape)
-        if shape != expected[name]: raise KiloError(f"{name} has shape {shape}; for {count} gaussians it should be {expected[name]}.")
-        if not tensor.is_floating_point(): raise KiloError(f"{name} holds {tensor.dtype}; it should hold floating-point numbers.")
-    if terms not in SH_DEGREES: raise KiloError(f"sh has {terms} coefficients a colour; degrees 0 to 3 have {list(SH_DEGREES)}.")
+        if shape != expected[name]:
+            raise KiloError(f"{name} has shape {shape}; for {count} gaussians it should be {expected[name]}.")
+        if not tensor.is_floating_point():
+            raise KiloError(f"{name} holds {tensor.dtype}; it should hold floating-point numbers.")
+    if terms not in SH_DEGREES:
+        raise KiloError(f"sh has {terms} coefficients a colour; degrees 0 to 3 have {list(SH_DEGREES)}.")
 
-# %% ../../nbs/splats/gaussians.ipynb #d5305a92
+# %% ../../nbs/splats/gaussians.ipynb #a7093b48
 def neighbour_distance(points: Tensor, neighbours: int = 3, minimum: float = 1e-7) -> Tensor:
     """Root mean square distance of each point to its nearest neighbours.
 
-    points: [N, 3] metres. neighbours: how many, fewer where there are fewer points. minimum: floor in metres, for points that coincide.
+    points: [N, 3] metres. neighbours: how many, fewer where there are fewer points. minimum: floor in metres, for
+    points that coincide.
     Returns [N] metres, in the dtype of `points`. Not differentiable.
     """
     array = points.detach().cpu().double().numpy()
     count = min(neighbours, len(array) - 1)
     if count < 1: return torch.full((len(array),), minimum, dtype=points.dtype, device=points.device)
     distance, _ = cKDTree(array).query(array, k=count + 1, workers=-1)
-    return torch.as_tensor(np.sqrt((distance[:, 1:] ** 2).mean(1)), dtype=points.dtype, device=points.device).clamp(min=minimum)
+    return torch.as_tensor(np.sqrt((distance[:, 1:] ** 2).mean(1)), dtype=points.dtype,
+                           device=points.device).clamp(min=minimum)
 
-# %% ../../nbs/splats/gaussians.ipynb #f15a381a
-def gaussians_from_points(points: Tensor, rgb: Tensor, sh_degree: int = 3, opacity: float = 0.1, scale: float = 1.0) -> Gaussians:
+# %% ../../nbs/splats/gaussians.ipynb #2d19eaeb
+def gaussians_from_points(points: Tensor, rgb: Tensor, sh_degree: int = 3, opacity: float = 0.1,
+                          scale: float = 1.0) -> Gaussians:
     """Round gaussians on a cloud of coloured points, sized by the distance to their neighbours.
 
     points: [N, 3] metres. rgb: [N, 3] in 0..1. opacity: of each, 0..1. scale: factor on the neighbours' distance.
     Returns float32 gaussians without rotation, of constant colour.
     """
     count = len(points)
-    if rgb.shape != (count, 3): raise KiloError(f"{count} points need colours of shape [{count}, 3], not {list(rgb.shape)}.")
+    if rgb.shape != (count, 3):
+        raise KiloError(f"{count} points need colours of shape [{count}, 3], not {list(rgb.shape)}.")
     sh = torch.zeros(count, (sh_degree + 1) ** 2, 3, device=points.device)
     sh[:, 0] = rgb_to_sh0(rgb)
     spread = (neighbour_distance(points) * scale).log().float()
     quats = torch.tensor([1.0, 0, 0, 0], device=points.device).repeat(count, 1)
-    return Gaussians(points.float(), quats, spread[:, None].repeat(1, 3), torch.logit(torch.full_like(spread, opacity)), sh)
+    return Gaussians(points.float(), quats, spread[:, None].repeat(1, 3), torch.logit(torch.full_like(spread, opacity)),
+                     sh)

@@ -20,26 +20,29 @@ SH_C2 = (math.sqrt(15 / (4 * math.pi)), math.sqrt(5 / (16 * math.pi)), math.sqrt
 SH_C3 = (math.sqrt(35 / (32 * math.pi)), math.sqrt(105 / (4 * math.pi)), math.sqrt(21 / (32 * math.pi)),
          math.sqrt(7 / (16 * math.pi)), math.sqrt(105 / (16 * math.pi)))
 
-# %% ../../nbs/splats/harmonics.ipynb #64a5162a
+# %% ../../nbs/splats/harmonics.ipynb #5b2b735c
 def sh_basis(directions: Tensor, degree: int) -> Tensor:
     """The real spherical harmonics of unit directions.
 
     directions: [..., 3] unit vectors. degree: 0 to 3.
     Returns [..., (degree + 1)^2], ordered l = 0, 1, ... and m = -l .. l within. Differentiable.
     """
-    if not 0 <= degree <= 3: raise KiloError(f"Spherical harmonics of degree {degree} were asked for; degrees 0 to 3 are known.")
+    if not 0 <= degree <= 3:
+        raise KiloError(f"Spherical harmonics of degree {degree} were asked for; degrees 0 to 3 are known.")
     x, y, z = directions.unbind(-1)
     terms = [torch.full_like(x, SH_C0)]
     if degree > 0: terms += [-SH_C1 * y, SH_C1 * z, -SH_C1 * x]
     if degree > 1:
         xx, yy, zz = x * x, y * y, z * z
-        terms += [SH_C2[0] * x * y, -SH_C2[0] * y * z, SH_C2[1] * (2 * zz - xx - yy), -SH_C2[0] * x * z, SH_C2[2] * (xx - yy)]
+        terms += [SH_C2[0] * x * y, -SH_C2[0] * y * z, SH_C2[1] * (2 * zz - xx - yy), -SH_C2[0] * x * z,
+                  SH_C2[2] * (xx - yy)]
     if degree > 2:
-        terms += [-SH_C3[0] * y * (3 * xx - yy), SH_C3[1] * x * y * z, -SH_C3[2] * y * (4 * zz - xx - yy), SH_C3[3] * z * (2 * zz - 3 * xx - 3 * yy),
-                  -SH_C3[2] * x * (4 * zz - xx - yy), SH_C3[4] * z * (xx - yy), -SH_C3[0] * x * (xx - 3 * yy)]
+        terms += [-SH_C3[0] * y * (3 * xx - yy), SH_C3[1] * x * y * z, -SH_C3[2] * y * (4 * zz - xx - yy),
+                  SH_C3[3] * z * (2 * zz - 3 * xx - 3 * yy), -SH_C3[2] * x * (4 * zz - xx - yy),
+                  SH_C3[4] * z * (xx - yy), -SH_C3[0] * x * (xx - 3 * yy)]
     return torch.stack(terms, -1)
 
-# %% ../../nbs/splats/harmonics.ipynb #6ee528d8
+# %% ../../nbs/splats/harmonics.ipynb #c0a351a7
 def evaluate_sh(sh: Tensor, directions: Tensor, degree: int) -> Tensor:
     """Colour of gaussians seen along directions, offset by one half and floored at zero.
 
@@ -49,7 +52,8 @@ def evaluate_sh(sh: Tensor, directions: Tensor, degree: int) -> Tensor:
     Source: Kerbl et al. 2023; gsplat 1.5.3, `rasterization` with `sh_degree`.
     """
     used = (degree + 1) ** 2
-    if sh.shape[-2] < used: raise KiloError(f"Degree {degree} needs {used} coefficients a colour; sh has {sh.shape[-2]}.")
+    if sh.shape[-2] < used:
+        raise KiloError(f"Degree {degree} needs {used} coefficients a colour; sh has {sh.shape[-2]}.")
     unit = torch.nn.functional.normalize(directions, dim=-1)
     basis = sh_basis(unit, degree)
     return torch.clamp_min((basis[..., None] * sh[..., :used, :]).sum(-2) + 0.5, 0.0)

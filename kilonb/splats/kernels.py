@@ -43,7 +43,7 @@ def rotation_matrix(w, x, y, z):
             2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x),
             2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y))
 
-# %% ../../nbs/splats/kernels.ipynb #351ce566
+# %% ../../nbs/splats/kernels.ipynb #f5a3caa8
 @njit(cache=True, forceinline=True, error_model="numpy")
 def camera_point(view, means, n):
     """Mean n of [N, 3] in the frame of the camera whose world-to-camera matrix is `view` [4, 4] float64."""
@@ -52,7 +52,7 @@ def camera_point(view, means, n):
             view[1, 0] * a + view[1, 1] * b + view[1, 2] * c + view[1, 3],
             view[2, 0] * a + view[2, 1] * b + view[2, 2] * c + view[2, 3])
 
-
+# %% ../../nbs/splats/kernels.ipynb #5d4b45f4
 @njit(cache=True, forceinline=True, error_model="numpy")
 def camera_axes(view, rotation, a, b, c):
     """W R diag(a, b, c): the gaussian's half axes in the camera frame, one per column, as nine numbers row by row."""
@@ -65,14 +65,14 @@ def camera_axes(view, rotation, a, b, c):
     third = ((u * r0 + v * r3 + w * r6) * a, (u * r1 + v * r4 + w * r7) * b, (u * r2 + v * r5 + w * r8) * c)
     return first + second + third
 
-# %% ../../nbs/splats/kernels.ipynb #609ded78
+# %% ../../nbs/splats/kernels.ipynb #208dd099
 @njit(cache=True, forceinline=True, error_model="numpy")
 def held_slope(slope, focal, centre, size):
     """x/z held to what lies within 15% of the image beyond its border, and whether it was free."""
     low, high = -(centre / focal + 0.15 * size / focal), (size - centre) / focal + 0.15 * size / focal
     return min(max(slope, low), high), low <= slope <= high
 
-
+# %% ../../nbs/splats/kernels.ipynb #840c2486
 @njit(cache=True, forceinline=True, error_model="numpy")
 def image_axes(K, x, y, z, axes, width, height):
     """J times the half axes: two rows of three numbers, pixels; and the Jacobian's four entries (00, 02, 11, 12)."""
@@ -84,10 +84,11 @@ def image_axes(K, x, y, z, axes, width, height):
     return (j00 * a0 + j02 * c0, j00 * a1 + j02 * c1, j00 * a2 + j02 * c2,
             j11 * b0 + j12 * c0, j11 * b1 + j12 * c1, j11 * b2 + j12 * c2), (j00, j02, j11, j12)
 
-
+# %% ../../nbs/splats/kernels.ipynb #56ed6ea2
 @njit(cache=True, forceinline=True, error_model="numpy")
 def ellipse(rows, eps2d):
-    """Blurred covariance xx, xy, yy, its determinant, and the determinant before the blur, of the two rows of `image_axes`.
+    """Blurred covariance xx, xy, yy, its determinant, and the determinant before the blur, of the two rows of
+    `image_axes`.
 
     The sharp determinant is the squared area of the rows' cross product, free of cancellation.
     """
@@ -96,14 +97,14 @@ def ellipse(rows, eps2d):
     sharp = (p1 * q2 - p2 * q1) ** 2 + (p2 * q0 - p0 * q2) ** 2 + (p0 * q1 - p1 * q0) ** 2
     return xx + eps2d, xy, yy + eps2d, sharp + eps2d * (xx + yy + eps2d), sharp
 
-# %% ../../nbs/splats/kernels.ipynb #305063e3
+# %% ../../nbs/splats/kernels.ipynb #eee2ff87
 @njit(cache=True, forceinline=True, error_model="numpy")
 def box_radius(variance_x, variance_y, opacity):
     """Half width and height of the box in which an ellipse of this opacity reaches 1/255, whole pixels."""
     reach = min(3.33, math.sqrt(2.0 * math.log(opacity * 255.0)))
     return math.ceil(min(reach * math.sqrt(variance_x), 1e9)), math.ceil(min(reach * math.sqrt(variance_y), 1e9))
 
-
+# %% ../../nbs/splats/kernels.ipynb #069d6346
 @njit(cache=True, error_model="numpy")
 def project_one(n, means, quats, scales, opacity, view, K, width, height, eps2d, near, far, radius_clip, antialiased,
                 radii, means2d, depths, conics, alphas, factors):
@@ -114,7 +115,8 @@ def project_one(n, means, quats, scales, opacity, view, K, width, height, eps2d,
     x, y, z = camera_point(view, means, n)
     if not (near <= z <= far): return
     w, i, j, k, _ = unit_quaternion(quats, n)
-    axes = camera_axes(view, rotation_matrix(w, i, j, k), np.float64(scales[n, 0]), np.float64(scales[n, 1]), np.float64(scales[n, 2]))
+    axes = camera_axes(view, rotation_matrix(w, i, j, k), np.float64(scales[n, 0]), np.float64(scales[n, 1]),
+                       np.float64(scales[n, 2]))
     rows, _ = image_axes(K, x, y, z, axes, width, height)
     xx, xy, yy, determinant, sharp = ellipse(rows, eps2d)
     if not determinant > 0.0: return
@@ -127,21 +129,26 @@ def project_one(n, means, quats, scales, opacity, view, K, width, height, eps2d,
     radii[n, 0], radii[n, 1] = radius_x, radius_y
     means2d[n, 0], means2d[n, 1], depths[n], alphas[n] = u, v, z, alpha
     conics[n, 0], conics[n, 1], conics[n, 2] = yy / determinant, -xy / determinant, xx / determinant
-    factors[n, 0], factors[n, 1], factors[n, 2] = math.sqrt(0.5 * yy / determinant), -xy / math.sqrt(2.0 * yy * determinant), 0.5 / yy
+    factors[n, 0], factors[n, 1], factors[n, 2] = (
+        math.sqrt(0.5 * yy / determinant),
+        -xy / math.sqrt(2.0 * yy * determinant),
+        0.5 / yy,
+    )
 
-# %% ../../nbs/splats/kernels.ipynb #72743fd2
+# %% ../../nbs/splats/kernels.ipynb #02eb6267
 @njit(nogil=True, cache=True, error_model="numpy")
-def project_forward(counter, means, quats, scales, opacities, views, Ks, width, height, eps2d, near, far, radius_clip, antialiased,
-                    radii, means2d, depths, conics, alphas, factors):
+def project_forward(counter, means, quats, scales, opacities, views, Ks, width, height, eps2d, near, far, radius_clip,
+                    antialiased, radii, means2d, depths, conics, alphas, factors):
     """`project_one` for N gaussians and C cameras; views [C, 4, 4] and Ks [C, 3, 3] float64, outputs [C, N, ...]."""
     for chunk in tickets(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
         for camera in range(len(views)):
             for n in range(begin, end):
-                project_one(n, means, quats, scales, np.float64(opacities[n]), views[camera], Ks[camera], width, height, eps2d, near, far, radius_clip,
-                            antialiased, radii[camera], means2d[camera], depths[camera], conics[camera], alphas[camera], factors[camera])
+                project_one(n, means, quats, scales, np.float64(opacities[n]), views[camera], Ks[camera], width, height,
+                            eps2d, near, far, radius_clip, antialiased, radii[camera], means2d[camera], depths[camera],
+                            conics[camera], alphas[camera], factors[camera])
 
-# %% ../../nbs/splats/kernels.ipynb #49f7f356
+# %% ../../nbs/splats/kernels.ipynb #03af0d66
 @njit(cache=True, forceinline=True, error_model="numpy")
 def ellipse_slopes(xx, xy, yy, determinant, sharp, eps2d, grad_a, grad_b, grad_c, grad_compensation):
     """Gradient by the covariance's xx, xy, yy, from that by the conic a, b, c and by the compensation."""
@@ -157,7 +164,7 @@ def ellipse_slopes(xx, xy, yy, determinant, sharp, eps2d, grad_a, grad_b, grad_c
         grad_xy -= 2.0 * scale * (xy - ratio * xy)
     return grad_xx, grad_xy, grad_yy
 
-
+# %% ../../nbs/splats/kernels.ipynb #7a052924
 @njit(cache=True, forceinline=True, error_model="numpy")
 def image_slopes(K, x, y, z, axes, rows, jacobian, width, height, grad_u, grad_v, grad_xx, grad_xy, grad_yy):
     """Gradient by the camera point (x, y, z) and by the nine half axes, from that by the pixel and the covariance."""
@@ -166,7 +173,8 @@ def image_slopes(K, x, y, z, axes, rows, jacobian, width, height, grad_u, grad_v
     j00, j02, j11, j12 = jacobian
     g0, g1, g2 = 2 * grad_xx * p0 + grad_xy * q0, 2 * grad_xx * p1 + grad_xy * q1, 2 * grad_xx * p2 + grad_xy * q2
     h0, h1, h2 = 2 * grad_yy * q0 + grad_xy * p0, 2 * grad_yy * q1 + grad_xy * p1, 2 * grad_yy * q2 + grad_xy * p2
-    grad_axes = (j00 * g0, j00 * g1, j00 * g2, j11 * h0, j11 * h1, j11 * h2, j02 * g0 + j12 * h0, j02 * g1 + j12 * h1, j02 * g2 + j12 * h2)
+    grad_axes = (j00 * g0, j00 * g1, j00 * g2, j11 * h0, j11 * h1, j11 * h2, j02 * g0 + j12 * h0, j02 * g1 + j12 * h1,
+                 j02 * g2 + j12 * h2)
     grad_j00, grad_j02 = g0 * a0 + g1 * a1 + g2 * a2, g0 * c0 + g1 * c1 + g2 * c2
     grad_j11, grad_j12 = h0 * b0 + h1 * b1 + h2 * b2, h0 * c0 + h1 * c1 + h2 * c2
     _, free_x = held_slope(x / z, K[0, 0], K[0, 2], width)
@@ -176,10 +184,11 @@ def image_slopes(K, x, y, z, axes, rows, jacobian, width, height, grad_u, grad_v
     grad_z = -(grad_x * x + grad_y * y + j00 * grad_j00 + j02 * grad_j02 + j11 * grad_j11 + j12 * grad_j12) / z
     return grad_x, grad_y, grad_z, grad_axes
 
-# %% ../../nbs/splats/kernels.ipynb #cf06e4a3
+# %% ../../nbs/splats/kernels.ipynb #6ec9664d
 @njit(cache=True, forceinline=True, error_model="numpy")
 def quaternion_slopes(w, x, y, z, norm, g):
-    """Gradient by a quaternion of length `norm` whose unit is (w, x, y, z), from the nine `g` by its rotation matrix."""
+    """Gradient by a quaternion of length `norm` whose unit is (w, x, y, z), from the nine `g` by its rotation
+    matrix."""
     g0, g1, g2, g3, g4, g5, g6, g7, g8 = g
     gw = 2 * (x * (g7 - g5) + y * (g2 - g6) + z * (g3 - g1))
     gx = 2 * (-2 * x * (g4 + g8) + y * (g1 + g3) + z * (g2 + g6) + w * (g7 - g5))
@@ -187,9 +196,14 @@ def quaternion_slopes(w, x, y, z, norm, g):
     gz = 2 * (x * (g2 + g6) + y * (g5 + g7) - 2 * z * (g0 + g4) + w * (g3 - g1))
     along = gw * w + gx * x + gy * y + gz * z
     inverse = 1.0 / norm if norm > 0.0 else 0.0
-    return (gw - along * w) * inverse, (gx - along * x) * inverse, (gy - along * y) * inverse, (gz - along * z) * inverse
+    return (
+        (gw - along * w) * inverse,
+        (gx - along * x) * inverse,
+        (gy - along * y) * inverse,
+        (gz - along * z) * inverse,
+    )
 
-
+# %% ../../nbs/splats/kernels.ipynb #9b5579a1
 @njit(cache=True, forceinline=True, error_model="numpy")
 def world_slopes(view, g):
     """W^T times the nine `g` (row by row): the gradient by R S from that by W R S."""
@@ -202,11 +216,13 @@ def world_slopes(view, g):
     third = (a * g0 + b * g3 + c * g6, a * g1 + b * g4 + c * g7, a * g2 + b * g5 + c * g8)
     return first + second + third
 
-# %% ../../nbs/splats/kernels.ipynb #20f24f85
+# %% ../../nbs/splats/kernels.ipynb #c6c6f138
 @njit(cache=True, error_model="numpy")
-def project_one_backward(n, row, means, quats, scales, opacity, view, K, width, height, eps2d, antialiased, grad_means2d, grad_depths, grad_conics, grad_alphas,
-                         grad_means, grad_quats, grad_scales, grad_opacities, grad_view):
-    """Add the gradients of gaussian n in one camera, whose output is entry `row`, to entry n of the inputs' and to `grad_view` [3, 4]."""
+def project_one_backward(n, row, means, quats, scales, opacity, view, K, width, height, eps2d, antialiased,
+                         grad_means2d, grad_depths, grad_conics, grad_alphas, grad_means, grad_quats, grad_scales,
+                         grad_opacities, grad_view):
+    """Add the gradients of gaussian n in one camera, whose output is entry `row`, to entry n of the inputs' and to
+    `grad_view` [3, 4]."""
     x, y, z = camera_point(view, means, n)
     w, i, j, k, norm = unit_quaternion(quats, n)
     r0, r1, r2, r3, r4, r5, r6, r7, r8 = rotation = rotation_matrix(w, i, j, k)
@@ -216,33 +232,39 @@ def project_one_backward(n, row, means, quats, scales, opacity, view, K, width, 
     xx, xy, yy, determinant, sharp = ellipse(rows, eps2d)
     grad_alpha = np.float64(grad_alphas[row])
     grad_opacities[n] += grad_alpha * (math.sqrt(sharp / determinant) if antialiased else 1.0)
-    grad_xx, grad_xy, grad_yy = ellipse_slopes(xx, xy, yy, determinant, sharp, eps2d, np.float64(grad_conics[row, 0]), np.float64(grad_conics[row, 1]),
-                                               np.float64(grad_conics[row, 2]), grad_alpha * opacity if antialiased else 0.0)
+    grad_xx, grad_xy, grad_yy = ellipse_slopes(xx, xy, yy, determinant, sharp, eps2d, np.float64(grad_conics[row, 0]),
+                                               np.float64(grad_conics[row, 1]), np.float64(grad_conics[row, 2]),
+                                               grad_alpha * opacity if antialiased else 0.0)
     grad_x, grad_y, grad_z, grad_axes = image_slopes(K, x, y, z, axes, rows, jacobian, width, height,
-                                                     np.float64(grad_means2d[row, 0]), np.float64(grad_means2d[row, 1]), grad_xx, grad_xy, grad_yy)
+                                                     np.float64(grad_means2d[row, 0]), np.float64(grad_means2d[row, 1]),
+                                                     grad_xx, grad_xy, grad_yy)
     grad_z += grad_depths[row]
     g0, g1, g2, g3, g4, g5, g6, g7, g8 = world_slopes(view, grad_axes)
     grad_scales[n, 0] += g0 * r0 + g3 * r3 + g6 * r6
     grad_scales[n, 1] += g1 * r1 + g4 * r4 + g7 * r7
     grad_scales[n, 2] += g2 * r2 + g5 * r5 + g8 * r8
-    turned = quaternion_slopes(w, i, j, k, norm, (g0 * a, g1 * b, g2 * c, g3 * a, g4 * b, g5 * c, g6 * a, g7 * b, g8 * c))
+    turned = quaternion_slopes(w, i, j, k, norm,
+                               (g0 * a, g1 * b, g2 * c, g3 * a, g4 * b, g5 * c, g6 * a, g7 * b, g8 * c))
     for m in range(4): grad_quats[n, m] += turned[m]
     for m in range(3): grad_means[n, m] += view[0, m] * grad_x + view[1, m] * grad_y + view[2, m] * grad_z
     half = (r0 * a, r1 * b, r2 * c, r3 * a, r4 * b, r5 * c, r6 * a, r7 * b, r8 * c)
     for m, grad in enumerate((grad_x, grad_y, grad_z)):
         h0, h1, h2 = grad_axes[3 * m], grad_axes[3 * m + 1], grad_axes[3 * m + 2]
-        for l in range(3): grad_view[m, l] += grad * means[n, l] + h0 * half[3 * l] + h1 * half[3 * l + 1] + h2 * half[3 * l + 2]
+        for l in range(3):
+            grad_view[m, l] += grad * means[n, l] + h0 * half[3 * l] + h1 * half[3 * l + 1] + h2 * half[3 * l + 2]
         grad_view[m, 3] += grad
 
-# %% ../../nbs/splats/kernels.ipynb #9794e521
+# %% ../../nbs/splats/kernels.ipynb #3fd290c2
 @njit(nogil=True, cache=True, error_model="numpy")
-def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, width, height, eps2d, antialiased, grad_means2d, grad_depths, grad_conics,
-                     grad_alphas, grad_means, grad_quats, grad_scales, grad_opacities, grad_views):
+def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, width, height, eps2d, antialiased,
+                     grad_means2d, grad_depths, grad_conics, grad_alphas, grad_means, grad_quats, grad_scales,
+                     grad_opacities, grad_views):
     """`project_one_backward` for N gaussians and C cameras.
 
-    rows: [C, N] int32, entry of gaussian n of camera c in the outputs' gradients [M, ...], negative where it is not visible.
-    The inputs' gradients should be zero before; grad_views [CHUNKS, C, 3, 4] float64, to be summed over chunks, is
-    overwritten. (Threads that wrote into neighbouring chunks all the time would fight over cache lines, so each sums in an array of its own.)
+    rows: [C, N] int32, entry of gaussian n of camera c in the outputs' gradients [M, ...], negative where it is not
+    visible. The inputs' gradients should be zero before; grad_views [CHUNKS, C, 3, 4] float64, to be summed over
+    chunks, is overwritten. (Threads that wrote into neighbouring chunks all the time would fight over cache lines, so
+    each sums in an array of its own.)
     """
     by_view = np.empty((3, 4))
     for chunk in tickets(counter, CHUNKS):
@@ -251,9 +273,10 @@ def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, 
             for k in range(12): by_view[k // 4, k % 4] = 0.0
             for n in range(begin, end):
                 if rows[camera, n] < 0: continue
-                project_one_backward(n, rows[camera, n], means, quats, scales, np.float64(opacities[n]), views[camera], Ks[camera], width, height, eps2d,
-                                     antialiased, grad_means2d, grad_depths, grad_conics, grad_alphas, grad_means, grad_quats, grad_scales,
-                                     grad_opacities, by_view)
+                project_one_backward(n, rows[camera, n], means, quats, scales, np.float64(opacities[n]), views[camera],
+                                     Ks[camera], width, height, eps2d, antialiased, grad_means2d, grad_depths,
+                                     grad_conics, grad_alphas, grad_means, grad_quats, grad_scales, grad_opacities,
+                                     by_view)
             for k in range(12): grad_views[chunk, camera, k // 4, k % 4] = by_view[k // 4, k % 4]
 
 # %% ../../nbs/splats/kernels.ipynb #d392435c
@@ -266,7 +289,7 @@ def pack_rows(rows, source, target):
             if row < 0: continue
             for k in range(target.shape[1]): target[row, k] = source[camera, n, k]
 
-# %% ../../nbs/splats/kernels.ipynb #bd0717bc
+# %% ../../nbs/splats/kernels.ipynb #17cc8d4f
 @njit(cache=True, forceinline=True, error_model="numpy")
 def fill_basis(x, y, z, degree, basis):
     """Write the (degree + 1)^2 spherical harmonics of the unit direction (x, y, z), as `sh_basis` orders them."""
@@ -282,7 +305,7 @@ def fill_basis(x, y, z, degree, basis):
             basis[11], basis[13] = -SH_C3[2] * y * (4 * zz - xx - yy), -SH_C3[2] * x * (4 * zz - xx - yy)
             basis[12] = SH_C3[3] * z * (2 * zz - 3 * xx - 3 * yy)
 
-
+# %% ../../nbs/splats/kernels.ipynb #31e92765
 @njit(cache=True, forceinline=True, error_model="numpy")
 def unit_direction(means, n, centre):
     """Unit vector from a camera's centre [3] to mean n, and the distance."""
@@ -291,7 +314,7 @@ def unit_direction(means, n, centre):
     inverse = 1.0 / distance if distance > 0.0 else 0.0
     return x * inverse, y * inverse, z * inverse, distance
 
-# %% ../../nbs/splats/kernels.ipynb #30e06e00
+# %% ../../nbs/splats/kernels.ipynb #feb57483
 @njit(nogil=True, cache=True, error_model="numpy")
 def harmonics_forward(counter, rows, means, centres, sh, degree, colors):
     """Colours [M, 3] of the visible gaussians.
@@ -314,9 +337,13 @@ def harmonics_forward(counter, rows, means, centres, sh, degree, colors):
                     r += basis[k] * own[n, k, 0]
                     g += basis[k] * own[n, k, 1]
                     b += basis[k] * own[n, k, 2]
-                colors[row, 0], colors[row, 1], colors[row, 2] = max(r, np.float32(0)), max(g, np.float32(0)), max(b, np.float32(0))
+                colors[row, 0], colors[row, 1], colors[row, 2] = (
+                    max(r, np.float32(0)),
+                    max(g, np.float32(0)),
+                    max(b, np.float32(0)),
+                )
 
-# %% ../../nbs/splats/kernels.ipynb #e27dd085
+# %% ../../nbs/splats/kernels.ipynb #be45b30f
 @njit(cache=True, forceinline=True, error_model="numpy")
 def basis_slopes(x, y, z, degree, g):
     """Gradient by (x, y, z) of the sum of basis[k] * g[k]."""
@@ -334,13 +361,20 @@ def basis_slopes(x, y, z, degree, g):
         gx -= c * (4 * zz - 3 * xx - yy) * g[13] + 3 * a * (xx - yy) * g[15]
         gy += b * xz * g[10] + xy * (2 * c * g[13] + 6 * a * g[15]) - yz * (2 * e * g[14] + 6 * d * g[12])
         gy -= c * (4 * zz - xx - 3 * yy) * g[11] + 3 * a * (xx - yy) * g[9]
-        gz += b * xy * g[10] - 8 * c * (yz * g[11] + xz * g[13]) + 3 * d * (2 * zz - xx - yy) * g[12] + e * (xx - yy) * g[14]
+        gz += (
+            b * xy * g[10]
+            - 8 * c * (yz * g[11] + xz * g[13])
+            + 3 * d * (2 * zz - xx - yy) * g[12]
+            + e * (xx - yy) * g[14]
+        )
     return gx, gy, gz
 
-# %% ../../nbs/splats/kernels.ipynb #e331b8e6
+# %% ../../nbs/splats/kernels.ipynb #514756cf
 @njit(nogil=True, cache=True, error_model="numpy")
-def harmonics_backward(counter, rows, means, centres, sh, degree, colors, grad_colors, grad_means, grad_centres, grad_sh):
-    """Gradients of `harmonics_forward`, added to grad_means [N, 3] and grad_sh (shape of sh); grad_centres [CHUNKS, C, 3] float64 is overwritten."""
+def harmonics_backward(counter, rows, means, centres, sh, degree, colors, grad_colors, grad_means, grad_centres,
+                       grad_sh):
+    """Gradients of `harmonics_forward`, added to grad_means [N, 3] and grad_sh (shape of sh); grad_centres [CHUNKS, C,
+    3] float64 is overwritten."""
     terms = (degree + 1) ** 2
     for chunk in tickets(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
@@ -366,6 +400,14 @@ def harmonics_backward(counter, rows, means, centres, sh, degree, colors, grad_c
                 along = gx * x + gy * y + gz * z
                 if distance == 0.0: continue
                 gx, gy, gz = (gx - along * x) / distance, (gy - along * y) / distance, (gz - along * z) / distance
-                grad_means[n, 0], grad_means[n, 1], grad_means[n, 2] = grad_means[n, 0] + gx, grad_means[n, 1] + gy, grad_means[n, 2] + gz
+                grad_means[n, 0], grad_means[n, 1], grad_means[n, 2] = (
+                    grad_means[n, 0] + gx,
+                    grad_means[n, 1] + gy,
+                    grad_means[n, 2] + gz,
+                )
                 sum_x, sum_y, sum_z = sum_x - gx, sum_y - gy, sum_z - gz
-            grad_centres[chunk, camera, 0], grad_centres[chunk, camera, 1], grad_centres[chunk, camera, 2] = sum_x, sum_y, sum_z
+            grad_centres[chunk, camera, 0], grad_centres[chunk, camera, 1], grad_centres[chunk, camera, 2] = (
+                sum_x,
+                sum_y,
+                sum_z,
+            )

@@ -41,7 +41,7 @@ class LaneModel(models.PrimitiveModel):
 
 lanes, mask = LaneType("lanes", _FLOATS), LaneType("mask", _TRUTHS)
 
-# %% ../../nbs/splats/lanes.ipynb #d8d4d9e8
+# %% ../../nbs/splats/lanes.ipynb #7804451c
 def _shuffle(builder, vector, order):
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), ir.Constant(_INTEGERS, order))
 
@@ -49,7 +49,9 @@ def _shuffle(builder, vector, order):
 def _spread(context, builder, value, kind):
     if kind == lanes: return value
     number = context.cast(builder, value, kind, types.float32)
-    return _shuffle(builder, builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, ir.Constant(ir.IntType(32), 0)), [0] * WIDTH)
+    return _shuffle(builder,
+                    builder.insert_element(ir.Constant(_FLOATS, ir.Undefined), number, ir.Constant(ir.IntType(32), 0)),
+                    [0] * WIDTH)
 
 
 @intrinsic
@@ -58,12 +60,13 @@ def broadcast(typing, number):
     def emit(context, builder, signature, arguments): return _spread(context, builder, arguments[0], signature.args[0])
     return lanes(number), emit
 
-# %% ../../nbs/splats/lanes.ipynb #66f3cc4d
+# %% ../../nbs/splats/lanes.ipynb #de5b31f7
 def _address(context, builder, kind, array, index, index_kind):
     data = context.make_array(kind)(context, builder, value=array).data
-    return builder.bitcast(builder.gep(data, [context.cast(builder, index, index_kind, types.intp)]), _FLOATS.as_pointer())
+    return builder.bitcast(builder.gep(data, [context.cast(builder, index, index_kind, types.intp)]),
+                           _FLOATS.as_pointer())
 
-
+# %% ../../nbs/splats/lanes.ipynb #43f8818e
 @intrinsic
 def load_lanes(typing, array, index):
     """array[index:index + 16] of a contiguous one-dimensional float32 array; no bounds are checked."""
@@ -71,29 +74,34 @@ def load_lanes(typing, array, index):
         return builder.load(_address(context, builder, signature.args[0], *arguments, signature.args[1]), align=4)
     return lanes(array, index), emit
 
-
+# %% ../../nbs/splats/lanes.ipynb #73c4f73e
 @intrinsic
 def store_lanes(typing, array, index, value):
     """array[index:index + 16] = value, for a contiguous one-dimensional float32 array; no bounds are checked."""
     def emit(context, builder, signature, arguments):
-        builder.store(arguments[2], _address(context, builder, signature.args[0], *arguments[:2], signature.args[1]), align=4)
+        builder.store(arguments[2], _address(context, builder, signature.args[0], *arguments[:2], signature.args[1]),
+                      align=4)
         return context.get_dummy_value()
     return types.void(array, index, value), emit
 
-# %% ../../nbs/splats/lanes.ipynb #8af45282
+# %% ../../nbs/splats/lanes.ipynb #2f291607
 @intrinsic
 def prefetch_row(typing, array, row):
-    """Ask the processor to have the first 64 bytes of array[row], of a two-dimensional array, at hand soon. Changes nothing else."""
+    """Ask the processor to have the first 64 bytes of array[row], of a two-dimensional array, at hand soon. Changes
+    nothing else."""
     def emit(context, builder, signature, arguments):
-        made, byte, number = context.make_array(signature.args[0])(context, builder, value=arguments[0]), ir.IntType(8), ir.IntType(32)
-        offset = builder.mul(context.cast(builder, arguments[1], signature.args[1], types.intp), cgutils.unpack_tuple(builder, made.strides, 2)[0])
+        made, byte, number = context.make_array(signature.args[0])(context, builder,
+                                                                   value=arguments[0]), ir.IntType(8), ir.IntType(32)
+        offset = builder.mul(context.cast(builder, arguments[1], signature.args[1], types.intp),
+                             cgutils.unpack_tuple(builder, made.strides, 2)[0])
         address = builder.gep(builder.bitcast(made.data, byte.as_pointer()), [offset])
         kind = ir.FunctionType(ir.VoidType(), [address.type] + [number] * 3)
-        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"), [address, number(0), number(3), number(1)])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0"),
+                     [address, number(0), number(3), number(1)])
         return context.get_dummy_value()
     return types.void(array, row), emit
 
-# %% ../../nbs/splats/lanes.ipynb #a0279b2f
+# %% ../../nbs/splats/lanes.ipynb #aa614087
 def _define(symbol, result, emit):
     cases = [signature(result, *pair) for pair in ((lanes, lanes), (lanes, types.float32), (types.float32, lanes))]
     infer_global(symbol)(type(f"Lane_{symbol.__name__}", (ConcreteTemplate,), {"cases": cases}))
@@ -102,12 +110,13 @@ def _define(symbol, result, emit):
     for case in cases: lower_builtin(symbol, *case.args)(lower)
 
 
-for _symbol, _emit in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+for _symbol, _emit in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"),
+                       (operator.truediv, "fdiv")):
     _define(_symbol, lanes, getattr(ir.IRBuilder, _emit))
 for _symbol, _sign in ((operator.lt, "<"), (operator.le, "<="), (operator.gt, ">"), (operator.ge, ">=")):
     _define(_symbol, mask, lambda builder, a, b, sign=_sign: builder.fcmp_ordered(sign, a, b))
 
-# %% ../../nbs/splats/lanes.ipynb #f1e2ad70
+# %% ../../nbs/splats/lanes.ipynb #c1215986
 infer_global(operator.and_)(type("Mask_and", (ConcreteTemplate,), {"cases": [signature(mask, mask, mask)]}))
 lower_builtin(operator.and_, mask, mask)(lambda context, builder, case, arguments: builder.and_(*arguments))
 
@@ -118,32 +127,37 @@ def without(typing, these, those):
     def emit(context, builder, signature, arguments): return builder.and_(arguments[0], builder.not_(arguments[1]))
     return mask(these, those), emit
 
-
+# %% ../../nbs/splats/lanes.ipynb #3d71b05d
 @intrinsic
 def choose(typing, where, yes, no):
     """Lanes of `yes` where the mask is true, of `no` elsewhere; both may be numbers."""
     def emit(context, builder, signature, arguments):
-        return builder.select(arguments[0], *(_spread(context, builder, value, kind) for value, kind in zip(arguments[1:], signature.args[1:])))
+        return builder.select(arguments[0],
+                              *(_spread(context, builder, value, kind) for value,
+                                kind in zip(arguments[1:], signature.args[1:])))
     return lanes(where, yes, no), emit
 
-
+# %% ../../nbs/splats/lanes.ipynb #a5ebe5c7
 @intrinsic
 def any_lane(typing, where):
     """Whether the mask is true in at least one lane."""
     def emit(context, builder, signature, arguments):
-        return builder.icmp_unsigned("!=", builder.bitcast(arguments[0], ir.IntType(WIDTH)), ir.Constant(ir.IntType(WIDTH), 0))
+        return builder.icmp_unsigned("!=", builder.bitcast(arguments[0], ir.IntType(WIDTH)),
+                                     ir.Constant(ir.IntType(WIDTH), 0))
     return types.boolean(where), emit
 
-# %% ../../nbs/splats/lanes.ipynb #eb8f6543
+# %% ../../nbs/splats/lanes.ipynb #78be0b5e
 @intrinsic
 def multiply_add(typing, a, b, c):
     """a * b + c, rounded once where the processor has such an instruction."""
     def emit(context, builder, signature, arguments):
-        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3), f"llvm.fmuladd.v{WIDTH}f32")
-        return builder.call(function, [_spread(context, builder, value, kind) for value, kind in zip(arguments, signature.args)])
+        function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(_FLOATS, [_FLOATS] * 3),
+                                                  f"llvm.fmuladd.v{WIDTH}f32")
+        return builder.call(function,
+                            [_spread(context, builder, value, kind) for value, kind in zip(arguments, signature.args)])
     return lanes(a, b, c), emit
 
-
+# %% ../../nbs/splats/lanes.ipynb #555b17bf
 @intrinsic
 def smaller(typing, a, b):
     """The smaller of a and b, lane by lane; b where either is not a number."""
@@ -152,23 +166,25 @@ def smaller(typing, a, b):
         return builder.select(builder.fcmp_ordered("<", a, b), a, b)
     return lanes(a, b), emit
 
-
+# %% ../../nbs/splats/lanes.ipynb #a38f255c
 @intrinsic
 def magnitude(typing, a):
     """|a|: the sign bit cleared."""
     def emit(context, builder, signature, arguments):
-        return builder.bitcast(builder.and_(builder.bitcast(arguments[0], _INTEGERS), ir.Constant(_INTEGERS, [0x7FFFFFFF] * WIDTH)), _FLOATS)
+        return builder.bitcast(builder.and_(builder.bitcast(arguments[0], _INTEGERS),
+                                            ir.Constant(_INTEGERS, [0x7FFFFFFF] * WIDTH)), _FLOATS)
     return lanes(a), emit
 
-
+# %% ../../nbs/splats/lanes.ipynb #9bec0299
 @intrinsic
 def negative_magnitude(typing, a):
     """-|a|: the sign bit set."""
     def emit(context, builder, signature, arguments):
-        return builder.bitcast(builder.or_(builder.bitcast(arguments[0], _INTEGERS), ir.Constant(_INTEGERS, [-0x80000000] * WIDTH)), _FLOATS)
+        return builder.bitcast(builder.or_(builder.bitcast(arguments[0], _INTEGERS),
+                                           ir.Constant(_INTEGERS, [-0x80000000] * WIDTH)), _FLOATS)
     return lanes(a), emit
 
-# %% ../../nbs/splats/lanes.ipynb #f42594be
+# %% ../../nbs/splats/lanes.ipynb #8b620a6d
 @intrinsic
 def lane_numbers(typing):
     """0, 1, 2, ... 15."""
@@ -182,11 +198,12 @@ def lane_sum(typing, value):
     def emit(context, builder, signature, arguments):
         total, half = arguments[0], WIDTH // 2
         while half:
-            total, half = builder.fadd(total, _shuffle(builder, total, [(i + half) % WIDTH for i in range(WIDTH)])), half // 2
+            total, half = builder.fadd(total,
+                                       _shuffle(builder, total, [(i + half) % WIDTH for i in range(WIDTH)])), half // 2
         return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
     return types.float32(value), emit
 
-# %% ../../nbs/splats/lanes.ipynb #8ceb98d7
+# %% ../../nbs/splats/lanes.ipynb #e88ec394
 @intrinsic
 def _shift_exponent(typing, value, rounded):
     def emit(context, builder, signature, arguments):
@@ -194,7 +211,7 @@ def _shift_exponent(typing, value, rounded):
         return builder.bitcast(builder.add(builder.bitcast(arguments[0], _INTEGERS), power), _FLOATS)
     return lanes(value, rounded), emit
 
-
+# %% ../../nbs/splats/lanes.ipynb #07794cfc
 _ROUNDER, _LOG2E = np.float32(12582912.0), np.float32(-1.4426950408889634)
 
 

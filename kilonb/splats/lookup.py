@@ -22,7 +22,7 @@ from .harmonics import evaluate_sh
 from .kernels import fill_basis
 from .threads import share, tickets
 
-# %% ../../nbs/splats/lookup.ipynb #b282c1d3
+# %% ../../nbs/splats/lookup.ipynb #fcd07a90
 _ZETA = (-1.4603545088, 0.2078862250, -0.0127426010, -0.0014194881, 0.0001850418)
 
 
@@ -34,24 +34,29 @@ def half_polylogarithm(mu: Tensor) -> Tensor:
     for k in range(1, 8): far = far + z**k / math.sqrt(k)
     return torch.where(mu < 1, near, far)
 
-
+# %% ../../nbs/splats/lookup.ipynb #0a1c22a4
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 def _half_polylogarithm(mu):
     if mu < np.float32(1):
-        rest = np.float32(_ZETA[0]) + mu * (np.float32(_ZETA[1]) + mu * (np.float32(_ZETA[2]) + mu * (np.float32(_ZETA[3]) + mu * np.float32(_ZETA[4]))))
+        rest = np.float32(_ZETA[0]) + mu * (
+            np.float32(_ZETA[1]) + mu * (np.float32(_ZETA[2]) + mu * (np.float32(_ZETA[3]) + mu * np.float32(_ZETA[4])))
+        )
         return np.sqrt(np.float32(math.pi) / mu) + rest
     z = np.exp(-mu)
     rest = np.float32(8**-0.5) * z / (np.float32(1) - np.float32(0.94) * z)
     for k in range(7, 0, -1): rest = z * (np.float32(k**-0.5) + rest)
     return rest
 
-# %% ../../nbs/splats/lookup.ipynb #9760eb87
-def footprint_records(gaussians: Gaussians, minimum_scale: float, sigmas: float, profile: str = "gaussian") -> tuple[Tensor, Tensor]:
+# %% ../../nbs/splats/lookup.ipynb #8beb7356
+def footprint_records(gaussians: Gaussians, minimum_scale: float, sigmas: float,
+                      profile: str = "gaussian") -> tuple[Tensor, Tensor]:
     """What queries read of each gaussian, and how far it reaches along the world's axes.
 
-    minimum_scale: metres; thinner axes are widened to it, which lowers the density. sigmas: reach of a footprint, standard deviations.
-    profile: "gaussian" or "splat". Returns records [G, 16] float64: centre (metres), W row by row (1/metre), amplitude (1/metre), squared reach
-    (standard deviations; -1 where the opacity is below 1/255), -ln(opacity) for the profile "splat", else -1; 0; and extents [G, 3], metres.
+    minimum_scale: metres; thinner axes are widened to it, which lowers the density. sigmas: reach of a footprint,
+    standard deviations.
+    profile: "gaussian" or "splat". Returns records [G, 16] float64: centre (metres), W row by row (1/metre), amplitude
+    (1/metre), squared reach (standard deviations; -1 where the opacity is below 1/255), -ln(opacity) for the profile
+    "splat", else -1; 0; and extents [G, 3], metres.
     """
     means, opacities = gaussians.means.detach().double().cpu(), gaussians.opacities.detach().double().cpu()
     scales = gaussians.scales.detach().double().cpu().clamp(min=max(minimum_scale, 1e-9))
@@ -60,15 +65,19 @@ def footprint_records(gaussians: Gaussians, minimum_scale: float, sigmas: float,
     depths = torch.ones_like(opacities) if profile == "splat" else -torch.log1p(-opacities.clamp(max=0.999))
     amplitudes = depths / (math.sqrt(2 * math.pi) * scales.amin(-1))
     faintness = -opacities.clamp(1e-9, 0.99).log() if profile == "splat" else -torch.ones_like(opacities)
-    reach = torch.where(opacities > 1 / 255, (2 * torch.log(255 * opacities.clamp(min=1 / 255))).clamp(max=sigmas**2), -1.0)
+    reach = torch.where(opacities > 1 / 255, (2 * torch.log(255 * opacities.clamp(min=1 / 255))).clamp(max=sigmas**2),
+                        -1.0)
     extents = reach.clamp(min=0).sqrt()[:, None] * (rotations * scales[:, None]).square().sum(-1).sqrt()
-    return torch.cat([means, whitening.flatten(1), torch.stack([amplitudes, reach, faintness, 0 * reach], -1)], -1), extents
+    return torch.cat([means, whitening.flatten(1), torch.stack([amplitudes, reach, faintness, 0 * reach], -1)],
+                     -1), extents
 
-# %% ../../nbs/splats/lookup.ipynb #0471d3bd
+# %% ../../nbs/splats/lookup.ipynb #9f794aac
 class CellIndex(NamedTuple):
-    """Which gaussians touch which cell. records: [G, 16] of `footprint_records`. Cell i holds entries[starts[i]:starts[i + 1]], ascending.
+    """Which gaussians touch which cell. records: [G, 16] of `footprint_records`. Cell i holds
+    entries[starts[i]:starts[i + 1]], ascending.
 
-    lower: [3] corner of the first cell, metres. edge: of the cubic cells, metres. shape: cells along x, y, z; cell (i, j, k) has number (i Y + j) Z + k.
+    lower: [3] corner of the first cell, metres. edge: of the cubic cells, metres. shape: cells along x, y, z; cell (i,
+    j, k) has number (i Y + j) Z + k.
     """
 
     records: np.ndarray
@@ -84,10 +93,11 @@ def _place(x, lower, edge, count):
     """The cell along one axis; the outermost ones have no outer wall."""
     return min(max(int(np.floor((x - lower) / edge)), 0), count - 1)
 
-# %% ../../nbs/splats/lookup.ipynb #294c8da7
+# %% ../../nbs/splats/lookup.ipynb #296bce6a
 @njit(cache=True, nogil=True)
 def _touch(records, extents, lower, edge, shape, cursors, entries):
-    """Count per cell the gaussians that touch it, into `cursors`; or, where `entries` is not empty, write them there and move the cursors on."""
+    """Count per cell the gaussians that touch it, into `cursors`; or, where `entries` is not empty, write them there
+    and move the cursors on."""
     low, high, width = np.empty(3, np.int64), np.empty(3, np.int64), np.empty(3)
     half = 0.501 * edge
     for g in range(len(records)):
@@ -105,16 +115,19 @@ def _touch(records, extents, lower, edge, shape, cursors, entries):
                     z = lower[2] + (k + 0.5) * edge - r[2]
                     if 0 < i < shape[0] - 1 and 0 < j < shape[1] - 1 and 0 < k < shape[2] - 1:
                         nearest = 0.0
-                        for a in range(3): nearest += max(abs(r[3 + 3 * a] * x + r[4 + 3 * a] * y + r[5 + 3 * a] * z) - width[a], 0.0) ** 2
+                        for a in range(3):
+                            nearest += max(abs(r[3 + 3 * a] * x + r[4 + 3 * a] * y + r[5 + 3 * a] * z) - width[a],
+                                           0.0) ** 2
                         if nearest > r[13]: continue
                     cell = (i * shape[1] + j) * shape[2] + k
                     if len(entries): entries[cursors[cell]] = g
                     cursors[cell] += 1
 
-# %% ../../nbs/splats/lookup.ipynb #e759717d
+# %% ../../nbs/splats/lookup.ipynb #5fc2b525
 def build_index(records: Tensor, extents: Tensor, resolution: int, maximum_entries: int = 40_000_000) -> CellIndex:
-    """Sort gaussians into cells. resolution: cells along the longest edge of the box that holds all but the outermost footprints; it is halved until
-    the lists together are no longer than `maximum_entries`, which many huge gaussians can bring about.
+    """Sort gaussians into cells. resolution: cells along the longest edge of the box that holds all but the outermost
+    footprints; it is halved until the lists together are no longer than `maximum_entries`, which many huge gaussians
+    can bring about.
     """
     visible = records[:, 13] >= 0
     centres, reaches = records[visible, :3], extents[visible]
@@ -133,25 +146,30 @@ def build_index(records: Tensor, extents: Tensor, resolution: int, maximum_entri
     _touch(*arrays, edge, shape, starts[:-1].copy(), entries)
     return CellIndex(records.float().numpy(), starts, entries, lower.float().numpy(), np.float32(edge), shape)
 
-# %% ../../nbs/splats/lookup.ipynb #c9a771c9
+# %% ../../nbs/splats/lookup.ipynb #4ed9eb97
 def density_of(records: Tensor, squared: Tensor) -> Tensor:
-    """Density, 1/metre, that gaussians with `records` [..., 16] have at squared Mahalanobis distances [...]; 0 beyond their reach."""
+    """Density, 1/metre, that gaussians with `records` [..., 16] have at squared Mahalanobis distances [...]; 0 beyond
+    their reach."""
     splat = half_polylogarithm((0.5 * squared + records[..., 14]).clamp(min=1e-3))
-    return torch.where(squared <= records[..., 13], records[..., 12] * torch.where(records[..., 14] < 0, torch.exp(-0.5 * squared), splat), 0.0)
+    return torch.where(squared <= records[..., 13],
+                       records[..., 12] * torch.where(records[..., 14] < 0, torch.exp(-0.5 * squared), splat), 0.0)
 
+# %% ../../nbs/splats/lookup.ipynb #a287e3d4
+def all_pairs(gaussians: Gaussians, points: Tensor, minimum_scale: float = 0.0, sigmas: float = 3.0,
+              profile: str = "gaussian") -> tuple[Tensor, Tensor]:
+    """The density that each gaussian has at each point, and how far away it is: the reference, in plain torch and
+    double precision.
 
-def all_pairs(gaussians: Gaussians, points: Tensor, minimum_scale: float = 0.0, sigmas: float = 3.0, profile: str = "gaussian") -> tuple[Tensor, Tensor]:
-    """The density that each gaussian has at each point, and how far away it is: the reference, in plain torch and double precision.
-
-    points: [N, 3] metres. Returns densities [N, G], 1/metre, 0 beyond the footprint, and Mahalanobis distances [N, G], standard deviations.
-    Their sum over gaussians is `GaussianLookup.density`; with them as weights, the mean of any table is `GaussianLookup.features`.
+    points: [N, 3] metres. Returns densities [N, G], 1/metre, 0 beyond the footprint, and Mahalanobis distances [N, G],
+    standard deviations. Their sum over gaussians is `GaussianLookup.density`; with them as weights, the mean of any
+    table is `GaussianLookup.features`.
     """
     records, _ = footprint_records(gaussians, minimum_scale, sigmas, profile)
     offsets = points.detach().double().cpu()[:, None] - records[:, :3]
     squared = torch.einsum("gij,ngj->ngi", records[:, 3:12].unflatten(1, (3, 3)), offsets).square().sum(-1)
     return density_of(records, squared), squared.sqrt()
 
-# %% ../../nbs/splats/lookup.ipynb #a90d8e45
+# %% ../../nbs/splats/lookup.ipynb #4835082b
 class Visit(NamedTuple):
     """Points [N, 3] to be asked, the cells [N] they are in, and the order [N] to go through them, cell by cell."""
 
@@ -159,26 +177,28 @@ class Visit(NamedTuple):
     cells: np.ndarray
     order: np.ndarray
 
-
+# %% ../../nbs/splats/lookup.ipynb #146edb97
 @njit(cache=True, nogil=True)
 def _find_cells(counter, index, points, cells):
     for block in tickets(counter, (len(points) + 1023) // 1024):
         for n in range(1024 * block, min(1024 * block + 1024, len(points))):
             cell = 0
-            for a in range(3): cell = cell * index.shape[a] + _place(points[n, a], index.lower[a], index.edge, index.shape[a])
+            for a in range(3):
+                cell = cell * index.shape[a] + _place(points[n, a], index.lower[a], index.edge, index.shape[a])
             cells[n] = cell
 
-
+# %% ../../nbs/splats/lookup.ipynb #81bd31a4
 def plan_visit(index: CellIndex, points: np.ndarray) -> Visit:
     """Where points [N, 3] are and in which order to ask them."""
     cells = np.empty(len(points), np.int32)
     share(_find_cells, index, points, cells)
     return Visit(points, cells, np.argsort(cells, kind="stable"))
 
-# %% ../../nbs/splats/lookup.ipynb #d9e3c7fc
+# %% ../../nbs/splats/lookup.ipynb #5d604889
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 def _hits(index, cell, point, members, values):
-    """Note the gaussians of a cell that reach a point, in `members`, and their densities there, in `values`; returns how many there are."""
+    """Note the gaussians of a cell that reach a point, in `members`, and their densities there, in `values`; returns
+    how many there are."""
     found = 0
     for at in range(index.starts[cell], index.starts[cell + 1]):
         r = index.records[index.entries[at]]
@@ -189,11 +209,14 @@ def _hits(index, cell, point, members, values):
         squared = u * u + v * v + w * w
         if squared <= r[13]:
             half = np.float32(0.5) * squared
-            members[found], values[found] = index.entries[at], r[12] * (np.exp(-half) if r[14] < 0 else _half_polylogarithm(half + r[14]))
+            members[found], values[found] = (
+                index.entries[at],
+                r[12] * (np.exp(-half) if r[14] < 0 else _half_polylogarithm(half + r[14])),
+            )
             found += 1
     return found
 
-
+# %% ../../nbs/splats/lookup.ipynb #ab21bec7
 @njit(cache=True, nogil=True)
 def _densities(counter, index, longest, visit, sigma):
     members, values = np.empty(longest, np.int32), np.empty(longest, np.float32)
@@ -203,14 +226,14 @@ def _densities(counter, index, longest, visit, sigma):
             for i in range(_hits(index, visit.cells[n], visit.points[n], members, values)): total += values[i]
             sigma[n] = total
 
-# %% ../../nbs/splats/lookup.ipynb #2f5d9f6a
+# %% ../../nbs/splats/lookup.ipynb #551df0bc
 @njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz", "arcp", "afn"})
 def _dot(basis, row):
     total = np.float32(0)
     for k in range(16): total += basis[k] * row[k]
     return total
 
-
+# %% ../../nbs/splats/lookup.ipynb #4d778fd5
 @njit(cache=True, nogil=True)
 def _colours(counter, index, longest, visit, directions, sh, degree, sigma, rgb):
     members, values, basis = np.empty(longest, np.int32), np.empty(longest, np.float32), np.zeros(16, np.float32)
@@ -226,9 +249,14 @@ def _colours(counter, index, longest, visit, directions, sh, degree, sigma, rgb)
                 green += value * max(_dot(basis, own[1]) + np.float32(0.5), np.float32(0))
                 blue += value * max(_dot(basis, own[2]) + np.float32(0.5), np.float32(0))
             share_of_one = np.float32(1) / total if total > 0 else np.float32(0)
-            sigma[n], rgb[n, 0], rgb[n, 1], rgb[n, 2] = total, red * share_of_one, green * share_of_one, blue * share_of_one
+            sigma[n], rgb[n, 0], rgb[n, 1], rgb[n, 2] = (
+                total,
+                red * share_of_one,
+                green * share_of_one,
+                blue * share_of_one,
+            )
 
-# %% ../../nbs/splats/lookup.ipynb #df3a8b78
+# %% ../../nbs/splats/lookup.ipynb #9f0cccd0
 @njit(cache=True, nogil=True)
 def _features(counter, index, longest, visit, table, mean, weight):
     members, values = np.empty(longest, np.int32), np.empty(longest, np.float32)
@@ -242,7 +270,7 @@ def _features(counter, index, longest, visit, table, mean, weight):
                 for f in range(table.shape[1]): mean[n, f] += part * row[f]
             weight[n] = total
 
-
+# %% ../../nbs/splats/lookup.ipynb #a02f42cc
 @njit(cache=True, nogil=True)
 def _nearest(counter, index, visit, member, distance):
     for block in tickets(counter, (len(visit.order) + 1023) // 1024):
@@ -251,19 +279,22 @@ def _nearest(counter, index, visit, member, distance):
             for at in range(index.starts[cell], index.starts[cell + 1]):
                 r, squared = index.records[index.entries[at]], np.float32(0)
                 for a in range(3):
-                    squared += (r[3 + 3 * a] * (point[0] - r[0]) + r[4 + 3 * a] * (point[1] - r[1]) + r[5 + 3 * a] * (point[2] - r[2])) ** 2
+                    squared += (r[3 + 3 * a] * (point[0] - r[0]) + r[4 + 3 * a] * (point[1] - r[1])
+                                + r[5 + 3 * a] * (point[2] - r[2])) ** 2
                 if squared <= r[13] and squared < best: best, member[n] = squared, index.entries[at]
             distance[n] = np.sqrt(best)
 
-# %% ../../nbs/splats/lookup.ipynb #42948f47
+# %% ../../nbs/splats/lookup.ipynb #51128837
 def sum_per_point(values: Tensor, count: Tensor) -> Tensor:
-    """Sums of consecutive values [M, ...], `count` [N] of them for each point: [N, ...]. The order is fixed, and so is the result, on a GPU too."""
+    """Sums of consecutive values [M, ...], `count` [N] of them for each point: [N, ...]. The order is fixed, and so is
+    the result, on a GPU too."""
     if not len(values): return values.new_zeros(len(count), *values.shape[1:])
     return torch.segment_reduce(values.contiguous(), "sum", lengths=count, initial=0)
 
-
+# %% ../../nbs/splats/lookup.ipynb #4cfef2d5
 class TorchLookup:
-    """A `CellIndex` on any device, asked in plain torch: the twin of the compiled queries, and what `GaussianLookup` uses on a GPU.
+    """A `CellIndex` on any device, asked in plain torch: the twin of the compiled queries, and what `GaussianLookup`
+    uses on a GPU.
 
     sh: [G, 3, 16] coefficients, zeros above `degree`. chunk: points side by side.
     """
@@ -275,7 +306,8 @@ class TorchLookup:
         self.sh, self.degree, self.chunk = sh.to(device), degree, chunk
 
     def pairs(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The M pairs of points [N, 3] and gaussians that reach them, by point: point, gaussian, squared distance, density [M]."""
+        """The M pairs of points [N, 3] and gaussians that reach them, by point: point, gaussian, squared distance,
+        density [M]."""
         place = ((points - self.lower) / self.edge).floor().long().clamp(min=0).minimum(self.shape - 1)
         cell = (place[:, 0] * self.shape[1] + place[:, 1]) * self.shape[2] + place[:, 2]
         first, count = self.starts[cell], self.starts[cell + 1] - self.starts[cell]
@@ -283,7 +315,8 @@ class TorchLookup:
         before = count.cumsum(0) - count
         member = self.entries[torch.arange(len(point), device=points.device) - before[point] + first[point]].long()
         records = self.records[member]
-        squared = (records[:, 3:12].unflatten(1, (3, 3)) @ (points[point] - records[:, :3])[..., None]).square().sum((1, 2))
+        squared = (records[:, 3:12].unflatten(1, (3, 3))
+                   @ (points[point] - records[:, :3])[..., None]).square().sum((1, 2))
         reached = squared <= records[:, 13]
         return point[reached], member[reached], squared[reached], density_of(records[reached], squared[reached])
 
@@ -294,7 +327,9 @@ class TorchLookup:
             point, member, _, density = self.pairs(some)
             colour = evaluate_sh(self.sh[member].mT, seen[point], self.degree)
             parts.append(self._mean(density, colour, point, len(some)))
-        return tuple(torch.cat(part) for part in zip(*parts)) if parts else (points.new_zeros(0), points.new_zeros(0, 3))
+        return (
+            tuple(torch.cat(part) for part in zip(*parts)) if parts else (points.new_zeros(0), points.new_zeros(0, 3))
+        )
 
     def features(self, points: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """See `GaussianLookup`."""
@@ -302,16 +337,25 @@ class TorchLookup:
         for some in points.split(self.chunk):
             point, member, _, density = self.pairs(some)
             parts.append(self._mean(density, table[member], point, len(some))[::-1])
-        return tuple(torch.cat(part) for part in zip(*parts)) if parts else (points.new_zeros(0, table.shape[1]), points.new_zeros(0))
+        return (
+            tuple(torch.cat(part) for part in zip(*parts))
+            if parts
+            else (points.new_zeros(0, table.shape[1]), points.new_zeros(0))
+        )
 
     def nearest(self, points: Tensor) -> tuple[Tensor, Tensor]:
         """See `GaussianLookup`; of two gaussians equally near, the first."""
-        distances, members = points.new_full((len(points),), torch.inf), torch.full((len(points),), -1, device=points.device)
+        distances, members = (
+            points.new_full((len(points),), torch.inf),
+            torch.full((len(points),), -1, device=points.device),
+        )
         for first in range(0, len(points), self.chunk):
             point, member, squared, _ = self.pairs(points[first:first + self.chunk])
             best = distances[first:first + self.chunk].scatter_reduce(0, point, squared, "amin")
             winner = squared == best[point]
-            lowest = torch.full_like(best, len(self.records), dtype=torch.int64).scatter_reduce(0, point[winner], member[winner], "amin")
+            lowest = torch.full_like(best, len(self.records), dtype=torch.int64).scatter_reduce(
+                0, point[winner], member[winner], "amin"
+            )
             members[first:first + self.chunk] = torch.where(lowest < len(self.records), lowest, -1)
             distances[first:first + self.chunk] = best.sqrt()
         return members, distances
@@ -322,88 +366,114 @@ class TorchLookup:
         total = sum_per_point(density, count)
         return total, sum_per_point(density[:, None] * values, count) / total.clamp(min=1e-30)[:, None]
 
-# %% ../../nbs/splats/lookup.ipynb #f78cb4b7
+# %% ../../nbs/splats/lookup.ipynb #0163321d
 class GaussianLookup:
-    """Gaussians as a field: `lookup(positions, directions) -> (density, colour)`, and the mean of any table at any point.
+    """Gaussians as a field: `lookup(positions, directions) -> (density, colour)`, and the mean of any table at any
+    point.
 
-    gaussians: G of them, finite. minimum_scale: metres; thinner axes are widened to it. A marcher that takes steps of `step` metres skips what is thinner
-    than half a step: give it `step / 2`. sigmas: reach of a footprint, standard deviations. resolution: cells along the longest edge. profile: "gaussian",
-    as `kilonb.fields.voxels` bakes them, or "splat", whose rays are as opaque as the rasteriser's: the better teacher where rays have the last word.
-    Nothing is differentiable; points may lie anywhere. The same question always gets the same bits. Answers are float32: by compiled code in torch's
-    threads for points on a CPU, by `TorchLookup` elsewhere. Raises KiloError where no gaussian is visible, a value is not finite or a setting makes no sense.
+    gaussians: G of them, finite. minimum_scale: metres; thinner axes are widened to it. A marcher that takes steps of
+    `step` metres skips what is thinner
+    than half a step: give it `step / 2`. sigmas: reach of a footprint, standard deviations. resolution: cells along the
+    longest edge. profile: "gaussian", as `kilonb.fields.voxels` bakes them, or "splat", whose rays are as opaque as the
+    rasteriser's: the better teacher where rays have the last word. Nothing is differentiable; points may lie anywhere.
+    The same question always gets the same bits. Answers are float32: by compiled code in torch's threads for points on
+    a CPU, by `TorchLookup` elsewhere. Raises KiloError where no gaussian is visible, a value is not finite or a setting
+    makes no sense.
     """
 
     def __init__(self, gaussians: Gaussians, minimum_scale: float = 0.0, sigmas: float = 3.0, resolution: int = 96,
                  profile: Literal["gaussian", "splat"] = "gaussian"):
-        if not minimum_scale >= 0: raise KiloError(f"minimum_scale is {minimum_scale}; expected a length of 0 metres or more.")
+        if not minimum_scale >= 0:
+            raise KiloError(f"minimum_scale is {minimum_scale}; expected a length of 0 metres or more.")
         if not sigmas > 0: raise KiloError(f"sigmas is {sigmas}; expected a reach above 0 standard deviations.")
-        if not 1 <= resolution <= 512: raise KiloError(f"resolution is {resolution}; expected 1 to 512 cells along the longest edge.")
-        if profile not in ("splat", "gaussian"): raise KiloError(f"profile is '{profile}'; expected 'splat' or 'gaussian'.")
-        self.gaussians, self.minimum_scale, self.sigmas, self.profile = gaussians.validate(), minimum_scale, sigmas, profile
+        if not 1 <= resolution <= 512:
+            raise KiloError(f"resolution is {resolution}; expected 1 to 512 cells along the longest edge.")
+        if profile not in ("splat", "gaussian"):
+            raise KiloError(f"profile is '{profile}'; expected 'splat' or 'gaussian'.")
+        self.gaussians, self.minimum_scale, self.sigmas, self.profile = (
+            gaussians.validate(),
+            minimum_scale,
+            sigmas,
+            profile,
+        )
         records, extents = footprint_records(gaussians, minimum_scale, sigmas, profile)
-        if not (records[:, 13] >= 0).any(): raise KiloError("No gaussian has an opacity above 1/255, so there is nothing to look up; check them.")
+        if not (records[:, 13] >= 0).any():
+            raise KiloError("No gaussian has an opacity above 1/255, so there is nothing to look up; check them.")
         self.index = build_index(records, extents, resolution)
         self.longest = int(np.diff(self.index.starts).max())
-        self.sh = torch.nn.functional.pad(gaussians.sh.detach().float().cpu(), (0, 0, 0, 16 - gaussians.sh.shape[1])).mT.contiguous()
+        self.sh = torch.nn.functional.pad(gaussians.sh.detach().float().cpu(),
+                                          (0, 0, 0, 16 - gaussians.sh.shape[1])).mT.contiguous()
         self._elsewhere: dict[torch.device, TorchLookup] = {}
 
     def __len__(self) -> int: return len(self.gaussians)
 
     def __call__(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
-        """Density [N], 1/metre, and colour [N, 3] at `positions` [N, 3] metres, seen along the unit `directions` [N, 3]: a field like any other."""
+        """Density [N], 1/metre, and colour [N, 3] at `positions` [N, 3] metres, seen along the unit `directions` [N,
+        3]: a field like any other."""
         return self.density_and_colour(positions, directions)
 
     def on(self, device: torch.device | str) -> TorchLookup:
         """The same index in plain torch on a device."""
         device = torch.device(device)
-        if device not in self._elsewhere: self._elsewhere[device] = TorchLookup(self.index, self.sh, self.gaussians.sh_degree, device)
+        if device not in self._elsewhere:
+            self._elsewhere[device] = TorchLookup(self.index, self.sh, self.gaussians.sh_degree, device)
         return self._elsewhere[device]
 
     def density(self, points: Tensor) -> Tensor:
         """Density [N], 1/metre, at points [N, 3] metres."""
         points = _rows(points, "points")
-        if points.device.type != "cpu": return self.on(points.device).features(points, points.new_zeros(len(self), 1))[1]
+        if points.device.type != "cpu":
+            return self.on(points.device).features(points, points.new_zeros(len(self), 1))[1]
         sigma = torch.empty(len(points))
         share(_densities, self.index, self.longest, plan_visit(self.index, points.numpy()), sigma.numpy())
         return sigma
 
     def colour(self, points: Tensor, directions: Tensor) -> Tensor:
-        """Colour [N, 3] >= 0 at points [N, 3] along unit directions [N, 3], from camera to point; 0 where no gaussian reaches."""
+        """Colour [N, 3] >= 0 at points [N, 3] along unit directions [N, 3], from camera to point; 0 where no gaussian
+        reaches."""
         return self.density_and_colour(points, directions)[1]
 
     def density_and_colour(self, points: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """`density` and `colour` in one pass."""
         points, directions = _rows(points, "points"), _rows(directions, "directions")
-        if len(points) != len(directions): raise KiloError(f"There are {len(points)} points and {len(directions)} directions; expected as many.")
+        if len(points) != len(directions):
+            raise KiloError(f"There are {len(points)} points and {len(directions)} directions; expected as many.")
         if points.device.type != "cpu": return self.on(points.device).density_and_colour(points, directions)
         sigma, rgb = torch.empty(len(points)), torch.empty(len(points), 3)
         visit, degree = plan_visit(self.index, points.numpy()), self.gaussians.sh_degree
-        share(_colours, self.index, self.longest, visit, directions.numpy(), self.sh.numpy(), degree, sigma.numpy(), rgb.numpy())
+        share(_colours, self.index, self.longest, visit, directions.numpy(), self.sh.numpy(), degree, sigma.numpy(),
+              rgb.numpy())
         return sigma, rgb
 
     def features(self, points: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Density-weighted mean [N, F] of a table [G, F] at points [N, 3], and the sum of the weights [N], which is the density, 1/metre.
+        """Density-weighted mean [N, F] of a table [G, F] at points [N, 3], and the sum of the weights [N], which is the
+        density, 1/metre.
 
-        A point that no gaussian reaches has mean and weight 0; one at the rim of a footprint has a mean but little weight: mask by the weight.
+        A point that no gaussian reaches has mean and weight 0; one at the rim of a footprint has a mean but little
+        weight: mask by the weight.
         """
         points = _rows(points, "points")
-        if table.dim() != 2 or len(table) != len(self): raise KiloError(f"The table has shape {list(table.shape)}; expected a row for each of the {len(self)}.")
+        if table.dim() != 2 or len(table) != len(self):
+            raise KiloError(f"The table has shape {list(table.shape)}; expected a row for each of the {len(self)}.")
         table = table.detach().to(points.device, torch.float32).contiguous()
         if points.device.type != "cpu": return self.on(points.device).features(points, table)
         mean, weight = torch.empty(len(points), table.shape[1]), torch.empty(len(points))
-        share(_features, self.index, self.longest, plan_visit(self.index, points.numpy()), table.numpy(), mean.numpy(), weight.numpy())
+        share(_features, self.index, self.longest, plan_visit(self.index, points.numpy()), table.numpy(), mean.numpy(),
+              weight.numpy())
         return mean, weight
 
     def nearest(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """The gaussian [N] nearest to each point [N, 3] in its own standard deviations, and how many these are [N]; -1 and infinity out of all reach."""
+        """The gaussian [N] nearest to each point [N, 3] in its own standard deviations, and how many these are [N]; -1
+        and infinity out of all reach."""
         points = _rows(points, "points")
         if points.device.type != "cpu": return self.on(points.device).nearest(points)
         member, distance = torch.empty(len(points), dtype=torch.int64), torch.empty(len(points))
         share(_nearest, self.index, plan_visit(self.index, points.numpy()), member.numpy(), distance.numpy())
         return member, distance
 
-
+# %% ../../nbs/splats/lookup.ipynb #4893063e
 def _rows(points: Tensor, name: str) -> Tensor:
     """Contiguous float32 [N, 3], or a KiloError."""
-    if points.dim() != 2 or points.shape[1] != 3: raise KiloError(f"The {name} have shape {list(points.shape)}; expected [N, 3].")
+    if points.dim() != 2 or points.shape[1] != 3:
+        raise KiloError(f"The {name} have shape {list(points.shape)}; expected [N, 3].")
     return points.detach().float().contiguous()

@@ -15,17 +15,19 @@ from torch import Tensor
 from ..geometry.transforms import quat_to_rotmat
 from ..core.errors import KiloError
 
-# %% ../../nbs/splats/mcmc.ipynb #dd3a5f7c
+# %% ../../nbs/splats/mcmc.ipynb #6b758f04
 OPAQUE, TERMS = 1 - 1e-6, 64
 
 
 def shared_opacity(opacities: Tensor, copies: Tensor) -> Tensor:
-    """[M] opacity of each of `copies` [M] gaussians at one place that together are as opaque as one of `opacities` [M], 0..1. Source: 3DGS-MCMC, eq. 9."""
+    """[M] opacity of each of `copies` [M] gaussians at one place that together are as opaque as one of `opacities` [M],
+    0..1. Source: 3DGS-MCMC, eq. 9."""
     return -torch.expm1(torch.log1p(-opacities.double().clamp(max=OPAQUE)) / copies).to(opacities.dtype)
 
 
 def shared_scale(opacities: Tensor, copies: Tensor) -> Tensor:
-    """[M] factor on the scale of each of `copies` [M] gaussians, so that what they stop along a line through the centre stays the same.
+    """[M] factor on the scale of each of `copies` [M] gaussians, so that what they stop along a line through the centre
+    stays the same.
 
     opacities: [M] of the one they replace, 0..1. Computed in float64. Source: 3DGS-MCMC, eq. 9.
     """
@@ -36,19 +38,22 @@ def shared_scale(opacities: Tensor, copies: Tensor) -> Tensor:
     terms = torch.exp(ways + j * new.log() - .5 * j.log()) * (1 - 2 * ((j - 1) % 2))
     return (old / torch.where(j <= count, terms, 0).sum(1)).to(opacities.dtype)
 
-# %% ../../nbs/splats/mcmc.ipynb #b06bc325
+# %% ../../nbs/splats/mcmc.ipynb #adf3e2a3
 def draw_sources(opacities: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """[count] indices drawn with replacement, in proportion to `opacities` [N], 0..1; those with 0 are never drawn. Raises KiloError where all are 0."""
+    """[count] indices drawn with replacement, in proportion to `opacities` [N], 0..1; those with 0 are never drawn.
+    Raises KiloError where all are 0."""
     if not (opacities > 0).any(): raise KiloError("No gaussian is left to copy: every opacity is 0.")
     if count == 0: return torch.zeros(0, dtype=torch.long, device=opacities.device)
     return torch.multinomial(opacities, count, replacement=True, generator=generator)
 
-
+# %% ../../nbs/splats/mcmc.ipynb #9c680293
 def share_out(logit_opacities: Tensor, log_scales: Tensor, sources: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Let each gaussian share its work with the copies that are made of it.
 
-    logit_opacities: [N]; log_scales: [N, 3]; sources: [M] which are copied, repeated where several copies are made of one.
-    Returns (logit_opacities [N], log_scales [N, 3], drawn [N] bool), new tensors. The copies' own values are the rows `sources` of them.
+    logit_opacities: [N]; log_scales: [N, 3]; sources: [M] which are copied, repeated where several copies are made of
+    one.
+    Returns (logit_opacities [N], log_scales [N, 3], drawn [N] bool), new tensors. The copies' own values are the rows
+    `sources` of them.
     """
     copies = torch.bincount(sources, minlength=len(logit_opacities)) + 1
     drawn = copies > 1
@@ -58,28 +63,32 @@ def share_out(logit_opacities: Tensor, log_scales: Tensor, sources: Tensor) -> t
     logs[drawn] += shared_scale(opacities, copies[drawn]).log()[:, None]
     return logits, logs, drawn
 
-# %% ../../nbs/splats/mcmc.ipynb #7afb525b
+# %% ../../nbs/splats/mcmc.ipynb #bb566f23
 def scatter(quats: Tensor, scales: Tensor, deviations: float, generator: torch.Generator) -> Tensor:
-    """[N, 3] random displacements, metres: normal, of each gaussian's own shape, `deviations` times its size. quats: [N, 4] wxyz; scales: [N, 3] metres."""
+    """[N, 3] random displacements, metres: normal, of each gaussian's own shape, `deviations` times its size. quats:
+    [N, 4] wxyz; scales: [N, 3] metres."""
     normal = torch.randn(len(quats), 3, generator=generator, device=quats.device)
     return (quat_to_rotmat(quats) * (deviations * scales * normal)[:, None]).sum(-1)
 
-# %% ../../nbs/splats/mcmc.ipynb #1d28fc80
+# %% ../../nbs/splats/mcmc.ipynb #45b388cc
 def grown_count(count: int, growth: float, maximum: int) -> int:
-    """How many gaussians there are after one growth of `count` by the share `growth` (0.05: 5%), `maximum` at most; never fewer than `count`."""
+    """How many gaussians there are after one growth of `count` by the share `growth` (0.05: 5%), `maximum` at most;
+    never fewer than `count`."""
     return max(count, min(maximum, math.ceil((1 + growth) * count)))
 
-# %% ../../nbs/splats/mcmc.ipynb #c5823eaa
+# %% ../../nbs/splats/mcmc.ipynb #615a08d8
 def exploration_gate(opacities: Tensor, sharpness: float = 100.0, threshold: float = 0.995) -> Tensor:
     """[N] how free gaussians of `opacities` [N] are to wander, 0..1. Source: 3DGS-MCMC, section 3.2."""
     return torch.sigmoid(sharpness * ((1 - opacities) - threshold))
 
 
-def exploration_noise(quats: Tensor, scales: Tensor, opacities: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+def exploration_noise(quats: Tensor, scales: Tensor, opacities: Tensor, strength: float,
+                      generator: torch.Generator) -> Tensor:
     """[N, 3] random displacements of the means, metres.
 
-    quats: [N, 4] wxyz; scales: [N, 3] metres; opacities: [N], 0..1. strength: 1/metre; along an axis of deviation s a displacement has the
-    deviation strength * s^2 times the gate; a gate below 1e-4 counts as closed. generator: on the tensors' device.
+    quats: [N, 4] wxyz; scales: [N, 3] metres; opacities: [N], 0..1. strength: 1/metre; along an axis of deviation s a
+    displacement has the deviation strength * s^2 times the gate; a gate below 1e-4 counts as closed. generator: on the
+    tensors' device.
     """
     gate = exploration_gate(opacities)
     free = (gate > 1e-4).nonzero()[:, 0]
@@ -87,7 +96,8 @@ def exploration_noise(quats: Tensor, scales: Tensor, opacities: Tensor, strength
     along = (axes * normal[:, :, None]).sum(1) * scales[free].square() * (strength * gate[free])[:, None]
     return torch.zeros_like(scales).index_copy(0, free, (axes * along[:, None]).sum(-1))
 
-# %% ../../nbs/splats/mcmc.ipynb #69b26fc2
+# %% ../../nbs/splats/mcmc.ipynb #17e04015
 def penalty(opacities: Tensor, scales: Tensor, opacity_weight: float, scale_weight: float) -> Tensor:
-    """The scalar opacity_weight * mean opacity + scale_weight * mean scale. opacities: [N], 0..1; scales: [N, 3], in the unit the weight is meant for."""
+    """The scalar opacity_weight * mean opacity + scale_weight * mean scale. opacities: [N], 0..1; scales: [N, 3], in
+    the unit the weight is meant for."""
     return opacity_weight * opacities.mean() + scale_weight * scales.mean()

@@ -16,49 +16,57 @@ from ..core.errors import KiloError
 from ..core.files import atomic_write
 from .gaussians import Gaussians
 
-# %% ../../nbs/splats/ply.ipynb #4dcba4ef
-_TYPES = {"char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
-          "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8"}
+# %% ../../nbs/splats/ply.ipynb #55d95dac
+_TYPES = {"char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2",
+          "uint16": "u2", "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4",
+          "double": "f8", "float64": "f8"}
 _ORDERS = {"binary_little_endian": "<", "binary_big_endian": ">"}
 _LONGEST_HEADER = 1 << 20
 
 
 def _header_lines(path: Path, data: bytes) -> tuple[list[str], int]:
     end = data.find(b"end_header\n", 0, _LONGEST_HEADER)
-    if not data.startswith(b"ply") or end < 0: raise KiloError(f"{path} is not a PLY file: it should start with 'ply' and have a line 'end_header'.")
+    if not data.startswith(b"ply") or end < 0:
+        raise KiloError(f"{path} is not a PLY file: it should start with 'ply' and have a line 'end_header'.")
     try: lines = data[:end].decode("ascii").splitlines()
     except UnicodeDecodeError: raise KiloError(f"{path} has a PLY header that is not plain ASCII text.") from None
     return [line.strip() for line in lines[1:]], end + len(b"end_header\n")
 
-# %% ../../nbs/splats/ply.ipynb #59bf1462
+# %% ../../nbs/splats/ply.ipynb #b84fa377
 def _property_type(path: Path, words: list[str], order: str) -> tuple[str, str]:
     if len(words) != 3 or words[1] not in _TYPES:
-        raise KiloError(f"{path} has the header line '{' '.join(words)}'; only scalar properties such as 'property float x' can be read.")
+        raise KiloError(f"{path} has the header line '{' '.join(words)}'; only scalar properties such as "
+                        "'property float x' can be read.")
     return words[2], order + _TYPES[words[1]]
 
-
+# %% ../../nbs/splats/ply.ipynb #bd5edbdf
 def _parse_header(path: Path, lines: list[str]) -> tuple[int, np.dtype]:
     order, count, element, columns = None, None, None, []
     for words in (line.split() for line in lines):
         if not words or words[0] in ("comment", "obj_info"): continue
         if words[0] == "format":
-            if len(words) > 1 and words[1] == "ascii": raise KiloError(f"{path} is an ascii PLY; write it as binary_little_endian to read it here.")
+            if len(words) > 1 and words[1] == "ascii":
+                raise KiloError(f"{path} is an ascii PLY; write it as binary_little_endian to read it here.")
             order = _ORDERS.get(words[1] if len(words) > 1 else "")
-            if order is None: raise KiloError(f"{path} has the PLY format '{' '.join(words[1:])}'; expected binary_little_endian.")
+            if order is None:
+                raise KiloError(f"{path} has the PLY format '{' '.join(words[1:])}'; expected binary_little_endian.")
         elif words[0] == "element":
             element = words[1] if len(words) == 3 and words[2].isdigit() else None
             if element == "vertex" and count is None: count = int(words[2])
             elif element is None or element == "vertex" or int(words[2]):
-                raise KiloError(f"{path} has the header line '{' '.join(words)}'; gaussians are one 'element vertex COUNT'.")
+                raise KiloError(f"{path} has the header line '{' '.join(words)}'; gaussians are one 'element "
+                                "vertex COUNT'.")
         elif words[0] == "property" and order is not None:
             if element == "vertex": columns.append(_property_type(path, words, order))
         else: raise KiloError(f"{path} has the header line '{' '.join(words)}' where a PLY header has none.")
-    if order is None or count is None: raise KiloError(f"{path} has a PLY header without '{'format' if order is None else 'element vertex'}'.")
+    if order is None or count is None:
+        raise KiloError(f"{path} has a PLY header without '{'format' if order is None else 'element vertex'}'.")
     names = [name for name, _ in columns]
-    if len(set(names)) < len(names): raise KiloError(f"{path} names the property '{next(n for n in names if names.count(n) > 1)}' twice.")
+    if len(set(names)) < len(names):
+        raise KiloError(f"{path} names the property '{next(n for n in names if names.count(n) > 1)}' twice.")
     return count, np.dtype(columns)
 
-# %% ../../nbs/splats/ply.ipynb #8d6f4ac7
+# %% ../../nbs/splats/ply.ipynb #da8ca8ae
 _DC, _SCALE, _ROT = [f"f_dc_{i}" for i in range(3)], [f"scale_{i}" for i in range(3)], [f"rot_{i}" for i in range(4)]
 _REQUIRED = ["x", "y", "z", *_DC, "opacity", *_SCALE, *_ROT]
 _REST_COUNTS = (0, 9, 24, 45)
@@ -68,21 +76,29 @@ def _rest_names(path: Path, names: tuple[str, ...]) -> list[str]:
     found = sum(name.startswith("f_rest_") for name in names)
     expected = [f"f_rest_{i}" for i in range(found)]
     missing = [name for name in [*_REQUIRED, *expected] if name not in names]
-    if missing: raise KiloError(f"{path} is a PLY without the gaussian properties {', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}.")
-    if found not in _REST_COUNTS: raise KiloError(f"{path} has {found} f_rest properties; degrees 0 to 3 have 0, 9, 24 or 45.")
+    if missing:
+        raise KiloError(f"{path} is a PLY without the gaussian properties "
+                        f"{', '.join(missing[:4])}{' ...' if len(missing) > 4 else ''}.")
+    if found not in _REST_COUNTS:
+        raise KiloError(f"{path} has {found} f_rest properties; degrees 0 to 3 have 0, 9, 24 or 45.")
     return expected
 
-
+# %% ../../nbs/splats/ply.ipynb #0608e061
 def _columns(table: np.ndarray, names: list[str]) -> np.ndarray:
-    return np.stack([table[name] for name in names], 1).astype(np.float32, copy=False) if names else np.zeros((len(table), 0), np.float32)
+    return (
+        np.stack([table[name] for name in names], 1).astype(np.float32, copy=False)
+        if names
+        else np.zeros((len(table), 0), np.float32)
+    )
 
-# %% ../../nbs/splats/ply.ipynb #bdaf1a45
+# %% ../../nbs/splats/ply.ipynb #b1d6a4b8
 def read_ply(path: str | os.PathLike) -> Gaussians:
     """Gaussians from a PLY file in the layout of the original 3D Gaussian Splatting code.
 
     Properties may stand in any order; unknown ones are ignored. 0, 9, 24 or 45 `f_rest` properties give degree 0 to 3.
     Returns float32 gaussians on the CPU, raw as stored.
-    Raises KiloError for a file that is missing, is not such a PLY, is shorter or longer than its header says, or holds a number that is not finite.
+    Raises KiloError for a file that is missing, is not such a PLY, is shorter or longer than its header says, or holds
+    a number that is not finite.
     """
     path = Path(path)
     if not path.is_file(): raise KiloError(f"There is no PLY file {path}.")
@@ -91,15 +107,22 @@ def read_ply(path: str | os.PathLike) -> Gaussians:
     count, row = _parse_header(path, lines)
     rest = _rest_names(path, row.names or ())
     if len(data) - start != count * row.itemsize:
-        raise KiloError(f"{path} has {len(data) - start} bytes after its header; {count} gaussians of {row.itemsize} bytes are {count * row.itemsize}.")
+        raise KiloError(f"{path} has {len(data) - start} bytes after its header; {count} gaussians of "
+                        f"{row.itemsize} bytes are {count * row.itemsize}.")
     table = np.frombuffer(data, row, count, start)
     higher = _columns(table, rest).reshape(count, 3, len(rest) // 3).transpose(0, 2, 1)
     sh = np.concatenate([_columns(table, _DC)[:, None], higher], 1)
-    parts = _columns(table, ["x", "y", "z"]), _columns(table, _ROT), _columns(table, _SCALE), table["opacity"].astype(np.float32), sh
+    parts = (
+        _columns(table, ["x", "y", "z"]),
+        _columns(table, _ROT),
+        _columns(table, _SCALE),
+        table["opacity"].astype(np.float32),
+        sh,
+    )
     try: return Gaussians(*[torch.from_numpy(np.ascontiguousarray(part)) for part in parts]).validate()
     except KiloError as error: raise KiloError(f"{path}: {error}") from None
 
-# %% ../../nbs/splats/ply.ipynb #93cfb821
+# %% ../../nbs/splats/ply.ipynb #7eebf162
 def write_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
     """Write gaussians as a little-endian float32 PLY in the layout of the original code, whole or not at all.
 
@@ -113,7 +136,8 @@ def write_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
     columns = [gaussians.means, torch.zeros_like(gaussians.means), gaussians.sh[:, 0], higher,
                gaussians.logit_opacities[:, None], gaussians.log_scales, gaussians.quats]
     table = torch.cat(columns, 1).numpy().astype("<f4", copy=False)
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(gaussians)}", *[f"property float {name}" for name in names], "end_header"]
+    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(gaussians)}",
+              *[f"property float {name}" for name in names], "end_header"]
     with atomic_write(path) as partial, open(partial, "wb") as file:
         file.write(("\n".join(header) + "\n").encode("ascii"))
         file.write(np.ascontiguousarray(table).tobytes())

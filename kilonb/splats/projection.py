@@ -24,7 +24,7 @@ def covariances(quats: Tensor, scales: Tensor) -> Tensor:
     half = quat_to_rotmat(quats) * scales[..., None, :]
     return half @ half.mT
 
-# %% ../../nbs/splats/projection.ipynb #f45ce80d
+# %% ../../nbs/splats/projection.ipynb #8a0082aa
 def image_covariances(points: Tensor, covariance: Tensor, Ks: Tensor, width: int, height: int) -> Tensor:
     """Covariances in pixels of gaussians in the camera frame, before the blur.
 
@@ -37,10 +37,11 @@ def image_covariances(points: Tensor, covariance: Tensor, Ks: Tensor, width: int
     slope_x = torch.clamp(x / z, -(cx / fx + margin_x), (width - cx) / fx + margin_x)
     slope_y = torch.clamp(y / z, -(cy / fy + margin_y), (height - cy) / fy + margin_y)
     zero = torch.zeros_like(z)
-    jacobian = torch.stack([torch.stack([fx / z, zero, -fx * slope_x / z], -1), torch.stack([zero, fy / z, -fy * slope_y / z], -1)], -2)
+    jacobian = torch.stack([torch.stack([fx / z, zero, -fx * slope_x / z], -1),
+                            torch.stack([zero, fy / z, -fy * slope_y / z], -1)], -2)
     return jacobian @ covariance @ jacobian.mT
 
-# %% ../../nbs/splats/projection.ipynb #889e92e3
+# %% ../../nbs/splats/projection.ipynb #25fa386c
 ALPHA_THRESHOLD = 1 / 255
 
 
@@ -59,20 +60,23 @@ class Projection(NamedTuple):
     conics: Tensor
     compensations: Tensor
 
-
+# %% ../../nbs/splats/projection.ipynb #c2dbd2be
 def box_radii(variances: Tensor, opacities: Tensor) -> Tensor:
-    """Half sizes [..., 2] in pixels, whole numbers, of the boxes in which gaussians of `variances` [..., 2] and `opacities` [...] reach 1/255."""
+    """Half sizes [..., 2] in pixels, whole numbers, of the boxes in which gaussians of `variances` [..., 2] and
+    `opacities` [...] reach 1/255."""
     reach = torch.sqrt(2 * torch.log(torch.clamp(opacities, min=ALPHA_THRESHOLD) / ALPHA_THRESHOLD)).clamp(max=3.33)
     return torch.ceil(reach[..., None] * torch.sqrt(variances))
 
-# %% ../../nbs/splats/projection.ipynb #5fafb520
-def project_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor, width: int, height: int,
-                      eps2d: float = 0.3, near_plane: float = 0.01, far_plane: float = 1e10, radius_clip: float = 0.0, antialiased: bool = False) -> Projection:
+# %% ../../nbs/splats/projection.ipynb #f261e2c1
+def project_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, viewmats: Tensor, Ks: Tensor,
+                      width: int, height: int, eps2d: float = 0.3, near_plane: float = 0.01, far_plane: float = 1e10,
+                      radius_clip: float = 0.0, antialiased: bool = False) -> Projection:
     """Gaussians as ellipses in the images of pinhole cameras, in plain torch.
 
-    means: [N, 3]. quats: [N, 4] wxyz. scales: [N, 3]. opacities: [N] in 0..1. viewmats: [C, 4, 4] world to camera. Ks: [C, 3, 3] pixels.
-    eps2d: blur, square pixels. radius_clip: a gaussian whose box is no larger is dropped, pixels. antialiased: fill `compensations`.
-    Differentiable but for the radii. Source: gsplat 1.5.3, `fully_fused_projection`.
+    means: [N, 3]. quats: [N, 4] wxyz. scales: [N, 3]. opacities: [N] in 0..1. viewmats: [C, 4, 4] world to camera. Ks:
+    [C, 3, 3] pixels.
+    eps2d: blur, square pixels. radius_clip: a gaussian whose box is no larger is dropped, pixels. antialiased: fill
+    `compensations`. Differentiable but for the radii. Source: gsplat 1.5.3, `fully_fused_projection`.
     """
     rotation = viewmats[:, None, :3, :3]
     points = (rotation @ means[None, :, :, None]).squeeze(-1) + viewmats[:, None, :3, 3]
@@ -88,22 +92,31 @@ def project_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opacities: T
     focal, centre = torch.diagonal(Ks, dim1=-2, dim2=-1)[:, None, :2], Ks[:, None, :2, 2]
     means2d = focal * points[..., :2] / points[..., 2:] + centre
     variances = torch.diagonal(blurred, dim1=-2, dim2=-1)
-    radii = visible_radii(means2d, variances, opacities * compensations, in_front & (determinant > 0), width, height, radius_clip)
+    radii = visible_radii(means2d, variances, opacities * compensations, in_front & (determinant > 0), width, height,
+                          radius_clip)
     visible = (radii > 0).all(-1)
-    return Projection(radii, means2d * visible[..., None], depths * visible, conics * visible[..., None], compensations * visible)
+    return Projection(radii, means2d * visible[..., None], depths * visible, conics * visible[..., None],
+                      compensations * visible)
 
-# %% ../../nbs/splats/projection.ipynb #aebc1699
+# %% ../../nbs/splats/projection.ipynb #a9772df6
 def blur_compensation(sharp: Tensor, determinant: Tensor) -> Tensor:
-    """sqrt(det(sharp) / determinant) [...], 0..1, of image covariances before the blur [..., 2, 2] and their determinants after it [...]."""
+    """sqrt(det(sharp) / determinant) [...], 0..1, of image covariances before the blur [..., 2, 2] and their
+    determinants after it [...]."""
     before = sharp[..., 0, 0] * sharp[..., 1, 1] - sharp[..., 0, 1] ** 2
     ratio = before / determinant
     return torch.where(ratio > 0, torch.sqrt(ratio.clamp(min=1e-30)), torch.zeros_like(ratio))
 
-
+# %% ../../nbs/splats/projection.ipynb #37f13d45
 @torch.no_grad()
-def visible_radii(means2d: Tensor, variances: Tensor, opacities: Tensor, valid: Tensor, width: int, height: int, radius_clip: float) -> Tensor:
-    """`box_radii` [C, N, 2] as int32; zero where not `valid` [C, N] or not seen in an image of `width` x `height` pixels."""
+def visible_radii(means2d: Tensor, variances: Tensor, opacities: Tensor, valid: Tensor, width: int, height: int,
+                  radius_clip: float) -> Tensor:
+    """`box_radii` [C, N, 2] as int32; zero where not `valid` [C, N] or not seen in an image of `width` x `height`
+    pixels."""
     radii = box_radii(variances, opacities)
     visible = valid & (opacities >= ALPHA_THRESHOLD) & (radii > radius_clip).any(-1)
-    visible &= (means2d + radii > 0).all(-1) & (means2d[..., 0] - radii[..., 0] < width) & (means2d[..., 1] - radii[..., 1] < height)
+    visible &= (
+        (means2d + radii > 0).all(-1)
+        & (means2d[..., 0] - radii[..., 0] < width)
+        & (means2d[..., 1] - radii[..., 1] < height)
+    )
     return (radii * visible[..., None]).to(torch.int32)

@@ -6,7 +6,7 @@
 __all__ = ['RENDER_MODES', 'Rows', 'make_rows', 'Project', 'Harmonics', 'Spread', 'Composite', 'rasterize', 'Render',
            'render_gaussians']
 
-# %% ../../nbs/splats/rasterizer.ipynb #743c1472
+# %% ../../nbs/splats/rasterizer.ipynb #ce2527dd
 import math
 from dataclasses import dataclass
 
@@ -18,22 +18,31 @@ from torch.autograd.function import once_differentiable
 from ..geometry.cameras import PinholeCamera
 from ..core.errors import KiloError
 from .gaussians import Gaussians
-from .kernels import CHUNKS, harmonics_backward, harmonics_forward, pack_rows, project_backward, project_forward
+from kilonb.splats.kernels import (
+    CHUNKS,
+    harmonics_backward,
+    harmonics_forward,
+    pack_rows,
+    project_backward,
+    project_forward,
+)
 from .threads import share
 from .tiles import TILE, TileLists, composite, composite_backward, fill_records, list_tiles
 
-# %% ../../nbs/splats/rasterizer.ipynb #947f15c8
+# %% ../../nbs/splats/rasterizer.ipynb #f3e8d8a5
 def _array(tensor: Tensor) -> np.ndarray: return tensor.detach().contiguous().numpy()
 
+# %% ../../nbs/splats/rasterizer.ipynb #64587762
+def _gradient(grad: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
+    return np.zeros(shape, np.float32) if grad is None else _array(grad)
 
-def _gradient(grad: Tensor | None, shape: tuple[int, ...]) -> np.ndarray: return np.zeros(shape, np.float32) if grad is None else _array(grad)
-
-
+# %% ../../nbs/splats/rasterizer.ipynb #ada0285a
 @dataclass(frozen=True)
 class Rows:
     """Which gaussian in which camera each row holds.
 
-    of_gaussian: [C, N] int32 row of each, -1 where it is not seen. camera_ids, gaussian_ids: [nnz] int64, the visible ones, in order.
+    of_gaussian: [C, N] int32 row of each, -1 where it is not seen. camera_ids, gaussian_ids: [nnz] int64, the visible
+    ones, in order.
     starts: [C + 1] first row of each camera. packed: whether rows are only the visible ones.
     """
 
@@ -46,8 +55,10 @@ class Rows:
     def __len__(self) -> int: return int(self.starts[-1])
 
     def of(self, values: np.ndarray) -> np.ndarray:
-        """Rows [M, D] of values that are given for each gaussian, [N, D], or for each camera and gaussian, [C, N, D]."""
-        if not self.packed: return np.broadcast_to(values, (*self.of_gaussian.shape, values.shape[-1])).reshape(-1, values.shape[-1])
+        """Rows [M, D] of values that are given for each gaussian, [N, D], or for each camera and gaussian, [C, N,
+        D]."""
+        if not self.packed:
+            return np.broadcast_to(values, (*self.of_gaussian.shape, values.shape[-1])).reshape(-1, values.shape[-1])
         return values[self.gaussian_ids] if values.ndim == 2 else values[self.camera_ids, self.gaussian_ids]
 
     def flat(self, dense: np.ndarray) -> np.ndarray:
@@ -66,7 +77,7 @@ class Rows:
             totals[camera if len(shape) == 3 else slice(None)][seen] += by_rows[rows[seen]]
         return totals
 
-
+# %% ../../nbs/splats/rasterizer.ipynb #38cf2938
 def make_rows(radii: np.ndarray, packed: bool) -> Rows:
     """Rows for gaussians with `radii` [C, N, 2], which are zero where a gaussian is not seen."""
     cameras, count, _ = radii.shape
@@ -77,19 +88,24 @@ def make_rows(radii: np.ndarray, packed: bool) -> Rows:
     starts = np.concatenate([[0], np.cumsum(visible.sum(1))]) if packed else np.arange(cameras + 1) * count
     return Rows(of_gaussian, camera_ids, gaussian_ids, starts, packed)
 
-# %% ../../nbs/splats/rasterizer.ipynb #53122415
+# %% ../../nbs/splats/rasterizer.ipynb #5af594af
 class Project(torch.autograd.Function):
-    """(means, quats, scales, opacities, viewmats) -> means2d [M, 2], depths [M], conics [M, 3], alphas [M] and what needs no gradient."""
+    """(means, quats, scales, opacities, viewmats) -> means2d [M, 2], depths [M], conics [M, 3], alphas [M] and what
+    needs no gradient."""
 
     @staticmethod
-    def forward(ctx, means, quats, scales, opacities, viewmats, Ks, width, height, eps2d, near_plane, far_plane, radius_clip, antialiased, packed):
+    def forward(ctx, means, quats, scales, opacities, viewmats, Ks, width, height, eps2d, near_plane, far_plane,
+                radius_clip, antialiased, packed):
         shape = len(viewmats), len(means)
-        inputs = [*(_array(tensor) for tensor in (means, quats, scales, opacities)), _array(viewmats.double()), _array(Ks.double())]
+        inputs = [*(_array(tensor) for tensor in (means, quats, scales, opacities)), _array(viewmats.double()),
+                  _array(Ks.double())]
         radii = np.empty((*shape, 2), np.int32)
         outputs = [np.empty((*shape, *size), np.float32) for size in ((2,), (), (3,), (), (3,))]
-        share(project_forward, *inputs, width, height, eps2d, near_plane, far_plane, radius_clip, antialiased, radii, *outputs)
+        share(project_forward, *inputs, width, height, eps2d, near_plane, far_plane, radius_clip, antialiased, radii,
+              *outputs)
         rows = make_rows(radii, packed)
-        means2d, depths, conics, alphas, factors, radii = (torch.from_numpy(rows.flat(array)) for array in (*outputs, radii))
+        means2d, depths, conics, alphas, factors, radii = (torch.from_numpy(rows.flat(array))
+                                                           for array in (*outputs, radii))
         ctx.inputs, ctx.rows = (*inputs, width, height, eps2d, antialiased), rows
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(radii, factors)
@@ -101,12 +117,14 @@ class Project(torch.autograd.Function):
         grads = [np.zeros_like(array) for array in ctx.inputs[:4]]
         grad_views = np.empty((CHUNKS, len(ctx.inputs[4]), 3, 4))
         count = len(ctx.rows)
-        outputs = [_gradient(*pair) for pair in ((grad_means2d, (count, 2)), (grad_depths, (count,)), (grad_conics, (count, 3)), (grad_alphas, (count,)))]
+        outputs = [_gradient(*pair)
+                   for pair in ((grad_means2d, (count, 2)), (grad_depths, (count,)), (grad_conics, (count, 3)),
+                                (grad_alphas, (count,)))]
         share(project_backward, ctx.rows.of_gaussian, *ctx.inputs, *outputs, *grads, grad_views)
         by_view = np.pad(grad_views.sum(0), ((0, 0), (0, 1), (0, 0))).astype(np.float32)
         return (*(torch.from_numpy(grad) for grad in (*grads, by_view)), *[None] * 9)
 
-# %% ../../nbs/splats/rasterizer.ipynb #8e7144e0
+# %% ../../nbs/splats/rasterizer.ipynb #279a0f23
 class Harmonics(torch.autograd.Function):
     """(means, camera centres [C, 3], sh [1 or C, N, K, 3]) -> colours [M, 3]."""
 
@@ -124,9 +142,15 @@ class Harmonics(torch.autograd.Function):
         _, means, centres, sh, *_ = ctx.saved
         grad_means, grad_centres, grad_sh = np.zeros_like(means), np.empty((CHUNKS, *centres.shape)), np.zeros_like(sh)
         share(harmonics_backward, *ctx.saved, _array(grad_colors), grad_means, grad_centres, grad_sh)
-        return torch.from_numpy(grad_means), torch.from_numpy(grad_centres.sum(0)).float(), torch.from_numpy(grad_sh), None, None
+        return (
+            torch.from_numpy(grad_means),
+            torch.from_numpy(grad_centres.sum(0)).float(),
+            torch.from_numpy(grad_sh),
+            None,
+            None,
+        )
 
-
+# %% ../../nbs/splats/rasterizer.ipynb #a13bbc7b
 class Spread(torch.autograd.Function):
     """Values of any kind, [N, D] or [C, N, D] -> rows [M, D]."""
 
@@ -139,25 +163,29 @@ class Spread(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, by_rows): return torch.from_numpy(ctx.rows.gradient(_array(by_rows), tuple(ctx.shape))), None
 
-# %% ../../nbs/splats/rasterizer.ipynb #8e3874a0
+# %% ../../nbs/splats/rasterizer.ipynb #d679b6f1
 class Composite(torch.autograd.Function):
-    """(means2d, conics, alphas, colours [M, D] or none, depths [M], backgrounds [C, D] or none) -> images [C, H, W, X], alphas [C, H, W, 1], tile lists.
+    """(means2d, conics, alphas, colours [M, D] or none, depths [M], backgrounds [C, D] or none) -> images [C, H, W, X],
+    alphas [C, H, W, 1], tile lists.
 
     absolute: a list of the tensor whose `absgrad` the backward pass should set, or an empty one.
     """
 
     @staticmethod
-    def forward(ctx, means2d, conics, alphas, colors, depths, backgrounds, radii, factors, starts, width, height, render_mode, absolute):
+    def forward(ctx, means2d, conics, alphas, colors, depths, backgrounds, radii, factors, starts, width, height,
+                render_mode, absolute):
         records, depth = np.empty((len(means2d), 8), np.float32), _array(depths)
         fill_records(_array(means2d), _array(factors), _array(alphas), _array(radii), records)
         lists = list_tiles(records, depth, starts, width, height)
         deep = render_mode != "RGB"
-        channels = np.concatenate([*([_array(colors)] if colors is not None else []), *([depth[:, None]] if deep else [])], 1)
+        channels = np.concatenate([*([_array(colors)] if colors is not None else []),
+                                   *([depth[:, None]] if deep else [])], 1)
         behind = np.zeros((len(starts) - 1, channels.shape[1]), np.float32)
         if backgrounds is not None: behind[:, :colors.shape[1]] = _array(backgrounds)
         drawing = composite(records, channels, lists, behind, width, height, expected=render_mode.endswith("ED"))
         ctx.set_materialize_grads(False)
-        ctx.inputs, ctx.deep, ctx.absolute, ctx.has_colors = (records, channels, lists, behind, drawing), deep, absolute, colors is not None
+        ctx.inputs, ctx.deep, ctx.absolute, ctx.has_colors = (records, channels, lists, behind,
+                                                              drawing), deep, absolute, colors is not None
         return torch.from_numpy(drawing.images), torch.from_numpy(drawing.alphas), lists
 
     @staticmethod
@@ -168,112 +196,163 @@ class Composite(torch.autograd.Function):
         grads = composite_backward(*ctx.inputs, *slopes, bool(ctx.absolute))
         for means2d in ctx.absolute: means2d.absgrad = torch.from_numpy(grads.mean_absolute).view(means2d.shape)
         last = grads.color.shape[1] - ctx.deep
-        by_color, by_depth = torch.from_numpy(grads.color[:, :last]), torch.from_numpy(grads.color[:, last].copy()) if ctx.deep else None
-        return (torch.from_numpy(grads.mean), torch.from_numpy(grads.conic), torch.from_numpy(grads.opacity[:, 0]), by_color if ctx.has_colors else None,
-                by_depth, torch.from_numpy(grads.background[:, :last]) if ctx.needs_input_grad[5] else None, *[None] * 7)
+        by_color, by_depth = (
+            torch.from_numpy(grads.color[:, :last]),
+            torch.from_numpy(grads.color[:, last].copy()) if ctx.deep else None,
+        )
+        return (torch.from_numpy(grads.mean), torch.from_numpy(grads.conic), torch.from_numpy(grads.opacity[:, 0]),
+                by_color if ctx.has_colors else None, by_depth,
+                torch.from_numpy(grads.background[:, :last]) if ctx.needs_input_grad[5] else None, *[None] * 7)
 
-# %% ../../nbs/splats/rasterizer.ipynb #dde72197
+# %% ../../nbs/splats/rasterizer.ipynb #e9086f41
 RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
-_CUDA_ONLY = {"covars": None, "with_ut": False, "with_eval3d": False, "distributed": False, "radial_coeffs": None, "tangential_coeffs": None,
-              "thin_prism_coeffs": None, "ftheta_coeffs": None, "viewmats_rs": None}
+_CUDA_ONLY = {"covars": None, "with_ut": False, "with_eval3d": False, "distributed": False, "radial_coeffs": None,
+              "tangential_coeffs": None, "thin_prism_coeffs": None, "ftheta_coeffs": None, "viewmats_rs": None}
 _WITHOUT_EFFECT = {"sparse_grad", "segmented", "channel_chunk", "rolling_shutter"}
 
 
-def _check_options(width: int, height: int, render_mode: str, rasterize_mode: str, camera_model: str, tile_size: int, options: dict) -> None:
-    if width < 1 or height < 1: raise KiloError(f"An image of {width} x {height} pixels was asked for; both should be at least 1.")
-    if render_mode not in RENDER_MODES: raise KiloError(f"render_mode='{render_mode}' is unknown; there are {', '.join(RENDER_MODES)}.")
-    if rasterize_mode not in ("classic", "antialiased"): raise KiloError(f"rasterize_mode='{rasterize_mode}' is unknown; there are classic, antialiased.")
-    if camera_model != "pinhole": raise KiloError(f"camera_model='{camera_model}' needs CUDA tensors; on a CPU there is 'pinhole'.")
-    if tile_size != TILE: raise KiloError(f"tile_size={tile_size} needs CUDA tensors; on a CPU tiles are {TILE} pixels wide.")
+def _check_options(width: int, height: int, render_mode: str, rasterize_mode: str, camera_model: str, tile_size: int,
+                   options: dict) -> None:
+    if width < 1 or height < 1:
+        raise KiloError(f"An image of {width} x {height} pixels was asked for; both should be at least 1.")
+    if render_mode not in RENDER_MODES:
+        raise KiloError(f"render_mode='{render_mode}' is unknown; there are {', '.join(RENDER_MODES)}.")
+    if rasterize_mode not in ("classic", "antialiased"):
+        raise KiloError(f"rasterize_mode='{rasterize_mode}' is unknown; there are classic, antialiased.")
+    if camera_model != "pinhole":
+        raise KiloError(f"camera_model='{camera_model}' needs CUDA tensors; on a CPU there is 'pinhole'.")
+    if tile_size != TILE:
+        raise KiloError(f"tile_size={tile_size} needs CUDA tensors; on a CPU tiles are {TILE} pixels wide.")
     for name, value in options.items():
         if name in _WITHOUT_EFFECT: continue
-        if name not in _CUDA_ONLY: raise TypeError(f"rasterize() has no argument '{name}'; it has those of gsplat 1.5.3's rasterization().")
+        if name not in _CUDA_ONLY:
+            raise TypeError(f"rasterize() has no argument '{name}'; it has those of gsplat 1.5.3's rasterization().")
         if value is not _CUDA_ONLY[name]: raise KiloError(f"{name} needs CUDA tensors; on a CPU leave it out.")
 
-# %% ../../nbs/splats/rasterizer.ipynb #d409b4f1
-def _check_shapes(tensors: dict[str, Tensor], colors: Tensor, sh_degree: int | None, backgrounds: Tensor | None, render_mode: str) -> None:
+# %% ../../nbs/splats/rasterizer.ipynb #cf2cc91b
+def _check_shapes(tensors: dict[str, Tensor], colors: Tensor, sh_degree: int | None, backgrounds: Tensor | None,
+                  render_mode: str) -> None:
     cameras, count = len(tensors["viewmats"]), len(tensors["means"])
-    expected = dict(means=(count, 3), quats=(count, 4), scales=(count, 3), opacities=(count,), viewmats=(cameras, 4, 4), Ks=(cameras, 3, 3))
+    expected = dict(means=(count, 3), quats=(count, 4), scales=(count, 3), opacities=(count,), viewmats=(cameras, 4, 4),
+                    Ks=(cameras, 3, 3))
     for name, shape in expected.items():
         found = tuple(tensors[name].shape)
-        if found != shape: raise KiloError(f"{name} has shape {list(found)}; for {count} gaussians and {cameras} cameras it should be {list(shape)}.")
+        if found != shape:
+            raise KiloError(f"{name} has shape {list(found)}; for {count} gaussians and {cameras} cameras it "
+                            f"should be {list(shape)}.")
     inner = colors.shape[:-1] if sh_degree is None else colors.shape[:-2]
     if tuple(inner) not in ((count,), (cameras, count)) or (sh_degree is not None and colors.shape[-1] != 3):
         wanted = "[N, D] or [C, N, D]" if sh_degree is None else "[N, K, 3] or [C, N, K, 3]"
-        raise KiloError(f"colors has shape {list(colors.shape)}; with sh_degree={sh_degree} it should be {wanted}, N={count}, C={cameras}.")
+        raise KiloError(f"colors has shape {list(colors.shape)}; with sh_degree={sh_degree} it should be "
+                        f"{wanted}, N={count}, C={cameras}.")
     if sh_degree is not None and not (0 <= sh_degree <= 3 and (sh_degree + 1) ** 2 <= colors.shape[-2]):
-        raise KiloError(f"sh_degree={sh_degree} was asked of colours with {colors.shape[-2]} coefficients; degree L, 0 to 3, needs (L + 1)^2.")
+        raise KiloError(f"sh_degree={sh_degree} was asked of colours with {colors.shape[-2]} coefficients; "
+                        "degree L, 0 to 3, needs (L + 1)^2.")
     channels = colors.shape[-1] if sh_degree is None else 3
     wanted = [cameras, channels]
     if backgrounds is not None and "RGB" in render_mode and list(backgrounds.shape) != wanted:
-        raise KiloError(f"backgrounds has shape {list(backgrounds.shape)}; for {cameras} cameras and {channels} channels it should be {wanted}.")
+        raise KiloError(f"backgrounds has shape {list(backgrounds.shape)}; for {cameras} cameras and "
+                        f"{channels} channels it should be {wanted}.")
 
-# %% ../../nbs/splats/rasterizer.ipynb #39bcfd23
+# %% ../../nbs/splats/rasterizer.ipynb #5899391e
 def _row_colors(rows: Rows, means: Tensor, colors: Tensor, viewmats: Tensor, sh_degree: int | None) -> Tensor:
     if sh_degree is None: return Spread.apply(colors, rows)
-    return Harmonics.apply(means, torch.linalg.inv(viewmats)[:, :3, 3], colors if colors.dim() == 4 else colors[None], sh_degree, rows)
+    return Harmonics.apply(means, torch.linalg.inv(viewmats)[:, :3, 3], colors if colors.dim() == 4 else colors[None],
+                           sh_degree, rows)
 
-
+# %% ../../nbs/splats/rasterizer.ipynb #a89b6bc0
 def _tile_meta(lists: TileLists, shape: tuple[int, ...], cameras: int, width: int, height: int) -> dict:
     columns, tile_rows = math.ceil(width / TILE), math.ceil(height / TILE)
-    return dict(tile_width=columns, tile_height=tile_rows, tiles_per_gauss=torch.from_numpy(np.diff(lists.pair_starts)).view(shape), isect_ids=None,
-                flatten_ids=torch.from_numpy(lists.members), isect_offsets=torch.from_numpy(lists.offsets[:-1]).view(cameras, tile_rows, columns),
-                width=width, height=height, tile_size=TILE, n_batches=1, n_cameras=cameras)
+    return dict(tile_width=columns, tile_height=tile_rows,
+                tiles_per_gauss=torch.from_numpy(np.diff(lists.pair_starts)).view(shape), isect_ids=None,
+                flatten_ids=torch.from_numpy(lists.members),
+                isect_offsets=torch.from_numpy(lists.offsets[:-1]).view(cameras, tile_rows, columns), width=width,
+                height=height, tile_size=TILE, n_batches=1, n_cameras=cameras)
 
-
-def _rasterize_cpu(means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane, far_plane, radius_clip, eps2d, sh_degree,
-                   packed, backgrounds, render_mode, absgrad, antialiased):
+# %% ../../nbs/splats/rasterizer.ipynb #afafacdb
+def _rasterize_cpu(means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane, far_plane,
+                   radius_clip, eps2d, sh_degree, packed, backgrounds, render_mode, absgrad, antialiased):
     cameras, count = len(viewmats), len(means)
     means2d, depths, conics, alphas, radii, factors, rows = Project.apply(
-        means, quats, scales, opacities, viewmats, Ks, width, height, eps2d, near_plane, far_plane, radius_clip, antialiased, packed)
+        means,
+        quats,
+        scales,
+        opacities,
+        viewmats,
+        Ks,
+        width,
+        height,
+        eps2d,
+        near_plane,
+        far_plane,
+        radius_clip,
+        antialiased,
+        packed,
+    )
     own = _row_colors(rows, means, colors, viewmats, sh_degree) if "RGB" in render_mode else None
     if own is None: backgrounds = None
     shape = (len(rows),) if packed else (cameras, count)
     values = dict(radii=radii, means2d=means2d, depths=depths, conics=conics, opacities=alphas)
     if not packed: values = {name: value.view(*shape, *value.shape[1:]) for name, value in values.items()}
-    images, coverage, lists = Composite.apply(values["means2d"].view(-1, 2), values["conics"].view(-1, 3), values["opacities"].view(-1), own,
-                                              values["depths"].view(-1), backgrounds, radii, factors, rows.starts, width, height, render_mode,
+    images, coverage, lists = Composite.apply(values["means2d"].view(-1, 2), values["conics"].view(-1, 3),
+                                              values["opacities"].view(-1), own, values["depths"].view(-1), backgrounds,
+                                              radii, factors, rows.starts, width, height, render_mode,
                                               [values["means2d"]] if absgrad else [])
     ids = {name: torch.from_numpy(getattr(rows, name)) if packed else None for name in ("camera_ids", "gaussian_ids")}
     return images, coverage, dict(batch_ids=None, **ids, **values, **_tile_meta(lists, shape, cameras, width, height))
 
-# %% ../../nbs/splats/rasterizer.ipynb #75bac56d
-def rasterize(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor, Ks: Tensor, width: int, height: int,
-              near_plane: float = 0.01, far_plane: float = 1e10, radius_clip: float = 0.0, eps2d: float = 0.3, sh_degree: int | None = None,
-              packed: bool = True, tile_size: int = TILE, backgrounds: Tensor | None = None, render_mode: str = "RGB", absgrad: bool = False,
+# %% ../../nbs/splats/rasterizer.ipynb #4f4bbc8a
+def rasterize(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,
+              Ks: Tensor, width: int, height: int, near_plane: float = 0.01, far_plane: float = 1e10,
+              radius_clip: float = 0.0, eps2d: float = 0.3, sh_degree: int | None = None, packed: bool = True,
+              tile_size: int = TILE, backgrounds: Tensor | None = None, render_mode: str = "RGB", absgrad: bool = False,
               rasterize_mode: str = "classic", camera_model: str = "pinhole", **options) -> tuple[Tensor, Tensor, dict]:
-    """Render N gaussians into the images of C cameras, with the arguments and results of gsplat 1.5.3's `rasterization`.
+    """Render N gaussians into the images of C cameras, with the arguments and results of gsplat 1.5.3's
+    `rasterization`.
 
-    means: [N, 3] world frame, metres. quats: [N, 4] wxyz, of any length but zero. scales: [N, 3] metres. opacities: [N] in 0..1.
-    colors: [N, D] or [C, N, D] values of any meaning; with `sh_degree`, coefficients [N, K, 3] or [C, N, K, 3], K >= (sh_degree + 1)^2.
-    viewmats: [C, 4, 4] world to camera, OpenCV frame. Ks: [C, 3, 3] pixels; pixel centres are at +0.5. width, height: pixels.
-    near_plane, far_plane: metres; gaussians whose centre is not between are left out. eps2d: blur added to image covariances, square pixels.
-    radius_clip: gaussians whose box is no larger are left out, pixels. backgrounds: [C, D]. absgrad: let the backward pass set `meta["means2d"].absgrad`.
-    render_mode: "RGB" (the colours), "D" (alpha-weighted depth), "ED" (expected depth, metres, 0 where alpha is 0), "RGB+D", "RGB+ED" (depth last).
-    rasterize_mode: "antialiased" thins gaussians by what the blur adds to them. packed: rows of `meta` for visible gaussians only.
-    Further options are gsplat's; those that need a GPU are refused on a CPU.
+    means: [N, 3] world frame, metres. quats: [N, 4] wxyz, of any length but zero. scales: [N, 3] metres. opacities: [N]
+    in 0..1.
+    colors: [N, D] or [C, N, D] values of any meaning; with `sh_degree`, coefficients [N, K, 3] or [C, N, K, 3], K >=
+    (sh_degree + 1)^2.
+    viewmats: [C, 4, 4] world to camera, OpenCV frame. Ks: [C, 3, 3] pixels; pixel centres are at +0.5. width, height:
+    pixels.
+    near_plane, far_plane: metres; gaussians whose centre is not between are left out. eps2d: blur added to image
+    covariances, square pixels.
+    radius_clip: gaussians whose box is no larger are left out, pixels. backgrounds: [C, D]. absgrad: let the backward
+    pass set `meta["means2d"].absgrad`.
+    render_mode: "RGB" (the colours), "D" (alpha-weighted depth), "ED" (expected depth, metres, 0 where alpha is 0),
+    "RGB+D", "RGB+ED" (depth last).
+    rasterize_mode: "antialiased" thins gaussians by what the blur adds to them. packed: rows of `meta` for visible
+    gaussians only. Further options are gsplat's; those that need a GPU are refused on a CPU.
 
-    Returns (render_colors [C, H, W, X] premultiplied, render_alphas [C, H, W, 1], meta). Differentiable in means, quats, scales, opacities, colors,
-    backgrounds and viewmats. meta holds radii, means2d, depths, conics, opacities as [nnz, ...] with camera_ids and gaussian_ids if packed, else as
-    [C, N, ...]; `meta["means2d"].retain_grad()` keeps what densification needs. On a CPU its tile lists are tighter than gsplat's, isect_ids is None,
-    and results are float32, the same from run to run.
+    Returns (render_colors [C, H, W, X] premultiplied, render_alphas [C, H, W, 1], meta). Differentiable in means,
+    quats, scales, opacities, colors, backgrounds and viewmats. meta holds radii, means2d, depths, conics, opacities as
+    [nnz, ...] with camera_ids and gaussian_ids if packed, else as [C, N, ...]; `meta["means2d"].retain_grad()` keeps
+    what densification needs. On a CPU its tile lists are tighter than gsplat's, isect_ids is None, and results are
+    float32, the same from run to run.
     Raises KiloError for shapes and options that do not fit. CUDA tensors are handed to gsplat itself.
     Source: Kerbl et al. 2023; gsplat 1.5.3.
     """
     if means.is_cuda:
         try: from gsplat import rasterization
-        except ImportError: raise KiloError("CUDA tensors are drawn by gsplat, which is missing: install gsplat==1.5.3, or move them to the CPU.") from None
-        return rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height, near_plane=near_plane, far_plane=far_plane,
-                             radius_clip=radius_clip, eps2d=eps2d, sh_degree=sh_degree, packed=packed, tile_size=tile_size, backgrounds=backgrounds,
-                             render_mode=render_mode, absgrad=absgrad, rasterize_mode=rasterize_mode, camera_model=camera_model, **options)
+        except ImportError:
+            raise KiloError("CUDA tensors are drawn by gsplat, which is missing: install gsplat==1.5.3, or move "
+                            "them to the CPU.") from None
+        return rasterization(means, quats, scales, opacities, colors, viewmats, Ks, width, height,
+                             near_plane=near_plane, far_plane=far_plane, radius_clip=radius_clip, eps2d=eps2d,
+                             sh_degree=sh_degree, packed=packed, tile_size=tile_size, backgrounds=backgrounds,
+                             render_mode=render_mode, absgrad=absgrad, rasterize_mode=rasterize_mode,
+                             camera_model=camera_model, **options)
     _check_options(width, height, render_mode, rasterize_mode, camera_model, tile_size, options)
     inputs = dict(means=means, quats=quats, scales=scales, opacities=opacities, viewmats=viewmats, Ks=Ks)
     _check_shapes(inputs, colors, sh_degree, backgrounds, render_mode)
     means, quats, scales, opacities, viewmats, Ks = (tensor.float() for tensor in inputs.values())
-    return _rasterize_cpu(means, quats, scales, opacities, colors.float(), viewmats, Ks, width, height, near_plane, far_plane, radius_clip, eps2d, sh_degree,
-                          packed, None if backgrounds is None else backgrounds.float(), render_mode, absgrad, rasterize_mode == "antialiased")
+    return _rasterize_cpu(means, quats, scales, opacities, colors.float(), viewmats, Ks, width, height, near_plane,
+                          far_plane, radius_clip, eps2d, sh_degree, packed,
+                          None if backgrounds is None else backgrounds.float(), render_mode, absgrad,
+                          rasterize_mode == "antialiased")
 
-# %% ../../nbs/splats/rasterizer.ipynb #30b3c8ac
+# %% ../../nbs/splats/rasterizer.ipynb #01354c5a
 @dataclass(frozen=True)
 class Render:
     """One picture of gaussians.
@@ -286,15 +365,18 @@ class Render:
     alpha: Tensor
     expected_depth: Tensor
 
-
-def render_gaussians(gaussians: Gaussians, camera: PinholeCamera, background: Tensor | None = None, sh_degree: int | None = None) -> Render:
+# %% ../../nbs/splats/rasterizer.ipynb #8b1e3db6
+def render_gaussians(gaussians: Gaussians, camera: PinholeCamera, background: Tensor | None = None,
+                     sh_degree: int | None = None) -> Render:
     """Picture of `gaussians` through a pinhole camera; differentiable in the gaussians.
 
-    background: [3] colour behind everything; without it the premultiplied colour is on black. sh_degree: highest degree used, all of them by default.
+    background: [3] colour behind everything; without it the premultiplied colour is on black. sh_degree: highest degree
+    used, all of them by default.
     """
     degree = gaussians.sh_degree if sh_degree is None else min(sh_degree, gaussians.sh_degree)
     backgrounds = None if background is None else torch.as_tensor(background).to(gaussians.means)[None]
     view, K = camera.world_to_camera[None].to(gaussians.means), camera.K[None].to(gaussians.means)
-    colors, alphas, _ = rasterize(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh, view, K, camera.width, camera.height,
-                                  sh_degree=degree, render_mode="RGB+ED", backgrounds=backgrounds)
+    colors, alphas, _ = rasterize(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh,
+                                  view, K, camera.width, camera.height, sh_degree=degree, render_mode="RGB+ED",
+                                  backgrounds=backgrounds)
     return Render(colors[0, ..., :3], alphas[0, ..., 0], colors[0, ..., 3])

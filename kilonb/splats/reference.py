@@ -12,11 +12,12 @@ from torch import Tensor
 from .harmonics import evaluate_sh
 from .projection import ALPHA_THRESHOLD, Projection, project_gaussians
 
-# %% ../../nbs/splats/reference.ipynb #8bb72796
+# %% ../../nbs/splats/reference.ipynb #ee850c81
 ALPHA_CAP, LEAST_TRANSMITTANCE = 0.999, 1e-4
 
 
-def composite_pixels(pixels: Tensor, means2d: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor) -> tuple[Tensor, Tensor]:
+def composite_pixels(pixels: Tensor, means2d: Tensor, conics: Tensor, opacities: Tensor,
+                     colors: Tensor) -> tuple[Tensor, Tensor]:
     """Composite M gaussians, nearest first, at P pixels.
 
     pixels: [P, 2] centres. means2d: [M, 2]. conics: [M, 3]. opacities: [M]. colors: [M, X].
@@ -32,13 +33,15 @@ def composite_pixels(pixels: Tensor, means2d: Tensor, conics: Tensor, opacities:
     before = torch.exp(torch.cumsum(log_pass, 1) - log_pass)
     return (before * alpha) @ colors, torch.exp(log_pass.sum(1))
 
-# %% ../../nbs/splats/reference.ipynb #3e49a3ff
+# %% ../../nbs/splats/reference.ipynb #0f5e1def
 @torch.no_grad()
-def tile_lists(means2d: Tensor, radii: Tensor, depths: Tensor, columns: int, rows: int, tile_size: int = 16) -> tuple[Tensor, Tensor]:
+def tile_lists(means2d: Tensor, radii: Tensor, depths: Tensor, columns: int, rows: int,
+               tile_size: int = 16) -> tuple[Tensor, Tensor]:
     """Which gaussians meet which tile, nearest first.
 
     means2d: [N, 2] pixels. radii: [N, 2] int32, 0 where not visible. depths: [N]. columns, rows: tiles across and down.
-    Returns (gaussian index of every pair [P], number of pairs of each tile [rows * columns]), pairs sorted by tile and depth.
+    Returns (gaussian index of every pair [P], number of pairs of each tile [rows * columns]), pairs sorted by tile and
+    depth.
     """
     limit = torch.tensor([columns, rows], device=means2d.device)
     low = torch.floor((means2d - radii) / tile_size).long().clamp(min=0).minimum(limit)
@@ -54,12 +57,23 @@ def tile_lists(means2d: Tensor, radii: Tensor, depths: Tensor, columns: int, row
     by_tile = torch.argsort(tile, stable=True)
     return gaussian[by_tile], torch.bincount(tile, minlength=rows * columns)
 
-# %% ../../nbs/splats/reference.ipynb #f4d107cb
-def composite_image(means2d: Tensor, conics: Tensor, opacities: Tensor, colors: Tensor, depths: Tensor, radii: Tensor, width: int, height: int,
-                    background: Tensor | None = None, tile_size: int = 16) -> tuple[Tensor, Tensor]:
+# %% ../../nbs/splats/reference.ipynb #75aa8f96
+def composite_image(
+    means2d: Tensor,
+    conics: Tensor,
+    opacities: Tensor,
+    colors: Tensor,
+    depths: Tensor,
+    radii: Tensor,
+    width: int,
+    height: int,
+    background: Tensor | None = None,
+    tile_size: int = 16,
+) -> tuple[Tensor, Tensor]:
     """Composite N projected gaussians to an image, tile by tile.
 
-    means2d: [N, 2]. conics: [N, 3]. opacities, depths: [N]. colors: [N, X]. radii: [N, 2] int32. background: [X] or none.
+    means2d: [N, 2]. conics: [N, 3]. opacities, depths: [N]. colors: [N, X]. radii: [N, 2] int32. background: [X] or
+    none.
     Returns (colours [H, W, X] premultiplied, alpha [H, W, 1]). Differentiable but for the depth order.
     """
     columns, rows = -(-width // tile_size), -(-height // tile_size)
@@ -68,22 +82,36 @@ def composite_image(means2d: Tensor, conics: Tensor, opacities: Tensor, colors: 
     colours, transmittances = [], []
     for tile, members in enumerate(ids.split(counts.tolist())):
         corner = torch.tensor([tile % columns, tile // columns]).to(means2d) * tile_size
-        colour, left = composite_pixels(offset + corner, means2d[members], conics[members], opacities[members], colors[members])
+        colour, left = composite_pixels(offset + corner, means2d[members], conics[members], opacities[members],
+                                        colors[members])
         colours.append(colour); transmittances.append(left)
     shape = (rows, columns, tile_size, tile_size, -1)
-    colour = torch.stack(colours).reshape(shape).transpose(1, 2).reshape(rows * tile_size, columns * tile_size, -1)[:height, :width]
-    left = torch.stack(transmittances).reshape(shape).transpose(1, 2).reshape(rows * tile_size, columns * tile_size, 1)[:height, :width]
+    colour = (
+        torch.stack(colours)
+        .reshape(shape)
+        .transpose(1, 2)
+        .reshape(rows * tile_size, columns * tile_size, -1)[:height, :width]
+    )
+    left = (
+        torch.stack(transmittances)
+        .reshape(shape)
+        .transpose(1, 2)
+        .reshape(rows * tile_size, columns * tile_size, 1)[:height, :width]
+    )
     return (colour if background is None else colour + left * background), 1 - left
 
-# %% ../../nbs/splats/reference.ipynb #d88b1d90
-def rasterize_reference(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor, Ks: Tensor, width: int, height: int,
-                        sh_degree: int | None = None, render_mode: str = "RGB", backgrounds: Tensor | None = None, rasterize_mode: str = "classic",
+# %% ../../nbs/splats/reference.ipynb #cb3f83be
+def rasterize_reference(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor,
+                        viewmats: Tensor, Ks: Tensor, width: int, height: int, sh_degree: int | None = None,
+                        render_mode: str = "RGB", backgrounds: Tensor | None = None, rasterize_mode: str = "classic",
                         **projection) -> tuple[Tensor, Tensor, Projection]:
     """`kilonb.splats.rasterizer.rasterize` in plain torch, for tests and as the measure of speed.
 
-    Arguments and results as there; `projection` may hold eps2d, near_plane, far_plane, radius_clip. Returns the Projection in place of the dictionary.
+    Arguments and results as there; `projection` may hold eps2d, near_plane, far_plane, radius_clip. Returns the
+    Projection in place of the dictionary.
     """
-    seen = project_gaussians(means, quats, scales, opacities, viewmats, Ks, width, height, antialiased=rasterize_mode == "antialiased", **projection)
+    seen = project_gaussians(means, quats, scales, opacities, viewmats, Ks, width, height,
+                             antialiased=rasterize_mode == "antialiased", **projection)
     per_camera = colors.dim() == (3 if sh_degree is None else 4)
     images = []
     for camera in range(len(viewmats)):
@@ -92,9 +120,11 @@ def rasterize_reference(means: Tensor, quats: Tensor, scales: Tensor, opacities:
         if render_mode in ("D", "ED"): own = own[:, :0]
         if render_mode != "RGB": own = torch.cat([own, seen.depths[camera, :, None]], -1)
         background = None if backgrounds is None else backgrounds[camera]
-        if background is not None and render_mode != "RGB": background = torch.nn.functional.pad(background, (0, 1))[-own.shape[1]:]
-        images.append(composite_image(seen.means2d[camera], seen.conics[camera], opacities * seen.compensations[camera], own, seen.depths[camera],
-                                      seen.radii[camera], width, height, background))
+        if background is not None and render_mode != "RGB":
+            background = torch.nn.functional.pad(background, (0, 1))[-own.shape[1]:]
+        images.append(composite_image(seen.means2d[camera], seen.conics[camera], opacities * seen.compensations[camera],
+                                      own, seen.depths[camera], seen.radii[camera], width, height, background))
     colours, alphas = torch.stack([image[0] for image in images]), torch.stack([image[1] for image in images])
-    if render_mode.endswith("ED"): colours = torch.cat([colours[..., :-1], colours[..., -1:] / alphas.clamp(min=1e-10)], -1)
+    if render_mode.endswith("ED"):
+        colours = torch.cat([colours[..., :-1], colours[..., -1:] / alphas.clamp(min=1e-10)], -1)
     return colours, alphas, seen

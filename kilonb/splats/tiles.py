@@ -10,7 +10,7 @@ __all__ = ['TILE', 'AREA', 'PLANE', 'AHEAD', 'LIST_CHUNKS', 'ALPHA_THRESHOLD', '
            'write_tile', 'draw_tiles', 'Drawing', 'composite', 'newest_of_rows', 'store_moments', 'undraw_tile',
            'read_tile', 'undraw_tiles', 'sum_pairs', 'CompositeGradients', 'composite_backward']
 
-# %% ../../nbs/splats/tiles.ipynb #9a848dbc
+# %% ../../nbs/splats/tiles.ipynb #e19b9524
 import math
 from typing import NamedTuple
 
@@ -18,11 +18,12 @@ import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
-from .lanes import (any_lane, broadcast, choose, exp_negative, lane_numbers, lane_sum, load_lanes, magnitude, multiply_add,
-                                 negative_magnitude, prefetch_row, smaller, store_lanes, without)
+from .lanes import (any_lane, broadcast, choose, exp_negative, lane_numbers, lane_sum, load_lanes,
+                                 magnitude, multiply_add, negative_magnitude, prefetch_row, smaller, store_lanes,
+                                 without)
 from .threads import share, tickets
 
-# %% ../../nbs/splats/tiles.ipynb #9f6613f4
+# %% ../../nbs/splats/tiles.ipynb #11b05fc9
 TILE, AREA = 16, 256
 PLANE, AHEAD = AREA + TILE, 6
 _X, _Y, _P, _Q, _R, _OPACITY, _REACH, _HALF_HEIGHT = range(8)
@@ -32,7 +33,8 @@ _X, _Y, _P, _Q, _R, _OPACITY, _REACH, _HALF_HEIGHT = range(8)
 def fill_records(means2d, factors, opacities, radii, records):
     """Write the [M, 8] float32 records of M projected gaussians; the reach is 0 for one that is not visible.
 
-    means2d: [M, 2] pixels. factors: [M, 3] as `kernels.project_forward` gives them. opacities: [M]. radii: [M, 2] int32.
+    means2d: [M, 2] pixels. factors: [M, 3] as `kernels.project_forward` gives them. opacities: [M]. radii: [M, 2]
+    int32.
     """
     for m in range(len(means2d)):
         records[m, _X], records[m, _Y] = means2d[m, 0], means2d[m, 1]
@@ -43,18 +45,34 @@ def fill_records(means2d, factors, opacities, radii, records):
             records[m, _REACH] = math.log(opacities[m] * 255.0) * 1.0001 + 1e-4
             records[m, _HALF_HEIGHT] = min(math.sqrt(records[m, _REACH] / factors[m, 2]) + 1e-3, 1e9)
 
-# %% ../../nbs/splats/tiles.ipynb #59342d01
+# %% ../../nbs/splats/tiles.ipynb #83395786
 @njit(cache=True, forceinline=True, error_model="numpy")
 def ellipse_shape(records, m):
-    """Record m in float64, with half the ellipse's height and the height above the centre at which its left end bulges most."""
-    p, q, r, reach = np.float64(records[m, _P]), np.float64(records[m, _Q]), np.float64(records[m, _R]), np.float64(records[m, _REACH])
+    """Record m in float64, with half the ellipse's height and the height above the centre at which its left end bulges
+    most."""
+    p, q, r, reach = (
+        np.float64(records[m, _P]),
+        np.float64(records[m, _Q]),
+        np.float64(records[m, _R]),
+        np.float64(records[m, _REACH]),
+    )
     half = math.sqrt(reach / r)
-    return np.float64(records[m, _X]), np.float64(records[m, _Y]), 1.0 / p, q, r, reach, half, q * half / math.sqrt(r + q * q)
+    return (
+        np.float64(records[m, _X]),
+        np.float64(records[m, _Y]),
+        1.0 / p,
+        q,
+        r,
+        reach,
+        half,
+        q * half / math.sqrt(r + q * q),
+    )
 
-
+# %% ../../nbs/splats/tiles.ipynb #fa68d9f4
 @njit(cache=True, forceinline=True, error_model="numpy")
 def band_extent(shape, low, high):
-    """Left- and rightmost x, in pixels, that an ellipse reaches in rows whose centres lie in low..high; (1, 0) if none."""
+    """Left- and rightmost x, in pixels, that an ellipse reaches in rows whose centres lie in low..high; (1, 0) if
+    none."""
     x, y, width, q, r, reach, half, tip = shape
     low, high = max(low - y, -half), min(high - y, half)
     if low > high: return 1.0, 0.0
@@ -79,7 +97,7 @@ def tile_columns(shape, row, width, height):
     first, last = math.ceil(min(max(left - 0.5, 0.0), 1e9)), math.floor(max(min(right - 0.5, width - 1.0), -1.0))
     return first // TILE, (last // TILE + 1) if last >= first else 0
 
-# %% ../../nbs/splats/tiles.ipynb #316f8b6d
+# %% ../../nbs/splats/tiles.ipynb #c8a7eab5
 LIST_CHUNKS = 8
 
 
@@ -88,12 +106,18 @@ def job_range(job, starts):
     """Image, chunk and range of entries of a job; starts: [C + 1] first entry of each image."""
     image, chunk = job // LIST_CHUNKS, job % LIST_CHUNKS
     count = starts[image + 1] - starts[image]
-    return image, chunk, starts[image] + count * chunk // LIST_CHUNKS, starts[image] + count * (chunk + 1) // LIST_CHUNKS
+    return (
+        image,
+        chunk,
+        starts[image] + count * chunk // LIST_CHUNKS,
+        starts[image] + count * (chunk + 1) // LIST_CHUNKS,
+    )
 
-
+# %% ../../nbs/splats/tiles.ipynb #eb73e9bc
 @njit(nogil=True, cache=True, error_model="numpy")
 def count_pairs(counter, records, order, starts, width, height, columns, counts, tiles_of):
-    """Count pairs into counts [C, LIST_CHUNKS, tiles] and tiles_of [M]; order: [M] entries by depth within each image."""
+    """Count pairs into counts [C, LIST_CHUNKS, tiles] and tiles_of [M]; order: [M] entries by depth within each
+    image."""
     for job in tickets(counter, (len(starts) - 1) * LIST_CHUNKS):
         image, chunk, begin, end = job_range(job, starts)
         for k in range(begin, end):
@@ -106,7 +130,7 @@ def count_pairs(counter, records, order, starts, width, height, columns, counts,
                 found += max(stop - first, 0)
             tiles_of[m] = found
 
-
+# %% ../../nbs/splats/tiles.ipynb #7f80416f
 @njit(nogil=True, cache=True, error_model="numpy")
 def fill_pairs(counter, records, order, starts, width, height, columns, places, pair_starts, members, pairs):
     """Fill members and pairs [P] at places [C, LIST_CHUNKS, tiles], which it advances; pair_starts: [M + 1]."""
@@ -124,10 +148,11 @@ def fill_pairs(counter, records, order, starts, width, height, columns, places, 
                     members[place], pairs[place] = m, pair
                     places[image, chunk, tile], pair = place + 1, pair + 1
 
-# %% ../../nbs/splats/tiles.ipynb #3c7abd19
+# %% ../../nbs/splats/tiles.ipynb #d4092888
 @njit(nogil=True, cache=True)
 def depth_order(bits, starts):
-    """Entries [M] int32 by depth within each image; bits: [M] uint32, the bits of depths >= 0, starts: [C + 1] first entry of each image."""
+    """Entries [M] int32 by depth within each image; bits: [M] uint32, the bits of depths >= 0, starts: [C + 1] first
+    entry of each image."""
     order, target = np.arange(len(bits), dtype=np.int32), np.empty(len(bits), np.int32)
     for image in range(len(starts) - 1):
         begin, end = starts[image], starts[image + 1]
@@ -142,12 +167,13 @@ def depth_order(bits, starts):
             for k in range(begin, end): order[k] = target[k]
     return order
 
-# %% ../../nbs/splats/tiles.ipynb #6d3c31dc
+# %% ../../nbs/splats/tiles.ipynb #07a11b98
 class TileLists(NamedTuple):
     """Which gaussians touch which tile; M entries, P pairs, T tiles over all images.
 
     offsets: [T + 1] first pair of each tile. members: [P] entry of each pair, nearest first within a tile.
-    pairs: [P] number of each pair when counted gaussian by gaussian. pair_starts: [M + 1] first such number of each gaussian.
+    pairs: [P] number of each pair when counted gaussian by gaussian. pair_starts: [M + 1] first such number of each
+    gaussian.
     """
 
     offsets: np.ndarray
@@ -155,9 +181,10 @@ class TileLists(NamedTuple):
     pairs: np.ndarray
     pair_starts: np.ndarray
 
-
+# %% ../../nbs/splats/tiles.ipynb #1dedff81
 def list_tiles(records: np.ndarray, depths: np.ndarray, starts: np.ndarray, width: int, height: int) -> TileLists:
-    """Tile lists of gaussians with `records` [M, 8] and `depths` [M], whose images begin at the entries `starts` [C + 1]."""
+    """Tile lists of gaussians with `records` [M, 8] and `depths` [M], whose images begin at the entries `starts` [C +
+    1]."""
     columns, rows, images = -(-width // TILE), -(-height // TILE), len(starts) - 1
     order = depth_order(depths.view(np.uint32), starts)
     counts, tiles_of = np.zeros((images, LIST_CHUNKS, columns * rows), np.int32), np.zeros(len(records), np.int32)
@@ -187,7 +214,7 @@ def _channel_count(channels):
         return lambda channels: number
     return lambda channels: channels
 
-# %% ../../nbs/splats/tiles.ipynb #57a822c0
+# %% ../../nbs/splats/tiles.ipynb #aba3cb74
 ALPHA_THRESHOLD, ALPHA_CAP, LEAST_TRANSMITTANCE = np.float32(1 / 255), np.float32(0.999), np.float32(1e-4)
 HALF, FARTHEST, LEAST_ALPHA = np.float32(0.5), np.float32(80), np.float32(1e-10)
 
@@ -198,14 +225,14 @@ def pixel_rows(records, m, top, rows):
     first = math.ceil(records[m, _Y] - records[m, _HALF_HEIGHT] - HALF) - top
     return max(first, 0), min(math.floor(records[m, _Y] + records[m, _HALF_HEIGHT] - HALF) - top + 1, rows)
 
-
+# %% ../../nbs/splats/tiles.ipynb #ef5882dd
 @njit(cache=True, forceinline=True, error_model="numpy")
 def row_opacity(scaled_x, dy, q, r, opacity):
     """Opacity of a gaussian, before its cap, at the sixteen pixels of a row `dy` below its centre; scaled_x: p * dx."""
     u = scaled_x + q * dy
     return exp_negative(smaller(multiply_add(u, u, r * dy * dy), FARTHEST)) * opacity
 
-
+# %% ../../nbs/splats/tiles.ipynb #7e4b3be5
 @njit(cache=True, forceinline=True, error_model="numpy")
 def clear_tile(planes, alive, left, width, rows, channels):
     """Begin a tile: all light passes, pixels outside the image are done."""
@@ -216,7 +243,7 @@ def clear_tile(planes, alive, left, width, rows, channels):
         for k in range(channels): store_lanes(planes, (2 + k) * PLANE + row * TILE, broadcast(0.0))
         alive[row] = row < rows
 
-# %% ../../nbs/splats/tiles.ipynb #4ad20f4e
+# %% ../../nbs/splats/tiles.ipynb #112edeb2
 @njit(cache=True, forceinline=True, error_model="numpy")
 def draw_tile(records, colors, members, begin, end, left, top, width, rows, channels, planes, alive):
     """Composite the gaussians members[begin:end], nearest first, into the planes of the tile at pixel (left, top)."""
@@ -232,7 +259,8 @@ def draw_tile(records, colors, members, begin, end, left, top, width, rows, chan
         scaled_x = (centres - records[m, _X]) * records[m, _P]
         for row in range(first, last):
             if not alive[row]: continue
-            alpha = smaller(row_opacity(scaled_x, np.float32(top + row) + HALF - records[m, _Y], q, r, opacity), ALPHA_CAP)
+            alpha = smaller(row_opacity(scaled_x, np.float32(top + row) + HALF - records[m, _Y], q, r, opacity),
+                            ALPHA_CAP)
             visible = alpha >= ALPHA_THRESHOLD
             if not any_lane(visible): continue
             at = row * TILE
@@ -253,7 +281,7 @@ def draw_tile(records, colors, members, begin, end, left, top, width, rows, chan
                 living -= 1
         if living == 0: break
 
-# %% ../../nbs/splats/tiles.ipynb #e5dfd13b
+# %% ../../nbs/splats/tiles.ipynb #f1ad4a72
 @njit(cache=True, forceinline=True, error_model="numpy")
 def aligned(size):
     """An empty float32 array that begins at a multiple of 64 bytes, so that no lanes straddle two cache lines."""
@@ -261,10 +289,12 @@ def aligned(size):
     skip = (64 - block.ctypes.data % 64) % 64 // 4
     return block[skip:skip + size]
 
-
+# %% ../../nbs/splats/tiles.ipynb #768ca4ac
 @njit(cache=True, forceinline=True, error_model="numpy")
-def write_tile(planes, tile, left, top, columns, rows, background, channels, expected, image, alphas, transmittances, lasts):
-    """Write a tile's pixels into image [H, W, X] and alphas [H, W, 1], and its state into row `tile` of the flat [T, 256] arrays.
+def write_tile(planes, tile, left, top, columns, rows, background, channels, expected, image, alphas, transmittances,
+               lasts):
+    """Write a tile's pixels into image [H, W, X] and alphas [H, W, 1], and its state into row `tile` of the flat [T,
+    256] arrays.
 
     expected: divide the last channel by alpha.
     """
@@ -277,13 +307,14 @@ def write_tile(planes, tile, left, top, columns, rows, background, channels, exp
             left_over = abs(planes[at])
             alpha = np.float32(1) - left_over
             alphas[top + row, left + column, 0] = alpha
-            for k in range(channels): image[top + row, left + column, k] = planes[(2 + k) * PLANE + at] + left_over * background[k]
+            for k in range(channels):
+                image[top + row, left + column, k] = planes[(2 + k) * PLANE + at] + left_over * background[k]
             if expected: image[top + row, left + column, channels - 1] /= max(alpha, LEAST_ALPHA)
 
-
+# %% ../../nbs/splats/tiles.ipynb #f140b130
 @njit(nogil=True, cache=True, error_model="numpy")
-def draw_tiles(counter, records, colors, offsets, members, order, backgrounds, width, height, channels, expected, images, alphas, transmittances,
-               lasts):
+def draw_tiles(counter, records, colors, offsets, members, order, backgrounds, width, height, channels, expected,
+               images, alphas, transmittances, lasts):
     """Composite all tiles in the given order; images: [C, H, W, X], alphas: [C, H, W, 1], the rest flat [T * 256]."""
     across, count = -(-width // TILE), channel_count(channels)
     tiles = across * -(-height // TILE)
@@ -292,10 +323,12 @@ def draw_tiles(counter, records, colors, offsets, members, order, backgrounds, w
         tile = order[job]
         left, top, image = tile % tiles % across * TILE, tile % tiles // across * TILE, tile // tiles
         rows, columns = min(TILE, height - top), min(TILE, width - left)
-        draw_tile(records, colors, members, offsets[tile], offsets[tile + 1], left, top, width, rows, channels, planes, alive)
-        write_tile(planes, tile, left, top, columns, rows, backgrounds[image], count, expected, images[image], alphas[image], transmittances, lasts)
+        draw_tile(records, colors, members, offsets[tile], offsets[tile + 1], left, top, width, rows, channels, planes,
+                  alive)
+        write_tile(planes, tile, left, top, columns, rows, backgrounds[image], count, expected, images[image],
+                   alphas[image], transmittances, lasts)
 
-# %% ../../nbs/splats/tiles.ipynb #9d3d93c9
+# %% ../../nbs/splats/tiles.ipynb #7fd909bf
 class Drawing(NamedTuple):
     """C pictures and what the way back needs of them.
 
@@ -310,19 +343,21 @@ class Drawing(NamedTuple):
     transmittances: np.ndarray
     lasts: np.ndarray
 
-
-def composite(records: np.ndarray, colors: np.ndarray, lists: TileLists, backgrounds: np.ndarray, width: int, height: int,
-              expected: bool = False) -> Drawing:
-    """Composite C images of M gaussians with `records` [M, 8] and `colors` [M, X] over `backgrounds` [C, X], all float32."""
+# %% ../../nbs/splats/tiles.ipynb #6de7bfa6
+def composite(records: np.ndarray, colors: np.ndarray, lists: TileLists, backgrounds: np.ndarray, width: int,
+              height: int, expected: bool = False) -> Drawing:
+    """Composite C images of M gaussians with `records` [M, 8] and `colors` [M, X] over `backgrounds` [C, X], all
+    float32."""
     tiles, images, channels = len(lists.offsets) - 1, len(backgrounds), colors.shape[1]
     order = np.argsort(-np.diff(lists.offsets), kind="stable")
-    drawing = Drawing(np.empty((images, height, width, channels), np.float32), np.empty((images, height, width, 1), np.float32), expected, order,
+    drawing = Drawing(np.empty((images, height, width, channels), np.float32),
+                      np.empty((images, height, width, 1), np.float32), expected, order,
                       np.empty(tiles * AREA, np.float32), np.empty(tiles * AREA, np.float32))
-    share(draw_tiles, records, colors, lists.offsets, lists.members, order, backgrounds, width, height, channel_type(channels), expected,
-          drawing.images, drawing.alphas, drawing.transmittances, drawing.lasts)
+    share(draw_tiles, records, colors, lists.offsets, lists.members, order, backgrounds, width, height,
+          channel_type(channels), expected, drawing.images, drawing.alphas, drawing.transmittances, drawing.lasts)
     return drawing
 
-# %% ../../nbs/splats/tiles.ipynb #7b3fa0b2
+# %% ../../nbs/splats/tiles.ipynb #3cd719e0
 MOMENTS = 8
 
 
@@ -337,12 +372,13 @@ def newest_of_rows(planes, newest):
         largest = max(largest, newest[row])
     return largest
 
-
+# %% ../../nbs/splats/tiles.ipynb #aed0655b
 @njit(cache=True, forceinline=True, error_model="numpy")
 def store_moments(records, m, gradients, pair, dx, scaled_x, sums, sums_y, sums_yy, absolute_x, absolute_y):
     """Gradients by centre (2), conic (3), opacity, and centre in absolute terms (2) of one gaussian in one tile.
 
-    sums, sums_y, sums_yy: for each column of pixels dL/dsigma times 1, dy and dy^2. absolute_x, absolute_y: |dL/dsigma| times |u| and |q u + r dy|.
+    sums, sums_y, sums_yy: for each column of pixels dL/dsigma times 1, dy and dy^2. absolute_x, absolute_y: |dL/dsigma|
+    times |u| and |q u + r dy|.
     """
     p, q, r = records[m, _P], records[m, _Q], records[m, _R]
     along = lane_sum(multiply_add(sums_y, q, sums * scaled_x))
@@ -352,14 +388,20 @@ def store_moments(records, m, gradients, pair, dx, scaled_x, sums, sums_y, sums_
     gradients[pair, 3] = lane_sum(sums_y * dx)
     gradients[pair, 4] = HALF * lane_sum(sums_yy)
     gradients[pair, 5] = -lane_sum(sums) / records[m, _OPACITY]
-    gradients[pair, 6], gradients[pair, 7] = np.float32(2) * p * lane_sum(absolute_x), np.float32(2) * lane_sum(absolute_y)
+    gradients[pair, 6], gradients[pair,
+                                  7] = np.float32(2) * p * lane_sum(absolute_x), np.float32(2) * lane_sum(absolute_y)
 
-# %% ../../nbs/splats/tiles.ipynb #9d55753c
+# %% ../../nbs/splats/tiles.ipynb #68a7b786
 @njit(cache=True, forceinline=True, error_model="numpy")
 def undraw_tile(records, colors, members, pairs, begin, left, top, rows, channels, absolute, planes, newest, gradients):
-    """Walk a tile's gaussians from the last drawn to the first; writes gradients [P, MOMENTS + X]. Returns the last one's number."""
+    """Walk a tile's gaussians from the last drawn to the first; writes gradients [P, MOMENTS + X]. Returns the last
+    one's number."""
     count = channel_count(channels)
-    centres, sums_at, largest = lane_numbers() + np.float32(left + 0.5), (3 + count) * PLANE, newest_of_rows(planes, newest)
+    centres, sums_at, largest = (
+        lane_numbers() + np.float32(left + 0.5),
+        (3 + count) * PLANE,
+        newest_of_rows(planes, newest),
+    )
     for number in range(largest, -1, -1):
         m, pair, soon = members[begin + number], pairs[begin + number], members[begin + max(number - AHEAD, 0)]
         prefetch_row(records, soon)
@@ -385,7 +427,8 @@ def undraw_tile(records, colors, members, pairs, begin, left, top, rows, channel
             for k in range(count):
                 slope = load_lanes(planes, (3 + k) * PLANE + at)
                 light = multiply_add(slope, colors[m, k], light)
-                store_lanes(planes, sums_at + k * TILE, multiply_add(weight, slope, load_lanes(planes, sums_at + k * TILE)))
+                store_lanes(planes, sums_at + k * TILE,
+                            multiply_add(weight, slope, load_lanes(planes, sums_at + k * TILE)))
             store_lanes(planes, at, before)
             store_lanes(planes, 2 * PLANE + at, multiply_add(weight, light, behind))
             by_sigma = choose(drawn & (free <= ALPHA_CAP), free * (passed * behind - before * light), 0.0)
@@ -399,11 +442,12 @@ def undraw_tile(records, colors, members, pairs, begin, left, top, rows, channel
         for k in range(count): gradients[pair, MOMENTS + k] = lane_sum(load_lanes(planes, sums_at + k * TILE))
     return largest
 
-# %% ../../nbs/splats/tiles.ipynb #7c5489c8
+# %% ../../nbs/splats/tiles.ipynb #0ee8f07a
 @njit(cache=True, forceinline=True, error_model="numpy")
-def read_tile(planes, tile, left, top, columns, rows, background, channels, expected, image, alphas, grad_image, grad_alphas, transmittances, lasts,
-              by_background):
-    """Load a tile's end state and its gradients by colour and alpha into the planes, and write its part of the gradient by the background."""
+def read_tile(planes, tile, left, top, columns, rows, background, channels, expected, image, alphas, grad_image,
+              grad_alphas, transmittances, lasts, by_background):
+    """Load a tile's end state and its gradients by colour and alpha into the planes, and write its part of the gradient
+    by the background."""
     for at in range(0, AREA, TILE):
         store_lanes(planes, at, load_lanes(transmittances, tile * AREA + at))
         store_lanes(planes, PLANE + at, load_lanes(lasts, tile * AREA + at))
@@ -423,11 +467,13 @@ def read_tile(planes, tile, left, top, columns, rows, background, channels, expe
                 by_background[tile, k] += slope * planes[at]
             planes[2 * PLANE + at] = behind * planes[at]
 
-
+# %% ../../nbs/splats/tiles.ipynb #015c473a
 @njit(nogil=True, cache=True, error_model="numpy")
-def undraw_tiles(counter, records, colors, offsets, members, pairs, order, backgrounds, width, height, channels, absolute, expected, images, alphas,
-                 transmittances, lasts, grad_images, grad_alphas, gradients, by_background):
-    """Gradients [P, MOMENTS + X] of all pairs, and [T, X] by the background in each tile, from those of images [C, H, W, X] and alphas [C, H, W, 1]."""
+def undraw_tiles(counter, records, colors, offsets, members, pairs, order, backgrounds, width, height, channels,
+                 absolute, expected, images, alphas, transmittances, lasts, grad_images, grad_alphas, gradients,
+                 by_background):
+    """Gradients [P, MOMENTS + X] of all pairs, and [T, X] by the background in each tile, from those of images [C, H,
+    W, X] and alphas [C, H, W, 1]."""
     across, count = -(-width // TILE), channel_count(channels)
     tiles = across * -(-height // TILE)
     planes, newest = aligned((3 + count) * PLANE + count * TILE), np.empty(TILE, np.int64)
@@ -435,13 +481,14 @@ def undraw_tiles(counter, records, colors, offsets, members, pairs, order, backg
         tile = order[job]
         left, top, image = tile % tiles % across * TILE, tile % tiles // across * TILE, tile // tiles
         rows, columns = min(TILE, height - top), min(TILE, width - left)
-        read_tile(planes, tile, left, top, columns, rows, backgrounds[image], count, expected, images[image], alphas[image], grad_images[image],
-                  grad_alphas[image], transmittances, lasts, by_background)
-        largest = undraw_tile(records, colors, members, pairs, offsets[tile], left, top, rows, channels, absolute, planes, newest, gradients)
+        read_tile(planes, tile, left, top, columns, rows, backgrounds[image], count, expected, images[image],
+                  alphas[image], grad_images[image], grad_alphas[image], transmittances, lasts, by_background)
+        largest = undraw_tile(records, colors, members, pairs, offsets[tile], left, top, rows, channels, absolute,
+                              planes, newest, gradients)
         for index in range(offsets[tile] + largest + 1, offsets[tile + 1]):
             for k in range(MOMENTS + count): gradients[pairs[index], k] = 0.0
 
-# %% ../../nbs/splats/tiles.ipynb #8afae913
+# %% ../../nbs/splats/tiles.ipynb #8a8e061e
 @njit(nogil=True, cache=True, error_model="numpy")
 def sum_pairs(counter, gradients, pair_starts, by_mean, by_conic, by_opacity, by_mean_absolute, by_color):
     """Sum gradients [P, G] over the pairs of each gaussian into [M, 2], [M, 3], [M, 1], [M, 2] and [M, X]."""
@@ -456,9 +503,10 @@ def sum_pairs(counter, gradients, pair_starts, by_mean, by_conic, by_opacity, by
                     target[m, k] = total
                 at += target.shape[1]
 
-
+# %% ../../nbs/splats/tiles.ipynb #101f2407
 class CompositeGradients(NamedTuple):
-    """Gradients by what was composited. mean: [M, 2]. conic: [M, 3]. opacity: [M, 1]. mean_absolute: [M, 2]. color: [M, X]. background: [C, X].
+    """Gradients by what was composited. mean: [M, 2]. conic: [M, 3]. opacity: [M, 1]. mean_absolute: [M, 2]. color: [M,
+    X]. background: [C, X].
 
     mean_absolute sums the size of the pixels' pulls, not their value; zero unless asked for (Ye et al. 2024, "AbsGS").
     """
@@ -470,15 +518,18 @@ class CompositeGradients(NamedTuple):
     color: np.ndarray
     background: np.ndarray
 
-
-def composite_backward(records: np.ndarray, colors: np.ndarray, lists: TileLists, backgrounds: np.ndarray, drawing: Drawing,
-                       grad_images: np.ndarray, grad_alphas: np.ndarray, absolute: bool = False) -> CompositeGradients:
+# %% ../../nbs/splats/tiles.ipynb #7919d1b4
+def composite_backward(records: np.ndarray, colors: np.ndarray, lists: TileLists, backgrounds: np.ndarray,
+                       drawing: Drawing, grad_images: np.ndarray, grad_alphas: np.ndarray,
+                       absolute: bool = False) -> CompositeGradients:
     """Gradients of `composite`'s inputs from those of its images [C, H, W, X] and alphas [C, H, W, 1]."""
     images, height, width, channels = grad_images.shape
     gradients = np.empty((len(lists.pairs), MOMENTS + channels), np.float32)
     by_background = np.zeros((len(drawing.order), channels), np.float32)
-    share(undraw_tiles, records, colors, lists.offsets, lists.members, lists.pairs, drawing.order, backgrounds, width, height, channel_type(channels),
-          absolute, drawing.expected, drawing.images, drawing.alphas, drawing.transmittances, drawing.lasts, grad_images, grad_alphas, gradients, by_background)
+    share(undraw_tiles, records, colors, lists.offsets, lists.members, lists.pairs, drawing.order, backgrounds, width,
+          height, channel_type(channels), absolute, drawing.expected, drawing.images, drawing.alphas,
+          drawing.transmittances, drawing.lasts, grad_images, grad_alphas, gradients, by_background)
     sums = [np.empty((len(records), size), np.float32) for size in (2, 3, 1, 2, channels)]
     share(sum_pairs, gradients, lists.pair_starts, *sums)
-    return CompositeGradients(*sums, by_background.reshape(images, -1, channels).sum(1, dtype=np.float64).astype(np.float32))
+    return CompositeGradients(*sums,
+                              by_background.reshape(images, -1, channels).sum(1, dtype=np.float64).astype(np.float32))

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from ..core.errors import KiloError
 from .checkpoints import read_checkpoint
 
-# %% ../../nbs/training/averaging.ipynb #d1c55773
+# %% ../../nbs/training/averaging.ipynb #8ea61b1a
 class Average:
     """An average of a model's parameters, by name in `average`; `updates` counts the optimiser steps it was told of.
 
-    Buffers are not averaged. A parameter that is new or has changed its shape (densification) starts its average anew from its present value.
+    Buffers are not averaged. A parameter that is new or has changed its shape (densification) starts its average anew
+    from its present value.
     """
 
     average: dict[str, Tensor]
@@ -32,15 +33,18 @@ class Average:
         raise NotImplementedError
 
     def taken_up(self, present: Mapping[str, Tensor]) -> list[str]:
-        """Makes `average` cover exactly the present parameters; returns the names whose average goes on, the others start anew."""
+        """Makes `average` cover exactly the present parameters; returns the names whose average goes on, the others
+        start anew."""
         old = self.average
         same = [name for name, parameter in present.items() if name in old and old[name].shape == parameter.shape]
-        self.average = {name: old[name].to(parameter.device) if name in same else parameter.detach().clone() for name, parameter in present.items()}
+        self.average = {name: old[name].to(parameter.device) if name in same else parameter.detach().clone() for name,
+                        parameter in present.items()}
         return same
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Within the `with`, the model has the averaged weights; afterwards its own again, whatever happens. Do not train inside."""
+        """Within the `with`, the model has the averaged weights; afterwards its own again, whatever happens. Do not
+        train inside."""
         present = dict(model.named_parameters())
         check_weights_fit(self.average, present)
         own = {name: parameter.detach().clone() for name, parameter in present.items()}
@@ -59,12 +63,14 @@ class Average:
         for name in vars(self): setattr(self, name, state[name])
         self.average = {name: value.clone() for name, value in state["average"].items()}
 
-# %% ../../nbs/training/averaging.ipynb #633fe1a0
+# %% ../../nbs/training/averaging.ipynb #619ade82
 def check_weights_fit(weights: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     """KiloError naming the first parameter that is missing, superfluous or of another shape."""
     for name in [*present, *(name for name in weights if name not in present)]:
         given, expected = (list(group[name].shape) if name in group else "absent" for group in (weights, present))
-        if given != expected: raise KiloError(f"The weights do not fit the model: '{name}' is {given} in the weights and {expected} in the model.")
+        if given != expected:
+            raise KiloError(f"The weights do not fit the model: '{name}' is {given} in the weights and {expected} "
+                            "in the model.")
 
 
 @torch.no_grad()
@@ -72,12 +78,13 @@ def copy_weights(weights: Mapping[str, Tensor], present: Mapping[str, Tensor]) -
     """Copy values into the parameters of the same names, in place."""
     for name, parameter in present.items(): parameter.copy_(weights[name])
 
-# %% ../../nbs/training/averaging.ipynb #2ceb44ad
+# %% ../../nbs/training/averaging.ipynb #8ebf804a
 class EMA(Average):
     """Exponential moving average of a model's parameters, with the gradual start above. decay: d, 0..1."""
 
     def __init__(self, model: nn.Module, decay: float = 0.999):
-        if not 0 <= decay < 1: raise KiloError(f"The EMA's decay is {decay}; expected 0 <= decay < 1, 0.99 to 0.9999 are usual.")
+        if not 0 <= decay < 1:
+            raise KiloError(f"The EMA's decay is {decay}; expected 0 <= decay < 1, 0.99 to 0.9999 are usual.")
         self.decay, self.updates = decay, 0
         self.average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
@@ -88,13 +95,16 @@ class EMA(Average):
         same = self.taken_up(present)
         decay = min(self.decay, self.updates / (self.updates + 9))
         self.updates += 1
-        if same: torch._foreach_lerp_([self.average[name] for name in same], [present[name].detach() for name in same], 1 - decay)
+        if same:
+            torch._foreach_lerp_([self.average[name] for name in same], [present[name].detach() for name in same],
+                                 1 - decay)
 
-# %% ../../nbs/training/averaging.ipynb #053e03f3
+# %% ../../nbs/training/averaging.ipynb #d31d9ef4
 class SWA(Average):
     """Equal average of a model's parameters over all steps after the first `start`; `average` is empty until then.
 
-    `taken` counts, by name, the weights that are in the average. Source: Izmailov et al. 2018, algorithm 1, with a cycle of one step.
+    `taken` counts, by name, the weights that are in the average. Source: Izmailov et al. 2018, algorithm 1, with a
+    cycle of one step.
     """
 
     def __init__(self, start: int):
@@ -111,37 +121,47 @@ class SWA(Average):
         self.taken = {name: self.taken[name] + 1 if name in same else 1 for name in present}
         for count in {self.taken[name] for name in same}:
             names = [name for name in same if self.taken[name] == count]
-            torch._foreach_lerp_([self.average[name] for name in names], [present[name].detach() for name in names], 1 / count)
+            torch._foreach_lerp_([self.average[name] for name in names], [present[name].detach() for name in names],
+                                 1 / count)
 
-# %% ../../nbs/training/averaging.ipynb #a9f0bda6
-def choose_average(model: nn.Module | None, ema_decay: float | None, swa_from: float | None, steps: int) -> Average | None:
-    """The average that a run of `steps` steps keeps: EMA of `ema_decay`, SWA after the share `swa_from` of the run (0..1), or none.
+# %% ../../nbs/training/averaging.ipynb #20acfc78
+def choose_average(model: nn.Module | None, ema_decay: float | None, swa_from: float | None,
+                   steps: int) -> Average | None:
+    """The average that a run of `steps` steps keeps: EMA of `ema_decay`, SWA after the share `swa_from` of the run
+    (0..1), or none.
 
     Raises KiloError where both are set, where the share leaves nothing to average, or where there is no model.
     """
     if ema_decay is None and swa_from is None: return None
     if ema_decay is not None and swa_from is not None:
-        raise KiloError(f"ema_decay = {ema_decay} and swa_from = {swa_from} are both set: a run keeps one average, leave one of them out.")
+        raise KiloError(f"ema_decay = {ema_decay} and swa_from = {swa_from} are both set: a run keeps one "
+                        "average, leave one of them out.")
     name = "ema_decay" if swa_from is None else "swa_from"
-    if model is None: raise KiloError(f"{name} is set, but train was given no model to average: pass model=, or leave {name} out.")
+    if model is None:
+        raise KiloError(f"{name} is set, but train was given no model to average: pass model=, or leave {name} out.")
     if swa_from is None: return EMA(model, ema_decay)
-    if not 0 <= swa_from < 1: raise KiloError(f"swa_from is {swa_from}; expected the share of the run to leave out, 0 to below 1, 0.75 is usual.")
+    if not 0 <= swa_from < 1:
+        raise KiloError(f"swa_from is {swa_from}; expected the share of the run to leave out, 0 to below 1, "
+                        "0.75 is usual.")
     return SWA(min(round(swa_from * steps), steps - 1))
 
-# %% ../../nbs/training/averaging.ipynb #dc6b8e52
-def load_weights(checkpoint: str | os.PathLike | Mapping[str, Any], model: nn.Module, weights: str | None = None) -> str:
+# %% ../../nbs/training/averaging.ipynb #8649a76b
+def load_weights(checkpoint: str | os.PathLike | Mapping[str, Any], model: nn.Module,
+                 weights: str | None = None) -> str:
     """Put a checkpoint's weights in `model` and return a sentence that says which: print it beside what is rendered.
 
-    checkpoint: a file or its content. weights: None: averaged where the run kept an average, else raw; "averaged" or "raw": that or KiloError.
-    Buffers (such as an occupancy grid) always come from the model as it was saved.
+    checkpoint: a file or its content. weights: None: averaged where the run kept an average, else raw; "averaged" or
+    "raw": that or KiloError. Buffers (such as an occupancy grid) always come from the model as it was saved.
     """
-    if weights not in (None, "averaged", "raw"): raise KiloError(f"weights is '{weights}'; expected 'averaged' or 'raw'.")
+    if weights not in (None, "averaged", "raw"):
+        raise KiloError(f"weights is '{weights}'; expected 'averaged' or 'raw'.")
     content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     if content.get("model") is None: raise KiloError("This checkpoint holds no model: its run trained without one.")
     averaged = content.get("averaged") or {}
     use_average = weights != "raw" and bool(averaged.get("average"))
     why_not = f"its average begins after step {averaged['start']}" if "start" in averaged else "the run kept no average"
-    if weights == "averaged" and not use_average: raise KiloError(f"This checkpoint holds no averaged weights: {why_not}; ask for weights='raw'.")
+    if weights == "averaged" and not use_average:
+        raise KiloError(f"This checkpoint holds no averaged weights: {why_not}; ask for weights='raw'.")
     check_weights_fit(content["model"], model.state_dict())
     model.load_state_dict(content["model"])
     if not use_average: return f"raw weights of step {content['step']}" + ("" if weights == "raw" else f" ({why_not})")

@@ -22,14 +22,15 @@ import torch
 from ..core.errors import KiloError
 from ..core.files import atomic_write
 
-# %% ../../nbs/training/checkpoints.ipynb #a3db9712
+# %% ../../nbs/training/checkpoints.ipynb #b3c41d2e
 def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's global generators (all devices). A notebook calls it once, before it builds a model."""
+    """Seed Python's, NumPy's and torch's global generators (all devices). A notebook calls it once, before it builds a
+    model."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
-# %% ../../nbs/training/checkpoints.ipynb #f21f785e
+# %% ../../nbs/training/checkpoints.ipynb #6ac1680c
 def random_state(generator: torch.Generator | None = None) -> dict[str, Any]:
     """The state of all global random generators, and of `generator`, as plain data."""
     name, keys, *rest = np.random.get_state()
@@ -42,7 +43,7 @@ def random_state(generator: torch.Generator | None = None) -> dict[str, Any]:
         "generator": generator.get_state() if generator is not None else None,
     }
 
-
+# %% ../../nbs/training/checkpoints.ipynb #fdb0c277
 def restore_random_state(state: Mapping[str, Any], generator: torch.Generator | None = None) -> None:
     """Put all global random generators, and `generator`, back where `random_state` saw them."""
     torch.set_rng_state(state["torch"])
@@ -53,18 +54,20 @@ def restore_random_state(state: Mapping[str, Any], generator: torch.Generator | 
     random.setstate((version, tuple(words), gauss))
     if generator is not None and state["generator"] is not None: generator.set_state(state["generator"])
 
-# %% ../../nbs/training/checkpoints.ipynb #c54d993e
+# %% ../../nbs/training/checkpoints.ipynb #096a7a53
 def portable(value: Any, name: str = "state") -> Any:
-    """`value` as tensors (detached), numbers, texts, None, lists and dicts; NumPy data is converted. KiloError naming the place of anything else."""
+    """`value` as tensors (detached), numbers, texts, None, lists and dicts; NumPy data is converted. KiloError naming
+    the place of anything else."""
     if value is None or isinstance(value, (bool, int, float, str)): return value
     if isinstance(value, torch.Tensor): return value.detach()
     if isinstance(value, np.ndarray): return torch.from_numpy(value.copy())
     if isinstance(value, np.generic): return value.item()
     if isinstance(value, Mapping): return {key: portable(item, f"{name}[{key!r}]") for key, item in value.items()}
     if isinstance(value, (list, tuple)): return [portable(item, f"{name}[{i}]") for i, item in enumerate(value)]
-    raise KiloError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: make it tensors, numbers, texts, lists or dicts.")
+    raise KiloError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: make it "
+                    "tensors, numbers, texts, lists or dicts.")
 
-# %% ../../nbs/training/checkpoints.ipynb #7576b102
+# %% ../../nbs/training/checkpoints.ipynb #10afb012
 FORMAT = "kilonb checkpoint 1"
 
 
@@ -73,31 +76,36 @@ def write_checkpoint(path: str | os.PathLike, content: Mapping[str, Any]) -> Non
     plain = portable(content, "checkpoint")
     with atomic_write(path) as partial: torch.save({"format": FORMAT, **plain}, partial)
 
-
+# %% ../../nbs/training/checkpoints.ipynb #26af64d3
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
-    """What `write_checkpoint` wrote, tensors on the CPU. KiloError when the file is missing, cut off, damaged or something else."""
+    """What `write_checkpoint` wrote, tensors on the CPU. KiloError when the file is missing, cut off, damaged or
+    something else."""
     path = Path(path)
-    if not path.is_file(): raise KiloError(f"There is no checkpoint {path}: give a run that has saved one, or start without resume.")
+    if not path.is_file():
+        raise KiloError(f"There is no checkpoint {path}: give a run that has saved one, or start without resume.")
     try:
         with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
         if damaged: raise zipfile.BadZipFile(damaged)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise KiloError(f"{path} cannot be read as a checkpoint; it is cut off, damaged or another kind of file: delete it and start afresh.") from error
+        raise KiloError(f"{path} cannot be read as a checkpoint; it is cut off, damaged or another kind of "
+                        "file: delete it and start afresh.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise KiloError(f"{path} is not a checkpoint of a KiloNB run (expected format '{FORMAT}').")
     return content
 
-# %% ../../nbs/training/checkpoints.ipynb #8ac42747
-def check_same_settings(stored: Mapping[str, Any], now: Mapping[str, Any], path: str | os.PathLike, free: frozenset[str] = frozenset()) -> None:
+# %% ../../nbs/training/checkpoints.ipynb #69b4188d
+def check_same_settings(stored: Mapping[str, Any], now: Mapping[str, Any], path: str | os.PathLike,
+                        free: frozenset[str] = frozenset()) -> None:
     """KiloError naming the first key in which a checkpoint's settings and this run's differ; keys in `free` may."""
     stored, now = portable(stored), portable(now)
     for key in [*now, *(key for key in stored if key not in now)]:
         if key in free or (key in now and key in stored and now[key] == stored[key]): continue
         before, after = (repr(settings[key]) if key in settings else "not set" for settings in (stored, now))
-        raise KiloError(f"{path} comes from a run with {key} = {before}, this run has {key} = {after}: resume with the same settings, or start a fresh run.")
+        raise KiloError(f"{path} comes from a run with {key} = {before}, this run has {key} = {after}: resume "
+                        "with the same settings, or start a fresh run.")
 
-# %% ../../nbs/training/checkpoints.ipynb #32ec1163
+# %% ../../nbs/training/checkpoints.ipynb #6b83ce71
 def latest_path(folder: str | os.PathLike) -> Path:
     """Where a run keeps its newest checkpoint."""
     return Path(folder) / "checkpoints" / "latest.pt"
@@ -112,7 +120,8 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path:
     """The final checkpoint of a run if it is complete, else the latest. KiloError when there is neither."""
     for path in (final_path(folder), latest_path(folder)):
         if path.is_file(): return path
-    raise KiloError(f"There is no checkpoint in {Path(folder) / 'checkpoints'}: the run has not saved one yet, or this is not a run's folder.")
+    raise KiloError(f"There is no checkpoint in {Path(folder) / 'checkpoints'}: the run has not saved one "
+                    "yet, or this is not a run's folder.")
 
 
 def keep_final(folder: str | os.PathLike) -> None:

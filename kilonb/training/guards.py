@@ -16,9 +16,10 @@ from ..core.errors import KiloError
 class TrainingStopped(KiloError):
     """A guard ended the run: what happened, at which step, what to try. The last good checkpoint is kept."""
 
-# %% ../../nbs/training/guards.ipynb #e0d0c087
+# %% ../../nbs/training/guards.ipynb #f107b827
 class FiniteGuard:
-    """Stops when a watched number of the record is NaN or infinite. `train` always has one; its checkpoint is never overwritten with such weights.
+    """Stops when a watched number of the record is NaN or infinite. `train` always has one; its checkpoint is never
+    overwritten with such weights.
 
     names: the entries to watch, by default all but those in `allowed` (a PSNR may be infinite).
     """
@@ -31,40 +32,53 @@ class FiniteGuard:
         watched = [name for name in (self.names or record) if name in record and name not in self.allowed]
         bad = [name for name in watched if not math.isfinite(record[name])]
         if not bad: return
-        first = min((step for step, values in interval.items() if any(not math.isfinite(values.get(name, 0.0)) for name in bad)), default=int(record["step"]))
+        first = min((step for step,
+                     values in interval.items() if any(not math.isfinite(values.get(name, 0.0)) for name in bad)),
+                    default=int(record["step"]))
         values = ", ".join(f"{name} = {record[name]}" for name in bad)
         raise TrainingStopped(
             f"Training stopped at step {first}: not finite: {values}. The last good checkpoint is kept; "
             "try a lower learning rate, a gradient clip, or look for a division, a root or a logarithm at zero."
         )
 
-# %% ../../nbs/training/guards.ipynb #2b31f174
+# %% ../../nbs/training/guards.ipynb #80f0ffe4
 class AlphaGuard:
     """Stops when the mean ray alpha on foreground rays stays below a floor.
 
-    minimum: floor of record[key], the mean alpha over rays whose target alpha is above .5, 0..1. patience: so many logs in a row below it stop the run.
+    minimum: floor of record[key], the mean alpha over rays whose target alpha is above .5, 0..1. patience: so many logs
+    in a row below it stop the run.
     warmup_steps: logs up to this step are not counted. blank_db: what an all-white image scores here, for the message.
     """
 
-    def __init__(
-        self, minimum: float = 0.1, patience: int = 5, warmup_steps: int = 200, blank_db: float | None = None, key: str = "ray_alpha_foreground",
-    ):
-        if not 0 < minimum < 1: raise KiloError(f"AlphaGuard's minimum is {minimum}; expected a mean alpha between 0 and 1.")
+    def __init__(self, minimum: float = 0.1, patience: int = 5, warmup_steps: int = 200, blank_db: float | None = None,
+                 key: str = "ray_alpha_foreground"):
+        if not 0 < minimum < 1:
+            raise KiloError(f"AlphaGuard's minimum is {minimum}; expected a mean alpha between 0 and 1.")
         if patience < 1: raise KiloError(f"AlphaGuard's patience is {patience}; expected at least 1 log.")
-        self.minimum, self.patience, self.warmup_steps, self.blank_db, self.key = minimum, patience, warmup_steps, blank_db, key
+        self.minimum, self.patience, self.warmup_steps, self.blank_db, self.key = (
+            minimum,
+            patience,
+            warmup_steps,
+            blank_db,
+            key,
+        )
         self.misses = 0
 
     def check(self, record: Mapping[str, float], interval: Mapping[int, Mapping[str, float]]) -> None:
-        """record: the logged means. Raises TrainingStopped on collapse, KiloError when the record lacks the watched entry."""
-        if self.key not in record: raise KiloError(f"AlphaGuard watches '{self.key}', but the step function returns only: {', '.join(record)}.")
+        """record: the logged means. Raises TrainingStopped on collapse, KiloError when the record lacks the watched
+        entry."""
+        if self.key not in record:
+            raise KiloError(f"AlphaGuard watches '{self.key}', but the step function returns only: "
+                            f"{', '.join(record)}.")
         self.misses = self.misses + 1 if record["step"] > self.warmup_steps and record[self.key] < self.minimum else 0
         if self.misses < self.patience: return
         blank = f" ({self.blank_db:.1f} dB here)" if self.blank_db is not None else ""
-        raise TrainingStopped(
-            f"Training stopped at step {int(record['step'])}: ray alpha collapsed. Rays that should hit the object have mean alpha {record[self.key]:.3f}, "
-            f"below {self.minimum:g} in {self.misses} logs in a row: the model renders background only, and any PSNR is the blank score{blank}. "
-            "Try a lower learning rate, a higher density bias, a random background per ray, and check that occupancy covers the object."
-        )
+        raise TrainingStopped(f"Training stopped at step {int(record['step'])}: ray alpha collapsed. Rays that "
+                              f"should hit the object have mean alpha {record[self.key]:.3f}, "
+                              f"below {self.minimum:g} in {self.misses} logs in a row: the model renders background "
+                              f"only, and any PSNR is the blank score{blank}. "
+                              "Try a lower learning rate, a higher density bias, a random background per ray, and "
+                              "check that occupancy covers the object.")
 
     def state_dict(self) -> dict[str, Any]:
         """The count of misses, for a checkpoint."""

@@ -7,7 +7,7 @@ __all__ = ['FREE_SETTINGS', 'LoopConfig', 'LoopState', 'TrainingResult', 'fetch'
            'optimizer_parameters', 'optimizer_step', 'deferred_interrupt', 'Run', 'begin', 'take_step', 'over_ranks',
            'make_record', 'save', 'resume_run', 'open_log', 'meet', 'run_tensors', 'run_steps', 'train']
 
-# %% ../../nbs/training/loop.ipynb #d6b45ac4
+# %% ../../nbs/training/loop.ipynb #dd204e4b
 import math
 import signal
 import threading
@@ -23,16 +23,23 @@ from torch import Tensor, nn
 
 from ..core.errors import KiloError
 from .averaging import Average, choose_average
-from .checkpoints import check_same_settings, keep_final, latest_path, random_state, read_checkpoint, restore_random_state, write_checkpoint
-from .guards import FiniteGuard, TrainingStopped
-from kilonb.training.parallel import (
-    ALONE, World, agree, average_gradients, broadcast_from_first, check_in_step, from_first, gather_values, known_to_all, together,
+from kilonb.training.checkpoints import (
+    check_same_settings,
+    keep_final,
+    latest_path,
+    random_state,
+    read_checkpoint,
+    restore_random_state,
+    write_checkpoint,
 )
+from .guards import FiniteGuard, TrainingStopped
+from .parallel import (ALONE, World, agree, average_gradients, broadcast_from_first, check_in_step,
+                                      from_first, gather_values, known_to_all, together)
 from .progress import Progress
 from .scalars import SCALARS_NAME, ScalarLog, read_scalars
 from .schedules import WarmupCosine, schedule_for, set_learning_rates
 
-# %% ../../nbs/training/loop.ipynb #73030cb4
+# %% ../../nbs/training/loop.ipynb #899554b5
 FREE_SETTINGS = frozenset({"checkpoint_every_seconds", "checkpoint_every_steps", "time_limit_s"})
 
 
@@ -40,11 +47,14 @@ FREE_SETTINGS = frozenset({"checkpoint_every_seconds", "checkpoint_every_steps",
 class LoopConfig:
     """Settings of `train`.
 
-    steps: optimiser steps in all. learning_rate: peak rate; how it meets the optimiser's own rates: `set_learning_rates`. warmup_steps: < steps.
-    minimum_learning_rate_ratio: what is left of the rate at the last step. schedule_steps: None follows `steps`; another value needs allow_schedule_mismatch.
-    gradient_clip: largest norm of all gradients together, None: no clip. ema_decay: of the exponential average; swa_from: share of the run after which the
-    equal average begins; one of them, or None and no average. log_every_steps: a record is the mean over so many steps.
-    checkpoint_every_seconds, checkpoint_every_steps: whichever comes first; None: never. seed: of the generator handed to the step function.
+    steps: optimiser steps in all. learning_rate: peak rate; how it meets the optimiser's own rates:
+    `set_learning_rates`. warmup_steps: < steps.
+    minimum_learning_rate_ratio: what is left of the rate at the last step. schedule_steps: None follows `steps`;
+    another value needs allow_schedule_mismatch.
+    gradient_clip: largest norm of all gradients together, None: no clip. ema_decay: of the exponential average;
+    swa_from: share of the run after which the equal average begins; one of them, or None and no average.
+    log_every_steps: a record is the mean over so many steps. checkpoint_every_seconds, checkpoint_every_steps:
+    whichever comes first; None: never. seed: of the generator handed to the step function.
     time_limit_s: stop after so much training time, all sessions together; None: no limit.
     """
 
@@ -64,20 +74,24 @@ class LoopConfig:
     time_limit_s: float | None = None
 
     def __post_init__(self):
-        for name in ("steps", "learning_rate", "gradient_clip", "log_every_steps", "checkpoint_every_seconds", "checkpoint_every_steps", "time_limit_s"):
+        for name in ("steps", "learning_rate", "gradient_clip", "log_every_steps", "checkpoint_every_seconds",
+                     "checkpoint_every_steps", "time_limit_s"):
             value = getattr(self, name)
             if value is not None and not value > 0: raise KiloError(f"{name} is {value}; expected a number above 0.")
-        if self.ema_decay is not None or self.swa_from is not None: choose_average(nn.Module(), self.ema_decay, self.swa_from, self.steps)
+        if self.ema_decay is not None or self.swa_from is not None:
+            choose_average(nn.Module(), self.ema_decay, self.swa_from, self.steps)
         self.schedule()
 
     def schedule(self) -> WarmupCosine:
         """The learning-rate schedule of these settings."""
-        return schedule_for(self.steps, self.schedule_steps, self.warmup_steps, self.minimum_learning_rate_ratio, self.allow_schedule_mismatch)
+        return schedule_for(self.steps, self.schedule_steps, self.warmup_steps, self.minimum_learning_rate_ratio,
+                            self.allow_schedule_mismatch)
 
-# %% ../../nbs/training/loop.ipynb #f50f85df
+# %% ../../nbs/training/loop.ipynb #e2374981
 @dataclass
 class LoopState:
-    """What the loop itself remembers: steps done, training seconds, the records, the values since the last record, the best (lowest) logged loss."""
+    """What the loop itself remembers: steps done, training seconds, the records, the values since the last record, the
+    best (lowest) logged loss."""
 
     step: int = 0
     elapsed_s: float = 0.0
@@ -85,10 +99,11 @@ class LoopState:
     pending: dict[int, dict[str, Tensor | float]] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
 
-
+# %% ../../nbs/training/loop.ipynb #c0659d0b
 @dataclass(frozen=True)
 class TrainingResult:
-    """What `train` returns: the records, steps done, training seconds (all sessions), the average if there is one, and the step it was resumed from."""
+    """What `train` returns: the records, steps done, training seconds (all sessions), the average if there is one, and
+    the step it was resumed from."""
 
     records: list[dict[str, float]]
     steps: int
@@ -98,57 +113,73 @@ class TrainingResult:
     best: dict[str, float]
     finished: bool
 
-# %% ../../nbs/training/loop.ipynb #eb76ee98
+# %% ../../nbs/training/loop.ipynb #cebed0cb
 def fetch(pending: Mapping[int, Mapping[str, Tensor | float]]) -> dict[int, dict[str, float]]:
     """The values of several steps as floats, with one transfer per device."""
-    places = [(step, name) for step, values in pending.items() for name, value in values.items() if isinstance(value, Tensor)]
+    places = [(step, name) for step, values in pending.items() for name,
+              value in values.items() if isinstance(value, Tensor)]
     tensors = [pending[step][name].detach().reshape(()) for step, name in places]
     numbers: dict[tuple[int, str], float] = {}
     for device in {tensor.device for tensor in tensors}:
         here = [i for i, tensor in enumerate(tensors) if tensor.device == device]
         values = torch.stack([tensors[i].double() for i in here]).tolist()
         numbers.update({places[i]: value for i, value in zip(here, values)})
-    return {step: {name: numbers.get((step, name), value) for name, value in values.items()} for step, values in pending.items()}
+    return {step: {name: numbers.get((step, name), value) for name, value in values.items()} for step,
+            values in pending.items()}
 
-
+# %% ../../nbs/training/loop.ipynb #00e6d163
 def interval_means(interval: Mapping[int, Mapping[str, float]]) -> dict[str, float]:
     """The mean of each name over the steps that have it, in the order of first appearance."""
     names = dict.fromkeys(name for values in interval.values() for name in values)
     columns = {name: [float(values[name]) for values in interval.values() if name in values] for name in names}
-    return {name: math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) for name, values in columns.items()}
+    return {name: math.fsum(values) / len(values) if all(map(math.isfinite, values)) else sum(values) for name,
+            values in columns.items()}
 
-# %% ../../nbs/training/loop.ipynb #7d8b543b
+# %% ../../nbs/training/loop.ipynb #eba226e0
 def checked_values(values: Any) -> dict[str, Tensor | float]:
-    """What a step function returned, or KiloError: a dict of single numbers whose "loss" is a Tensor that has a gradient."""
-    reserved = sorted({"step", "elapsed_s", "learning_rate", "gradient_norm"}.intersection(values if isinstance(values, dict) else ()))
-    if reserved: raise KiloError(f"The step function returns '{reserved[0]}', a name the loop itself logs: choose another.")
+    """What a step function returned, or KiloError: a dict of single numbers whose "loss" is a Tensor that has a
+    gradient."""
+    reserved = sorted({"step", "elapsed_s", "learning_rate",
+                       "gradient_norm"}.intersection(values if isinstance(values, dict) else ()))
+    if reserved:
+        raise KiloError(f"The step function returns '{reserved[0]}', a name the loop itself logs: choose another.")
     if not isinstance(values, dict) or not isinstance(values.get("loss"), Tensor):
         raise KiloError("The step function must return a dict with a Tensor 'loss' and any other numbers to log.")
     large = [name for name, value in values.items() if isinstance(value, Tensor) and value.numel() != 1]
-    if large: raise KiloError(f"The step function's '{large[0]}' has shape {list(values[large[0]].shape)}; expected one number: take its mean.")
-    if not values["loss"].requires_grad: raise KiloError("The step function's 'loss' does not depend on any parameter that is being trained.")
+    if large:
+        raise KiloError(f"The step function's '{large[0]}' has shape {list(values[large[0]].shape)}; expected "
+                        "one number: take its mean.")
+    if not values["loss"].requires_grad:
+        raise KiloError("The step function's 'loss' does not depend on any parameter that is being trained.")
     return values
 
-
+# %% ../../nbs/training/loop.ipynb #0917f0aa
 def optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The parameters the optimiser holds at this moment (densification replaces them)."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-
+# %% ../../nbs/training/loop.ipynb #3daca16f
 def optimizer_step(values: dict[str, Tensor | float], optimizer: torch.optim.Optimizer, gradient_clip: float | None,
                    world: World = ALONE) -> dict[str, Tensor | float]:
-    """Backward, mean over the ranks, clip, step. Returns the values, detached, with "gradient_norm" (before the clip) where there is a clip."""
+    """Backward, mean over the ranks, clip, step. Returns the values, detached, with "gradient_norm" (before the clip)
+    where there is a clip."""
     optimizer.zero_grad(set_to_none=True)
     values["loss"].backward()
     average_gradients(optimizer_parameters(optimizer), world, values.get("share"))
-    norm = {} if gradient_clip is None else {"gradient_norm": nn.utils.clip_grad_norm_(optimizer_parameters(optimizer), gradient_clip)}
+    norm = (
+        {}
+        if gradient_clip is None
+        else {"gradient_norm": nn.utils.clip_grad_norm_(optimizer_parameters(optimizer), gradient_clip)}
+    )
     optimizer.step()
-    return {name: value.detach() if isinstance(value, Tensor) else float(value) for name, value in {**values, **norm}.items()}
+    return {name: value.detach() if isinstance(value, Tensor) else float(value) for name,
+            value in {**values, **norm}.items()}
 
-# %% ../../nbs/training/loop.ipynb #e1bc01a9
+# %% ../../nbs/training/loop.ipynb #a7047db0
 @contextmanager
 def deferred_interrupt() -> Iterator[threading.Event]:
-    """Within the `with`, the first SIGINT sets the yielded event, the second raises KeyboardInterrupt. Outside the main thread nothing changes."""
+    """Within the `with`, the first SIGINT sets the yielded event, the second raises KeyboardInterrupt. Outside the main
+    thread nothing changes."""
     requested = threading.Event()
 
     def receive(signum, frame):
@@ -162,10 +193,11 @@ def deferred_interrupt() -> Iterator[threading.Event]:
     try: yield requested
     finally: signal.signal(signal.SIGINT, previous if previous is not None else signal.default_int_handler)
 
-# %% ../../nbs/training/loop.ipynb #af65a410
+# %% ../../nbs/training/loop.ipynb #64b3dd9c
 @dataclass
 class Run:
-    """The moving parts of one training run; made by `begin`, driven by `train`, whose arguments explain the fields. `log` is None without a folder."""
+    """The moving parts of one training run; made by `begin`, driven by `train`, whose arguments explain the fields.
+    `log` is None without a folder."""
 
     optimizer: torch.optim.Optimizer
     config: LoopConfig
@@ -181,36 +213,37 @@ class Run:
     state: LoopState = field(default_factory=LoopState)
     log: ScalarLog | None = None
 
-# %% ../../nbs/training/loop.ipynb #6aa8264d
-def begin(
-    optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Module | None = None, folder: str | Path | None = None,
-    stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (), settings: Mapping[str, Any] | None = None, world: World = ALONE,
-) -> Run:
-    """A run at step 0, with a seeded generator on the first parameter's device and a FiniteGuard before all others; nothing is written yet."""
+# %% ../../nbs/training/loop.ipynb #cd27a3ed
+def begin(optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Module | None = None,
+          folder: str | Path | None = None, stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (),
+          settings: Mapping[str, Any] | None = None, world: World = ALONE) -> Run:
+    """A run at step 0, with a seeded generator on the first parameter's device and a FiniteGuard before all others;
+    nothing is written yet."""
     parameters = optimizer_parameters(optimizer)
     finite = [guard for guard in guards if isinstance(guard, FiniteGuard)] or [FiniteGuard()]
-    return Run(
-        optimizer=optimizer, config=config, model=model, folder=None if folder is None else Path(folder), stateful=dict(stateful or {}),
-        guards=[*finite, *(guard for guard in guards if guard not in finite)],
-        settings={**asdict(config), **{f"settings.{name}": value for name, value in (settings or {}).items()}},
-        schedule=config.schedule(), generator=torch.Generator(device=parameters[0].device if parameters else "cpu").manual_seed(config.seed),
-        averaged=choose_average(model, config.ema_decay, config.swa_from, config.steps), world=world,
-    )
+    return Run(optimizer=optimizer, config=config, model=model, folder=None if folder is None else Path(folder),
+               stateful=dict(stateful or {}), guards=[*finite, *(guard for guard in guards if guard not in finite)],
+               settings={**asdict(config), **{f"settings.{name}": value for name, value in (settings or {}).items()}},
+               schedule=config.schedule(),
+               generator=torch.Generator(device=parameters[0].device if parameters else "cpu").manual_seed(config.seed),
+               averaged=choose_average(model, config.ema_decay, config.swa_from, config.steps), world=world)
 
-# %% ../../nbs/training/loop.ipynb #affd9aaa
+# %% ../../nbs/training/loop.ipynb #7c53473b
 def take_step(run: Run, step_function: Callable) -> None:
     """One optimiser step at the schedule's rate, then the average."""
     state = run.state
     rate = set_learning_rates(run.optimizer, run.config.learning_rate, run.schedule.factor(state.step))
-    values = optimizer_step(checked_values(step_function(state.step, run.generator)), run.optimizer, run.config.gradient_clip, run.world)
+    values = optimizer_step(checked_values(step_function(state.step, run.generator)), run.optimizer,
+                            run.config.gradient_clip, run.world)
     weight = values.pop("share", 1 / run.world.size)
     if run.averaged is not None: run.averaged.update(run.model)
     state.step += 1
     state.pending[state.step] = {**values, "learning_rate": rate} | ({"share": weight} if run.world.size > 1 else {})
 
-# %% ../../nbs/training/loop.ipynb #536dcd8b
+# %% ../../nbs/training/loop.ipynb #9f1c67cc
 def over_ranks(interval: Mapping[int, Mapping[str, float]], world: World) -> dict[int, dict[str, float]]:
-    """The values of several steps as means over the ranks, weighted by each one's share of the step; a value that is the same on all stays as it is."""
+    """The values of several steps as means over the ranks, weighted by each one's share of the step; a value that is
+    the same on all stays as it is."""
     if world.size == 1: return dict(interval)
     merged, everyones = {}, gather_values(interval, world, "the values of an interval")
     for step in interval:
@@ -221,24 +254,26 @@ def over_ranks(interval: Mapping[int, Mapping[str, float]], world: World) -> dic
             merged.setdefault(step, {})[name] = known[0][1] if all(value == known[0][1] for _, value in known) else mean
     return merged
 
-# %% ../../nbs/training/loop.ipynb #517feb79
+# %% ../../nbs/training/loop.ipynb #0210e35e
 def make_record(run: Run) -> None:
     """The means since the last record: into the records, both logs, and past the guards."""
     state = run.state
     interval = over_ranks(fetch(state.pending), run.world)
-    record = {"step": state.step, "elapsed_s": state.elapsed_s, **interval_means(interval), "learning_rate": interval[state.step]["learning_rate"]}
+    record = {"step": state.step, "elapsed_s": state.elapsed_s, **interval_means(interval),
+              "learning_rate": interval[state.step]["learning_rate"]}
     state.records.append(record)
     state.pending = {}
     if run.log is not None: run.log.log(state.step, record, elapsed_s=state.elapsed_s)
     if not record["loss"] >= state.best.get("loss", math.inf): state.best = {"loss": record["loss"], "step": state.step}
     for guard in run.guards: guard.check(record, interval)
 
-# %% ../../nbs/training/loop.ipynb #d112534f
+# %% ../../nbs/training/loop.ipynb #4e2649ad
 def save(run: Run, random: Mapping[str, Any] | None = None) -> None:
     """Write the latest checkpoint. TrainingStopped, and the previous one kept, when a value or a weight is not finite.
 
-    random: the state of the random generators to store, if it is not the present one. Where several ranks share the run all of them call this; what they
-    collected apart is merged, their weights are compared, and the first one writes; they return when it has.
+    random: the state of the random generators to store, if it is not the present one. Where several ranks share the run
+    all of them call this; what they collected apart is merged, their weights are compared, and the first one writes;
+    they return when it has.
     """
     state, interval, world = run.state, over_ranks(fetch(run.state.pending), run.world), run.world
     for thing in run.stateful.values():
@@ -246,83 +281,95 @@ def save(run: Run, random: Mapping[str, Any] | None = None) -> None:
     check_in_step(optimizer_parameters(run.optimizer), world, f"after step {state.step}")
     if interval: run.guards[0].check({"step": state.step, **interval_means(interval)}, interval)
     if not all(bool(torch.isfinite(parameter).all()) for parameter in optimizer_parameters(run.optimizer)):
-        raise TrainingStopped(f"Training stopped at step {state.step}: the weights hold NaN or infinite values; the last good checkpoint is kept.")
-    if world.first: write_checkpoint(latest_path(run.folder), {
-        "step": state.step, "elapsed_s": state.elapsed_s, "pending": interval, "best": state.best, "settings": run.settings,
-        "model": None if run.model is None else run.model.state_dict(), "optimizer": run.optimizer.state_dict(),
-        "averaged": None if run.averaged is None else run.averaged.state_dict(),
-        "stateful": {name: thing.state_dict() for name, thing in run.stateful.items()},
-        "guards": [guard.state_dict() if hasattr(guard, "state_dict") else None for guard in run.guards],
-        "random": random or random_state(run.generator),
-    })
+        raise TrainingStopped(f"Training stopped at step {state.step}: the weights hold NaN or infinite values; the "
+                              "last good checkpoint is kept.")
+    if world.first:
+        write_checkpoint(latest_path(run.folder),
+                         {"step": state.step, "elapsed_s": state.elapsed_s, "pending": interval, "best": state.best,
+                          "settings": run.settings, "model": None if run.model is None else run.model.state_dict(),
+                          "optimizer": run.optimizer.state_dict(),
+                          "averaged": None if run.averaged is None else run.averaged.state_dict(),
+                          "stateful": {name: thing.state_dict() for name, thing in run.stateful.items()},
+                          "guards": [guard.state_dict() if hasattr(guard, "state_dict") else None
+                                     for guard in run.guards], "random": random or random_state(run.generator)})
     agree(world, "a checkpoint is written")
 
-# %% ../../nbs/training/loop.ipynb #f2b6d3be
+# %% ../../nbs/training/loop.ipynb #46d4afb2
 def resume_run(run: Run) -> int | None:
-    """Put `run` where its folder's latest checkpoint left it; the step, or None where there is no checkpoint (it was stopped before the first).
+    """Put `run` where its folder's latest checkpoint left it; the step, or None where there is no checkpoint (it was
+    stopped before the first).
 
-    What is in `stateful` is restored first, since it may resize the model; then model, optimiser, average, guards and random generators. KiloError
-    when the checkpoint is damaged, of other settings, or does not fit.
+    What is in `stateful` is restored first, since it may resize the model; then model, optimiser, average, guards and
+    random generators. KiloError when the checkpoint is damaged, of other settings, or does not fit.
     """
     path = latest_path(run.folder)
     if not path.exists(): return None
     content = read_checkpoint(path)
     check_same_settings(content["settings"], run.settings, path, free=FREE_SETTINGS)
     if set(content["stateful"]) != set(run.stateful):
-        raise KiloError(f"{path} holds the state of {sorted(content['stateful'])}, this run has {sorted(run.stateful)}: resume with the same stateful objects.")
+        raise KiloError(f"{path} holds the state of {sorted(content['stateful'])}, this run has "
+                        f"{sorted(run.stateful)}: resume with the same stateful objects.")
     try:
         for name, thing in run.stateful.items(): thing.load_state_dict(content["stateful"][name])
         if run.model is not None: run.model.load_state_dict(content["model"])
         run.optimizer.load_state_dict(content["optimizer"])
         restore_random_state(content["random"], run.generator)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
-        raise KiloError(f"{path} does not fit this run: {str(error).splitlines()[0]} Resume with the same model and optimiser.") from error
+        raise KiloError(f"{path} does not fit this run: {str(error).splitlines()[0]} Resume with the same "
+                        "model and optimiser.") from error
     if run.averaged is not None: run.averaged.load_state_dict(content["averaged"])
     for guard, state in zip(run.guards, content["guards"]):
         if state is not None: guard.load_state_dict(state)
     run.state = LoopState(content["step"], content["elapsed_s"], [], content["pending"], content["best"])
     return content["step"]
 
-# %% ../../nbs/training/loop.ipynb #6685959d
+# %% ../../nbs/training/loop.ipynb #dfd49de6
 def open_log(run: Run, resume: bool) -> int | None:
     """Open the run's logs, fresh or at its checkpoint's step; returns the step it resumes from, None for a fresh one.
 
     KiloError when the folder already holds a run and `resume` is false.
     """
     used = [path for path in (run.folder / SCALARS_NAME, latest_path(run.folder)) if path.exists()]
-    if used and not resume: raise KiloError(f"{run.folder} already holds a run ({used[0].name}): resume it (resume=True) or choose a fresh folder.")
+    if used and not resume:
+        raise KiloError(f"{run.folder} already holds a run ({used[0].name}): resume it (resume=True) or "
+                        "choose a fresh folder.")
     resumed_from = resume_run(run) if resume else None
     run.log = ScalarLog(run.folder, resume_step=run.state.step if used else None)
     if resumed_from:
         table = read_scalars(run.folder)
         rows = [dict(zip(table, row)) for row in zip(*(column.tolist() for column in table.values()))]
-        run.state.records = [{name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))} for row in rows]
+        run.state.records = [{name: value for name,
+                              value in row.items() if not (isinstance(value, float) and math.isnan(value))}
+                             for row in rows]
     return resumed_from
 
-# %% ../../nbs/training/loop.ipynb #7ebe811e
+# %% ../../nbs/training/loop.ipynb #607fb266
 def meet(run: Run, resume: bool) -> int | None:
-    """Open the logs and put all ranks where the first one is; returns the step it resumes from, None for a fresh run."""
+    """Open the logs and put all ranks where the first one is; returns the step it resumes from, None for a fresh
+    run."""
     world = run.world
     resumed_from = open_log(run, resume) if run.folder is not None and world.first else None
     if world.size == 1: return resumed_from
-    folder, resumed_from, records = from_first((None if run.folder is None else str(run.folder), resumed_from, run.state.records), world)
+    folder, resumed_from, records = from_first((None if run.folder is None else str(run.folder), resumed_from,
+                                                run.state.records), world)
     run.folder = None if folder is None else Path(folder)
     if not world.first:
         if resumed_from is not None and resume_run(run) != resumed_from:
-            raise KiloError(f"Rank {world.rank} finds another checkpoint in {folder} than rank 0: all ranks must see the same folder.")
+            raise KiloError(f"Rank {world.rank} finds another checkpoint in {folder} than rank 0: all ranks must "
+                            "see the same folder.")
         run.state.records = records
     broadcast_from_first(run_tensors(run), world)
     restore_random_state(from_first(random_state(run.generator), world), run.generator)
     return resumed_from
 
-
+# %% ../../nbs/training/loop.ipynb #bf629e4d
 def run_tensors(run: Run) -> list[Tensor]:
     """Everything that a run trains, averages or keeps beside, each tensor once."""
     model = [] if run.model is None else [*run.model.parameters(), *run.model.buffers()]
     average = [] if run.averaged is None else list(run.averaged.average.values())
     return list({id(tensor): tensor for tensor in (*optimizer_parameters(run.optimizer), *model, *average)}.values())
 
-# %% ../../nbs/training/loop.ipynb #e6711b30
+# %% ../../nbs/training/loop.ipynb #d095bb0d
 def run_steps(run: Run, step_function: Callable, after_step: Callable | None, progress: Progress) -> None:
     """Step until the config's steps or its time are over; KeyboardInterrupt after saving when one was asked for."""
     config, state, world = run.config, run.state, run.world
@@ -335,45 +382,57 @@ def run_steps(run: Run, step_function: Callable, after_step: Callable | None, pr
             done, held = state.step, optimizer_parameters(run.optimizer)
             try: take_step(run, step_function)
             except KeyboardInterrupt:
-                if world.size == 1 and state.step == done and not requested.is_set() and run.folder is not None: save(run, random)
+                if world.size == 1 and state.step == done and not requested.is_set() and run.folder is not None:
+                    save(run, random)
                 raise
             state.elapsed_s = before + time.perf_counter() - began
             if after_step is not None: after_step(state.step - 1, state.records)
             if state.step % config.log_every_steps == 0 or state.step == config.steps: make_record(run)
-            progress.update(state.step, {name: state.records[-1][name] for name in ("loss", "learning_rate") if state.records})
+            progress.update(state.step,
+                            {name: state.records[-1][name] for name in ("loss", "learning_rate") if state.records})
             every = config.checkpoint_every_steps
-            due = time.perf_counter() - saved_at >= (config.checkpoint_every_seconds or math.inf) or bool(every and state.step % every == 0)
+            due = time.perf_counter() - saved_at >= (config.checkpoint_every_seconds or math.inf) or bool(
+                every and state.step % every == 0
+            )
             replaced = world.size > 1 and list(map(id, held)) != list(map(id, optimizer_parameters(run.optimizer)))
-            stop, over, due, replaced = agree(world, f"the end of step {state.step}", requested.is_set(), late(), due and world.first, replaced)
+            stop, over, due, replaced = agree(world, f"the end of step {state.step}", requested.is_set(), late(),
+                                              due and world.first, replaced)
             if replaced: broadcast_from_first(run_tensors(run), world)
             if run.folder is not None and (due or stop):
                 save(run)
                 saved_at = time.perf_counter()
             if stop: raise known_to_all(KeyboardInterrupt())
 
-# %% ../../nbs/training/loop.ipynb #cdcb6ec0
-def train(
-    step_function: Callable[[int, torch.Generator], dict[str, Tensor | float]], optimizer: torch.optim.Optimizer, config: LoopConfig, *,
-    model: nn.Module | None = None, folder: str | Path | None = None, stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (),
-    after_step: Callable[[int, list[dict[str, float]]], None] | None = None, settings: Mapping[str, Any] | None = None,
-    resume: bool = False, description: str = "training", quiet: bool = False, world: World | None = None,
-) -> TrainingResult:
+# %% ../../nbs/training/loop.ipynb #e6ca4771
+def train(step_function: Callable[[int, torch.Generator], dict[str, Tensor | float]], optimizer: torch.optim.Optimizer,
+          config: LoopConfig, *, model: nn.Module | None = None, folder: str | Path | None = None,
+          stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (),
+          after_step: Callable[[int, list[dict[str, float]]], None] | None = None,
+          settings: Mapping[str, Any] | None = None, resume: bool = False, description: str = "training",
+          quiet: bool = False, world: World | None = None) -> TrainingResult:
     """Train, and return the records.
 
-    step_function(step, generator): step counts from 0; draw every random number from `generator` (seeded by the config, on the first parameter's device) or
-        from the global generators. Returns a dict: "loss" is differentiated, every entry must be one number and is logged as the mean since the last record.
-    model: saved, and averaged when ema_decay or swa_from is set. folder: of the run, for logs and checkpoints; None keeps nothing on disk.
-    stateful: name -> object with state_dict / load_state_dict, saved along. guards: objects with check(record, interval); a FiniteGuard is always there.
-    after_step(step, records): after each optimiser step; it may replace the optimiser's parameters. settings: the experiment's own, compared when resuming.
+    step_function(step, generator): step counts from 0; draw every random number from `generator` (seeded by the config,
+    on the first parameter's device) or
+        from the global generators. Returns a dict: "loss" is differentiated, every entry must be one number and is
+        logged as the mean since the last record.
+    model: saved, and averaged when ema_decay or swa_from is set. folder: of the run, for logs and checkpoints; None
+    keeps nothing on disk.
+    stateful: name -> object with state_dict / load_state_dict, saved along. guards: objects with check(record,
+    interval); a FiniteGuard is always there. after_step(step, records): after each optimiser step; it may replace the
+    optimiser's parameters. settings: the experiment's own, compared when resuming.
     resume: go on from the folder's checkpoint, or start there when it has none.
-    world: the ranks that share the run, joined before (`training.parallel`); None: this process alone. All of them call this with the same arguments; the
-        step function draws the global batch and returns the mean over its share of it, and beside it "share", its part of the batch, where that is not the
-        same for all. Rates and steps do not depend on the world; records are means over it; only the first rank writes and prints. A `stateful` object
-        that collects something of its own samples has merge(world), called on all ranks before its state is saved.
+    world: the ranks that share the run, joined before (`training.parallel`); None: this process alone. All of them call
+    this with the same arguments; the
+        step function draws the global batch and returns the mean over its share of it, and beside it "share", its part
+        of the batch, where that is not the same for all. Rates and steps do not depend on the world; records are means
+        over it; only the first rank writes and prints. A `stateful` object that collects something of its own samples
+        has merge(world), called on all ranks before its state is saved.
     Raises TrainingStopped by a guard, KiloError on bad input, KeyboardInterrupt on Ctrl-C once a checkpoint is saved.
     """
     world = world or ALONE
-    if resume and folder is None and world.first: raise KiloError("There is nothing to resume without a folder: pass the run's folder.")
+    if resume and folder is None and world.first:
+        raise KiloError("There is nothing to resume without a folder: pass the run's folder.")
     run = begin(optimizer, config, model, folder, stateful, guards, settings, world)
     with together(world):
         try:
@@ -389,4 +448,5 @@ def train(
             if run.log is not None: run.log.close()
     state = run.state
     averaged = run.averaged if run.averaged is not None and run.averaged.average else None
-    return TrainingResult(state.records, state.step, state.elapsed_s, averaged, resumed_from, state.best, state.step >= config.steps)
+    return TrainingResult(state.records, state.step, state.elapsed_s, averaged, resumed_from, state.best,
+                          state.step >= config.steps)

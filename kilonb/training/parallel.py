@@ -30,13 +30,16 @@ from torch import Tensor
 from ..core.errors import KiloError
 from .guards import TrainingStopped
 
-# %% ../../nbs/training/parallel.ipynb #d6c57768
+# %% ../../nbs/training/parallel.ipynb #86f4dfb5
 @dataclass(frozen=True)
 class World:
-    """The processes that compute one run together; the default is one process alone, for which everything in this module does nothing.
+    """The processes that compute one run together; the default is one process alone, for which everything in this
+    module does nothing.
 
-    rank: ours, from 0, of `size`. local_rank: ours among those on this machine. device: where we compute, "cpu" or "cuda:N".
-    address, port: where the ranks meet. hosted: somebody else keeps that place open, as torchrun does; otherwise rank 0 does.
+    rank: ours, from 0, of `size`. local_rank: ours among those on this machine. device: where we compute, "cpu" or
+    "cuda:N".
+    address, port: where the ranks meet. hosted: somebody else keeps that place open, as torchrun does; otherwise rank 0
+    does.
     timeout_s: seconds that we wait for another rank before we give up.
     """
 
@@ -50,7 +53,8 @@ class World:
     timeout_s: float = 600.0
 
     def __post_init__(self):
-        if not 0 <= self.rank < self.size: raise KiloError(f"Rank {self.rank} of {self.size} was given; expected 0 to {self.size - 1}.")
+        if not 0 <= self.rank < self.size:
+            raise KiloError(f"Rank {self.rank} of {self.size} was given; expected 0 to {self.size - 1}.")
         if not self.timeout_s > 0: raise KiloError(f"timeout_s is {self.timeout_s}; expected seconds above 0.")
 
     @property
@@ -66,29 +70,40 @@ class World:
 
 ALONE = World()
 
-# %% ../../nbs/training/parallel.ipynb #6a9723e1
-def world_from_environment(environment: Mapping[str, str] | None = None, device: str = "cpu", timeout_s: float = 600.0) -> World:
+# %% ../../nbs/training/parallel.ipynb #c23f7b7d
+def world_from_environment(environment: Mapping[str, str] | None = None, device: str = "cpu",
+                           timeout_s: float = 600.0) -> World:
     """What torchrun tells this process; one process alone where it was not started by torchrun.
 
     environment: default this process's. device: "cpu", or "cuda": the GPU of our local rank.
     Raises KiloError where a variable is missing or is not a number.
     """
     told = os.environ if environment is None else environment
-    if "WORLD_SIZE" not in told and "RANK" not in told: return World(device=f"{device}:0" if device == "cuda" else device, timeout_s=timeout_s)
+    if "WORLD_SIZE" not in told and "RANK" not in told:
+        return World(device=f"{device}:0" if device == "cuda" else device, timeout_s=timeout_s)
     missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in told]
-    if missing: raise KiloError(f"{missing[0]} is not set, though others of torchrun's variables are: start the ranks with torchrun, or set all of them.")
-    try: rank, size, local_rank, port = (int(told[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK" if "LOCAL_RANK" in told else "RANK", "MASTER_PORT"))
-    except ValueError: raise KiloError("RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is not a whole number: start the ranks with torchrun.") from None
+    if missing:
+        raise KiloError(f"{missing[0]} is not set, though others of torchrun's variables are: start the ranks "
+                        "with torchrun, or set all of them.")
+    try:
+        rank, size, local_rank, port = (int(told[name])
+                                        for name in ("RANK", "WORLD_SIZE",
+                                                     "LOCAL_RANK" if "LOCAL_RANK" in told else "RANK", "MASTER_PORT"))
+    except ValueError:
+        raise KiloError("RANK, WORLD_SIZE, LOCAL_RANK or MASTER_PORT is not a whole number: start the ranks "
+                        "with torchrun.") from None
     hosted = told.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return World(rank, size, local_rank, f"cuda:{local_rank}" if device == "cuda" else device, told["MASTER_ADDR"], port, hosted, timeout_s)
+    return World(rank, size, local_rank, f"cuda:{local_rank}" if device == "cuda" else device, told["MASTER_ADDR"],
+                 port, hosted, timeout_s)
 
-# %% ../../nbs/training/parallel.ipynb #86d68dbf
+# %% ../../nbs/training/parallel.ipynb #e52b2054
 _stores: dict[tuple[str, int], tuple[dist.Store, Iterator[int]]] = {}
 _meeting: "Meeting | None" = None
 
 
 class Meeting:
-    """The ranks of a world in touch with one another, from `join` to `leave`; as a context manager it leaves at the end."""
+    """The ranks of a world in touch with one another, from `join` to `leave`; as a context manager it leaves at the
+    end."""
 
     def __init__(self, world: World, store: dist.Store | None = None):
         self.world, self.store, self.waits = world, store, itertools.count()
@@ -104,28 +119,32 @@ class Meeting:
 
     def __exit__(self, *_: Any) -> None: self.leave()
 
-# %% ../../nbs/training/parallel.ipynb #af42ae96
+# %% ../../nbs/training/parallel.ipynb #1a350969
 def _place(world: World) -> dist.Store:
     """Where the ranks find one another: a part of the store for each time that this process joins there."""
     place = world.address, world.port
     if place not in _stores:
         patience = datetime.timedelta(seconds=world.timeout_s)
-        _stores[place] = dist.TCPStore(*place, is_master=world.first and not world.hosted, timeout=patience, wait_for_workers=False), itertools.count()
+        _stores[place] = dist.TCPStore(*place, is_master=world.first and not world.hosted, timeout=patience,
+                                       wait_for_workers=False), itertools.count()
     store, times = _stores[place]
     return dist.PrefixStore(f"kilonb/{next(times)}", store)
 
-
+# %% ../../nbs/training/parallel.ipynb #58880f96
 def join(world: World) -> Meeting:
-    """Meet the other ranks; returns when all are there. Raises KiloError where one does not come in `world.timeout_s`, or we are in a world already."""
+    """Meet the other ranks; returns when all are there. Raises KiloError where one does not come in `world.timeout_s`,
+    or we are in a world already."""
     global _meeting
     if world.size == 1: return Meeting(world)
     if dist.is_initialized(): raise KiloError("This process is in a world already: leave that one first.")
     try:
         store = _place(world)
         if world.device.startswith("cuda"): torch.cuda.set_device(world.device)
-        dist.init_process_group(world.backend, store=store, rank=world.rank, world_size=world.size, timeout=datetime.timedelta(seconds=world.timeout_s))
+        dist.init_process_group(world.backend, store=store, rank=world.rank, world_size=world.size,
+                                timeout=datetime.timedelta(seconds=world.timeout_s))
     except (RuntimeError, ValueError) as error:
-        raise known_to_all(KiloError(f"Rank {world.rank} waited {world.timeout_s:g} s at {world.address}:{world.port}, and not all {world.size} ranks came: "
+        raise known_to_all(KiloError(f"Rank {world.rank} waited {world.timeout_s:g} s at "
+                                     f"{world.address}:{world.port}, and not all {world.size} ranks came: "
                                      "start all of them with the same address, as torchrun does.")) from error
     _meeting = Meeting(world, store)
     return _meeting
@@ -136,22 +155,23 @@ def known_to_all(error: BaseException) -> BaseException:
     error.agreed = True
     return error
 
-# %% ../../nbs/training/parallel.ipynb #26d8e42d
+# %% ../../nbs/training/parallel.ipynb #5edbd8c9
 def _free_port() -> int:
     with socket.socket() as place:
         place.bind(("127.0.0.1", 0))
         return place.getsockname()[1]
 
-
+# %% ../../nbs/training/parallel.ipynb #ef0cd51a
 def _be_a_rank(function: Callable, world: World, results: Any) -> None:
     torch.set_num_threads(1)
     try:
         with join(world): results.send(function(world))
     except (KiloError, KeyboardInterrupt) as error: results.send(f"{type(error).__name__}: {error}")
 
-
+# %% ../../nbs/training/parallel.ipynb #93bfff39
 def in_worlds(function: Callable[[World], Any], size: int, timeout_s: float = 20.0) -> list[Any]:
-    """What `function(world)` returns on each rank of a world of `size` forked copies of this process, each with one thread; its error as text."""
+    """What `function(world)` returns on each rank of a world of `size` forked copies of this process, each with one
+    thread; its error as text."""
     context, port = multiprocessing.get_context("fork"), _free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     worlds = [World(rank, size, rank, port=port, timeout_s=timeout_s) for rank in range(size)]
@@ -166,53 +186,62 @@ def in_worlds(function: Callable[[World], Any], size: int, timeout_s: float = 20
     for process in ranks: process.join()
     return answers
 
-# %% ../../nbs/training/parallel.ipynb #6b1ebdc1
+# %% ../../nbs/training/parallel.ipynb #a9b37a64
 _QUESTIONS = 4
 
 
 def agree(world: World, place: str, *wishes: bool, error: BaseException | None = None) -> tuple[bool, ...]:
     """Ask all ranks, who must ask too: returns for each of at most four wishes whether any rank has it.
 
-    place: where in the run we are, the same on all ranks. error: what went wrong here. Raises on every rank where one of them has an error: our own, or
-    TrainingStopped, KeyboardInterrupt or KiloError, as the other's was, that names it; KiloError too where the ranks are at different places.
+    place: where in the run we are, the same on all ranks. error: what went wrong here. Raises on every rank where one
+    of them has an error: our own, or TrainingStopped, KeyboardInterrupt or KiloError, as the other's was, that names
+    it; KiloError too where the ranks are at different places.
     """
     if world.size == 1:
         if error is not None: raise error
         return wishes
     code = zlib.crc32(place.encode())
-    answers = torch.tensor([error is not None, code, -code, *wishes, *[0] * (_QUESTIONS - len(wishes))], dtype=torch.int64)
+    answers = torch.tensor([error is not None, code, -code, *wishes, *[0] * (_QUESTIONS - len(wishes))],
+                           dtype=torch.int64)
     with _in_touch(world, place): dist.all_reduce(answers, dist.ReduceOp.MAX)
     failed, most, least, *wished = answers.tolist()
     if failed: _end_together(world, error)
-    if most != -least: raise known_to_all(KiloError(f"The ranks are out of step: rank {world.rank} is at '{place}', another one is elsewhere."))
+    if most != -least:
+        raise known_to_all(KiloError(f"The ranks are out of step: rank {world.rank} is at '{place}', another one "
+                                     "is elsewhere."))
     return tuple(bool(wish) for wish in wished[:len(wishes)])
 
-
+# %% ../../nbs/training/parallel.ipynb #2986cfa2
 @contextmanager
 def _in_touch(world: World, place: str) -> Iterator[None]:
-    if _meeting is None: raise known_to_all(KiloError(f"Rank {world.rank} of {world.size} is not in touch with the others: call join(world) first."))
+    if _meeting is None:
+        raise known_to_all(KiloError(f"Rank {world.rank} of {world.size} is not in touch with the others: call "
+                                     "join(world) first."))
     try: yield
     except RuntimeError as error:
-        raise known_to_all(KiloError(f"Rank {world.rank} lost touch with the other ranks at '{place}': one of them ended, or did not answer within "
-                                f"{world.timeout_s:g} s; see what it printed last.")) from error
+        raise known_to_all(KiloError(f"Rank {world.rank} lost touch with the other ranks at '{place}': one "
+                                     "of them ended, or did not answer within "
+                                     f"{world.timeout_s:g} s; see what it printed last.")) from error
 
-# %% ../../nbs/training/parallel.ipynb #cd6d2a28
+# %% ../../nbs/training/parallel.ipynb #ed3a7d2f
 def gather_values(value: Any, world: World, place: str = "values") -> list[Any]:
     """Every rank's `value`, any plain data, in their order, on every rank."""
     if world.size == 1: return [value]
     agree(world, place)
     return _gathered(value, world, place)
 
-
+# %% ../../nbs/training/parallel.ipynb #77f2ee5d
 def _gathered(value: Any, world: World, place: str) -> list[Any]:
     values: list[Any] = [None] * world.size
     with _in_touch(world, place): dist.all_gather_object(values, value)
     return values
 
-
+# %% ../../nbs/training/parallel.ipynb #7b8e0980
 def _end_together(world: World, error: BaseException | None) -> None:
-    kind = next((kind for kind in (KeyboardInterrupt, TrainingStopped, KiloError) if isinstance(error, kind)), Exception)
-    sentence = "" if error is None else f"{error}" if isinstance(error, KiloError) else f"{type(error).__name__}: {error}"
+    kind = next((kind for kind in (KeyboardInterrupt, TrainingStopped, KiloError) if isinstance(error, kind)),
+                Exception)
+    sentence = "" if error is None else f"{error}" if isinstance(error,
+                                                                 KiloError) else f"{type(error).__name__}: {error}"
     told = _gathered(None if error is None else (kind.__name__, sentence), world, "an error")
     if error is not None: raise known_to_all(error)
     rank, (kind, sentence) = next((rank, entry) for rank, entry in enumerate(told) if entry is not None)
@@ -220,27 +249,30 @@ def _end_together(world: World, error: BaseException | None) -> None:
     if kind == "TrainingStopped": raise known_to_all(TrainingStopped(f"Rank {rank}: {sentence}"))
     raise known_to_all(KiloError(f"Rank {rank} failed, and all stopped with it: {sentence}"))
 
-# %% ../../nbs/training/parallel.ipynb #12744ee5
+# %% ../../nbs/training/parallel.ipynb #43574063
 @contextmanager
 def together(world: World) -> Iterator[None]:
-    """Within the `with`, an exception of one rank is told to the others at their next exchange, where it ends them too."""
+    """Within the `with`, an exception of one rank is told to the others at their next exchange, where it ends them
+    too."""
     try: yield
     except BaseException as error:
         if world.size > 1 and not getattr(error, "agreed", False):
             with suppress(KiloError): agree(world, "an error", error=error)
         raise
 
-# %% ../../nbs/training/parallel.ipynb #dd73baba
+# %% ../../nbs/training/parallel.ipynb #e8ec645e
 @contextmanager
 def first_goes_ahead(world: World, patience_s: float = 86_400.0) -> Iterator[None]:
-    """The block of the `with`, for the first rank at once, for the others when it has done with it. Raises KiloError on those where it failed."""
+    """The block of the `with`, for the first rank at once, for the others when it has done with it. Raises KiloError on
+    those where it failed."""
     if world.size == 1:
         yield
         return
     with _in_touch(world, "waiting for rank 0"):
         store, key, began = _meeting.store, f"ahead/{next(_meeting.waits)}", time.monotonic()
         while not world.first and not store.check([key]):
-            if time.monotonic() - began > patience_s: raise KiloError(f"Rank {world.rank} has waited {patience_s:g} s for rank 0: see what it does.")
+            if time.monotonic() - began > patience_s:
+                raise KiloError(f"Rank {world.rank} has waited {patience_s:g} s for rank 0: see what it does.")
             time.sleep(0.05)
         failed = "" if world.first else store.get(key).decode()
     if failed: raise known_to_all(KiloError(f"Rank 0 failed, and all stopped with it: {failed}"))
@@ -253,10 +285,12 @@ def first_goes_ahead(world: World, patience_s: float = 86_400.0) -> Iterator[Non
         store.set(key, "")
         agree(world, "after rank 0")
 
-# %% ../../nbs/training/parallel.ipynb #8aa049f8
+# %% ../../nbs/training/parallel.ipynb #0380a8ff
 def share(batch_size: int, world: World) -> slice:
     """Our samples of a global batch. Raises KiloError where there are fewer samples than ranks."""
-    if batch_size < world.size: raise KiloError(f"A batch of {batch_size} cannot be shared by {world.size} ranks: raise the batch size or take fewer ranks.")
+    if batch_size < world.size:
+        raise KiloError(f"A batch of {batch_size} cannot be shared by {world.size} ranks: raise the batch "
+                        "size or take fewer ranks.")
     return slice(world.rank, batch_size, world.size)
 
 
@@ -264,13 +298,14 @@ def share_weight(batch_size: int, world: World) -> float:
     """The part of a global batch that is ours; sums to 1 over the ranks."""
     return len(range(batch_size)[share(batch_size, world)]) / batch_size
 
-# %% ../../nbs/training/parallel.ipynb #302c0ceb
+# %% ../../nbs/training/parallel.ipynb #9796f2f4
 @dataclass(frozen=True)
 class DistributedSteps:
     """Which samples each step of a run sees, the same for any number of ranks.
 
-    count: samples in the dataset. global_batch: samples per step, of all ranks together. seed: of the shuffling. steps_per_epoch: None: as many whole
-    batches as there are; what is left over is another's turn in the next epoch. A given number may show samples again, after all others.
+    count: samples in the dataset. global_batch: samples per step, of all ranks together. seed: of the shuffling.
+    steps_per_epoch: None: as many whole batches as there are; what is left over is another's turn in the next epoch. A
+    given number may show samples again, after all others.
     """
 
     count: int
@@ -280,10 +315,12 @@ class DistributedSteps:
     steps_per_epoch: int | None = None
 
     def __post_init__(self):
-        if min(self.count, self.global_batch) < 1: raise KiloError(f"There are {self.count} samples for batches of {self.global_batch}; expected 1 or more.")
+        if min(self.count, self.global_batch) < 1:
+            raise KiloError(f"There are {self.count} samples for batches of {self.global_batch}; expected 1 or more.")
         if self.steps_per_epoch is None:
             if self.count < self.global_batch:
-                raise KiloError(f"The dataset has {self.count} samples, less than a batch of {self.global_batch}: lower it, or give steps_per_epoch.")
+                raise KiloError(f"The dataset has {self.count} samples, less than a batch of {self.global_batch}: "
+                                "lower it, or give steps_per_epoch.")
             object.__setattr__(self, "steps_per_epoch", self.count // self.global_batch)
         if self.steps_per_epoch < 1: raise KiloError(f"steps_per_epoch is {self.steps_per_epoch}; expected 1 or more.")
         share(self.global_batch, self.world)
@@ -299,7 +336,8 @@ class DistributedSteps:
         epoch, inside = self.place(step)
         first = inside * self.global_batch
         turns = range(first // self.count, (first + self.global_batch - 1) // self.count + 1)
-        order = np.concatenate([np.random.default_rng([self.seed, epoch, turn]).permutation(self.count) for turn in turns])
+        order = np.concatenate([np.random.default_rng([self.seed, epoch, turn]).permutation(self.count)
+                                for turn in turns])
         start = first - turns[0] * self.count
         return torch.from_numpy(order[start:start + self.global_batch])
 
@@ -312,50 +350,58 @@ class DistributedSteps:
         """The part of each batch that is ours, for the step function's "share"."""
         return share_weight(self.global_batch, self.world)
 
-# %% ../../nbs/training/parallel.ipynb #b6e62476
-def epoch_indices(count: int, epoch: int, seed: int, global_batch: int, world: World = ALONE, steps_per_epoch: int | None = None) -> list[Tensor]:
+# %% ../../nbs/training/parallel.ipynb #e00b46fd
+def epoch_indices(count: int, epoch: int, seed: int, global_batch: int, world: World = ALONE,
+                  steps_per_epoch: int | None = None) -> list[Tensor]:
     """Our samples of each step of an epoch; see `DistributedSteps`."""
     steps = DistributedSteps(count, global_batch, seed, world, steps_per_epoch)
     return [steps.batch_of(epoch * len(steps) + inside) for inside in range(len(steps))]
 
-# %% ../../nbs/training/parallel.ipynb #704705ce
+# %% ../../nbs/training/parallel.ipynb #98b1a109
 _LARGE = 2**18
 
 
 def _sums(tensors: Sequence[Tensor], world: World, place: str) -> list[Tensor]:
-    """The sums of each tensor over the ranks, in place where it is large: one call for each large one, and one for all others of a type and device."""
+    """The sums of each tensor over the ranks, in place where it is large: one call for each large one, and one for all
+    others of a type and device."""
     sums, buckets = list(tensors), {}
     for i, tensor in enumerate(tensors):
-        if tensor.numel() < _LARGE or not tensor.is_contiguous(): buckets.setdefault((tensor.dtype, tensor.device), []).append(i)
+        if tensor.numel() < _LARGE or not tensor.is_contiguous():
+            buckets.setdefault((tensor.dtype, tensor.device), []).append(i)
         else:
             with _in_touch(world, place): dist.all_reduce(tensor)
     for chosen in buckets.values():
         flat = torch.cat([tensors[i].reshape(-1) for i in chosen])
         with _in_touch(world, place): dist.all_reduce(flat)
-        for i, part in zip(chosen, flat.split([tensors[i].numel() for i in chosen])): sums[i] = part.view(tensors[i].shape)
+        for i, part in zip(chosen, flat.split([tensors[i].numel() for i in chosen])):
+            sums[i] = part.view(tensors[i].shape)
     return sums
 
-
+# %% ../../nbs/training/parallel.ipynb #c3d700bd
 def mean_over_ranks(tensors: Sequence[Tensor], world: World, weight: float | None = None) -> list[Tensor]:
-    """The weighted means over the ranks of tensors that have the same shapes on all. weight: ours; they sum to 1 over the ranks; None: all alike."""
+    """The weighted means over the ranks of tensors that have the same shapes on all. weight: ours; they sum to 1 over
+    the ranks; None: all alike."""
     if world.size == 1: return list(tensors)
     agree(world, "means")
     weight = 1 / world.size if weight is None else weight
     return _sums([tensor.detach() * weight for tensor in tensors], world, "means")
 
-# %% ../../nbs/training/parallel.ipynb #bede442a
+# %% ../../nbs/training/parallel.ipynb #934767ee
 def average_gradients(parameters: Iterable[Tensor], world: World, weight: float | None = None) -> None:
-    """Replace each parameter's gradient by its weighted mean over the ranks; where no rank has one it stays None. weight: as in `mean_over_ranks`."""
+    """Replace each parameter's gradient by its weighted mean over the ranks; where no rank has one it stays None.
+    weight: as in `mean_over_ranks`."""
     if world.size == 1: return
     parameters, weight = list(parameters), 1 / world.size if weight is None else weight
     agree(world, f"gradients of {len(parameters)} parameters")
     scaled = [torch.zeros_like(p, requires_grad=False) if p.grad is None else p.grad.mul_(weight) for p in parameters]
     had = torch.tensor([*(p.grad is not None for p in parameters), weight], dtype=torch.float64)
     *means, had = _sums([*scaled, had], world, "gradients")
-    if abs(had[-1] - 1) > 1e-6: raise known_to_all(KiloError(f"The ranks' shares sum to {had[-1]:.4g}; expected 1: give share_weight of the global batch."))
+    if abs(had[-1] - 1) > 1e-6:
+        raise known_to_all(KiloError(f"The ranks' shares sum to {had[-1]:.4g}; expected 1: give share_weight of the "
+                                     "global batch."))
     for parameter, mean, count in zip(parameters, means, had.tolist()): parameter.grad = mean if count else None
 
-# %% ../../nbs/training/parallel.ipynb #494b2224
+# %% ../../nbs/training/parallel.ipynb #a167a9f7
 class _Rows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, own: Tensor, count: int, world: World) -> Tensor:
@@ -367,20 +413,25 @@ class _Rows(torch.autograd.Function):
         return rows.transpose(0, 1).reshape(world.size * tallest, *own.shape[1:])[:count]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]: return gradient[ctx.mine] * ctx.size, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient[ctx.mine] * ctx.size, None, None
 
-
+# %% ../../nbs/training/parallel.ipynb #98bf1481
 def gather_rows(parts: Sequence[Tensor], count: int, world: World) -> list[Tensor]:
-    """All rows of tensors [count, ...] over a global batch, of which `parts` [n, ...] are our `share`, of one type; they travel together.
+    """All rows of tensors [count, ...] over a global batch, of which `parts` [n, ...] are our `share`, of one type;
+    they travel together.
 
     Differentiable, and to be followed by `average_gradients` with equal weights; see the note on losses above.
     """
     if world.size == 1: return list(parts)
     wrong = next((len(part) for part in parts if len(part) != len(range(count)[share(count, world)])), None)
-    if wrong is not None: raise KiloError(f"{wrong} rows were given as rank {world.rank}'s share of {count}: see `share`.")
+    if wrong is not None:
+        raise KiloError(f"{wrong} rows were given as rank {world.rank}'s share of {count}: see `share`.")
     agree(world, "rows")
-    rows = _Rows.apply(torch.cat([part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts], 1), count, world)
-    return [columns.reshape(count, *part.shape[1:]) for columns, part in zip(rows.split([part[:1].numel() for part in parts], 1), parts)]
+    rows = _Rows.apply(torch.cat([part.flatten(1) if part.ndim > 1 else part[:, None] for part in parts], 1), count,
+                       world)
+    return [columns.reshape(count, *part.shape[1:]) for columns,
+            part in zip(rows.split([part[:1].numel() for part in parts], 1), parts)]
 
 # %% ../../nbs/training/parallel.ipynb #c88d9952
 def largest_over_ranks(tensor: Tensor, world: World) -> None:
@@ -398,7 +449,7 @@ def _merge(tensor: Tensor, world: World, how: Any) -> None:
     agree(world, "merging")
     with _in_touch(world, "merging"): dist.all_reduce(tensor, how)
 
-# %% ../../nbs/training/parallel.ipynb #8b9f8d77
+# %% ../../nbs/training/parallel.ipynb #4ac3083b
 def from_first(value: Any, world: World) -> Any:
     """The first rank's `value`, any plain data, on every rank."""
     if world.size == 1: return value
@@ -407,40 +458,45 @@ def from_first(value: Any, world: World) -> Any:
     with _in_touch(world, "what the first rank has"): dist.broadcast_object_list(box, src=0)
     return box[0]
 
-
+# %% ../../nbs/training/parallel.ipynb #909951e8
 def barrier(world: World) -> None:
     """Return when all ranks are here."""
     agree(world, "a barrier")
 
+# %% ../../nbs/training/parallel.ipynb #83106dc3
+def _shapes(tensors: Sequence[Tensor]) -> list[tuple]:
+    return [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
 
-def _shapes(tensors: Sequence[Tensor]) -> list[tuple]: return [(tuple(tensor.shape), str(tensor.dtype)) for tensor in tensors]
-
-
+# %% ../../nbs/training/parallel.ipynb #5bb4610a
 def broadcast_from_first(tensors: Sequence[Tensor], world: World) -> None:
     """Give every rank the first one's values, in place. Raises KiloError where the shapes differ, naming the rank."""
     if world.size == 1: return
     everyones = gather_values(_shapes(tensors), world, "shapes")
     other = next((rank for rank, shapes in enumerate(everyones) if shapes != everyones[0]), None)
-    if other is not None: raise known_to_all(KiloError(f"Rank {other} has parameters of other shapes than rank 0: all ranks must build the same model."))
+    if other is not None:
+        raise known_to_all(KiloError(f"Rank {other} has parameters of other shapes than rank 0: all ranks must build "
+                                     "the same model."))
     for tensor in tensors:
         if not tensor.numel(): continue
         sent = tensor.detach().contiguous()
         with _in_touch(world, "weights"): dist.broadcast(sent.reshape(-1).view(torch.uint8), src=0)
         if not world.first: tensor.detach().copy_(sent)
 
-# %% ../../nbs/training/parallel.ipynb #40fd5ba7
+# %% ../../nbs/training/parallel.ipynb #08cf6ebc
 def weights_digest(parameters: Iterable[Tensor]) -> str:
     """Sixteen letters that differ where one bit of the parameters does."""
     content = hashlib.sha256()
-    for parameter in parameters: content.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    for parameter in parameters:
+        content.update(parameter.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return content.hexdigest()[:16]
 
 
 def check_in_step(parameters: Iterable[Tensor], world: World, when: str = "now") -> None:
-    """Raises KiloError, naming the rank, where the ranks do not hold the same weights to the bit. when: for the message."""
+    """Raises KiloError, naming the rank, where the ranks do not hold the same weights to the bit. when: for the
+    message."""
     if world.size == 1: return
     digests = gather_values(weights_digest(parameters), world, "digests")
     other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
     if other is not None:
-        raise known_to_all(KiloError(f"Rank {other} has other weights than rank 0 ({when}): a step drew from a random stream that the ranks do not share, "
-                                "or changed parameters on one rank only."))
+        raise known_to_all(KiloError(f"Rank {other} has other weights than rank 0 ({when}): a step drew from a random "
+                                     "stream that the ranks do not share, " "or changed parameters on one rank only."))

@@ -18,28 +18,34 @@ def duration(seconds: float) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
-# %% ../../nbs/training/progress.ipynb #c192ebc2
+# %% ../../nbs/training/progress.ipynb #406ce906
 def progress_line(description: str, step: int, total: int, values: Mapping[str, float], steps_per_second: float) -> str:
-    """One line: step of total, percent, the values, and, where the speed is known (above 0), the speed and the time that is left."""
-    speed = [f"{steps_per_second:.1f} steps/s", f"{duration((total - step) / steps_per_second)} left"] if steps_per_second > 0 else []
+    """One line: step of total, percent, the values, and, where the speed is known (above 0), the speed and the time
+    that is left."""
+    speed = [f"{steps_per_second:.1f} steps/s",
+             f"{duration((total - step) / steps_per_second)} left"] if steps_per_second > 0 else []
     numbers = [f"{name} {value:.4g}" for name, value in values.items()]
     return "  ".join([f"{description} {step:>{len(str(total))}}/{total}", f"{step / total:4.0%}", *numbers, *speed])
 
-# %% ../../nbs/training/progress.ipynb #1393bc60
+# %% ../../nbs/training/progress.ipynb #9c16821a
 class Progress:
-    """Shows how far a run is: a bar on a terminal, else a line at most every `every_s` seconds, the first line and the last always.
+    """Shows how far a run is: a bar on a terminal, else a line at most every `every_s` seconds, the first line and the
+    last always.
 
-    total: steps of the run; start: steps that were done before (resumed). stream: where to; standard output by default. quiet: show nothing.
+    total: steps of the run; start: steps that were done before (resumed). stream: where to; standard output by default.
+    quiet: show nothing.
     """
 
-    def __init__(self, total: int, description: str = "training", start: int = 0, every_s: float = 5.0, stream: TextIO | None = None, quiet: bool = False):
+    def __init__(self, total: int, description: str = "training", start: int = 0, every_s: float = 5.0,
+                 stream: TextIO | None = None, quiet: bool = False):
         self.total, self.description, self.start, self.every_s, self.quiet = total, description, start, every_s, quiet
         self.stream, self.began, self.spoke = stream or sys.stdout, time.perf_counter(), None
         self.step, self.bar = start, None
         if not quiet and self.stream.isatty():
             from tqdm import tqdm
 
-            self.bar = tqdm(total=total, initial=start, desc=description, file=self.stream, dynamic_ncols=True, mininterval=0.2, unit=" steps")
+            self.bar = tqdm(total=total, initial=start, desc=description, file=self.stream, dynamic_ncols=True,
+                            mininterval=0.2, unit=" steps")
 
     def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """`step` steps are done; `values` are shown beside (the last logged numbers)."""
@@ -47,7 +53,8 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
             self.bar.update(advance)
-        elif not self.quiet and (self.spoke is None or step == self.total or time.perf_counter() - self.spoke >= self.every_s):
+        elif not self.quiet and (self.spoke is None or step == self.total
+                                 or time.perf_counter() - self.spoke >= self.every_s):
             first, self.spoke = self.spoke is None, time.perf_counter()
             speed = 0.0 if first else (step - self.start) / max(self.spoke - self.began, 1e-9)
             print(progress_line(self.description, step, self.total, values, speed), file=self.stream, flush=True)

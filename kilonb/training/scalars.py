@@ -19,36 +19,42 @@ import numpy as np
 from ..core.errors import KiloError
 from ..core.files import atomic_write
 
-# %% ../../nbs/training/scalars.ipynb #e6b97ee1
+# %% ../../nbs/training/scalars.ipynb #08c69b62
 SCALARS_NAME = "metrics.csv"
 
 
 def csv_line(values) -> str:
     """One CSV line; floats by `repr`, so that they read back bit for bit."""
     line = io.StringIO()
-    csv.writer(line, lineterminator="\n").writerow([repr(value) if isinstance(value, float) else value for value in values])
+    csv.writer(line,
+               lineterminator="\n").writerow([repr(value) if isinstance(value, float) else value for value in values])
     return line.getvalue()
 
-
+# %% ../../nbs/training/scalars.ipynb #9fb091a7
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """(columns, rows as text) of a scalars file; a last line that was cut off is left out. KiloError where there is no file or no header."""
-    if not path.is_file(): raise KiloError(f"There is no scalars file {path}: the run has logged nothing yet, or this is not a run's folder.")
+    """(columns, rows as text) of a scalars file; a last line that was cut off is left out. KiloError where there is no
+    file or no header."""
+    if not path.is_file():
+        raise KiloError(f"There is no scalars file {path}: the run has logged nothing yet, or this is not a "
+                        "run's folder.")
     lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-    if not lines or lines[0][:2] != ["step", "elapsed_s"]: raise KiloError(f"{path} is not a scalars file: its header must start with step,elapsed_s.")
+    if not lines or lines[0][:2] != ["step", "elapsed_s"]:
+        raise KiloError(f"{path} is not a scalars file: its header must start with step,elapsed_s.")
     return lines[0], [dict(zip(lines[0], line)) for line in lines[1:] if len(line) == len(lines[0])]
 
-
+# %% ../../nbs/training/scalars.ipynb #28a7dd12
 def write_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
     """Replace the file at `path` by these rows, atomically."""
     text = csv_line(columns) + "".join(csv_line([row.get(name, "") for name in columns]) for row in rows)
     with atomic_write(path) as partial: partial.write_text(text, encoding="utf-8")
 
-# %% ../../nbs/training/scalars.ipynb #d0a1e520
+# %% ../../nbs/training/scalars.ipynb #82de6b32
 class ScalarLog:
     """Scalars of a run, to `folder/metrics.csv` and TensorBoard event files in `folder`, by one call.
 
-    resume_step: None starts a fresh log, and a folder that already holds one is a KiloError; a number continues it after that step: later rows are removed
-    from the CSV file, later events are purged by TensorBoard. A context manager; `close` it otherwise.
+    resume_step: None starts a fresh log, and a folder that already holds one is a KiloError; a number continues it
+    after that step: later rows are removed from the CSV file, later events are purged by TensorBoard. A context
+    manager; `close` it otherwise.
     """
 
     def __init__(self, folder: str | os.PathLike, resume_step: int | None = None):
@@ -65,16 +71,19 @@ class ScalarLog:
         self.events = SummaryWriter(str(folder), purge_step=None if resume_step is None else resume_step + 1)
 
     def log(self, step: int, values: Mapping[str, float], elapsed_s: float | None = None) -> None:
-        """Write one step: a row of the CSV file and the TensorBoard events. Names may appear and vanish; elapsed_s defaults to this object's age."""
+        """Write one step: a row of the CSV file and the TensorBoard events. Names may appear and vanish; elapsed_s
+        defaults to this object's age."""
         row = {name: float(value) for name, value in values.items() if name not in ("step", "elapsed_s")}
-        row = {"step": int(step), "elapsed_s": float(elapsed_s if elapsed_s is not None else time.perf_counter() - self.started), **row}
+        row = {"step": int(step),
+               "elapsed_s": float(elapsed_s if elapsed_s is not None else time.perf_counter() - self.started), **row}
         added = [name for name in row if name not in self.columns]
         if added:
             rows = read_rows(self.path)[1]
             self.columns += added
             write_rows(self.path, self.columns, [*rows, row])
         else:
-            with self.path.open("a", encoding="utf-8", newline="") as file: file.write(csv_line([row.get(name, "") for name in self.columns]))
+            with self.path.open("a", encoding="utf-8", newline="") as file:
+                file.write(csv_line([row.get(name, "") for name in self.columns]))
         for name, value in row.items():
             if name != "step": self.events.add_scalar(name, value, step)
 
@@ -90,9 +99,11 @@ class ScalarLog:
 
     def __exit__(self, *_): self.close()
 
-# %% ../../nbs/training/scalars.ipynb #393b47e3
+# %% ../../nbs/training/scalars.ipynb #dfdfd3f3
 def read_scalars(folder: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The logged numbers of a run's folder: name -> float64 array, one entry a logged step ("step" is int64), NaN where a row has none."""
+    """The logged numbers of a run's folder: name -> float64 array, one entry a logged step ("step" is int64), NaN where
+    a row has none."""
     columns, rows = read_rows(Path(folder) / SCALARS_NAME)
-    table = {name: np.array([float(row[name]) if row[name] else math.nan for row in rows], dtype=np.float64) for name in columns}
+    table = {name: np.array([float(row[name]) if row[name] else math.nan for row in rows], dtype=np.float64)
+             for name in columns}
     return {**table, "step": table["step"].astype(np.int64)}

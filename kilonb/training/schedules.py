@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 from ..core.errors import KiloError
 
-# %% ../../nbs/training/schedules.ipynb #48e90de3
+# %% ../../nbs/training/schedules.ipynb #7aa49890
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Factor on the peak learning rate: linear warm-up, then half a cosine that ends at `minimum_ratio` on step `steps - 1`.
+    """Factor on the peak learning rate: linear warm-up, then half a cosine that ends at `minimum_ratio` on step `steps
+    - 1`.
 
     steps: length of the schedule, > warmup_steps. warmup_steps: >= 0. minimum_ratio: the last step's factor, 0..1.
     Source: Loshchilov & Hutter 2017 (SGDR), eq. 5, one cycle. KiloError on values that contradict each other.
@@ -26,7 +27,8 @@ class WarmupCosine:
 
     def __post_init__(self):
         if not 0 <= self.warmup_steps < self.steps:
-            raise KiloError(f"A warm-up of {self.warmup_steps} steps does not fit in a schedule of {self.steps}: set warmup_steps below it, 5% is usual.")
+            raise KiloError(f"A warm-up of {self.warmup_steps} steps does not fit in a schedule of {self.steps}: "
+                            "set warmup_steps below it, 5% is usual.")
         if not 0 <= self.minimum_ratio <= 1: raise KiloError(f"minimum_ratio is {self.minimum_ratio}; expected 0..1.")
 
     def factor(self, step: int) -> float:
@@ -35,21 +37,22 @@ class WarmupCosine:
         way = min(1.0, (step - self.warmup_steps) / max(1, self.steps - 1 - self.warmup_steps))
         return self.minimum_ratio + (1 - self.minimum_ratio) * (1 + math.cos(math.pi * way)) / 2
 
-# %% ../../nbs/training/schedules.ipynb #72a76f43
-def schedule_for(steps: int, schedule_steps: int | None, warmup_steps: int, minimum_ratio: float, allow_mismatch: bool = False) -> WarmupCosine:
-    """The schedule of a run of `steps`; `schedule_steps` None follows it, another value is a KiloError unless `allow_mismatch`."""
+# %% ../../nbs/training/schedules.ipynb #c6fc2b8c
+def schedule_for(steps: int, schedule_steps: int | None, warmup_steps: int, minimum_ratio: float,
+                 allow_mismatch: bool = False) -> WarmupCosine:
+    """The schedule of a run of `steps`; `schedule_steps` None follows it, another value is a KiloError unless
+    `allow_mismatch`."""
     if schedule_steps not in (None, steps) and not allow_mismatch:
-        raise KiloError(
-            f"The schedule is {schedule_steps} steps long and the run {steps}: leave schedule_steps out, and it follows the run, "
-            "or set allow_schedule_mismatch=true."
-        )
+        raise KiloError(f"The schedule is {schedule_steps} steps long and the run {steps}: leave "
+                        "schedule_steps out, and it follows the run, " "or set allow_schedule_mismatch=true.")
     return WarmupCosine(schedule_steps or steps, warmup_steps, minimum_ratio)
 
-# %% ../../nbs/training/schedules.ipynb #f30fe58b
+# %% ../../nbs/training/schedules.ipynb #85263365
 def set_learning_rates(optimizer, learning_rate: float | None, factor: float) -> float:
     """Set each param group's "lr" to its peak times `factor`; returns the largest rate set.
 
-    The peak is derived from `learning_rate` and the group's own rate on first sight, by the rule above, and kept in group["peak_learning_rate"].
+    The peak is derived from `learning_rate` and the group's own rate on first sight, by the rule above, and kept in
+    group["peak_learning_rate"].
     """
     default = optimizer.defaults["lr"]
     own = any(group.get("peak_learning_rate", group["lr"]) != default for group in optimizer.param_groups)
