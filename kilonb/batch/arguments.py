@@ -19,9 +19,10 @@ def data_root() -> Path | None:
     """Where real datasets lie, as the environment variable KILONB_DATA says; None: not told."""
     return Path(os.environ["KILONB_DATA"]).expanduser().resolve() if os.environ.get("KILONB_DATA") else None
 
-# %% ../../nbs/batch/arguments.ipynb #964af3c3
+# %% ../../nbs/batch/arguments.ipynb #6cac9d28
 def resolve_argument(text: str, root: Path | None) -> str:
-    """The text of `--data` as a notebook's `data`: `kind:absolute path`, or a name that the library can resolve by itself."""
+    """The text of `--data` as a notebook's `data`: `kind:absolute path`, or a name that the library can resolve by
+    itself."""
     from kilonb.data.manifests import load_manifests, locate
 
     kind, colon, path = text.partition(":")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TypedTranslator', 'Watch', 'interrupt_runs', 'execute', 'RunFailed', 'RunInterrupted', 'run_notebook']
 
-# %% ../../nbs/batch/execution.ipynb #326ec4d2
+# %% ../../nbs/batch/execution.ipynb #b59607b6
 import asyncio
 import contextlib
 import datetime
@@ -23,7 +23,17 @@ from typing import Any, TextIO
 from ..core.errors import KiloError
 from ..core.files import write_json
 from ..runs.notebooks import Notebook, count_cells, typed_values, without_address_grammar
-from ..runs.folders import FAILED, FINISHED, INTERRUPTED, PREPARED, RunRecord, mark_run, prepare_run, read_run, read_status
+from kilonb.runs.folders import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    PREPARED,
+    RunRecord,
+    mark_run,
+    prepare_run,
+    read_run,
+    read_status,
+)
 from .watching import parse_progress
 
 # %% ../../nbs/batch/execution.ipynb #e7114e68
@@ -60,14 +70,15 @@ def _kernel_environment(more: Mapping[str, str]) -> dict[str, str]:
     quiet = {"PYDEVD_DISABLE_FILE_VALIDATION": "1"}
     return {name: value for name, value in os.environ.items() if name != "MPLBACKEND"} | quiet | dict(more)
 
-# %% ../../nbs/batch/execution.ipynb #389ccc05
+# %% ../../nbs/batch/execution.ipynb #d305244f
 class TypedTranslator(PythonTranslator):
     """Writes checked values into the injected cell: what the kernel reads back is equal in value and in type."""
 
     @classmethod
     def translate(cls, value: Any) -> str:
         if isinstance(value, float): return cls.translate_float(value)
-        if isinstance(value, dict): return "{" + ", ".join(f"{key!r}: {cls.translate(item)}" for key, item in value.items()) + "}"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key!r}: {cls.translate(item)}" for key, item in value.items()) + "}"
         if isinstance(value, list): return "[" + ", ".join(map(cls.translate, value)) + "]"
         if isinstance(value, tuple): return "(" + "".join(f"{cls.translate(item)}, " for item in value) + ")"
         return repr(value)
@@ -75,16 +86,25 @@ class TypedTranslator(PythonTranslator):
 
 papermill_translators.register("kilonb", TypedTranslator)
 
-# %% ../../nbs/batch/execution.ipynb #77ab6827
+# %% ../../nbs/batch/execution.ipynb #a9d98328
 class Watch:
-    """What stands between a running notebook and its terminal: prints headings and output as they come, keeps them, passes Ctrl-C on.
+    """What stands between a running notebook and its terminal: prints headings and output as they come, keeps them,
+    passes Ctrl-C on.
 
-    stream: where the notebook's standard output goes; errors: its standard error. folder: of the run, for `log.txt` and `progress.json`; None: neither.
+    stream: where the notebook's standard output goes; errors: its standard error. folder: of the run, for `log.txt` and
+    `progress.json`; None: neither.
     cells: how many the notebook has. environment: variables that its kernel gets in addition.
     """
 
-    def __init__(self, stream: TextIO, errors: TextIO, folder: Path | None = None, cells: int = 0, environment: Mapping[str, str] | None = None):
-        self.stream, self.errors, self.folder, self.cells, self.environment = stream, errors, folder, cells, dict(environment or {})
+    def __init__(self, stream: TextIO, errors: TextIO, folder: Path | None = None, cells: int = 0,
+                 environment: Mapping[str, str] | None = None):
+        self.stream, self.errors, self.folder, self.cells, self.environment = (
+            stream,
+            errors,
+            folder,
+            cells,
+            dict(environment or {}),
+        )
         self.process, self.signals, self.heading, self.sentence, self._last = None, [], "", False, "\n"
         self.cell, self.line, self.began, self._noted = 0, "", time.monotonic(), 0.0
         self.log = open(folder / "log.txt", "a", encoding="utf-8") if folder is not None else None  # noqa: SIM115
@@ -114,12 +134,15 @@ class Watch:
         """Write `progress.json`, at most twice a second."""
         if self.folder is None or not (always or time.monotonic() - self._noted >= 0.5): return
         self._noted = time.monotonic()
-        write_json(self.folder / "progress.json", {
-            "heading": self.heading, "cell": self.cell, "cells": self.cells, "line": self.line[:300], "stage": parse_progress(self.line),
-            "changed": datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"), "elapsed_s": round(self._noted - self.began, 2)})
+        write_json(self.folder / "progress.json",
+                   {"heading": self.heading, "cell": self.cell, "cells": self.cells, "line": self.line[:300],
+                    "stage": parse_progress(self.line),
+                    "changed": datetime.datetime.now().astimezone().isoformat(timespec="milliseconds"),
+                    "elapsed_s": round(self._noted - self.began, 2)})
 
     def before_cell(self, cell: Mapping[str, Any], process: Any, number: int = 0) -> None:
-        """Called before each cell, the `number`-th, with the kernel's process: announces headings; stops where Ctrl-C was heard."""
+        """Called before each cell, the `number`-th, with the kernel's process: announces headings; stops where Ctrl-C
+        was heard."""
         self.process, self.cell = process, number
         if self.signals: raise KeyboardInterrupt
         if cell["cell_type"] != "markdown": return self.note()
@@ -137,7 +160,8 @@ class Watch:
             if len(self.signals) > 1 and threading.current_thread() is threading.main_thread(): raise KeyboardInterrupt
             return
         os.killpg(os.getpgid(self.process.pid), signal.SIGINT if len(self.signals) == 1 else signal.SIGKILL)
-        print("\nstopping: the notebook may save its checkpoint; once more to kill it" if len(self.signals) == 1 else "\nkilled", file=self.errors, flush=True)
+        print("\nstopping: the notebook may save its checkpoint; once more to kill it" if len(self.signals) == 1
+              else "\nkilled", file=self.errors, flush=True)
 
     def close(self) -> None:
         """The last word on the progress; the log is closed."""
@@ -146,7 +170,7 @@ class Watch:
             self.note(always=True)
             self.log.close()
 
-
+# %% ../../nbs/batch/execution.ipynb #011998ca
 class _Echo:
     """Standard error of the notebook: on the watch's `errors`, and in the log."""
 
@@ -166,19 +190,20 @@ def _hearing(watch: Watch) -> Iterator[None]:
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-# %% ../../nbs/batch/execution.ipynb #58697a06
+# %% ../../nbs/batch/execution.ipynb #102bdda2
 _running: dict[Path, Watch] = {}
 
 
 def interrupt_runs(under: str | os.PathLike, times: int = 1) -> list[str]:
-    """Ctrl-C for each run of this process whose folder lies in `under`, until it has heard so many `times`; the second kills. Returns the folders."""
+    """Ctrl-C for each run of this process whose folder lies in `under`, until it has heard so many `times`; the second
+    kills. Returns the folders."""
     under = Path(under).resolve()
     found = [(folder, watch) for folder, watch in list(_running.items()) if folder.is_relative_to(under)]
     for _, watch in found:
         if len(watch.signals) < times: watch.on_signal(signal.SIGINT)
     return [str(folder) for folder, _ in found]
 
-# %% ../../nbs/batch/execution.ipynb #0af4c402
+# %% ../../nbs/batch/execution.ipynb #277c73df
 class _Client(PapermillNotebookClient):
     watch = AnyTrait()
 
@@ -193,17 +218,21 @@ class _Client(PapermillNotebookClient):
         reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions={"answer": expression}))
         return reply["content"].get("user_expressions", {}).get("answer", {}).get("data", {}).get("text/plain", "")
 
-
-_IS_KILO_ERROR = "issubclass(__import__('sys').last_type, __import__('kilonb.core.errors', fromlist=['KiloError']).KiloError)"
+# %% ../../nbs/batch/execution.ipynb #77dd51d4
+_IS_KILO_ERROR = (
+    "issubclass(__import__('sys').last_type, __import__('kilonb.core.errors', fromlist=['KiloError']).KiloError)"
+)
 
 
 class _Engine(NBClientEngine):
     @classmethod
-    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, watch: Watch | None = None, start_timeout: int = 60, **_: Any) -> Any:
+    def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, watch: Watch | None = None,
+                                 start_timeout: int = 60, **_: Any) -> Any:
         with tempfile.TemporaryDirectory(prefix="kilonb-") as sockets:
             manager = _KernelManager(kernel_name="python3", transport="ipc", connection_file=f"{sockets}/kernel.json")
-            client = _Client(nb_man, km=manager, watch=watch, timeout=None, startup_timeout=start_timeout, stdout_file=watch, stderr_file=_Echo(watch),
-                             coalesce_streams=True, store_widget_state=False, log=logging.getLogger("papermill"))
+            client = _Client(nb_man, km=manager, watch=watch, timeout=None, startup_timeout=start_timeout,
+                             stdout_file=watch, stderr_file=_Echo(watch), coalesce_streams=True,
+                             store_widget_state=False, log=logging.getLogger("papermill"))
             own_words = {"stderr": watch.log} if watch.log is not None else {}
             return client.execute(cleanup_kc=True, env=_kernel_environment(watch.environment), **own_words)
 
@@ -213,7 +242,7 @@ class _Engine(NBClientEngine):
 
 papermill_engines.register("kilonb", _Engine)
 
-# %% ../../nbs/batch/execution.ipynb #bd644f13
+# %% ../../nbs/batch/execution.ipynb #ef41eb25
 def execute(notebook: Notebook, output: str | os.PathLike, values: Mapping[str, Any], watch: Watch) -> None:
     """Run the notebook with checked `values` and write it, executed, to `output`, whether it reaches its end or not.
 
@@ -223,8 +252,8 @@ def execute(notebook: Notebook, output: str | os.PathLike, values: Mapping[str, 
     paths = [str(path).replace("{", "{{").replace("}", "}}") for path in (notebook.path, output)]
     try:
         with _hearing(watch):
-            papermill.execute_notebook(*paths, parameters=dict(values), engine_name="kilonb", kernel_name="python3", language="kilonb",
-                                        progress_bar=False, watch=watch)
+            papermill.execute_notebook(*paths, parameters=dict(values), engine_name="kilonb", kernel_name="python3",
+                                       language="kilonb", progress_bar=False, watch=watch)
     except PapermillExecutionError as error:
         if watch.signals or error.ename == "KeyboardInterrupt": raise KeyboardInterrupt from None
         raise KiloError(_sentence(error, watch)) from None
@@ -265,36 +294,44 @@ class RunInterrupted(RunFailed):
         super().__init__(sentence, folder)
         self.signal_number = signal_number
 
-# %% ../../nbs/batch/execution.ipynb #207acdd5
+# %% ../../nbs/batch/execution.ipynb #5e53cda0
 def _values(notebook: Notebook, values: Mapping[str, Any], folder: Path, resume: bool) -> dict[str, Any]:
     ours = {"run_dir": str(folder)} if "run_dir" in notebook.parameters else {}
     return {**values, **ours, **({"resume": True} if resume else {})}
 
-
+# %% ../../nbs/batch/execution.ipynb #843bbd53
 def _settle(notebook: Notebook, folder: Path, elapsed_s: float) -> None:
     status = (read_status(folder) or {}).get("status")
     if status == FINISHED: return
-    if status != PREPARED: raise KiloError(f"{notebook.name} ran to its end but recorded no results: its last cells must call run.finish.")
+    if status != PREPARED:
+        raise KiloError(f"{notebook.name} ran to its end but recorded no results: its last cells must call run.finish.")
     mark_run(folder, FINISHED, elapsed_s=elapsed_s)
 
-
-def run_notebook(notebook: Notebook, values: Mapping[str, Any] | None = None, run_dir: str | os.PathLike = "", resume: bool = False,
-                 outputs: str | os.PathLike | None = None, command: str = "", stream: TextIO | None = None, errors: TextIO | None = None,
+# %% ../../nbs/batch/execution.ipynb #cee901fa
+def run_notebook(notebook: Notebook, values: Mapping[str, Any] | None = None, run_dir: str | os.PathLike = "",
+                 resume: bool = False, outputs: str | os.PathLike | None = None, command: str = "",
+                 stream: TextIO | None = None, errors: TextIO | None = None,
                  environment: Mapping[str, str] | None = None, take_over: bool = False) -> RunRecord:
     """Execute a notebook in a run folder of its own and return the record of the finished run.
 
-    values: for its parameters, typed; checked here once more. run_dir, resume, outputs: as in `open_run`. command: how it was called, for the record.
-    stream, errors: where the notebook's standard output and error appear as they come (default: ours); both are kept in the run's `log.txt`.
+    values: for its parameters, typed; checked here once more. run_dir, resume, outputs: as in `open_run`. command: how
+    it was called, for the record.
+    stream, errors: where the notebook's standard output and error appear as they come (default: ours); both are kept in
+    the run's `log.txt`.
     environment: variables that the notebook's kernel gets in addition to ours. take_over: as in `prepare_run`.
-    Raises KiloError before anything is started for bad values or a folder in use; RunFailed or RunInterrupted once it was.
+    Raises KiloError before anything is started for bad values or a folder in use; RunFailed or RunInterrupted once it
+    was.
     """
     values = typed_values(notebook, values or {})
-    if resume and "resume" not in notebook.parameters: raise KiloError(f"{notebook.name} cannot be resumed: it has no parameter 'resume'.")
+    if resume and "resume" not in notebook.parameters:
+        raise KiloError(f"{notebook.name} cannot be resumed: it has no parameter 'resume'.")
     folder, started = prepare_run(notebook.name, run_dir, command, resume, outputs, take_over), time.monotonic()
     before, values = read_status(folder)["elapsed_s"], _values(notebook, values, folder, resume)
-    inputs = {name: values.get(name, parameter.default) for name, parameter in notebook.parameters.items() if name not in ("run_dir", "resume")}
+    inputs = {name: values.get(name, parameter.default) for name,
+              parameter in notebook.parameters.items() if name not in ("run_dir", "resume")}
     write_json(folder / "parameters.json", inputs)
-    watch = _running[folder] = Watch(stream or sys.stdout, errors or sys.stderr, folder, count_cells(notebook), environment)
+    watch = _running[folder] = Watch(stream or sys.stdout, errors or sys.stderr, folder, count_cells(notebook),
+                                     environment)
     try:
         watch.say(f"{notebook.name} -> {folder}")
         execute(notebook, folder / "notebook.ipynb", values, watch)
@@ -302,11 +339,14 @@ def run_notebook(notebook: Notebook, values: Mapping[str, Any] | None = None, ru
     except KeyboardInterrupt:
         finished = (read_status(folder) or {}).get("status") == FINISHED
         if not finished: mark_run(folder, INTERRUPTED, "It was stopped.", elapsed_s=before + time.monotonic() - started)
-        told = f"Stopped: {notebook.name} was interrupted" + (", after it had recorded its results." if finished else ".")
+        told = f"Stopped: {notebook.name} was interrupted" + (", after it had recorded its results." if finished
+                                                              else ".")
         raise RunInterrupted(told, folder, (watch.signals or [signal.SIGINT])[0]) from None
     except (KiloError, OSError) as error:
-        sentence = str(error) if isinstance(error, KiloError) else f"Cannot write the run's folder: {error.strerror or error}."
-        with contextlib.suppress(OSError): mark_run(folder, FAILED, sentence, elapsed_s=before + time.monotonic() - started)
+        sentence = str(error) if isinstance(error,
+                                            KiloError) else f"Cannot write the run's folder: {error.strerror or error}."
+        with contextlib.suppress(OSError):
+            mark_run(folder, FAILED, sentence, elapsed_s=before + time.monotonic() - started)
         raise RunFailed(sentence, folder) from None
     finally:
         _running.pop(folder, None)

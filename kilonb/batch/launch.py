@@ -6,7 +6,7 @@
 __all__ = ['Request', 'check_shareable', 'read_request', 'Herald', 'Noticeboard', 'kernel_environment', 'run_first', 'run_other',
            'cause_of', 'main', 'launch']
 
-# %% ../../nbs/batch/launch.ipynb #efd83c6f
+# %% ../../nbs/batch/launch.ipynb #4cdd52f6
 import argparse
 import contextlib
 import functools
@@ -28,12 +28,24 @@ from .arguments import data_root, outputs_folder, resolve_argument
 from ..core.errors import KiloError
 from ..core.files import write_json
 from ..runs.notebooks import Notebook, find_notebook, read_notebook, split_assignment, typed_values
-from ..runs.folders import ABANDONED, FAILED, FINISHED, INTERRUPTED, RunRecord, fresh_name, mark_run, outputs_root, read_run, read_status
+from kilonb.runs.folders import (
+    ABANDONED,
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    RunRecord,
+    fresh_name,
+    mark_run,
+    outputs_root,
+    read_run,
+    read_status,
+)
 
-# %% ../../nbs/batch/launch.ipynb #69bd0295
+# %% ../../nbs/batch/launch.ipynb #e994f78f
 @dataclass(frozen=True)
 class Request:
-    """One run on several ranks. notebook: its path. values: typed, for its parameters. run_dir, resume, outputs, command: as in `run_notebook`.
+    """One run on several ranks. notebook: its path. values: typed, for its parameters. run_dir, resume, outputs,
+    command: as in `run_notebook`.
 
     answer: file in which rank 0 says how it ended; empty: it says so on the terminal.
     """
@@ -46,30 +58,43 @@ class Request:
     command: str = ""
     answer: str = ""
 
-
+# %% ../../nbs/batch/launch.ipynb #1e77dacd
 def check_shareable(notebook: Notebook) -> Notebook:
-    """Raises KiloError where a notebook never asks for its world: several ranks would do the same work several times."""
+    """Raises KiloError where a notebook never asks for its world: several ranks would do the same work several
+    times."""
     if "world_from_environment" in notebook.path.read_text(encoding="utf-8"): return notebook
-    raise KiloError(f"{notebook.name} cannot be shared by several ranks: its notebook never calls world_from_environment. Run it as one process.")
+    raise KiloError(f"{notebook.name} cannot be shared by several ranks: its notebook never calls "
+                    "world_from_environment. Run it as one process.")
 
-# %% ../../nbs/batch/launch.ipynb #7d880739
+# %% ../../nbs/batch/launch.ipynb #1e88ab92
 def read_request(arguments: Sequence[str]) -> Request:
     """The request that command-line arguments spell. Raises KiloError for what they get wrong."""
-    parser = argparse.ArgumentParser(prog="torchrun -m kilonb.batch.launch", description="Run one experiment on all of torchrun's ranks.", allow_abbrev=False)
-    parser.add_argument("name", nargs="?", metavar="EXPERIMENT", help="a notebook of nbs/experiments, or the path of any other")
+    parser = argparse.ArgumentParser(prog="torchrun -m kilonb.batch.launch",
+                                     description="Run one experiment on all of torchrun's ranks.", allow_abbrev=False)
+    parser.add_argument("name", nargs="?", metavar="EXPERIMENT",
+                        help="a notebook of nbs/experiments, or the path of any other")
     parser.add_argument("--data", metavar="KIND:PATH", help="what to run on")
-    parser.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[], help="another value for one parameter; may be repeated")
-    parser.add_argument("--out", metavar="DIR", default="", help="the run's folder, new or empty (default: outputs/<name>/<time>)")
+    parser.add_argument("-p", dest="assignments", metavar="name=value", action="append", default=[],
+                        help="another value for one parameter; may be repeated")
+    parser.add_argument("--out", metavar="DIR", default="",
+                        help="the run's folder, new or empty (default: outputs/<name>/<time>)")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--request", metavar="FILE", help="all of this as JSON, from a program that starts the ranks")
     options = parser.parse_args(arguments)
     if options.request: return Request(**json.loads(Path(options.request).read_text(encoding="utf-8")))
-    if not options.name: raise KiloError("Which experiment? Give its name: torchrun --nproc-per-node 2 -m kilonb.batch.launch multi_view_response.")
+    if not options.name:
+        raise KiloError("Which experiment? Give its name: torchrun --nproc-per-node 2 -m kilonb.batch.launch "
+                        "multi_view_response.")
     if options.resume and not options.out: raise KiloError("--resume needs the folder of the run: give --out.")
-    notebook, spelled = read_notebook(find_notebook(options.name)), dict(split_assignment(text) for text in options.assignments)
+    notebook, spelled = (
+        read_notebook(find_notebook(options.name)),
+        dict(split_assignment(text) for text in options.assignments),
+    )
     if options.data is not None: spelled["data"] = options.data
-    if "data" in spelled and "data" in notebook.parameters: spelled["data"] = resolve_argument(spelled["data"], data_root())
-    values, command = typed_values(notebook, {}, spelled), shlex.join(["torchrun", "-m", "kilonb.batch.launch", *arguments])
+    if "data" in spelled and "data" in notebook.parameters:
+        spelled["data"] = resolve_argument(spelled["data"], data_root())
+    values, command = typed_values(notebook, {},
+                                   spelled), shlex.join(["torchrun", "-m", "kilonb.batch.launch", *arguments])
     return Request(str(notebook.path), values, options.out, options.resume, str(outputs_folder() or ""), command)
 
 # %% ../../nbs/batch/launch.ipynb #b7d0182e
@@ -87,9 +112,10 @@ class Herald:
 
     def isatty(self) -> bool: return self.stream.isatty()
 
-# %% ../../nbs/batch/launch.ipynb #54396381
+# %% ../../nbs/batch/launch.ipynb #0f7e6b88
 class Noticeboard:
-    """One notice by rank 0 that the other ranks read, in the store that torchrun keeps for its ranks: a folder, or a sentence why there is none."""
+    """One notice by rank 0 that the other ranks read, in the store that torchrun keeps for its ranks: a folder, or a
+    sentence why there is none."""
 
     def __init__(self, environment: Mapping[str, str], timeout_s: float = 300.0):
         import datetime
@@ -97,8 +123,10 @@ class Noticeboard:
         from torch.distributed import PrefixStore, TCPStore
 
         patience = datetime.timedelta(seconds=timeout_s)
-        store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, timeout=patience, wait_for_workers=False)
-        self.store, self.timeout_s = PrefixStore(f"kilonb/launch/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}", store), timeout_s
+        store = TCPStore(environment["MASTER_ADDR"], int(environment["MASTER_PORT"]), is_master=False, timeout=patience,
+                         wait_for_workers=False)
+        self.store, self.timeout_s = PrefixStore(f"kilonb/launch/{environment.get('TORCHELASTIC_RESTART_COUNT', '0')}",
+                                                 store), timeout_s
 
     def write(self, folder: str = "", error: str = "") -> None:
         """Put it up; the first notice counts."""
@@ -108,30 +136,34 @@ class Noticeboard:
         """The folder, as soon as it is there. Raises KiloError where rank 0 has none."""
         began = time.monotonic()
         while not self.store.check(["notice"]):
-            if time.monotonic() - began > self.timeout_s: raise KiloError(f"Rank 0 has not taken its folder in {self.timeout_s:g} s.")
+            if time.monotonic() - began > self.timeout_s:
+                raise KiloError(f"Rank 0 has not taken its folder in {self.timeout_s:g} s.")
             time.sleep(0.1)
         notice = json.loads(self.store.get("notice"))
         if notice["error"]: raise KiloError(f"Rank 0 did not start: {notice['error']}")
         return notice["folder"]
 
-# %% ../../nbs/batch/launch.ipynb #f1c95058
+# %% ../../nbs/batch/launch.ipynb #92abf597
 def kernel_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """Variables for a rank's kernel: threads for torch and numba, what was asked for or else an equal part of the cores that this process may use."""
+    """Variables for a rank's kernel: threads for torch and numba, what was asked for or else an equal part of the cores
+    that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = environment.get("OMP_NUM_THREADS") or str(max(1, cores // int(environment.get("LOCAL_WORLD_SIZE", "1"))))
-    return {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": environment.get("NUMBA_NUM_THREADS") or threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return {"OMP_NUM_THREADS": threads, "NUMBA_NUM_THREADS": environment.get("NUMBA_NUM_THREADS") or threads,
+            "TORCH_CPP_LOG_LEVEL": "ERROR"}
 
-
+# %% ../../nbs/batch/launch.ipynb #bb1aa5d8
 def run_first(request: Request, board: Noticeboard) -> RunRecord:
     """Rank 0: the run itself. Raises RunFailed or RunInterrupted, with the sentence of the rank that was the cause."""
     from kilonb.batch.execution import RunFailed, run_notebook
 
     notebook = read_notebook(request.notebook)
-    folder = Path(request.run_dir or Path(request.outputs or outputs_root()) / notebook.name / fresh_name()).expanduser().resolve()
+    folder = Path(request.run_dir
+                  or Path(request.outputs or outputs_root()) / notebook.name / fresh_name()).expanduser().resolve()
     stream = Herald(sys.stdout, functools.partial(board.write, str(folder)))
     try:
-        return run_notebook(check_shareable(notebook), request.values, folder, request.resume, command=request.command, stream=stream,
-                            environment=kernel_environment(os.environ))
+        return run_notebook(check_shareable(notebook), request.values, folder, request.resume, command=request.command,
+                            stream=stream, environment=kernel_environment(os.environ))
     except RunFailed as error:
         cause = cause_of(folder, error)
         if cause == str(error): raise
@@ -141,17 +173,18 @@ def run_first(request: Request, board: Noticeboard) -> RunRecord:
         board.write(error=str(error))
         raise
 
-
+# %% ../../nbs/batch/launch.ipynb #4cc9dc43
 def run_other(request: Request, rank: int, board: Noticeboard) -> RunRecord:
     """Another rank: the same notebook, into `ranks/<rank>/` of the run's folder."""
     from kilonb.batch.execution import run_notebook
 
     folder, notebook = Path(board.read()) / "ranks" / str(rank), read_notebook(request.notebook)
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        return run_notebook(notebook, request.values, folder, (folder / "status.json").is_file(), command=request.command, stream=nowhere, errors=nowhere,
+        return run_notebook(notebook, request.values, folder, (folder / "status.json").is_file(),
+                            command=request.command, stream=nowhere, errors=nowhere,
                             environment=kernel_environment(os.environ), take_over=True)
 
-# %% ../../nbs/batch/launch.ipynb #0e37461b
+# %% ../../nbs/batch/launch.ipynb #138be899
 def cause_of(folder: str | os.PathLike, error: Exception, patience_s: float = 5.0) -> str:
     """The sentence that says why a run of several ranks ended, where `error` is how its first rank ended."""
     told = str(error)
@@ -161,30 +194,34 @@ def cause_of(folder: str | os.PathLike, error: Exception, patience_s: float = 5.
     while True:
         for path in sorted((Path(folder) / "ranks").glob("*/status.json")):
             status, rank = read_status(path.parent) or {}, path.parent.name
-            if status.get("status") == FAILED and "lost touch" not in status.get("error", ""): return f"Rank {rank} failed: {status['error']}"
-            if status.get("status") == ABANDONED: return f"Rank {rank} died without a word: it was killed, most often because memory ran out."
+            if status.get("status") == FAILED and "lost touch" not in status.get("error", ""):
+                return f"Rank {rank} failed: {status['error']}"
+            if status.get("status") == ABANDONED:
+                return f"Rank {rank} died without a word: it was killed, most often because memory ran out."
         if time.monotonic() > until: return told
         time.sleep(0.2)
 
-# %% ../../nbs/batch/launch.ipynb #d61a614f
+# %% ../../nbs/batch/launch.ipynb #d7d212c2
 def main(arguments: Sequence[str] | None = None) -> int:
     """What torchrun starts on each rank. Returns the exit code."""
     rank, request = int(os.environ.get("RANK", "-1")), None
     try:
         request = read_request(sys.argv[1:] if arguments is None else arguments)
         if rank < 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-            raise KiloError("The ranks are started by torchrun: torchrun --nproc-per-node 2 -m kilonb.batch.launch EXPERIMENT.")
+            raise KiloError("The ranks are started by torchrun: torchrun --nproc-per-node 2 -m "
+                            "kilonb.batch.launch EXPERIMENT.")
         board = Noticeboard(os.environ)
         if rank == 0: _conclude(request, run_first(request, board))
         else: run_other(request, rank, board)
         return 0
     except KiloError as error:
         interrupted, begun = hasattr(error, "signal_number"), hasattr(error, "folder")
-        if request is not None and request.answer and rank == 0: write_json(request.answer, {"error": str(error), "interrupted": interrupted, "begun": begun})
+        if request is not None and request.answer and rank == 0:
+            write_json(request.answer, {"error": str(error), "interrupted": interrupted, "begun": begun})
         elif rank <= 0: print(f"\nkilonb: {error}", file=sys.stderr, flush=True)
         return 130 if interrupted else 1
 
-
+# %% ../../nbs/batch/launch.ipynb #1e11cbda
 def _conclude(request: Request, record: RunRecord) -> None:
     if request.answer: return
     from kilonb.reports.pages import write_page
@@ -192,19 +229,21 @@ def _conclude(request: Request, record: RunRecord) -> None:
 
     print("\n" + summary(record) + f"\n\nnotebook  {record.folder / 'notebook.ipynb'}", flush=True)
     try: print(f"page      {write_page(record.folder)}", flush=True)
-    except Exception as error: print(f"The page of {record.folder} was not written: {type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        print(f"The page of {record.folder} was not written: {type(error).__name__}: {error}", file=sys.stderr)
 
-# %% ../../nbs/batch/launch.ipynb #9af6806a
+# %% ../../nbs/batch/launch.ipynb #e3aa985d
 @contextlib.contextmanager
 def _own_signals() -> Iterator[None]:
     """torchrun replaces the handlers of signals and leaves them so; here they come back."""
     if threading.current_thread() is not threading.main_thread(): yield; return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
+    before = {number: signal.getsignal(number)
+              for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)}
     try: yield
     finally:
         for number, handler in before.items(): signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
-
+# %% ../../nbs/batch/launch.ipynb #84fd6563
 def _start(request: Path, logs: Path, processes: int) -> int:
     """Start the ranks and wait for them. Returns the signal that ended them, 0 for none."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
@@ -212,21 +251,24 @@ def _start(request: Path, logs: Path, processes: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=fresh_name(), rdzv_backend="c10d", rdzv_endpoint="localhost:0",
-                          max_restarts=0, local_addr="127.0.0.1", logs_specs=DefaultLogsSpecs(log_dir=str(logs)))
+    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=fresh_name(), rdzv_backend="c10d",
+                          rdzv_endpoint="localhost:0", max_restarts=0, local_addr="127.0.0.1",
+                          logs_specs=DefaultLogsSpecs(log_dir=str(logs)))
     with _own_signals():
         try: elastic_launch(config, sys.executable)("-m", "kilonb.batch.launch", "--request", str(request))
         except ChildFailedError: return 0
         except SignalException as stopped: return int(stopped.sigval)
     return 0
 
-# %% ../../nbs/batch/launch.ipynb #f34de1ee
-def launch(experiment: Notebook | str, values: Mapping[str, Any] | None = None, processes: int = 2, *, run_dir: str | os.PathLike = "",
-           resume: bool = False, outputs: str | os.PathLike | None = None, command: str = "") -> RunRecord:
-    """Run one experiment on so many processes of this machine and return the record of the finished run; one process is `run_notebook` as ever.
+# %% ../../nbs/batch/launch.ipynb #c0da2d55
+def launch(experiment: Notebook | str, values: Mapping[str, Any] | None = None, processes: int = 2, *,
+           run_dir: str | os.PathLike = "", resume: bool = False, outputs: str | os.PathLike | None = None,
+           command: str = "") -> RunRecord:
+    """Run one experiment on so many processes of this machine and return the record of the finished run; one process is
+    `run_notebook` as ever.
 
-    experiment: a notebook, its name or its path. The other arguments are those of `run_notebook`, and so is what it raises; RunFailed has the sentence
-    of the rank that was the cause.
+    experiment: a notebook, its name or its path. The other arguments are those of `run_notebook`, and so is what it
+    raises; RunFailed has the sentence of the rank that was the cause.
     """
     from kilonb.batch.execution import RunFailed, RunInterrupted, run_notebook
 
@@ -238,7 +280,8 @@ def launch(experiment: Notebook | str, values: Mapping[str, Any] | None = None, 
     folder = Path(run_dir or Path(outputs or outputs_root()) / notebook.name / fresh_name()).expanduser().resolve()
     with tempfile.TemporaryDirectory(prefix="kilonb-") as place:
         asked, answer = Path(place) / "request.json", Path(place) / "answer.json"
-        asked.write_text(json.dumps(vars(Request(str(notebook.path), dict(values), str(folder), resume, "", command, str(answer)))), encoding="utf-8")
+        asked.write_text(json.dumps(vars(Request(str(notebook.path), dict(values), str(folder), resume, "", command,
+                                                 str(answer)))), encoding="utf-8")
         stopped = _start(asked, Path(place) / "logs", processes)
         told = json.loads(answer.read_text(encoding="utf-8")) if answer.is_file() else {}
     status = (read_status(folder) or {}).get("status")

@@ -6,7 +6,7 @@
 __all__ = ['WAITING', 'RUNNING', 'SKIPPED', 'STATES', 'machine', 'local_workers', 'open_cluster', 'Row', 'open_row', 'time_left',
            'SweepRunner', 'claim', 'run_sweep']
 
-# %% ../../nbs/batch/scheduling.ipynb #b1a8c225
+# %% ../../nbs/batch/scheduling.ipynb #21937bda
 import contextlib
 import math
 import os
@@ -24,10 +24,20 @@ from typing import Any
 from ..core.errors import KiloError
 from ..core.files import write_json
 from ..runs.folders import read_run, this_process
-from .sweeps import DONE, FRESH, RESUMABLE, PlannedRun, Resources, Sweep, fresh_beside, run_state, write_plan
+from kilonb.batch.sweeps import (
+    DONE,
+    FRESH,
+    RESUMABLE,
+    PlannedRun,
+    Resources,
+    Sweep,
+    fresh_beside,
+    run_state,
+    write_plan,
+)
 from .workers import DIED, FAILED, FINISHED, INTERRUPTED, interrupt_worker, row_of, run_planned
 
-# %% ../../nbs/batch/scheduling.ipynb #131b02f1
+# %% ../../nbs/batch/scheduling.ipynb #ce6a8919
 def machine() -> dict[str, Any]:
     """What this machine has: cores that we may use, graphics cards by name, memory in 10^9 bytes."""
     import psutil
@@ -40,14 +50,18 @@ def machine() -> dict[str, Any]:
 
 def local_workers(needs: Resources, has: Mapping[str, Any]) -> int:
     """How many runs fit on a machine side by side. Raises KiloError where not even one does."""
-    shares = {"cores": (needs.cores, has["cores"]), "graphics cards": (needs.gpus, len(has["cards"])), "GB of memory": (needs.memory_gb, has["memory_gb"])}
+    shares = {"cores": (needs.cores, has["cores"]), "graphics cards": (needs.gpus, len(has["cards"])),
+              "GB of memory": (needs.memory_gb, has["memory_gb"])}
     for name, (wanted, there) in shares.items():
-        if wanted > there: raise KiloError(f"A run of this sweep needs {wanted:g} {name}, this machine has {there:.4g}: ask for less, or use a cluster.")
+        if wanted > there:
+            raise KiloError(f"A run of this sweep needs {wanted:g} {name}, this machine has {there:.4g}: ask for "
+                            "less, or use a cluster.")
     return min(int(there // wanted) for wanted, there in shares.values() if wanted)
 
-# %% ../../nbs/batch/scheduling.ipynb #e15289d5
-_QUIET = {"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0, "distributed.comm.timeouts.connect": "20s",
-          "distributed.admin.tick.limit": "1h", "distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False}
+# %% ../../nbs/batch/scheduling.ipynb #b134b5f2
+_QUIET = {"distributed.scheduler.allowed-failures": 0, "distributed.scheduler.worker-saturation": 1.0,
+          "distributed.comm.timeouts.connect": "20s", "distributed.admin.tick.limit": "1h",
+          "distributed.worker.memory.pause": False, "distributed.worker.memory.terminate": False}
 
 
 @contextlib.contextmanager
@@ -57,12 +71,13 @@ def _local(sweep: Sweep, workers: int | None) -> Iterator[Any]:
 
     needs = sweep.file.resources
     fitting = local_workers(needs, machine())
-    with dask.config.set(_QUIET), LocalCluster(
-            n_workers=workers or min(fitting, len(sweep.runs)), threads_per_worker=1, processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0,
-            silence_logs="CRITICAL", preload=["kilonb.batch.workers"], resources={"GPU": needs.gpus} if needs.gpus else None) as cluster:
+    with dask.config.set(_QUIET), LocalCluster(n_workers=workers or min(fitting, len(sweep.runs)), threads_per_worker=1,
+                                               processes=True, host="127.0.0.1", dashboard_address=None, memory_limit=0,
+                                               silence_logs="CRITICAL", preload=["kilonb.batch.workers"],
+                                               resources={"GPU": needs.gpus} if needs.gpus else None) as cluster:
         yield cluster
 
-
+# %% ../../nbs/batch/scheduling.ipynb #c93fb348
 @contextlib.contextmanager
 def _slurm(sweep: Sweep, workers: int | None) -> Iterator[Any]:
     if shutil.which("sbatch") is None: raise KiloError("There is no SLURM here: the command sbatch was not found.")
@@ -71,20 +86,25 @@ def _slurm(sweep: Sweep, workers: int | None) -> Iterator[Any]:
 
     needs, asked = sweep.file.resources, sweep.file.slurm
     gpus = ([f"--gres=gpu:{needs.gpus}"], ["--resources", f"GPU={needs.gpus}"]) if needs.gpus else ([], [])
-    with dask.config.set(_QUIET), SLURMCluster(
-            cores=needs.cores, processes=1, memory=f"{needs.memory_gb or asked.memory_gb:g}GB", walltime=asked.walltime, queue=asked.queue,
-            account=asked.account, job_extra_directives=[*gpus[0], *asked.directives], job_script_prologue=asked.setup,
-            worker_extra_args=["--nthreads", "1", *gpus[1]],
-            log_directory=str(sweep.folder / "slurm"), scheduler_options={"dashboard_address": ":0"}, silence_logs="CRITICAL") as cluster:
+    with dask.config.set(_QUIET), SLURMCluster(cores=needs.cores, processes=1,
+                                               memory=f"{needs.memory_gb or asked.memory_gb:g}GB",
+                                               walltime=asked.walltime, queue=asked.queue, account=asked.account,
+                                               job_extra_directives=[*gpus[0], *asked.directives],
+                                               job_script_prologue=asked.setup,
+                                               worker_extra_args=["--nthreads", "1", *gpus[1]],
+                                               log_directory=str(sweep.folder / "slurm"),
+                                               scheduler_options={"dashboard_address": ":0"},
+                                               silence_logs="CRITICAL") as cluster:
         cluster.scale(jobs=workers or min(asked.jobs, len(sweep.runs)))
         yield cluster
 
-
+# %% ../../nbs/batch/scheduling.ipynb #0f010eee
 @contextlib.contextmanager
 def open_cluster(sweep: Sweep, scheduler: str = "", slurm: bool = False, workers: int | None = None) -> Iterator[Any]:
     """A connected `distributed.Client`.
 
-    scheduler: the address of one that is running; slurm: ask SLURM for workers; neither: this machine. workers: how many, at most (not for a running cluster).
+    scheduler: the address of one that is running; slurm: ask SLURM for workers; neither: this machine. workers: how
+    many, at most (not for a running cluster).
     Raises KiloError: nobody answers at the address, SLURM is not here, the machine is too small.
     """
     from distributed import Client
@@ -92,21 +112,23 @@ def open_cluster(sweep: Sweep, scheduler: str = "", slurm: bool = False, workers
     with contextlib.ExitStack() as stack:
         cluster = scheduler or stack.enter_context(_slurm(sweep, workers) if slurm else _local(sweep, workers))
         try: client = stack.enter_context(Client(cluster, timeout=10, set_as_default=False))
-        except (OSError, ValueError, TypeError) as error: raise KiloError(f"No scheduler answers at {scheduler}: {_first_line(error)}.") from None
+        except (OSError, ValueError, TypeError) as error:
+            raise KiloError(f"No scheduler answers at {scheduler}: {_first_line(error)}.") from None
         yield client
 
-
+# %% ../../nbs/batch/scheduling.ipynb #188acc9d
 def _first_line(error: BaseException) -> str:
     return next((line.strip().rstrip(".") for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
-# %% ../../nbs/batch/scheduling.ipynb #8b4272f1
+# %% ../../nbs/batch/scheduling.ipynb #49b50c69
 WAITING, RUNNING, SKIPPED = "waiting", "running", "skipped"
 STATES = (WAITING, RUNNING, FINISHED, FAILED, SKIPPED, INTERRUPTED)
 
 
 @dataclass
 class Row:
-    """A run of the sweep as it stands: its plan, its state, the worker's answer, how often it was begun, and the future of the attempt that is under way."""
+    """A run of the sweep as it stands: its plan, its state, the worker's answer, how often it was begun, and the future
+    of the attempt that is under way."""
 
     run: PlannedRun
     status: str = WAITING
@@ -121,16 +143,22 @@ class Row:
     @property
     def elapsed_s(self) -> float:
         """Wall seconds of the run: of the finished one, or of this attempt so far."""
-        return self.answer.get("elapsed_s", 0.0) if self.answer else max(0.0, time.time() - self.began["began"]) if self.began else 0.0
+        return (
+            self.answer.get("elapsed_s", 0.0)
+            if self.answer
+            else max(0.0, time.time() - self.began["began"])
+            if self.began
+            else 0.0
+        )
 
-
+# %% ../../nbs/batch/scheduling.ipynb #5af9788c
 def open_row(sweep: Sweep, run: PlannedRun) -> Row:
     """The row of a run before anything is started: done, to be gone on with, or fresh."""
     state, why = run_state(sweep, run)
     if state == DONE: return Row(run, SKIPPED, answer=row_of(read_run(sweep.folder / run.name)))
     return Row(run if state in (FRESH, RESUMABLE) else fresh_beside(sweep, run), resume=state == RESUMABLE, note=why)
 
-
+# %% ../../nbs/batch/scheduling.ipynb #d3059777
 def _read(path: Path) -> dict[str, Any]:
     import json
 
@@ -138,27 +166,30 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError): return {}
     return value if isinstance(value, dict) else {}
 
-# %% ../../nbs/batch/scheduling.ipynb #8f7135a5
+# %% ../../nbs/batch/scheduling.ipynb #6eb009c3
 def time_left(rows: list[Row], workers: int) -> float | None:
     """Seconds until the sweep is done, as far as the runs that took place tell; None before the first."""
     took = [row.elapsed_s for row in rows if row.status in (FINISHED, FAILED, SKIPPED) and row.elapsed_s > 0]
     if not took or not workers: return None
     mean = math.fsum(took) / len(took)
-    return (mean * sum(row.status == WAITING for row in rows) + sum(max(0.0, mean - row.elapsed_s) for row in rows if row.status == RUNNING)) / workers
+    return (mean * sum(row.status == WAITING for row in rows)
+            + sum(max(0.0, mean - row.elapsed_s) for row in rows if row.status == RUNNING)) / workers
 
 
 def _row_status(sweep: Sweep, row: Row) -> dict[str, Any]:
     answer, progress = row.answer, _read(sweep.folder / row.run.name / "progress.json") if row.status == RUNNING else {}
-    return {"name": row.run.name, "varied": row.run.varied, "status": row.status, "ok": answer.get("ok"), "gates": answer.get("gates", ""),
-            "attempt": row.attempt, "worker": row.began.get("worker", ""), "elapsed_s": round(row.elapsed_s, 2), "worker_s": answer.get("worker_s"),
-            "ended": answer.get("ended", ""),
-            "progress": progress or None, "results": answer.get("results", {}), "error": answer.get("error", "") or row.note}
+    return {"name": row.run.name, "varied": row.run.varied, "status": row.status, "ok": answer.get("ok"),
+            "gates": answer.get("gates", ""), "attempt": row.attempt, "worker": row.began.get("worker", ""),
+            "elapsed_s": round(row.elapsed_s, 2), "worker_s": answer.get("worker_s"), "ended": answer.get("ended", ""),
+            "progress": progress or None, "results": answer.get("results", {}),
+            "error": answer.get("error", "") or row.note}
 
-# %% ../../nbs/batch/scheduling.ipynb #73250e13
+# %% ../../nbs/batch/scheduling.ipynb #4a69157f
 class SweepRunner:
     """Drives a sweep over a cluster.
 
-    command: how it was called, for the records. on_status: called twice a second with the status that is also written to `status.json`.
+    command: how it was called, for the records. on_status: called twice a second with the status that is also written
+    to `status.json`.
     """
 
     def __init__(self, sweep: Sweep, command: str = "", on_status: Callable[[Mapping[str, Any]], None] | None = None):
@@ -175,7 +206,8 @@ class SweepRunner:
     def stop(self, *_: Any) -> None:
         """The handler of Ctrl-C: the first lets runs save, the second kills them, the third gives up."""
         self.stops += 1
-        told = {1: "stopping: runs may save their checkpoints; once more to kill them", 2: "killing the runs"}.get(self.stops, "giving up")
+        told = {1: "stopping: runs may save their checkpoints; once more to kill them",
+                2: "killing the runs"}.get(self.stops, "giving up")
         print(f"\n{told}", file=sys.stderr, flush=True)
         if self.stops > 2: raise KeyboardInterrupt
 
@@ -183,15 +215,19 @@ class SweepRunner:
         """Hand a row's run to the cluster, as its next attempt."""
         needs, row.attempt, row.status, row.began = self.sweep.file.resources, row.attempt + 1, WAITING, {}
         row.token = self.sweep.folder / ".attempts" / f"{row.run.name}.{uuid.uuid4().hex[:8]}"
-        threads = {name: str(needs.cores) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
-        request = {"notebook": str(self.sweep.notebook.path), "values": row.run.parameters, "folder": str(self.sweep.folder / row.run.name),
-                   "resume": row.resume, "command": self.command, "environment": {**threads, "OMP_WAIT_POLICY": "PASSIVE"}, "code": self.sweep.code,
+        threads = {name: str(needs.cores)
+                   for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        request = {"notebook": str(self.sweep.notebook.path), "values": row.run.parameters,
+                   "folder": str(self.sweep.folder / row.run.name), "resume": row.resume, "command": self.command,
+                   "environment": {**threads, "OMP_WAIT_POLICY": "PASSIVE"}, "code": self.sweep.code,
                    "token": str(row.token), "gpus": needs.gpus, "devices": self.devices}
-        row.future = client.submit(run_planned, request, key=f"{self.sweep.name}-{row.token.name}", pure=False, retries=0, priority=row.attempt - 1,
+        row.future = client.submit(run_planned, request, key=f"{self.sweep.name}-{row.token.name}", pure=False,
+                                   retries=0, priority=row.attempt - 1,
                                    resources={"GPU": needs.gpus} if needs.gpus else None)
 
     def settle(self, client: Any, row: Row) -> None:
-        """Take the answer of a row's future, where there is one; a death is tried again, and does not count where the run had not begun."""
+        """Take the answer of a row's future, where there is one; a death is tried again, and does not count where the
+        run had not begun."""
         if row.status == WAITING and (began := _read(row.token)): row.status, row.began = RUNNING, began
         if row.future.status not in ("finished", "error", "cancelled", "lost"): return
         answer = _answer(row.future)
@@ -199,7 +235,8 @@ class SweepRunner:
         if answer["status"] == DIED and not self.stops and not row.token.exists():
             row.attempt -= 1
             return self.submit(client, row)
-        if answer["status"] == DIED and not self.stops and row.attempt <= self.sweep.file.retries: return self._again(client, row, answer["error"])
+        if answer["status"] == DIED and not self.stops and row.attempt <= self.sweep.file.retries:
+            return self._again(client, row, answer["error"])
         died = answer["status"] == DIED and not self.stops
         row.status = FAILED if died else INTERRUPTED if answer["status"] == DIED else answer["status"]
         error = f"Its worker died {row.attempt} times." if died else answer["error"]
@@ -207,7 +244,13 @@ class SweepRunner:
 
     def _again(self, client: Any, row: Row, why: str) -> None:
         state, _ = run_state(self.sweep, row.run)
-        row.run, row.resume = (row.run, True) if state == RESUMABLE else (row.run, False) if state == FRESH else (fresh_beside(self.sweep, row.run), False)
+        row.run, row.resume = (
+            (row.run, True)
+            if state == RESUMABLE
+            else (row.run, False)
+            if state == FRESH
+            else (fresh_beside(self.sweep, row.run), False)
+        )
         row.note = f"{why} It was started again."
         self.submit(client, row)
 
@@ -219,45 +262,70 @@ class SweepRunner:
         told = 0
         while under_way := [row for row in self.rows if row.future is not None]:
             for row in under_way: self.settle(client, row)
-            if client.status not in ("running", "connecting"): raise KiloError(f"The scheduler at {self.scheduler} is gone: start the sweep again to go on.")
+            if client.status not in ("running", "connecting"):
+                raise KiloError(f"The scheduler at {self.scheduler} is gone: start the sweep again to go on.")
             if self.stops > told: told, _ = self.stops, self._withdraw(client)
-            if self.stops: client.run(interrupt_worker, str(self.sweep.folder), min(self.stops, 2), wait=False, on_error="ignore")
+            if self.stops:
+                client.run(interrupt_worker, str(self.sweep.folder), min(self.stops, 2), wait=False, on_error="ignore")
             self.workers = len(client.scheduler_info(n_workers=-1)["workers"])
             alone = time.monotonic() - self.met if not self.workers else 0.0
             self.met = time.monotonic() - alone
-            self.trouble = f"No worker has come for {alone:.0f} s." if alone > 30 else self.trouble if self.trouble.startswith("Cannot") else ""
+            self.trouble = (
+                f"No worker has come for {alone:.0f} s."
+                if alone > 30
+                else self.trouble
+                if self.trouble.startswith("Cannot")
+                else ""
+            )
             self.tell("running")
             time.sleep(every_s)
 
     def _withdraw(self, client: Any) -> None:
-        unbegun = [row for row in self.rows if row.future is not None and row.status == WAITING and not row.token.exists()]
+        unbegun = [row for row in self.rows if row.future is not None and row.status == WAITING
+                   and not row.token.exists()]
         client.cancel([row.future for row in unbegun], force=True)
         for row in unbegun: row.future = None
 
     def tell(self, state: str) -> dict[str, Any]:
         """Write `status.json`, show it, and return it."""
-        status = {"kind": "sweep", "sweep": self.sweep.name, "experiment": self.sweep.notebook.name, "status": state, "started": self.started,
-                  "changed": _now(), "elapsed_s": round(time.monotonic() - self.began, 2), "eta_s": time_left(self.rows, self.workers),
-                  "process": this_process(), "scheduler": self.scheduler, "workers": self.workers,
-                  "counts": {name: sum(row.status == name for row in self.rows) for name in STATES},
-                  "trouble": self.trouble, "runs": [_row_status(self.sweep, row) for row in self.rows]}
+        status = {
+            "kind": "sweep",
+            "sweep": self.sweep.name,
+            "experiment": self.sweep.notebook.name,
+            "status": state,
+            "started": self.started,
+            "changed": _now(),
+            "elapsed_s": round(time.monotonic() - self.began, 2),
+            "eta_s": time_left(self.rows, self.workers),
+            "process": this_process(),
+            "scheduler": self.scheduler,
+            "workers": self.workers,
+            "counts": {name: sum(row.status == name for row in self.rows) for name in STATES},
+            "trouble": self.trouble,
+            "runs": [_row_status(self.sweep, row) for row in self.rows],
+        }
         try: write_json(self.sweep.folder / "status.json", status)
-        except OSError as error: self.trouble = f"Cannot write {self.sweep.folder / 'status.json'}: {error.strerror or error}."
+        except OSError as error:
+            self.trouble = f"Cannot write {self.sweep.folder / 'status.json'}: {error.strerror or error}."
         if self.on_status is not None: self.on_status(status)
         return status
 
-# %% ../../nbs/batch/scheduling.ipynb #c1d75494
+# %% ../../nbs/batch/scheduling.ipynb #f42492d2
 def _now() -> str:
     import datetime
 
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
-
+# %% ../../nbs/batch/scheduling.ipynb #e0007088
 def _visible_devices() -> list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [str(i) for i in range(len(machine()["cards"]))] if given is None else [name for name in given.split(",") if name]
+    return (
+        [str(i) for i in range(len(machine()["cards"]))]
+        if given is None
+        else [name for name in given.split(",") if name]
+    )
 
-
+# %% ../../nbs/batch/scheduling.ipynb #56304a7a
 def _answer(future: Any) -> dict[str, Any]:
     from distributed.scheduler import KilledWorker
 
@@ -265,9 +333,10 @@ def _answer(future: Any) -> dict[str, Any]:
     if future.status in ("cancelled", "lost"): return {"status": DIED, "error": "Its worker was lost."}
     error = future.exception()
     if isinstance(error, KilledWorker): return {"status": DIED, "error": "Its worker died."}
-    return {"status": FAILED, "ok": None, "gates": "", "results": {}, "error": f"The worker could not run it: {type(error).__name__}: {_first_line(error)}."}
+    return {"status": FAILED, "ok": None, "gates": "", "results": {},
+            "error": f"The worker could not run it: {type(error).__name__}: {_first_line(error)}."}
 
-# %% ../../nbs/batch/scheduling.ipynb #38ca8da2
+# %% ../../nbs/batch/scheduling.ipynb #4bfc8943
 @contextlib.contextmanager
 def claim(sweep: Sweep) -> Iterator[None]:
     """Hold the sweep's folder. Raises KiloError where another process holds it, or it cannot be written."""
@@ -277,14 +346,17 @@ def claim(sweep: Sweep) -> Iterator[None]:
         attempts = sweep.folder / ".attempts"
         attempts.mkdir(parents=True, exist_ok=True)
         lock = open(sweep.folder / ".lock", "a", encoding="utf-8")  # noqa: SIM115
-    except OSError as error: raise KiloError(f"Cannot write the sweep's folder {sweep.folder}: {error.strerror or error}.") from None
+    except OSError as error:
+        raise KiloError(f"Cannot write the sweep's folder {sweep.folder}: {error.strerror or error}.") from None
     with lock:
         try: fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise KiloError(f"The sweep {sweep.name} is being run by another process: `kilonb watch {sweep.folder}` follows it.") from None
+        except OSError:
+            raise KiloError(f"The sweep {sweep.name} is being run by another process: `kilonb watch "
+                            f"{sweep.folder}` follows it.") from None
         for token in attempts.iterdir(): token.unlink(missing_ok=True)
         yield
 
-
+# %% ../../nbs/batch/scheduling.ipynb #1fb34317
 @contextlib.contextmanager
 def _hearing(runner: SweepRunner) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread(): yield; return
@@ -293,14 +365,14 @@ def _hearing(runner: SweepRunner) -> Iterator[None]:
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
-
+# %% ../../nbs/batch/scheduling.ipynb #37347536
 def run_sweep(sweep: Sweep, scheduler: str = "", slurm: bool = False, workers: int | None = None, command: str = "",
               on_status: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
     """Run what is not done of a sweep, and return its last status.
 
-    scheduler, slurm, workers: where; see `open_cluster`. on_status: called twice a second with the status (docs: `SweepRunner.tell`).
-    The folder must be seen under the same path by every worker. Raises KiloError before anything is started where the sweep is already being run, its folder
-    cannot be written, or no cluster is there.
+    scheduler, slurm, workers: where; see `open_cluster`. on_status: called twice a second with the status (docs:
+    `SweepRunner.tell`). The folder must be seen under the same path by every worker. Raises KiloError before anything
+    is started where the sweep is already being run, its folder cannot be written, or no cluster is there.
     """
     with claim(sweep):
         runner = SweepRunner(sweep, command, on_status)

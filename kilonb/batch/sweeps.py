@@ -24,24 +24,27 @@ from ..core.hashing import hash_file, imported_modules
 from ..runs.notebooks import Notebook, code_cells, find_notebook, read_notebook, typed_values
 from ..runs.folders import FINISHED, SWEEPS, outputs_root, read_run
 
-# %% ../../nbs/batch/sweeps.ipynb #77078d53
+# %% ../../nbs/batch/sweeps.ipynb #e2e52111
 @dataclass(frozen=True)
 class Resources:
-    """What one run needs: cores (also the number of threads its libraries may use), graphics cards, memory in 10^9 bytes (0: not counted)."""
+    """What one run needs: cores (also the number of threads its libraries may use), graphics cards, memory in 10^9
+    bytes (0: not counted)."""
 
     cores: int = 1
     gpus: int = 0
     memory_gb: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.cores < 1 or self.gpus < 0 or self.memory_gb < 0: raise KiloError(f"A run needs at least one core and no negative amounts, got {self}.")
+        if self.cores < 1 or self.gpus < 0 or self.memory_gb < 0:
+            raise KiloError(f"A run needs at least one core and no negative amounts, got {self}.")
 
-
+# %% ../../nbs/batch/sweeps.ipynb #22910e49
 @dataclass(frozen=True)
 class Slurm:
     """How jobs are asked for under SLURM; each job is one worker and runs one run after the other.
 
-    jobs: at most so many at a time. walltime: `HH:MM:SS`. queue, account: as sbatch names them. setup: lines of shell before the worker (modules, venv).
+    jobs: at most so many at a time. walltime: `HH:MM:SS`. queue, account: as sbatch names them. setup: lines of shell
+    before the worker (modules, venv).
     directives: further `#SBATCH` lines.
     """
 
@@ -53,13 +56,15 @@ class Slurm:
     setup: list[str] = field(default_factory=list)
     directives: list[str] = field(default_factory=list)
 
-
+# %% ../../nbs/batch/sweeps.ipynb #584ebe75
 @dataclass(frozen=True)
 class SweepFile:
     """The contents of a sweep file, checked for keys and types.
 
-    experiment: a name on the shelf or a notebook's path, relative to the file. name: of the sweep; empty: the file's. parameters: the same in every run.
-    grid: parameter -> values, every combination. runs: parameters by hand, each item crossed with the grid. seeds: a number n for 0..n-1, or the seeds.
+    experiment: a name on the shelf or a notebook's path, relative to the file. name: of the sweep; empty: the file's.
+    parameters: the same in every run.
+    grid: parameter -> values, every combination. runs: parameters by hand, each item crossed with the grid. seeds: a
+    number n for 0..n-1, or the seeds.
     retries: how often a run is started again after its worker died.
     """
 
@@ -73,9 +78,10 @@ class SweepFile:
     slurm: Slurm = field(default_factory=Slurm)
     retries: int = 1
 
-# %% ../../nbs/batch/sweeps.ipynb #7823fc87
+# %% ../../nbs/batch/sweeps.ipynb #09f97057
 def read_sweep_file(path: str | os.PathLike) -> SweepFile:
-    """The sweep file at `path` (YAML or JSON). Raises KiloError: missing, not YAML, an unknown key (with the nearest), a wrong type."""
+    """The sweep file at `path` (YAML or JSON). Raises KiloError: missing, not YAML, an unknown key (with the nearest),
+    a wrong type."""
     import yaml
 
     path = Path(path).expanduser()
@@ -84,52 +90,61 @@ def read_sweep_file(path: str | os.PathLike) -> SweepFile:
     except UnicodeDecodeError: raise KiloError(f"{path} is not a text file: a sweep is written in YAML.") from None
     except yaml.YAMLError as error:
         place = f" in line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise KiloError(f"{path} is not YAML{place}: {getattr(error, 'problem', None) or 'it cannot be read'}.") from None
+        raise KiloError(f"{path} is not YAML{place}: "
+                        f"{getattr(error, 'problem', None) or 'it cannot be read'}.") from None
     if not isinstance(values, Mapping): raise KiloError(f"{path} must hold a mapping with the key 'experiment'.")
     return build_config(SweepFile, values, str(path))
 
-# %% ../../nbs/batch/sweeps.ipynb #92946a6e
+# %% ../../nbs/batch/sweeps.ipynb #8233139a
 def _axis(name: str, values: Any) -> list[dict[str, Any]]:
     if not values: raise KiloError(f"The grid of '{name}' is empty: give at least one value, or leave it out.")
     return [{name: value} for value in values]
 
 
 def combinations(file: SweepFile) -> list[dict[str, Any]]:
-    """What varies, run by run. Raises KiloError where nothing does, a parameter is given twice, or two runs are the same."""
+    """What varies, run by run. Raises KiloError where nothing does, a parameter is given twice, or two runs are the
+    same."""
     seeds = {"seed": range(file.seeds) if isinstance(file.seeds, int) else file.seeds} if file.seeds != [] else {}
     axes = ([file.runs] if file.runs else []) + [_axis(*item) for item in {**file.grid, **seeds}.items()]
     if not axes: raise KiloError("Nothing varies in this sweep: give it a grid, runs or seeds.")
     names = [set().union(*axis) for axis in axes] + [set(file.parameters)]
     if "seed" in file.grid and seeds: names.append({"seed"})
     for a, b in itertools.combinations(names, 2):
-        if a & b: raise KiloError(f"The parameter '{min(a & b)}' is given twice: in two of parameters, grid, runs and seeds.")
+        if a & b:
+            raise KiloError(f"The parameter '{min(a & b)}' is given twice: in two of parameters, grid, runs and seeds.")
     return [{name: value for part in parts for name, value in part.items()} for parts in itertools.product(*axes)]
 
-# %% ../../nbs/batch/sweeps.ipynb #1480642f
+# %% ../../nbs/batch/sweeps.ipynb #657038dd
 def _typed(notebook: Notebook, values: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("run_dir", "resume"):
         if name in values: raise KiloError(f"A sweep sets '{name}' itself: leave it out of the file.")
     for name in values:
-        if name not in notebook.parameters: raise unknown_name(f"parameter of {notebook.name}", name, notebook.parameters)
-    numbers = {name: parse_value(value, notebook.parameters[name].annotation, f"Parameter '{name}'") for name, value in values.items()
-               if isinstance(value, str) and notebook.parameters[name].annotation in (int, float)}
+        if name not in notebook.parameters:
+            raise unknown_name(f"parameter of {notebook.name}", name, notebook.parameters)
+    numbers = {name: parse_value(value, notebook.parameters[name].annotation, f"Parameter '{name}'") for name,
+               value in values.items() if isinstance(value, str)
+               and notebook.parameters[name].annotation in (int, float)}
     return typed_values(notebook, {**values, **numbers})
 
-# %% ../../nbs/batch/sweeps.ipynb #005b4d13
-def _without_magics(source: str) -> str: return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
+# %% ../../nbs/batch/sweeps.ipynb #f5f47270
+def _without_magics(source: str) -> str:
+    return "\n".join(line for line in source.splitlines() if not line.lstrip().startswith(("%", "!")))
 
-
+# %% ../../nbs/batch/sweeps.ipynb #539b5cbb
 def code_hash(notebook: Notebook) -> str:
     """SHA-256 of the notebook's code cells and of the modules of `kilonb` they import."""
     source = _without_magics("\n".join(code_cells(notebook)))
     try: modules = imported_modules(source)
-    except SyntaxError as error: raise KiloError(f"{notebook.path.name} or a module it imports is not Python: {error}.") from None
-    lines = [hashlib.sha256(source.encode()).hexdigest(), *(f"{name} {hash_file(path)}" for name, path in modules.items())]
+    except SyntaxError as error:
+        raise KiloError(f"{notebook.path.name} or a module it imports is not Python: {error}.") from None
+    lines = [hashlib.sha256(source.encode()).hexdigest(),
+             *(f"{name} {hash_file(path)}" for name, path in modules.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
-
+# %% ../../nbs/batch/sweeps.ipynb #810df04d
 def data_hash(parameters: Mapping[str, Any], known: dict[str, str]) -> str:
-    """One hash for what `data` names and for every file that another parameter names; `known` keeps what was hashed before."""
+    """One hash for what `data` names and for every file that another parameter names; `known` keeps what was hashed
+    before."""
     from kilonb.data.manifests import resolve_data
 
     def of(name: str, value: Any) -> str | None:
@@ -140,20 +155,22 @@ def data_hash(parameters: Mapping[str, Any], known: dict[str, str]) -> str:
     found = {name: hashed for name, value in sorted(parameters.items()) if (hashed := of(name, value))}
     return hashlib.sha256(json.dumps(found).encode()).hexdigest() if found else ""
 
-# %% ../../nbs/batch/sweeps.ipynb #37db6916
+# %% ../../nbs/batch/sweeps.ipynb #0f3b8cf0
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a sweep: the name of its folder, every parameter given, those that vary, and the digest of what decides its numbers."""
+    """One run of a sweep: the name of its folder, every parameter given, those that vary, and the digest of what
+    decides its numbers."""
 
     name: str
     parameters: dict[str, Any]
     varied: dict[str, Any]
     digest: str
 
-
+# %% ../../nbs/batch/sweeps.ipynb #5dc769b9
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep that could be run: where, of what, and the runs in their order. code: the hash of the notebook and the modules it imports."""
+    """A sweep that could be run: where, of what, and the runs in their order. code: the hash of the notebook and the
+    modules it imports."""
 
     name: str
     folder: Path
@@ -168,80 +185,105 @@ class Sweep:
         """The names of the parameters that vary, in the file's order."""
         return list(dict.fromkeys(name for run in self.runs for name in run.varied))
 
-# %% ../../nbs/batch/sweeps.ipynb #0d041abf
+# %% ../../nbs/batch/sweeps.ipynb #02234f92
 def _digest(notebook: Notebook, parameters: Mapping[str, Any], code: str, data: str) -> str:
-    every = {name: parameters.get(name, parameter.default) for name, parameter in notebook.parameters.items() if name not in ("run_dir", "resume")}
+    every = {name: parameters.get(name, parameter.default) for name,
+             parameter in notebook.parameters.items() if name not in ("run_dir", "resume")}
     return hashlib.sha256(dumps([notebook.name, every, code, data]).encode()).hexdigest()[:10]
 
-
-def plan_sweep(path: str | os.PathLike, outputs: str | os.PathLike | None = None, data: str | None = None, root: str | os.PathLike | None = None,
-               resolve: Callable[[str], str] = str) -> Sweep:
+# %% ../../nbs/batch/sweeps.ipynb #57c1298d
+def plan_sweep(path: str | os.PathLike, outputs: str | os.PathLike | None = None, data: str | None = None,
+               root: str | os.PathLike | None = None, resolve: Callable[[str], str] = str) -> Sweep:
     """The sweep that the file at `path` describes, checked whole before anything is started.
 
-    outputs: the folder that holds `sweeps/` (default `outputs_root()`). data: replaces the file's `data`. root: of the checkout whose shelf is meant.
-    resolve: makes the text of a `data` that the file gives into what the notebook takes (the command line: absolute paths, datasets under KILONB_DATA).
-    Raises KiloError: a bad file, no such notebook, a parameter it does not have or that does not fit, nothing that varies, two runs that are the same.
+    outputs: the folder that holds `sweeps/` (default `outputs_root()`). data: replaces the file's `data`. root: of the
+    checkout whose shelf is meant.
+    resolve: makes the text of a `data` that the file gives into what the notebook takes (the command line: absolute
+    paths, datasets under KILONB_DATA).
+    Raises KiloError: a bad file, no such notebook, a parameter it does not have or that does not fit, nothing that
+    varies, two runs that are the same.
     """
     path = Path(path).expanduser()
     file = read_sweep_file(path)
     beside = path.parent / file.experiment
-    notebook = read_notebook(find_notebook(str(beside) if file.experiment.endswith(".ipynb") and beside.is_file() else file.experiment, root=root))
+    notebook = read_notebook(find_notebook(str(beside) if file.experiment.endswith(".ipynb") and beside.is_file()
+                                           else file.experiment, root=root))
     name = file.name or path.stem
-    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."): raise KiloError(f"'{name}' is no name for a sweep: use letters, digits, _, - and dots.")
+    if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
+        raise KiloError(f"'{name}' is no name for a sweep: use letters, digits, _, - and dots.")
     fixed = {**file.parameters, **({"data": data} if data is not None else {})}
     code, known, runs = code_hash(notebook), {}, []
     for number, varied in enumerate(combinations(file), 1):
         given = {**fixed, **varied}
-        typed = _typed(notebook, {**given, **({"data": resolve(given["data"])} if isinstance(given.get("data"), str) else {})})
-        digest = _digest(notebook, typed, code, data_hash({"data": getattr(notebook.parameters.get("data"), "default", ""), **typed}, known))
+        typed = _typed(notebook,
+                       {**given, **({"data": resolve(given["data"])} if isinstance(given.get("data"), str) else {})})
+        digest = _digest(notebook, typed, code,
+                         data_hash({"data": getattr(notebook.parameters.get("data"), "default", ""), **typed}, known))
         runs.append(PlannedRun(f"{number:03d}-{digest}", typed, {key: typed[key] for key in varied}, digest))
     _check_different(runs)
     folder = Path(outputs or outputs_root()).expanduser().resolve() / SWEEPS / name
-    return Sweep(name, folder, notebook, file, path.read_text(encoding="utf-8"), code, tuple(_with_known_names(folder, runs)))
+    return Sweep(name, folder, notebook, file, path.read_text(encoding="utf-8"), code,
+                 tuple(_with_known_names(folder, runs)))
 
-
+# %% ../../nbs/batch/sweeps.ipynb #c2c68866
 def _check_different(runs: Sequence[PlannedRun]) -> None:
     first: dict[str, int] = {}
     for number, run in enumerate(runs, 1):
-        if run.digest in first: raise KiloError(f"Runs {first[run.digest]} and {number} of the sweep are the same ({run.varied}): give each combination once.")
+        if run.digest in first:
+            raise KiloError(f"Runs {first[run.digest]} and {number} of the sweep are the same ({run.varied}): "
+                            "give each combination once.")
         first[run.digest] = number
 
-# %% ../../nbs/batch/sweeps.ipynb #b0d85a30
+# %% ../../nbs/batch/sweeps.ipynb #27ab10b1
 def _with_known_names(folder: Path, runs: Sequence[PlannedRun]) -> Iterator[PlannedRun]:
     there: dict[str, str] = {}
-    for path in sorted(folder.glob("[0-9]*-*"), key=lambda path: (len(path.name), path.name)): there[path.name.split("-")[1]] = path.name
+    for path in sorted(folder.glob("[0-9]*-*"), key=lambda path: (len(path.name), path.name)):
+        there[path.name.split("-")[1]] = path.name
     for run in runs: yield PlannedRun(there.get(run.digest, run.name), run.parameters, run.varied, run.digest)
 
-
+# %% ../../nbs/batch/sweeps.ipynb #f59c7b0a
 DONE, RESUMABLE, FRESH, SPOILT = "done", "resumable", "fresh", "spoilt"
 
 
 def run_state(sweep: Sweep, run: PlannedRun) -> tuple[str, str]:
-    """How the run's folder stands, and why: `done`, `resumable`, `fresh` (nothing is there), or `spoilt` (it needs a fresh folder beside)."""
+    """How the run's folder stands, and why: `done`, `resumable`, `fresh` (nothing is there), or `spoilt` (it needs a
+    fresh folder beside)."""
     folder = sweep.folder / run.name
     if not folder.exists(): return FRESH, ""
     try:
         record = read_run(folder)
-        if record.status == FINISHED: return (DONE, "") if (folder / "results.json").is_file() else (SPOILT, f"{folder / 'results.json'} is missing.")
+        if record.status == FINISHED:
+            return (
+                (DONE, "")
+                if (folder / "results.json").is_file()
+                else (SPOILT, f"{folder / 'results.json'} is missing.")
+            )
     except KiloError as error: return SPOILT, str(error)
-    return (RESUMABLE, "") if "resume" in sweep.notebook.parameters else (SPOILT, f"{sweep.notebook.name} cannot be resumed.")
+    return (
+        (RESUMABLE, "")
+        if "resume" in sweep.notebook.parameters
+        else (SPOILT, f"{sweep.notebook.name} cannot be resumed.")
+    )
 
-
+# %% ../../nbs/batch/sweeps.ipynb #c10d0be8
 def fresh_beside(sweep: Sweep, run: PlannedRun) -> PlannedRun:
     """The run with the name of a folder that is not there yet."""
     stem = "-".join(run.name.split("-")[:2])
     name = next(name for n in itertools.count(2) if not (sweep.folder / (name := f"{stem}-{n}")).exists())
     return PlannedRun(name, run.parameters, run.varied, run.digest)
 
-# %% ../../nbs/batch/sweeps.ipynb #5d2085f2
+# %% ../../nbs/batch/sweeps.ipynb #2363f880
 def write_plan(sweep: Sweep) -> None:
     """Write `sweep.yaml` (the file as given) and `sweep.json` (the plan) into the sweep's folder."""
     import datetime
 
     try:
         with atomic_write(sweep.folder / "sweep.yaml") as partial: partial.write_text(sweep.text, encoding="utf-8")
-        write_json(sweep.folder / "sweep.json", {
-            "sweep": sweep.name, "experiment": sweep.notebook.name, "notebook": str(sweep.notebook.path), "varied": sweep.varied, "code": sweep.code,
-            "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "runs": [{"name": run.name, "parameters": run.parameters, "varied": run.varied, "digest": run.digest} for run in sweep.runs]})
-    except OSError as error: raise KiloError(f"Cannot write the sweep's folder {sweep.folder}: {error.strerror or error}.") from None
+        write_json(sweep.folder / "sweep.json",
+                   {"sweep": sweep.name, "experiment": sweep.notebook.name, "notebook": str(sweep.notebook.path),
+                    "varied": sweep.varied, "code": sweep.code,
+                    "created": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+                    "runs": [{"name": run.name, "parameters": run.parameters, "varied": run.varied,
+                              "digest": run.digest} for run in sweep.runs]})
+    except OSError as error:
+        raise KiloError(f"Cannot write the sweep's folder {sweep.folder}: {error.strerror or error}.") from None

@@ -23,40 +23,51 @@ from typing import TextIO
 
 from ..core.errors import KiloError
 
-# %% ../../nbs/batch/tensorboard.ipynb #e4b69be3
+# %% ../../nbs/batch/tensorboard.ipynb #a663ea0c
 def event_folders(folder: str | os.PathLike) -> list[Path]:
-    """The folders under `folder` (itself included) that hold TensorBoard's event files, sorted. Raises KiloError where there are none."""
+    """The folders under `folder` (itself included) that hold TensorBoard's event files, sorted. Raises KiloError where
+    there are none."""
     folder = Path(folder).expanduser().resolve()
-    if not folder.is_dir(): raise KiloError(f"There is no folder {folder}: name a run's, a sweep's or the outputs folder.")
+    if not folder.is_dir():
+        raise KiloError(f"There is no folder {folder}: name a run's, a sweep's or the outputs folder.")
     found = sorted({path.parent for path in folder.rglob("events.out.tfevents.*")})
-    if not found: raise KiloError(f"There are no TensorBoard event files in {folder}: nothing was logged there yet, or this is not a folder of runs.")
+    if not found:
+        raise KiloError(f"There are no TensorBoard event files in {folder}: nothing was logged there yet, or "
+                        "this is not a folder of runs.")
     return found
 
-
+# %% ../../nbs/batch/tensorboard.ipynb #7e6496d0
 def choose_port(port: int | None = None) -> int:
     """A free port of this machine; with `port` that one. Raises KiloError where it is taken or no port."""
-    if port is not None and not 1 <= port <= 65535: raise KiloError(f"Port {port} is not one: give a number from 1 to 65535.")
+    if port is not None and not 1 <= port <= 65535:
+        raise KiloError(f"Port {port} is not one: give a number from 1 to 65535.")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: probe.bind(("127.0.0.1", port or 0))
-        except OSError as error: raise KiloError(f"Port {port} cannot be used ({error.strerror}): give another, or none and one is chosen.") from None
+        except OSError as error:
+            raise KiloError(f"Port {port} cannot be used ({error.strerror}): give another, or none and "
+                            "one is chosen.") from None
         return probe.getsockname()[1]
 
-# %% ../../nbs/batch/tensorboard.ipynb #e5fa75cb
+# %% ../../nbs/batch/tensorboard.ipynb #90d7aca3
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @contextmanager
-def running_tensorboard(folder: str | os.PathLike, port: int | None = None, timeout_s: float = 120.0) -> Iterator[tuple[str, subprocess.Popen]]:
-    """TensorBoard on a folder for the length of the block: yields its address and its process. port: None chooses a free one.
+def running_tensorboard(folder: str | os.PathLike, port: int | None = None,
+                        timeout_s: float = 120.0) -> Iterator[tuple[str, subprocess.Popen]]:
+    """TensorBoard on a folder for the length of the block: yields its address and its process. port: None chooses a
+    free one.
 
     Raises KiloError where there is nothing to show, the port is taken, or it does not answer within `timeout_s`.
     """
     event_folders(folder)
     port = choose_port(port)
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(Path(folder).expanduser().resolve()), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(Path(folder).expanduser().resolve()), "--host",
+               "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile() as printed:
-        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                                   start_new_session=True)
         try:
             _await(process, f"http://127.0.0.1:{port}/", printed, timeout_s)
             yield f"http://127.0.0.1:{port}/", process
@@ -81,7 +92,7 @@ def _end(process: subprocess.Popen, patience_s: float = 5.0) -> None:
         os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired): process.wait(patience_s)
 
-# %% ../../nbs/batch/tensorboard.ipynb #f9aa934c
+# %% ../../nbs/batch/tensorboard.ipynb #a14feb25
 @contextmanager
 def _ending_by_signal() -> Iterator[None]:
     def stop(*_: object) -> None: raise KeyboardInterrupt
@@ -91,17 +102,21 @@ def _ending_by_signal() -> Iterator[None]:
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
 
+# %% ../../nbs/batch/tensorboard.ipynb #694d9b69
+def tensorboard(folder: str | os.PathLike, port: int | None = None, open_browser: bool = False,
+                stream: TextIO | None = None) -> int:
+    """Show a run's, a sweep's or the outputs folder in TensorBoard until Ctrl-C. Returns the exit code: 0 where it was
+    ended so, 1 where it ended by itself.
 
-def tensorboard(folder: str | os.PathLike, port: int | None = None, open_browser: bool = False, stream: TextIO | None = None) -> int:
-    """Show a run's, a sweep's or the outputs folder in TensorBoard until Ctrl-C. Returns the exit code: 0 where it was ended so, 1 where it ended by itself.
-
-    port: None chooses a free one. open_browser: open its address. stream: where the address is said, standard output by default.
+    port: None chooses a free one. open_browser: open its address. stream: where the address is said, standard output by
+    default.
     Raises KiloError where there is nothing to show, the port is taken or TensorBoard does not start.
     """
     try:
         with _ending_by_signal(), running_tensorboard(folder, port) as (address, process):
             shown = len(event_folders(folder))
-            print(f"TensorBoard shows {shown} folder{'' if shown == 1 else 's'} on {address} (Ctrl-C ends it)", file=stream or sys.stdout, flush=True)
+            print(f"TensorBoard shows {shown} folder{'' if shown == 1 else 's'} on {address} (Ctrl-C ends it)",
+                  file=stream or sys.stdout, flush=True)
             if open_browser: webbrowser.open(address)
             process.wait()
     except KeyboardInterrupt: return 0

@@ -22,29 +22,39 @@ from ..core.files import dumps
 from ..runs.gates import GREEN
 from ..runs.folders import PREPARED, RUNNING, RunRecord, read_status
 
-# %% ../../nbs/batch/workers.ipynb #df2f6fe5
+# %% ../../nbs/batch/workers.ipynb #cd930f59
 FINISHED, FAILED, INTERRUPTED, DIED = "finished", "failed", "interrupted", "died"
 
 
 def row_of(record: RunRecord) -> dict[str, Any]:
-    """What the sweep's table shows of a finished run: verdict, green gates of all, the gated results (all of them where there are no gates), seconds."""
+    """What the sweep's table shows of a finished run: verdict, green gates of all, the gated results (all of them where
+    there are no gates), seconds."""
     lines = record.report.lines
     every = {name: value for name, value in record.results.items() if name not in ("total_s", "peak_memory_mb")}
     shown = {line.gate.result: line.value for line in lines} or every
     gates = f"{record.report.count(GREEN)}/{len(lines)}" if lines else ""
-    return {"status": FINISHED, "ok": record.ok, "gates": gates, "results": shown, "elapsed_s": record.elapsed_s, "error": ""}
+    return {"status": FINISHED, "ok": record.ok, "gates": gates, "results": shown, "elapsed_s": record.elapsed_s,
+            "error": ""}
 
 
-def _red(error: object, status: str = FAILED) -> dict[str, Any]: return {"status": status, "ok": None, "gates": "", "results": {}, "error": str(error)}
+def _red(error: object, status: str = FAILED) -> dict[str, Any]:
+    return {"status": status, "ok": None, "gates": "", "results": {}, "error": str(error)}
 
-# %% ../../nbs/batch/workers.ipynb #003ccc2c
+# %% ../../nbs/batch/workers.ipynb #933f5388
 def end_remainder(folder: str | os.PathLike, patience_s: float = 5.0) -> bool:
-    """Wait until the process that is said to be at work in `folder` is gone, after `patience_s` seconds kill it. False: there was none."""
+    """Wait until the process that is said to be at work in `folder` is gone, after `patience_s` seconds kill it. False:
+    there was none."""
     import psutil
 
     status = read_status(folder) if (Path(folder) / "status.json").is_file() else None
     process = (status or {}).get("process", {})
-    if not status or status["status"] not in (PREPARED, RUNNING) or process.get("host") != platform.node() or process.get("pid") == os.getpid(): return False
+    if (
+        not status
+        or status["status"] not in (PREPARED, RUNNING)
+        or process.get("host") != platform.node()
+        or process.get("pid") == os.getpid()
+    ):
+        return False
     try:
         remainder = psutil.Process(process["pid"])
         try: remainder.wait(patience_s)
@@ -54,7 +64,7 @@ def end_remainder(folder: str | os.PathLike, patience_s: float = 5.0) -> bool:
     except (psutil.Error, KeyError): return False
     return True
 
-# %% ../../nbs/batch/workers.ipynb #6863ef2a
+# %% ../../nbs/batch/workers.ipynb #35bafdc5
 def _devices(request: Mapping[str, Any]) -> dict[str, str]:
     if not request.get("gpus") or not request.get("devices"): return {}
     from distributed import get_worker
@@ -62,31 +72,35 @@ def _devices(request: Mapping[str, Any]) -> dict[str, str]:
     first, devices = int(get_worker().name) * request["gpus"], request["devices"]
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices[first:first + request["gpus"]])}
 
-
+# %% ../../nbs/batch/workers.ipynb #ba1cc482
 def _address() -> str:
     from distributed import get_worker
 
     try: return get_worker().address
     except ValueError: return "here"
 
-
+# %% ../../nbs/batch/workers.ipynb #b064fa9b
 def run_planned(request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run one planned run of a sweep and return its row; raises nothing that a run can cause. "worker_s" of the row: from the request to the answer.
+    """Run one planned run of a sweep and return its row; raises nothing that a run can cause. "worker_s" of the row:
+    from the request to the answer.
 
-    request: "notebook" (path), "values", "folder" (of the run), "resume", "command", "environment" (variables for the kernel), "code" (the hash that the
-    notebook and its modules had when the sweep was planned), "token" (a path that only the first worker can create), "gpus" and "devices".
+    request: "notebook" (path), "values", "folder" (of the run), "resume", "command", "environment" (variables for the
+    kernel), "code" (the hash that the notebook and its modules had when the sweep was planned), "token" (a path that
+    only the first worker can create), "gpus" and "devices".
     """
     try:
         with open(request["token"], "x", encoding="utf-8") as file:
             file.write(dumps({"worker": _address(), "host": platform.node(), "pid": os.getpid(), "began": time.time()}))
     except FileExistsError: return _red("Its worker died.", DIED)
-    except OSError as error: return _red(f"Cannot write the sweep's folder on {platform.node()}: {error.strerror or error}.")
+    except OSError as error:
+        return _red(f"Cannot write the sweep's folder on {platform.node()}: {error.strerror or error}.")
     began = time.monotonic()
     try: row = _run(request)
     except (KiloError, OSError) as error: row = _red(error)
-    return {**row, "worker_s": round(time.monotonic() - began, 3), "ended": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
+    return {**row, "worker_s": round(time.monotonic() - began, 3),
+            "ended": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
 
-
+# %% ../../nbs/batch/workers.ipynb #dfe5c8e5
 def _run(request: Mapping[str, Any]) -> dict[str, Any]:
     from kilonb.batch.execution import RunFailed, RunInterrupted, run_notebook
     from kilonb.runs.notebooks import read_notebook
@@ -95,11 +109,13 @@ def _run(request: Mapping[str, Any]) -> dict[str, Any]:
 
     notebook, folder = read_notebook(request["notebook"]), Path(request["folder"])
     if code_hash(notebook) != request["code"]:
-        raise KiloError(f"The code on {platform.node()} is not the code that the sweep was planned with: bring both to the same commit.")
+        raise KiloError(f"The code on {platform.node()} is not the code that the sweep was planned with: "
+                        "bring both to the same commit.")
     if request["resume"]: end_remainder(folder)
     try:
         with open(os.devnull, "w", encoding="utf-8") as nowhere:
-            record = run_notebook(notebook, request["values"], folder, request["resume"], command=request["command"], stream=nowhere, errors=nowhere,
+            record = run_notebook(notebook, request["values"], folder, request["resume"], command=request["command"],
+                                  stream=nowhere, errors=nowhere,
                                   environment={**request["environment"], **_devices(request)}, take_over=True)
     except RunInterrupted as error: return _red(error, INTERRUPTED)
     except RunFailed as error: row = _red(error)
@@ -107,14 +123,15 @@ def _run(request: Mapping[str, Any]) -> dict[str, Any]:
     with contextlib.suppress(KiloError, OSError): write_page(folder)
     return row
 
-# %% ../../nbs/batch/workers.ipynb #0995275a
+# %% ../../nbs/batch/workers.ipynb #f6fbc3e4
 def dask_setup(worker: Any) -> None:
     """Called by dask in each worker of a local cluster before it works: Ctrl-C is for the sweep, which passes it on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def interrupt_worker(folder: str, times: int) -> list[str]:
-    """Called in a worker by the sweep: Ctrl-C, so many `times` in all, for its runs below `folder`; returns their folders."""
+    """Called in a worker by the sweep: Ctrl-C, so many `times` in all, for its runs below `folder`; returns their
+    folders."""
     from kilonb.batch.execution import interrupt_runs
 
     return interrupt_runs(folder, times)

@@ -174,10 +174,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_data(commands)
     return parser
 
-# %% ../../nbs/cli/main.ipynb #5945e589
+# %% ../../nbs/cli/main.ipynb #b3aa1fac
 def describe_notebook(name: str, shelf: str = "experiments") -> str:
     """Title, promise and parameters of a notebook, as text."""
-    from kilonb.runs.gates import text_table
+    from kilonb.core.text import text_table
     from kilonb.runs.notebooks import find_notebook, read_notebook
 
     notebook = read_notebook(find_notebook(name, shelf))
@@ -277,12 +277,12 @@ def sweep(options: argparse.Namespace) -> int:
                            shlex.join(["kilonb", *options.arguments]), display.update)
     return _end_sweep(planned, status, options.json)
 
-# %% ../../nbs/cli/main.ipynb #1ee6ab7f
+# %% ../../nbs/cli/main.ipynb #e34bb091
 def _show_plan(planned: Any) -> int:
-    from kilonb.runs.gates import spell, text_table
+    from kilonb.core.text import format_value, text_table
     from kilonb.batch.sweeps import run_state
 
-    lines = [[run.name, *(spell(run.varied.get(name)) for name in planned.varied), *run_state(planned, run)]
+    lines = [[run.name, *(format_value(run.varied.get(name)) for name in planned.varied), *run_state(planned, run)]
              for run in planned.runs]
     print(text_table(("run", *planned.varied, "state", "why"), lines))
     return 0
@@ -329,10 +329,10 @@ def _chosen(options: argparse.Namespace) -> list[Any]:
     return choose_runs(outputs_folder(), options.names, options.status, options.data, options.older_than_days,
                        options.keep_newest, options.sweeps)
 
-# %% ../../nbs/cli/main.ipynb #ddddf38b
+# %% ../../nbs/cli/main.ipynb #5ab76780
 def _print_table(headings: Sequence[str], lines: Sequence[Sequence[str]], as_json: bool, none: str = "") -> int:
     from kilonb.core.files import dumps
-    from kilonb.runs.gates import text_table
+    from kilonb.core.text import text_table
 
     print(dumps([dict(zip(headings, line)) for line in lines]) if as_json else text_table(headings, lines) or none)
     return 0
@@ -408,11 +408,11 @@ def restore(options: argparse.Namespace) -> int:
         print(restore_run(beside if beside.is_file() else name, outputs_folder()))
     return 0
 
-# %% ../../nbs/cli/main.ipynb #7c35187a
+# %% ../../nbs/cli/main.ipynb #aa8f3cda
 def show(options: argparse.Namespace) -> int:
     """`kilonb show`."""
     from kilonb.core.files import dumps
-    from kilonb.runs.gates import text_table
+    from kilonb.core.text import text_table
     from kilonb.reports.terminal import describe_run
     from kilonb.runs.folders import compare_runs, find_run, read_run
 
@@ -456,10 +456,10 @@ def page(options: argparse.Namespace) -> int:
     for name in options.names: print(write_page(find_run(name, outputs_folder())))
     return 0
 
-# %% ../../nbs/cli/main.ipynb #606ebf42
+# %% ../../nbs/cli/main.ipynb #ef1e2e45
 def data_list(_: argparse.Namespace) -> int:
     """`kilonb data list`."""
-    from kilonb.runs.gates import text_table
+    from kilonb.core.text import text_table
     from kilonb.data.manifests import data_folder, load_manifests, locate
 
     def place(manifest: Any) -> str:

@@ -10,7 +10,7 @@ __all__ = ['CHECKS', 'RIG_COVERAGE', 'ASSUMED_M', 'Measured', 'FEWEST', 'Check',
            'measure_frame', 'draw_frames', 'check_frame', 'Verdict', 'judge', 'worst_verdict', 'CheckReport',
            'run_checks', 'town_of', 'true_panorama', 'compare_with_truth']
 
-# %% ../../nbs/coop/checks.ipynb #3afc4fce
+# %% ../../nbs/coop/checks.ipynb #0fc827ff
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +38,8 @@ from kilonb.coop.dataset import (
 from .stitch import Panorama, SeamStatistics, Stitcher, ground_range, range_disagreement, seam_statistics
 from ..geometry.panoramas import PanoramaCamera
 from ..core.errors import KiloError
-from ..runs.gates import GREEN, NOT_RUN, RED, Gate, html_table, spell, text_table, verdict
+from ..core.text import format_value, html_table, text_table
+from ..runs.gates import GREEN, NOT_RUN, RED, Gate, verdict
 from ..metrics.images import psnr_srgb_db
 from ..scenes.boxtown import FIRST_FRAME, Town, TownConfig, build_town
 from ..scenes.opv2v import Opv2vFrame, Opv2vScene
@@ -490,7 +491,7 @@ def _whole_split(check: Check, frames: Sequence[FrameMeasures]) -> tuple[float |
     if len(masks) < 2: return None, "it takes two frames with depth"
     return constant_mask_iou(torch.stack(masks)), ""
 
-# %% ../../nbs/coop/checks.ipynb #1a3f003e
+# %% ../../nbs/coop/checks.ipynb #908ecd2c
 def judge(check: Check, split: str, frames: Sequence[FrameMeasures]) -> Verdict:
     """The verdict of a check on the drawn frames of a split."""
     known = [frame for frame in frames if check.measure in frame.values]
@@ -511,7 +512,7 @@ def judge(check: Check, split: str, frames: Sequence[FrameMeasures]) -> Verdict:
     )
     over = {"median": " in the middle one of the frames", "worst": " in the worst frame",
             "split": ""}[check.over] if len(known) > 1 else ""
-    sentence = f"{found.capitalize()}: {check.told}: {spell(value)}{over} (expected {check.gate.bound}).{named}"
+    sentence = f"{found.capitalize()}: {check.told}: {format_value(value)}{over} (expected {check.gate.bound}).{named}"
     return Verdict(check, split, value, len(known) if check.over != "split" else len(frames), found, sentence)
 
 # %% ../../nbs/coop/checks.ipynb #798297e0
@@ -519,7 +520,7 @@ def worst_verdict(verdicts: Sequence[str]) -> str:
     """Red if any is; not run where none was run; else green."""
     return RED if RED in verdicts else GREEN if GREEN in verdicts else NOT_RUN
 
-# %% ../../nbs/coop/checks.ipynb #5b4e2758
+# %% ../../nbs/coop/checks.ipynb #10f137ff
 _SIGNS = {GREEN: "✔", RED: "✘", NOT_RUN: "–"}
 _HEADINGS = ("split", "check", "value", "bound", "over", "frames", "verdict")
 
@@ -559,7 +560,7 @@ class CheckReport:
     def of(self, measure: str) -> list[Verdict]: return [one for one in self.verdicts if one.check.measure == measure]
 
     def _rows(self) -> list[list[str]]:
-        return [[one.split or "all", one.check.measure, spell(one.value), one.check.gate.bound, one.check.over,
+        return [[one.split or "all", one.check.measure, format_value(one.value), one.check.gate.bound, one.check.over,
                  str(one.frames), f"{_SIGNS[one.verdict]} {one.verdict}"] for one in self.verdicts]
 
     def table(self) -> str: return text_table(_HEADINGS, self._rows())

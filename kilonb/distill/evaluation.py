@@ -7,7 +7,7 @@ __all__ = ['Metrics', 'Subject', 'SUMMARY', 'disagreements', 'check_agreement', 
            'look', 'Evaluation', 'evaluate_frames', 'check_targets', 'score_view', 'target_picture', 'SummaryTable',
            'summarise_runs']
 
-# %% ../../nbs/distill/evaluation.ipynb #0202af8e
+# %% ../../nbs/distill/evaluation.ipynb #71acac23
 import csv
 import io
 import math
@@ -29,7 +29,7 @@ from .targets import ViewTarget, targets_from_images
 from ..geometry.cameras import PinholeCamera
 from ..core.errors import KiloError
 from ..core.files import atomic_write, write_json
-from ..runs.gates import html_table, markdown_table, spell, text_table
+from ..core.text import format_value, html_table, markdown_table, text_table
 from ..core.hashing import hash_file
 from ..runs.folders import RunRecord, data_label, list_runs, read_run
 from kilonb.metrics.images import (
@@ -331,7 +331,7 @@ def target_picture(view: Any, background: str | float | Sequence[float] = "white
     target = view if isinstance(view, ViewTarget) else targets_from_images([view])[0]
     return composite(target.rgb_premultiplied, target.alpha, background_colour(background)[1]).clamp(0, 1)
 
-# %% ../../nbs/distill/evaluation.ipynb #bf1be2a2
+# %% ../../nbs/distill/evaluation.ipynb #0948af60
 SUMMARY = ("test_psnr_srgb_white_db", "test_psnr_srgb_foreground_db", "test_psnr_blank_white_db", "test_ssim_white",
            "test_lpips_vgg", "test_lpips_views", "test_views", "test_psnr_vs_teacher_db", "test_gap_to_teacher_db",
            "psnr_srgb_white_db", "psnr_blank_white_db", "frames_per_s", "fit_s", "train_s", "total_s")
@@ -345,7 +345,7 @@ class SummaryTable:
     headings: list[str]
     rows: list[list[Any]]
 
-    def _spelled(self) -> list[list[str]]: return [[spell(value) for value in row] for row in self.rows]
+    def _spelled(self) -> list[list[str]]: return [[format_value(value) for value in row] for row in self.rows]
 
     def text(self) -> str: return text_table(self.headings, self._spelled())
     def markdown(self) -> str: return markdown_table(self.headings, self._spelled())

@@ -6,7 +6,7 @@
 __all__ = ['STYLE', 'SCRIPT', 'Entry', 'lower_is_better', 'ranked', 'to_image', 'error_picture', 'told', 'triptych',
            'contact_sheet', 'picture_address', 'gallery_html', 'write_gallery', 'entries_of', 'save_views']
 
-# %% ../../nbs/distill/gallery.ipynb #e7b9d9eb
+# %% ../../nbs/distill/gallery.ipynb #f7d0f258
 import base64
 import html
 import io
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..core.errors import KiloError
 from ..core.files import atomic_write, dumps
-from ..runs.gates import spell
+from ..core.text import format_value
 from ..core.html import CONTENT_SECURITY_POLICY
 from ..imaging.pictures import save_comparison
 from ..metrics.images import check_images
@@ -80,11 +80,11 @@ def _fitted(picture: Tensor, size: int) -> Image.Image:
     wanted = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(wanted, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
 
-# %% ../../nbs/distill/gallery.ipynb #70115bcc
+# %% ../../nbs/distill/gallery.ipynb #aab66801
 def told(name: str, value: float) -> str:
     """A score as a caption has it: `psnr_srgb_white 28.13 dB`, `lpips_vgg 0.0431`."""
     if value is None or math.isnan(value): return f"{name} not measured"
-    return f"{name.removesuffix('_db')} {value:.2f} dB" if name.endswith("_db") else f"{name} {spell(value)}"
+    return f"{name.removesuffix('_db')} {value:.2f} dB" if name.endswith("_db") else f"{name} {format_value(value)}"
 
 # %% ../../nbs/distill/gallery.ipynb #86f6598f
 def triptych(entry: Entry, size: int = 200, gain: float = 5.0, metric: str = "") -> Image.Image:
@@ -214,7 +214,7 @@ for (const select of [metric, order]) select.addEventListener("change", sort);
 sort();
 """
 
-# %% ../../nbs/distill/gallery.ipynb #f56c8d97
+# %% ../../nbs/distill/gallery.ipynb #cdd31bbc
 def _card(entry: Entry, gain: float, size: int) -> str:
     name, faces = html.escape(entry.name), {"target": entry.target, "student": entry.student,
                                             "error": error_picture(entry.student, entry.target, gain)}
@@ -227,7 +227,7 @@ def _card(entry: Entry, gain: float, size: int) -> str:
         html.escape(dumps(dict(entry.scores))),
         html.escape(dumps({key: told(key, value) for key, value in entry.scores.items()})),
     )
-    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(spell(value))}</td></tr>" for key,
+    rows = "".join(f"<tr><td>{html.escape(key)}</td><td>{html.escape(format_value(value))}</td></tr>" for key,
                    value in entry.scores.items())
     return (
         f'<article class="card" data-name="{name}" data-scores="{scores}" data-told="{words}"><h2><span>{name}</span><b></b></h2>'

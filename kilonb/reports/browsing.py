@@ -7,7 +7,7 @@ __all__ = ['DONE', 'NONE', 'metrics_files', 'read_metrics', 'smooth', 'thin', 'r
            'Curve', 'curves', 'pictures_of', 'Line', 'side_by_side', 'SweepTable', 'sweep_table', 'list_sweeps', 'Axis',
            'nice_ticks', 'make_axis', 'default_axes', 'parallel_dimensions', 'brushed', 'top_share']
 
-# %% ../../nbs/reports/browsing.ipynb #7e6b58fa
+# %% ../../nbs/reports/browsing.ipynb #018a91ca
 import csv
 import functools
 import json
@@ -22,7 +22,7 @@ import numpy as np
 
 from ..core.errors import KiloError
 from ..core.files import number
-from ..runs.gates import spell
+from ..core.text import format_value
 from .pages import PICTURES
 from ..runs.folders import FINISHED, RunRecord, compare_runs, outputs_root, read_run, read_status
 
@@ -382,7 +382,7 @@ def _categories(column: str, values: Sequence[Any]) -> Axis:
     positions = np.array([missing if value is None else places[_word(value)] for value in values], dtype=np.float64)
     return Axis(column, positions, tuple(ticks), (low, high) if high > low else (low - 1, high + 1), missing=missing)
 
-# %% ../../nbs/reports/browsing.ipynb #d3de6485
+# %% ../../nbs/reports/browsing.ipynb #6ddacef5
 def make_axis(column: str, values: Sequence[Any], few: int = 8) -> Axis:
     """The axis of one column. At most `few` different numbers are ticks themselves; more get round ticks; anything but
     numbers is a category."""
@@ -394,8 +394,8 @@ def make_axis(column: str, values: Sequence[Any], few: int = 8) -> Axis:
     place = math.log10 if log else float
     low, high = place(min(given)), place(max(given))
     different = sorted(set(given))
-    if len(different) <= few: ticks = [(place(value), spell(value)) for value in different]
-    else: ticks = _log_ticks(low, high) if log else [(value, spell(value)) for value in nice_ticks(low, high)]
+    if len(different) <= few: ticks = [(place(value), format_value(value)) for value in different]
+    else: ticks = _log_ticks(low, high) if log else [(value, format_value(value)) for value in nice_ticks(low, high)]
     missing = low - 0.15 * ((high - low) or 1.0) if len(given) < len(values) else None
     if missing is not None: ticks = [(missing, NONE), *ticks]
     positions = np.array([place(value) if _finite(value) else missing for value in values], dtype=np.float64)

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'RAMP', 'INK', 'SOFT', 'LINE', 'ramp_colour', 'colours_of', 
            'Chart', 'downsample', 'Series', 'line_chart', 'pareto_front', 'Point', 'scatter_chart', 'levels_chart',
            'parallel_coordinates', 'small_multiples']
 
-# %% ../../nbs/reports/charts.ipynb #872a7b35
+# %% ../../nbs/reports/charts.ipynb #491e4074
 import html
 import itertools
 import math
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..runs.cohorts import order_of
-from ..runs.gates import spell
+from ..core.text import format_value
 
 # %% ../../nbs/reports/charts.ipynb #0bcb2de4
 KINDS = ("#0b5fa5", "#c2571a", "#2f7d4f", "#8a4fa3", "#a8323e", "#1f8a99", "#8a6d00", "#5b6b7a")
@@ -37,11 +37,11 @@ def ramp_colour(share: float) -> str:
     ends = [[int(RAMP[i][k:k + 2], 16) for k in (1, 3, 5)] for i in (low, low + 1)]
     return "#" + "".join(f"{round(a + (b - a) * (place - low)):02x}" for a, b in zip(*ends))
 
-# %% ../../nbs/reports/charts.ipynb #7f73ce9f
+# %% ../../nbs/reports/charts.ipynb #4323b38a
 def colours_of(values: Sequence[Any]) -> dict[str, str]:
     """A colour for each distinct value, keyed by its text: along the ramp for three or more numbers, by kind
     otherwise."""
-    distinct = {spell(value): value for value in sorted(values, key=order_of)}
+    distinct = {format_value(value): value for value in sorted(values, key=order_of)}
     if len(distinct) > 2 and all(_is_number(value) for value in distinct.values()):
         return {text: ramp_colour(i / (len(distinct) - 1)) for i, text in enumerate(distinct)}
     return dict(zip(distinct, itertools.cycle(KINDS)))
@@ -344,7 +344,7 @@ def _names_beside(named: Sequence[Point], points: Sequence[Point], x: Scale, y: 
             break
     return texts
 
-# %% ../../nbs/reports/charts.ipynb #5e19e070
+# %% ../../nbs/reports/charts.ipynb #ec661dea
 def scatter_chart(points: Sequence[Point], *, title: str = "", x_label: str = "", y_label: str = "",
                   directions: tuple[int, int] | None = None, log_x: bool = False, log_y: bool = False,
                   width: float = 340, height: float = 250, names: bool = True) -> Chart:
@@ -359,7 +359,7 @@ def scatter_chart(points: Sequence[Point], *, title: str = "", x_label: str = ""
     best = set(pareto_front([(p.x, p.y) for p in points], directions)) if directions else set()
     front = [points[i] for i in sorted(best, key=lambda i: points[i].y, reverse=True)]
     def dot(i: int, p: Point) -> str:
-        told, full = f"{p.name}: {spell(p.y)} {y_label}, {spell(p.x)} {x_label}", i in best or not directions
+        told, full = f"{p.name}: {format_value(p.y)} {y_label}, {format_value(p.x)} {x_label}", i in best or not directions
         return _mark("circle", p.key or p.name, p.colour or KINDS[0], told, cx=float(x(p.x)), cy=float(y(p.y)), r=4,
                      stroke="currentColor", stroke_width=1.5, fill="currentColor" if full else "#fff")
     body = head + _axes(frame, x, y,
@@ -371,7 +371,7 @@ def scatter_chart(points: Sequence[Point], *, title: str = "", x_label: str = ""
     )
     return _svg(body, width, height, told, "dots")
 
-# %% ../../nbs/reports/charts.ipynb #a784c9d6
+# %% ../../nbs/reports/charts.ipynb #021235ce
 def levels_chart(levels: Mapping[str, Sequence[tuple[float, str]]], *, title: str = "", x_label: str = "",
                  y_label: str = "", width: float = 340, height: float = 215) -> Chart:
     """Dots over named places, with mean and one (sample) standard deviation of each, as SVG. levels: name -> (value,
@@ -385,30 +385,30 @@ def levels_chart(levels: Mapping[str, Sequence[tuple[float, str]]], *, title: st
     body = _element("path", fill="none", stroke=LINE, stroke_width=1.5,
                     d=_path(list(means), list(means.values()), x, y)) if len(means) > 1 else ""
     for place, dots in enumerate(groups.values()):
-        body += "".join(_mark("circle", key, KINDS[0], f"{key}: {spell(value)}", cx=x(place) + 10, cy=float(y(value)),
+        body += "".join(_mark("circle", key, KINDS[0], f"{key}: {format_value(value)}", cx=x(place) + 10, cy=float(y(value)),
                               r=2.6, fill="currentColor", fill_opacity=".55") for value, key in dots)
         if dots: body += _mean_and_bar([value for value, _ in dots], x(place), y)
     return _svg(head + _axes(frame, x, y, x_label, list(groups)) + body, width, height,
                 f"{y_label} for {len(groups)} values of {x_label}", "levels")
 
-# %% ../../nbs/reports/charts.ipynb #d877df13
+# %% ../../nbs/reports/charts.ipynb #1b5e3202
 def _mean_and_bar(values: Sequence[float], place: float, y: Scale) -> str:
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-    told = f"mean {spell(mean)}, standard deviation {spell(deviation)}, n = {len(values)}"
+    told = f"mean {format_value(mean)}, standard deviation {format_value(deviation)}, n = {len(values)}"
     bar = f"M{_at(place - 9)} {_at(y(mean))}h12M{_at(place - 3)} {_at(y(mean - deviation))}V{_at(y(mean + deviation))}"
     return _element("g", _element("title", told) + _element("path", d=bar), stroke=INK, stroke_width=1.6)
 
-# %% ../../nbs/reports/charts.ipynb #93b79ea6
+# %% ../../nbs/reports/charts.ipynb #2848bd0f
 def _column(values: Sequence[Any], start: float, end: float) -> tuple[dict[int, float], list[tuple[float, str]]]:
     """Place of each row on one axis, and the axis' labels."""
     there = {i: value for i, value in enumerate(values) if value is not None and value != ""}
-    distinct = sorted({spell(v): v for v in there.values()}.items(), key=lambda item: order_of(item[1]))
+    distinct = sorted({format_value(v): v for v in there.values()}.items(), key=lambda item: order_of(item[1]))
     numbers = all(_is_number(v) for v in there.values())
     if not numbers or len(distinct) <= 5:
         step = (end - start) / max(1, len(distinct) - 1)
         place = {text: start + k * step if len(distinct) > 1 else (start + end) / 2 for k,
                  (text, _) in enumerate(distinct)}
-        return {i: place[spell(v)] for i, v in there.items()}, [(place[text], text) for text, _ in distinct]
+        return {i: place[format_value(v)] for i, v in there.items()}, [(place[text], text) for text, _ in distinct]
     scale = scale_over(list(there.values()), start, end, wants_log(list(there.values())), 0.0)
     if scale.low <= 0 and scale.log: return {}, []
     ticks = scale.ticks(4)
@@ -424,7 +424,7 @@ def _swung(places: Sequence[tuple[float, float]]) -> str:
         path += f"C{middle} {_at(a[1])} {middle} {_at(b[1])} {_at(b[0])} {_at(b[1])}"
     return path
 
-# %% ../../nbs/reports/charts.ipynb #8483a84f
+# %% ../../nbs/reports/charts.ipynb #8247821b
 def parallel_coordinates(rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, keys: Sequence[str] = (),
                          colours: Sequence[str] = (), title: str = "", width: float = 860,
                          height: float = 260) -> Chart:
@@ -438,7 +438,7 @@ def parallel_coordinates(rows: Sequence[Mapping[str, Any]], names: Sequence[str]
     for i, row in enumerate(rows):
         places = [(x, column[i]) for x, (column, _) in zip(axes, columns) if i in column]
         if len(places) < 2: continue
-        told = ", ".join(f"{name} {spell(row[name])}" for name in names if row.get(name) is not None)
+        told = ", ".join(f"{name} {format_value(row[name])}" for name in names if row.get(name) is not None)
         key = keys[i] if keys else str(i)
         body += _mark("path", key, colours[i] if colours else KINDS[0], f"{key}: {told}", fill="none",
                       stroke="currentColor", stroke_width=1.4, stroke_opacity=".75", d=_swung(places))

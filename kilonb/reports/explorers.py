@@ -7,7 +7,7 @@ __all__ = ['PALETTE', 'WORST_TO_BEST', 'FAILED_COLOUR', 'ASIDE_COLOUR', 'PLOT_HE
            'Explorer', 'comparison_html', 'pictures_html', 'first_choice', 'spans_decades', 'RunBrowser',
            'line_colours', 'sweep_rows_html', 'failures_html', 'SweepExplorer']
 
-# %% ../../nbs/reports/explorers.ipynb #fa44b5f2
+# %% ../../nbs/reports/explorers.ipynb #5b26ca30
 import base64
 import functools
 import html
@@ -24,7 +24,7 @@ from .browsing import (Axis, Curve, SweepTable, brushed, curve_names, curves, de
                                      metrics_files, parallel_dimensions, pictures_of, run_labels, side_by_side,
                                      split_unreadable, sweep_table, top_share)
 from ..core.errors import KiloError
-from ..runs.gates import spell
+from ..core.text import format_value
 from .pages import data_address
 from ..runs.folders import FINISHED, RUNNING, RunRecord, list_runs, outputs_root
 
@@ -494,7 +494,7 @@ def _stretches(dimension: Any) -> list[tuple[float, float]]:
     if not brush: return []
     return [tuple(part) for part in brush] if isinstance(brush[0], (list, tuple)) else [tuple(brush)]
 
-# %% ../../nbs/reports/explorers.ipynb #367dd730
+# %% ../../nbs/reports/explorers.ipynb #a8725d9e
 SHOWN_ROWS = 200
 
 
@@ -510,7 +510,7 @@ def sweep_rows_html(table: SweepTable, columns: Sequence[str], kept: np.ndarray,
     blend, headings = _colour_map(), ["run", "status", *(name for name in columns if name not in ("run", "status"))]
     order = sorted(np.flatnonzero(kept).tolist(), key=place)
     def cells(row: Mapping[str, Any], colour: float) -> str:
-        texts = [spell(row.get(name)) for name in headings]
+        texts = [format_value(row.get(name)) for name in headings]
         return f"<td>{_dot(to_hex(blend(colour)))}{_escaped(texts[0])}</td>" + "".join(
             f"<td>{_escaped(text)}</td>" for text in texts[1:]
         )
@@ -522,11 +522,11 @@ def sweep_rows_html(table: SweepTable, columns: Sequence[str], kept: np.ndarray,
         f"<tbody>{body}</tbody></table>{more}</div>"
     )
 
-# %% ../../nbs/reports/explorers.ipynb #d3a71d65
+# %% ../../nbs/reports/explorers.ipynb #d1fb711f
 def failures_html(table: SweepTable) -> str:
     """The failed runs, each with its parameters and its sentence, and the runs that could not be read."""
     def told(row: Mapping[str, Any]) -> str:
-        given = ", ".join(f"{name} = {spell(row.get(name))}" for name in table.varied)
+        given = ", ".join(f"{name} = {format_value(row.get(name))}" for name in table.varied)
         return f'<li><b>{_escaped(row["run"])}</b> <span class="kilonb-soft">{_escaped(given)}</span><br>{_escaped(row["error"] or row["status"])}</li>'
     lines = [told(row) for row in table.failed()] + [f"<li>{_escaped(sentence)}</li>" for sentence in table.unreadable]
     return f'<p class="kilonb-bad"><b>{len(lines)} failed or damaged</b></p><ul>{"".join(lines)}</ul>' if lines else ""
@@ -761,8 +761,8 @@ def _set_scatter(figure: Any, explorer: SweepExplorer, kept: np.ndarray, colours
                 "range": [axis.span[0] - margin, axis.span[1] + margin], "zeroline": False}
     figure.update_layout(xaxis=shown(across), yaxis=shown(upward))
 
-# %% ../../nbs/reports/explorers.ipynb #90dca73b
+# %% ../../nbs/reports/explorers.ipynb #ccd2202a
 def _told(explorer: SweepExplorer, row: Mapping[str, Any]) -> str:
     names = dict.fromkeys((*explorer.table.varied, explorer.result, explorer.across, explorer.upward))
     return "<br>".join([f"<b>{_escaped(row['run'])}</b>",
-                        *(f"{_escaped(name)}: {_escaped(spell(row.get(name)) or 'none')}" for name in names)])
+                        *(f"{_escaped(name)}: {_escaped(format_value(row.get(name)) or 'none')}" for name in names)])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PICTURES', 'STYLE', 'data_address', 'offline', 'notebook_html', 'page_html', 'write_page', 'results_table']
 
-# %% ../../nbs/reports/pages.ipynb #2ea274cb
+# %% ../../nbs/reports/pages.ipynb #5bf7f1a4
 import base64
 import html
 import json
@@ -22,7 +22,7 @@ from ..core.errors import KiloError
 from ..core.files import atomic_write
 from ..core.html import CONTENT_SECURITY_POLICY
 from .formulas import replace_formulas, to_mathml
-from ..runs.gates import html_table, markdown_table, spell
+from ..core.text import format_value, html_table, markdown_table
 from ..runs.notebooks import without_address_grammar
 from ..runs.folders import RunRecord, data_label, newest_finished, read_run
 
@@ -173,29 +173,29 @@ math[display=block] { margin: .8rem 0; overflow-x: auto; } details summary { cur
 # %% ../../nbs/reports/pages.ipynb #f282eb0a
 def _wide(table: str) -> str: return f'<div class="wide">{table}</div>'
 
-# %% ../../nbs/reports/pages.ipynb #82d65a23
+# %% ../../nbs/reports/pages.ipynb #1d64ebab
 def _pairs(values: Mapping[str, Any]) -> str:
     def told(value: Any) -> str:
         return (
             value
             if isinstance(value, str)
-            else spell(value)
+            else format_value(value)
             if isinstance(value, (int, float))
             else json.dumps(value, default=str)
         )
     return _wide(html_table(("name", "value"), [[str(name), told(value)] for name, value in values.items()]))
 
-# %% ../../nbs/reports/pages.ipynb #0658a2f8
+# %% ../../nbs/reports/pages.ipynb #e6879f96
 def _results(record: RunRecord) -> str:
     beside = {line.gate.result: line.baseline for line in record.report.lines
               if line.baseline is not None} | record.baselines
     return _wide(html_table(("result", "value", "trivial baseline"),
-                            [[name, spell(value), spell(beside.get(name))] for name, value in record.results.items()]))
+                            [[name, format_value(value), format_value(beside.get(name))] for name, value in record.results.items()]))
 
-# %% ../../nbs/reports/pages.ipynb #b94dafdb
+# %% ../../nbs/reports/pages.ipynb #3c6b0203
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     headings = list(dict.fromkeys(name for row in rows for name in row))
-    return _wide(html_table(headings, [[spell(row.get(name)) for name in headings] for row in rows]))
+    return _wide(html_table(headings, [[format_value(row.get(name)) for name in headings] for row in rows]))
 
 # %% ../../nbs/reports/pages.ipynb #82b08843
 def _head(record: RunRecord, title: str) -> str:

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['summary', 'paint', 'describe_run']
 
-# %% ../../nbs/reports/terminal.ipynb #60383d44
+# %% ../../nbs/reports/terminal.ipynb #38117455
 import os
 import sys
 from typing import Any
 
-from ..runs.gates import spell, text_table
+from ..core.text import format_duration, format_value, text_table
 
-# %% ../../nbs/reports/terminal.ipynb #dc9362e4
+# %% ../../nbs/reports/terminal.ipynb #0cd2fcb6
 def summary(record: Any) -> str:
     """A run in text: its gates with the trivial baselines beside, and the results that no gate names."""
     gated = {line.gate.result for line in record.report.lines}
-    rest = [[name, spell(value), spell(record.baselines.get(name))] for name,
+    rest = [[name, format_value(value), format_value(record.baselines.get(name))] for name,
             value in record.results.items() if name not in gated]
     parts = [paint(record.report.table()), record.report.sentence() if record.status == "finished" else "",
              text_table(("result", "value", "baseline"), rest)]
@@ -32,19 +32,14 @@ def paint(text: str) -> str:
         .replace("– not run", "\033[33m– not run\033[0m")
     )
 
-# %% ../../nbs/reports/terminal.ipynb #494d4759
-def _took(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-
-# %% ../../nbs/reports/terminal.ipynb #d550a6be
+# %% ../../nbs/reports/terminal.ipynb #9d2f5f9f
 def describe_run(record: Any) -> str:
     """One run as text: how it ended, gates, results, parameters, where it ran."""
     environment, hardware = record.environment, record.environment.get("hardware", {})
     commit = f"{(environment.get('commit') or 'unknown')[:10]}{' with changes' if environment.get('dirty') else ''}"
     where = [
         ["started", record.started],
-        ["took", _took(record.elapsed_s)],
+        ["took", format_duration(record.elapsed_s)],
         ["commit", commit],
         ["command", environment.get("command", "")],
         [

@@ -6,7 +6,7 @@
 __all__ = ['REPORT_STYLE', 'TABLE_SCRIPT', 'VIEW_SCRIPT', 'plain', 'with_unit', 'took', 'counted', 'some', 'decimals_of',
            'aligned', 'policy_for', 'report_html', 'find_target', 'write_report']
 
-# %% ../../nbs/reports/writing.ipynb #3cb546aa
+# %% ../../nbs/reports/writing.ipynb #a61d3f78
 import base64
 import datetime
 import hashlib
@@ -31,7 +31,8 @@ from ..runs.cohorts import (order_of, NOT_COMPARED, Choice, Cohort, Member, Spre
                                  numeric_results, read_cohort, read_curves, read_sweep, spread)
 from ..core.errors import KiloError
 from ..core.files import atomic_write, dumps
-from ..runs.gates import GREEN, NOT_RUN, RED, GateLine, spell
+from ..core.text import format_value
+from ..runs.gates import GREEN, NOT_RUN, RED, GateLine
 from .pages import PICTURES, STYLE
 from ..imaging.pictures import Comparison, encode_picture, read_comparisons, worst
 from ..runs.folders import FINISHED, SWEEPS, RunRecord, data_label, outputs_root
@@ -48,18 +49,18 @@ def plain(value: Any) -> Any:
     """A number, a text, a truth or nothing as it is, everything else as JSON text."""
     return value if isinstance(value, (str, int, float, bool)) or value is None else dumps(value)
 
-# %% ../../nbs/reports/writing.ipynb #d5b23caf
+# %% ../../nbs/reports/writing.ipynb #b987ca73
 def _said(value: Any) -> str:
     """A value as escaped text, numbers short."""
-    return html.escape(spell(plain(value)))
+    return html.escape(format_value(plain(value)))
 
-# %% ../../nbs/reports/writing.ipynb #ad71bef7
+# %% ../../nbs/reports/writing.ipynb #59797c1b
 _UNITS = {"_per_s": " a second", "_db": " dB", "_ms": " ms", "_mb": " MB", "_s": " s", "_m": " m"}
 
 
 def with_unit(name: str, value: float) -> str:
     """A result with the unit that its name ends in: `31.20 dB`."""
-    text = f"{value:.2f}" if name.endswith("_db") and math.isfinite(value) else spell(value)
+    text = f"{value:.2f}" if name.endswith("_db") and math.isfinite(value) else format_value(value)
     return text + next((unit for ending, unit in _UNITS.items() if name.endswith(ending)), "")
 
 # %% ../../nbs/reports/writing.ipynb #69101628
@@ -86,7 +87,7 @@ def some(words: Sequence[str], most: int) -> str:
 # %% ../../nbs/reports/writing.ipynb #ada1eef0
 def _when(moment: str) -> str: return moment.replace("T", " ")[:16]
 
-# %% ../../nbs/reports/writing.ipynb #1e9a6e8c
+# %% ../../nbs/reports/writing.ipynb #adbfdcd7
 def _is_number(value: Any) -> bool: return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -102,7 +103,7 @@ def decimals_of(values: Sequence[Any]) -> int | None:
 def aligned(values: Sequence[Any]) -> list[str]:
     """Texts of a column: numbers with equal decimals, whole numbers whole, missing ones empty, others as they are."""
     decimals = decimals_of(values)
-    return [f"{v:.{decimals}f}" if decimals is not None and _is_number(v) and math.isfinite(v) else spell(v)
+    return [f"{v:.{decimals}f}" if decimals is not None and _is_number(v) and math.isfinite(v) else format_value(v)
             for v in values]
 
 # %% ../../nbs/reports/writing.ipynb #24b8f88f
@@ -162,13 +163,13 @@ def _table(headings: Sequence[str], rows: Sequence[Sequence[_Cell]], keys: Seque
                  class_=kind or None)
     return _tag("div", table, class_="wide", tabindex=0, role="region", aria_label=kind or "table")
 
-# %% ../../nbs/reports/writing.ipynb #67d42cb4
+# %% ../../nbs/reports/writing.ipynb #7f92875c
 _SIGNS = {GREEN: "✔ green", RED: "✘ red", NOT_RUN: "– not run"}
 _LOOKS = {GREEN: "green strong", RED: "red strong", NOT_RUN: "amber"}
 
 
 def _published(line: GateLine) -> str:
-    return spell(line.gate.published) + (f" ({line.gate.source})" if line.gate.source else "")
+    return format_value(line.gate.published) + (f" ({line.gate.source})" if line.gate.source else "")
 
 # %% ../../nbs/reports/writing.ipynb #1c586e6b
 def _gates_of_runs(rows: Sequence[tuple[list[str], GateLine]], headings: Sequence[str]) -> str:
@@ -205,7 +206,7 @@ def _gates_of_cohort(cohort: Cohort) -> str:
     return _table(["result", "verdict", "all runs", "best", "by", "bound", "trivial baseline", "notes", "published"],
                   rows, kind="gates") + note
 
-# %% ../../nbs/reports/writing.ipynb #b0f9f335
+# %% ../../nbs/reports/writing.ipynb #930f6065
 @dataclass
 class _Writing:
     """A report in the making: the runs, where the file will lie, the chosen results, how much detail, and what is to be
@@ -233,7 +234,7 @@ class _Writing:
     def colour_names(self) -> list[str]:
         """Parameters that a reader may colour by: those that vary, seeds last."""
         return [name for name in self.cohort.varied
-                if len({spell(plain(member.varied.get(name))) for member in self.cohort.members}) > 1]
+                if len({format_value(plain(member.varied.get(name))) for member in self.cohort.members}) > 1]
 
     @cached_property
     def colours(self) -> dict[str, str]:
@@ -242,7 +243,7 @@ class _Writing:
         if not names: return {member.key: KINDS[i % len(KINDS)] for i, member in enumerate(members)}
         values = {member.key: plain(member.varied.get(names[0])) for member in members}
         palette = colours_of(list(values.values()))
-        return {key: palette[spell(value)] for key, value in values.items()}
+        return {key: palette[format_value(value)] for key, value in values.items()}
 
 # %% ../../nbs/reports/writing.ipynb #7f61bb8f
 def _best(writing: _Writing) -> Member | None:
@@ -263,7 +264,7 @@ def _standing(cohort: Cohort) -> tuple[str, str]:
     if bad: return f"{len(bad)} of {len(cohort.members)} went wrong", "bad"
     return "finished", "good" if all(m.record.ok for m in cohort.members) else ""
 
-# %% ../../nbs/reports/writing.ipynb #486c782d
+# %% ../../nbs/reports/writing.ipynb #08b8473d
 def _verdict(writing: _Writing) -> str:
     """What came of several runs, in sentences that the numbers fill in."""
     cohort, name = writing.cohort, writing.choice.quality
@@ -278,7 +279,7 @@ def _verdict(writing: _Writing) -> str:
     if gated: text += f" {sum(m.record.ok for m in gated)} of {len(gated)} have every gate green."
     best = _best(writing)
     if best is not None:
-        varied = ", ".join(f"{key} {spell(value)}" for key, value in best.varied.items())
+        varied = ", ".join(f"{key} {format_value(value)}" for key, value in best.varied.items())
         text += f" The best {name} is {with_unit(name, best.record.results[name])}: {best.key}" + (
             f" ({varied})." if varied else "."
         )
@@ -343,13 +344,13 @@ def _files_cell(writing: _Writing, record: RunRecord) -> _Cell:
     files = [(record.folder / file, words) for file, words in (("notebook.ipynb", "notebook"), ("log.txt", "log"))]
     return _Cell(" ".join(writing.link(path, words) for path, words in files if path.is_file()), None, "links")
 
-# %% ../../nbs/reports/writing.ipynb #d90708b3
+# %% ../../nbs/reports/writing.ipynb #c2f606c5
 def _gates_cell(record: RunRecord) -> _Cell:
     lines = record.report.lines
     if record.status != FINISHED:
         return _Cell(html.escape(record.status), -1.0, "red" if record.status in _BAD else "soft")
     if not lines: return _Cell("", math.nan)
-    missed = ", ".join(f"{line.gate.result} {spell(line.value)} ({line.gate.bound})" for line in lines
+    missed = ", ".join(f"{line.gate.result} {format_value(line.value)} ({line.gate.bound})" for line in lines
                        if line.verdict != GREEN)
     green = record.report.count(GREEN)
     told = _tag("span", f"{'✔' if record.ok else '✘'} {green}/{len(lines)}", title=missed or None)
@@ -408,12 +409,12 @@ def _pareto_section(writing: _Writing) -> str:
     return _tag("div", small_multiples(charts, "25rem"),
                 class_="pareto") + "".join(_tag("p", html.escape(line), class_="note") for line in fronts)
 
-# %% ../../nbs/reports/writing.ipynb #24e43a5c
+# %% ../../nbs/reports/writing.ipynb #a5f7f53d
 def _spreads(groups: Sequence[Spread]) -> list[_Cell]:
     """A column of means and standard deviations, both with the decimals of the means, so that signs and points stand
     below each other."""
     decimals = decimals_of([g.mean for g in groups])
-    spelled = spell if decimals is None else lambda value: f"{value:.{decimals}f}"
+    spelled = format_value if decimals is None else lambda value: f"{value:.{decimals}f}"
     def cell(g: Spread) -> _Cell:
         if not g.count: return _Cell("", math.nan, "n")
         lone = _tag("span", f" ± {spelled(0.0)}", class_="unseen",
@@ -439,7 +440,7 @@ def _conditions_section(writing: _Writing) -> str:
         "p", html.escape(note), class_="note"
     )
 
-# %% ../../nbs/reports/writing.ipynb #6c3f7096
+# %% ../../nbs/reports/writing.ipynb #df00b1de
 def _effects_section(writing: _Writing, most: int = 12) -> str:
     """What each varied parameter does to each gated result: small charts, and the numbers below."""
     cohort, choice = writing.cohort, writing.choice
@@ -449,7 +450,7 @@ def _effects_section(writing: _Writing, most: int = 12) -> str:
         for name in writing.colour_names:
             effect = main_effect(cohort, name, result)
             if sum(group.count > 0 for _, _, group in effect) < 2: continue
-            charts.append(levels_chart({spell(plain(value)): dots for value, dots, _ in effect}, title=result,
+            charts.append(levels_chart({format_value(plain(value)): dots for value, dots, _ in effect}, title=result,
                                        x_label=name, height=200))
             groups = [group for *_, group in effect]
             rows += [[_words(result, "name"), _words(name), *cells]
@@ -560,7 +561,7 @@ def _packed(path: Path, longest: int | None, maximum_bytes: int | None) -> tuple
         content, kind = encode_picture(picture, longest, maximum_bytes), "WEBP"
     return f"data:image/{str(kind).lower()};base64,{base64.b64encode(content).decode()}", width, height
 
-# %% ../../nbs/reports/writing.ipynb #2f2b69df
+# %% ../../nbs/reports/writing.ipynb #1b5ea60a
 def _exhibits(writing: _Writing, count: int) -> list[_Exhibit]:
     """The worst comparisons of the cohort's finished runs; each with the like of the best run beside it."""
     found: list[tuple[Member, Comparison]] = []
@@ -580,7 +581,7 @@ def _exhibits(writing: _Writing, count: int) -> list[_Exhibit]:
             if not math.isnan(one.score)
             else f"{one.metric} is not a number"
         )
-        varied = ", ".join(f"{key} {spell(value)}" for key, value in member.varied.items())
+        varied = ", ".join(f"{key} {format_value(value)}" for key, value in member.varied.items())
         run = "" if single else member.record.name if writing.cohort.kind == "lab" else member.key
         exhibits.append(_Exhibit(one.name, " · ".join(filter(None, (scored, run, varied))), one.images, rivals))
     return exhibits
@@ -671,7 +672,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
     return _table(["name", "value"], [[_words(name, "name"), _words(value, "long")] for name, value in values.items()],
                   kind="pairs")
 
-# %% ../../nbs/reports/writing.ipynb #f7a5680f
+# %% ../../nbs/reports/writing.ipynb #9f06ee47
 def _parameters_section(writing: _Writing) -> str:
     """What is the same in all runs, and the values of what varies."""
     records, varied = [record for record in writing.cohort.records if record.parameters], writing.cohort.varied
@@ -680,7 +681,7 @@ def _parameters_section(writing: _Writing) -> str:
     parts = ""
     if varied:
         def values(name: str) -> str:
-            found = {spell(plain(member.varied.get(name))): member.varied.get(name)
+            found = {format_value(plain(member.varied.get(name))): member.varied.get(name)
                      for member in writing.cohort.members}
             return some(sorted(found, key=lambda text: order_of(found[text])), 60)
         parts += "<h3>Varied</h3>" + _table(["name", "values"],
@@ -901,7 +902,7 @@ def _document(title: str, head: str, sections: Sequence[tuple[str, str]], notes:
         f"<main>{body}</main>{written}<script>{script}</script></body></html>\n"
     )
 
-# %% ../../nbs/reports/writing.ipynb #87d24f93
+# %% ../../nbs/reports/writing.ipynb #f0bd9a03
 def _colour_tools(writing: _Writing) -> str:
     """The choice of what to colour by, its legend, and the data it needs."""
     names, members = writing.colour_names, writing.cohort.members
@@ -910,7 +911,7 @@ def _colour_tools(writing: _Writing) -> str:
     options = "".join(_tag("option", html.escape(name), value=name) for name in names)
     legend = "".join(_tag("span", f'<i style="color:{colour}"></i>{html.escape(text)}') for text,
                      colour in palettes[names[0]].items())
-    runs = {m.key: {name: spell(plain(m.varied.get(name))) for name in names} for m in members}
+    runs = {m.key: {name: format_value(plain(m.varied.get(name))) for name in names} for m in members}
     chooser = f'<label>colour by <select id="colour-by" autocomplete="off">{options}</select></label><div class="legend" id="legend">{legend}</div>'
     return _tag("div", chooser, class_="tools") + _data_block("colouring", {"runs": runs, "colours": palettes})
 
@@ -933,11 +934,11 @@ def _run_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
         ("Environment", _environment_section(writing)),
     ]
 
-# %% ../../nbs/reports/writing.ipynb #00d3114c
+# %% ../../nbs/reports/writing.ipynb #a73a0d0c
 def _run_head(writing: _Writing, record: RunRecord) -> str:
     report, choice = record.report, writing.choice
     look = "good" if record.ok else "bad" if record.status != FINISHED or report.count(RED) else ""
-    told = lambda name, value: with_unit(name, value) if spread([value]).count else spell(value)
+    told = lambda name, value: with_unit(name, value) if spread([value]).count else format_value(value)
     facts = [(told(line.gate.result, line.value), line.gate.result, "good" if line.verdict == GREEN else "bad")
              for line in report.lines[:4]]
     others = [name for name in (choice.quality, choice.time, choice.speed) if name not in gates_of([record])
@@ -969,12 +970,12 @@ def _cohort_parts(writing: _Writing) -> tuple[str, list[tuple[str, str]]]:
                                    ("Parameters", _parameters_section(writing)),
                                    ("Environment", _environment_section(writing))]
 
-# %% ../../nbs/reports/writing.ipynb #9cfd3873
+# %% ../../nbs/reports/writing.ipynb #b252295b
 def _board(writing: _Writing, newest: Sequence[RunRecord]) -> str:
     """A line for each experiment and data: the newest finished run and what it missed."""
     rows = []
     for record in newest:
-        missed = [f"{line.gate.result} {'not run' if line.verdict == NOT_RUN else spell(line.value)} "
+        missed = [f"{line.gate.result} {'not run' if line.verdict == NOT_RUN else format_value(line.value)} "
                   f"({line.gate.bound})" for line in record.report.lines if line.verdict != GREEN]
         page = next((record.folder / file for file in ("report.html", "index.html")
                      if (record.folder / file).is_file()), record.folder / "none")

@@ -7,7 +7,7 @@ __all__ = ['UNREADABLE', 'STATUSES', 'MANIFEST', 'OVER', 'choose_runs', 'folder_
            'environment_differences', 'compare_rows', 'explain_difference', 'Archive', 'archive_rows', 'archive_path',
            'archive_runs', 'read_archive', 'list_archives', 'restore_run']
 
-# %% ../../nbs/runs/archive.ipynb #2642b2e6
+# %% ../../nbs/runs/archive.ipynb #92355376
 import datetime
 import gzip
 import hashlib
@@ -27,7 +27,8 @@ from typing import Any, BinaryIO
 
 from ..core.errors import KiloError, unknown_name
 from ..core.files import atomic_write, dumps
-from .gates import GREEN, spell
+from ..core.text import format_duration, format_value
+from .gates import GREEN
 from ..core.hashing import BLOCK, hash_file
 from .folders import (ABANDONED, FAILED, FINISHED, INTERRUPTED, PREPARED, RUNNING, SWEEPS, RunRecord,
                                  compare_runs, data_label, list_runs, mark_run, outputs_root, read_status)
@@ -86,17 +87,12 @@ def spell_bytes(count: float) -> str:
         count /= 1000
     return f"{count:.1f} GB"
 
-# %% ../../nbs/runs/archive.ipynb #494d4759
-def _took(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-
-# %% ../../nbs/runs/archive.ipynb #90d4fccd
+# %% ../../nbs/runs/archive.ipynb #8205e803
 def run_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of a list of runs."""
     def row(record: RunRecord) -> list[str]:
         size = spell_bytes(folder_bytes(record.folder))
-        return [record.name, record.status, _minute(record.started), _took(record.elapsed_s), data_label(record),
+        return [record.name, record.status, _minute(record.started), format_duration(record.elapsed_s), data_label(record),
                 _gates(record), size, record.error[:60]]
     return ["run", "status", "started", "took", "data", "gates", "size", "error"], [row(record) for record in records]
 
@@ -107,10 +103,10 @@ def _minute(moment: str) -> str: return moment[:16].replace("T", " ")
 def _gates(record: RunRecord) -> str:
     return f"{record.report.count(GREEN)}/{len(record.report.lines)}" if record.report.lines else ""
 
-# %% ../../nbs/runs/archive.ipynb #3c61e4bc
+# %% ../../nbs/runs/archive.ipynb #ebf74e55
 def _short(value: Any) -> str:
     if isinstance(value, list): value = ", ".join(map(str, value))
-    value = "" if value is None else spell(value) if isinstance(value, (str, int, float)) else str(value)
+    value = "" if value is None else format_value(value) if isinstance(value, (str, int, float)) else str(value)
     return value[:12] + "…" if len(value) in (40,
                                               64) and all(letter in "0123456789abcdef" for letter in value) else value
 
@@ -194,7 +190,7 @@ def _code_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
             ", which differ." if None not in changes else ", and nobody knows which."
         )
 
-# %% ../../nbs/runs/archive.ipynb #40d1cad7
+# %% ../../nbs/runs/archive.ipynb #7f02c432
 _NO_PARAMETERS = ("run_dir", "resume", "outputs")
 
 
@@ -203,7 +199,7 @@ def _parameter_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     passed = (*_NO_PARAMETERS, "seed", *(["data"] if same_data else []))
     names = [name for name in {**a.parameters, **b.parameters} if name not in passed
              and a.parameters.get(name) != b.parameters.get(name)]
-    told = lambda record, name: spell(record.parameters[name]) or "''" if name in record.parameters else "missing"
+    told = lambda record, name: format_value(record.parameters[name]) or "''" if name in record.parameters else "missing"
     if names:
         yield "Parameters differ: " + ", ".join(f"{name} {told(a, name)} and {told(b, name)}" for name in names) + "."
 

@@ -7,7 +7,7 @@ __all__ = ['NOT_COMPARED', 'Curve', 'order_of', 'Member', 'Cohort', 'is_seed', '
            'read_cohort', 'Choice', 'numeric_results', 'gates_of', 'choose_results', 'Spread', 'spread', 'Condition',
            'conditions', 'main_effect', 'read_curves', 'flat_environment', 'compare_environments']
 
-# %% ../../nbs/runs/cohorts.ipynb #80b7e25b
+# %% ../../nbs/runs/cohorts.ipynb #76e677d8
 import csv
 import itertools
 import json
@@ -22,7 +22,8 @@ import numpy as np
 
 from ..core.errors import KiloError, unknown_name
 from ..core.files import number
-from .gates import Gate, spell
+from ..core.text import format_value
+from .gates import Gate
 from .folders import FINISHED, SWEEPS, RunRecord, data_label, read_run, read_status
 
 # %% ../../nbs/runs/cohorts.ipynb #155c87b6
@@ -253,7 +254,7 @@ def choose_results(records: Sequence[RunRecord], quality: str = "", time: str = 
                   _pick(names if speed else by_unit("_per_s"), list(gates), speed, best),
                   tuple(name for name in gates if name in names))
 
-# %% ../../nbs/runs/cohorts.ipynb #9a39e654
+# %% ../../nbs/runs/cohorts.ipynb #34609fcb
 @dataclass(frozen=True)
 class Spread:
     """Mean, sample standard deviation (NaN for fewer than two) and number of some values."""
@@ -265,7 +266,7 @@ class Spread:
     def __str__(self) -> str:
         if not self.count: return ""
         if self.count == 1 or not math.isfinite(self.deviation) or self.deviation == 0:
-            return spell(self.mean) + (" ± 0" if self.deviation == 0 else "")
+            return format_value(self.mean) + (" ± 0" if self.deviation == 0 else "")
         decimals = min(9, max(0, 1 - math.floor(math.log10(float(f"{self.deviation:.1e}")))))
         return f"{self.mean:.{decimals}f} ± {self.deviation:.{decimals}f}"
 

@@ -8,7 +8,7 @@ __all__ = ['PREPARED', 'RUNNING', 'FINISHED', 'FAILED', 'INTERRUPTED', 'ABANDONE
            'describe_environment', 'write_figure', 'Run', 'open_run', 'RunResult', 'peak_memory_mb', 'finish_run',
            'RunRecord', 'read_run', 'list_runs', 'find_run', 'data_label', 'newest_finished', 'compare_runs']
 
-# %% ../../nbs/runs/folders.ipynb #31adcb08
+# %% ../../nbs/runs/folders.ipynb #a9f64afb
 import datetime
 import hashlib
 import importlib.metadata
@@ -31,7 +31,8 @@ from typing import Any
 import kilonb
 from ..core.errors import KiloError
 from ..core.files import atomic_write, number, write_json
-from .gates import Gate, GateReport, build_gates, check_gates, html_table, spell
+from ..core.text import format_value, html_table
+from .gates import Gate, GateReport, build_gates, check_gates
 
 # %% ../../nbs/runs/folders.ipynb #7c00adca
 PREPARED, RUNNING, FINISHED, FAILED, INTERRUPTED, ABANDONED = (
@@ -415,7 +416,7 @@ def _check_same_data(folder: Path, data: Sequence[Mapping[str, Any]]) -> None:
         raise KiloError(f"The run in {folder} was started on other data: start a fresh run, or give it the "
                         "data it had.")
 
-# %% ../../nbs/runs/folders.ipynb #3cde70d7
+# %% ../../nbs/runs/folders.ipynb #e8fffda1
 @dataclass(frozen=True)
 class RunResult:
     """What a finished run measured: `results` (name with unit -> value), the checked gates, and where it all lies."""
@@ -434,7 +435,7 @@ class RunResult:
 
     def _repr_html_(self) -> str:
         return self.report._repr_html_() + html_table(("result", "value"),
-                                                      [[key, spell(value)] for key, value in self.results.items()])
+                                                      [[key, format_value(value)] for key, value in self.results.items()])
 
 # %% ../../nbs/runs/folders.ipynb #4114b899
 def peak_memory_mb() -> float:
@@ -568,12 +569,12 @@ def newest_finished(outputs: str | os.PathLike | None = None, experiment: str = 
               if record.status == FINISHED}
     return [newest[key] for key in sorted(newest)]
 
-# %% ../../nbs/runs/folders.ipynb #1b9b101a
+# %% ../../nbs/runs/folders.ipynb #a4e7800f
 def compare_runs(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of a table with a column for each run: the parameters that differ, then every result."""
     def rows(part: str, every: bool) -> list[list[str]]:
         names = dict.fromkeys(name for record in records for name in getattr(record, part))
-        lines = [[name, *(spell(getattr(record, part).get(name)) for record in records)] for name in names
+        lines = [[name, *(format_value(getattr(record, part).get(name)) for record in records)] for name in names
                  if name not in ("run_dir", "resume")]
         return [line for line in lines if every or len(set(line[1:])) > 1]
     return ["", *(record.folder.name for record in records)], rows("parameters", False) + rows("results", True)

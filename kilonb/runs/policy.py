@@ -6,7 +6,7 @@
 __all__ = ['POLICY', 'POLICY_HEADINGS', 'Stage', 'check_policy', 'missing_by', 'Standing', 'PolicyReport', 'read_policy',
            'require_unlocked', 'spike_share', 'DirectionVerdict', 'adopt_direction_frequencies']
 
-# %% ../../nbs/runs/policy.ipynb #ded80ecc
+# %% ../../nbs/runs/policy.ipynb #588a4862
 import math
 import os
 import statistics
@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..core.errors import KiloError, unknown_name
-from .gates import GREEN, Gate, GateReport, check_gates, html_table, spell, text_table
+from ..core.text import format_value, html_table, text_table
+from .gates import GREEN, Gate, GateReport, check_gates
 from .folders import FINISHED, RunRecord, data_label, list_runs, outputs_root
 
 # %% ../../nbs/runs/policy.ipynb #1f627af3
@@ -54,14 +55,14 @@ POLICY = (Stage("one view, response", "single_view_overfit", _ONE_VIEW),
           Stage("many views, response and features", "multi_view_features", _TEST_VIEWS,
                 after=("multi_view_response", "single_view_features")))
 
-# %% ../../nbs/runs/policy.ipynb #d009546a
+# %% ../../nbs/runs/policy.ipynb #029478e3
 def missing_by(gate: Gate, value: Any) -> str:
     """By how much a value misses its gate: `9.4 too low`, `not measured`; empty where it does not."""
     if check_gates({gate.result: value}, [gate]).ok: return ""
     if value is None: return "not measured"
     if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value): return "not a number"
     low = gate.at_least is not None and value < gate.at_least
-    return f"{spell(abs(value - (gate.at_least if low else gate.at_most)))} too {'low' if low else 'high'}"
+    return f"{format_value(abs(value - (gate.at_least if low else gate.at_most)))} too {'low' if low else 'high'}"
 
 # %% ../../nbs/runs/policy.ipynb #73d417e8
 @dataclass(frozen=True)

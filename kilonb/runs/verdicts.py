@@ -6,7 +6,7 @@
 __all__ = ['NO_GATES', 'UNREADABLE', 'STAGE_HEADINGS', 'Verdict', 'Board', 'verdict_board', 'explain_standing', 'Adoption',
            'adopt_from_run', 'Promotion', 'Promotions', 'promotions']
 
-# %% ../../nbs/runs/verdicts.ipynb #aa7ea406
+# %% ../../nbs/runs/verdicts.ipynb #3efc2379
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KiloError, unknown_name
-from .gates import GREEN, HEADINGS, NOT_RUN, RED, GateReport, check_gates, html_table, spell
+from ..core.text import format_value, html_table
+from .gates import GREEN, HEADINGS, NOT_RUN, RED, GateReport, check_gates
 from .notebooks import list_notebooks, read_notebook
 from .policy import POLICY, PolicyReport, Stage, Standing, adopt_direction_frequencies, read_policy
 from .folders import FINISHED, RunRecord, data_label, list_runs, outputs_root
@@ -60,7 +61,7 @@ class Verdict:
         return {"experiment": self.experiment, "data": self.data, "run": run, "folder": folder,
                 "state": self.state, "ok": self.state == GREEN, "note": self.note, "gates": self.report.to_dict()}
 
-# %% ../../nbs/runs/verdicts.ipynb #8ad8da47
+# %% ../../nbs/runs/verdicts.ipynb #baff2b79
 @dataclass(frozen=True, repr=False)
 class Board:
     """The verdicts by experiment and data. unreadable: sentences about runs that are damaged."""
@@ -80,7 +81,7 @@ class Board:
     def sentence(self) -> str:
         """The board in one sentence."""
         found = f"{self.count(GREEN)} gates are green, {self.count(RED)} red, {self.count(NOT_RUN)} not run"
-        missed = [f"{one.experiment} on {one.data}: {line.gate.result} is {spell(line.value)} ({line.gate.bound})"
+        missed = [f"{one.experiment} on {one.data}: {line.gate.result} is {format_value(line.value)} ({line.gate.bound})"
                   for one in self.verdicts for line in one.report.lines if line.verdict == RED]
         return found + (f"; {'; '.join(missed)}." if missed else ".")
 
@@ -151,11 +152,11 @@ def _written_gates(path: Path) -> list[Any]:
     try: return list(read_notebook(path).gates)
     except KiloError: return []
 
-# %% ../../nbs/runs/verdicts.ipynb #c9048c2f
+# %% ../../nbs/runs/verdicts.ipynb #1ebd5e72
 def explain_standing(standing: Standing, report: PolicyReport) -> str:
     """Why a stage is passed, open or locked: what was reached, or what is missing."""
     if standing.passed:
-        reached = ", ".join(f"{line.gate.result} is {spell(line.value)} ({line.gate.bound})"
+        reached = ", ".join(f"{line.gate.result} is {format_value(line.value)} ({line.gate.bound})"
                             for line in standing.report.lines) or "it finished"
         return f"in {standing.run.name} {reached}" + ("" if standing.open
                                                       else f"; but before it: {_lacking(standing, report)}")
