@@ -5,8 +5,9 @@ from pkgutil import iter_modules as _modules
 
 __version__ = "0.1.0"
 
-# torch and numba bring a thread pool each. A pool that waits by spinning takes the core that the other one needs: training took up to five times as
-# long. Read when the pools start, so import kilonb before torch; a choice made outside stays.
+# torch and numba each start a thread pool. A pool whose idle threads spin takes the core that the other pool needs:
+# training took up to five times as long. Read when the pools start, so import kilonb before torch; a value that is
+# already set in the environment stays.
 _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 _NAMES = {
@@ -62,12 +63,16 @@ _NAMES = {
     "batch.scheduling": "run_sweep",
     "batch.sweeps": "plan_sweep",
 }
+# Public names of 0.1 and what they are called now: asking for the old one fails with a sentence that names the new one.
+_RENAMED: dict[str, str] = {
+}
 _HOMES = {name: module for module, names in _NAMES.items() for name in names.split()}
 __all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str):
-    """A public name is fetched from its module when it is first used: `import kilonb` itself imports nothing."""
+    """Import a public name from its module on first use; `import kilonb` itself imports nothing."""
+    if name in _RENAMED: raise AttributeError(f"kilonb.{name} of 0.1 is now called kilonb.{_RENAMED[name]}.")
     if name not in _HOMES: raise AttributeError(f"module 'kilonb' has no attribute '{name}'")
     globals()[name] = value = getattr(_import(f"kilonb.{_HOMES[name]}"), name)
     return value
@@ -76,15 +81,16 @@ def __getattr__(name: str):
 def __dir__() -> list[str]: return sorted({*globals(), *__all__})
 
 
-def _open(room) -> None:
-    """The modules of a room are imported when they are first used: `kilonb.splats.rasterizer`."""
+def _open(package) -> None:
+    """Import the modules of a package on first use: `kilonb.splats.rasterizer`."""
     def fetch(name: str):
-        if name not in {found.name for found in _modules(room.__path__)}: raise AttributeError(f"module '{room.__name__}' has no attribute '{name}'")
-        return _import(f"{room.__name__}.{name}")
+        if name not in {found.name for found in _modules(package.__path__)}:
+            raise AttributeError(f"module '{package.__name__}' has no attribute '{name}'")
+        return _import(f"{package.__name__}.{name}")
 
-    room.__getattr__ = fetch
-    room.__dir__ = lambda: sorted({*vars(room), *(found.name for found in _modules(room.__path__))})
+    package.__getattr__ = fetch
+    package.__dir__ = lambda: sorted({*vars(package), *(found.name for found in _modules(package.__path__))})
 
 
-for _room in _modules(__path__):
-    if _room.ispkg: _open(_import(f"kilonb.{_room.name}"))
+for _package in _modules(__path__):
+    if _package.ispkg: _open(_import(f"kilonb.{_package.name}"))
