@@ -1,12 +1,13 @@
-# make demo    the main experiment on the stand-in scene: its gates, its notebook, its page
+# make demo    the main experiment on the synthetic stand-in scene, with gates and an HTML page
 # make test    every test: the library notebooks, then pytest
 # make lab     JupyterLab on the notebooks
 # make export  notebooks -> modules and README.md, outputs removed
 # make readme  nbs/index.ipynb -> README.md
 # make bench   speed of the rasteriser
+# make lint-js eslint over the JavaScript in kilonb/*/assets; needs Node.js
 # make clean   remove the environment and caches; runs and data under outputs/ stay
 #
-# make TARGET ARGS="..." hands options on: demo ARGS="-p frame=3", test ARGS="-m 'not slow'", lab ARGS=--no-browser, bench ARGS=--json
+# make TARGET ARGS="..." passes options on: demo ARGS="-p frame=3", test ARGS="-m 'not slow'", lab ARGS=--no-browser, bench ARGS=--json
 # make TARGET PYTHON=python3.12 makes .venv with another interpreter
 
 SHELL := /bin/bash
@@ -15,14 +16,14 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory
 
-# torch's and numba's threads must not spin while they wait for each other; see kilonb/__init__.py
+# without busy waiting of OpenMP threads, which slows torch and numba down beside each other; see kilonb/__init__.py
 export OMP_WAIT_POLICY ?= PASSIVE
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.complete
 
-.PHONY: demo test lab export readme bench clean help
+.PHONY: demo test lab export readme bench lint-js clean help
 
 demo: $(READY)
 	@$(BIN)/kilonb run single_view_overfit $(ARGS)
@@ -30,9 +31,9 @@ demo: $(READY)
 # Experiments and benchmarks are run by pytest, at small size.
 LIBRARY := --n_workers 2 --do_print --skip_folder_re '^(experiments|benchmarks|explore|[_.])'
 
-# Notebooks first, pytest always: its line closes, and a failure of either fails the target.
+# Both are run even if the notebooks fail, so that pytest's summary is printed last; either failure fails the target.
 test: $(READY)
-	@failed=0; MPLBACKEND=Agg $(BIN)/nbdev_test $(LIBRARY) || failed=1; $(BIN)/python -m pytest $(ARGS) || failed=1; exit $$failed
+	@failed=0; MPLBACKEND=Agg $(BIN)/nbdev_test $(LIBRARY) || failed=1; $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) || failed=1; exit $$failed
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs $(ARGS)
@@ -46,6 +47,9 @@ readme: $(READY)
 bench: $(READY)
 	@$(BIN)/kilonb bench rasterize $(ARGS)
 
+lint-js:
+	@$(PYTHON) tools/lint_assets.py
+
 clean:
 	rm -rf .venv build dist .pytest_cache .ruff_cache *.egg-info
 	find kilonb tests tools -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -53,7 +57,7 @@ clean:
 help:
 	@sed -n '/^SHELL/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
-# The stamp is written last: an environment without it was never finished and is made anew.
+# The stamp is written last: an environment without it is incomplete and is set up again.
 $(READY): constraints.txt settings.ini setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "KiloNB needs Python 3.11 or newer, and there is no '$(PYTHON)': install it, or name one by make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -63,5 +67,5 @@ $(READY): constraints.txt settings.ini setup.py
 	@echo "setting up .venv from constraints.txt ($$(grep -c == constraints.txt) packages; minutes the first time)"
 	@install() { $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -c constraints.txt "$$@" 2>&1 | tee -a .venv/install.log | \
 	    awk '/^(Collecting|Processing) / { if (++n % 25 == 0) print "  " n " packages found" } /^Installing collected/ && n > 25 { print "  installing them" } /^ERROR/ { print } { fflush() }'; }; \
-	  install setuptools wheel && install --no-build-isolation -e '.[dev]' || { tail -n 15 .venv/install.log; echo "The setup of .venv failed; all of pip's words are in .venv/install.log."; exit 1; }
+	  install setuptools wheel && install --no-build-isolation -e '.[dev]' || { tail -n 15 .venv/install.log; echo "The setup of .venv failed; the output of pip is in .venv/install.log."; exit 1; }
 	@touch $@

@@ -1,4 +1,5 @@
-"""A real JupyterLab in headless Chromium: a server of its own, a page, a notebook that is opened and run."""
+"""Drives JupyterLab in headless Chromium: starts a server, opens a notebook, runs it, moves sliders, collects
+errors."""
 import contextlib
 import ctypes
 import json
@@ -21,28 +22,28 @@ import pytest
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
 PATIENCE_S = 180.0
-# What JupyterLab and Chromium say by themselves on a machine without a network or a graphics card, whatever the
-# notebook is; the last is anywidget's
-# word for a widget whose script (plotly's has 5 MB) took a busy machine over two seconds to start, and which starts all
-# the same.
+# Console messages of JupyterLab and Chromium on a machine without a network or a graphics card, whatever the notebook
+# is. The last is anywidget's for a widget whose script (plotly's has 5 MB) took over two seconds to load on a busy
+# machine; it starts all the same.
 NOISE = (r"favicon\.ico", r"ERR_NAME_NOT_RESOLVED", r"ERR_INTERNET_DISCONNECTED", r"ResizeObserver loop",
          r"GL Driver Message", r"GroupMarkerNotSet", r"swiftshader", r"\[anywidget\] Failed to initialize model\.$")
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on."""
+    """A port of this machine that is not in use."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
 
 
-def _die_with_the_tests() -> None:
-    """In the server, before it starts: end it when the process of the tests is gone, however that went (Linux:
-    prctl(PR_SET_PDEATHSIG))."""
+def _end_with_parent() -> None:
+    """In the server's process, before it starts: SIGTERM when the process of the tests ends (Linux: prctl with
+    PR_SET_PDEATHSIG)."""
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 
 
-def _families(root: int) -> list:
+def _process_tree(root: int) -> list:
+    """A process and all its descendants, [] where it has ended."""
     import psutil
 
     try: process = psutil.Process(root)
@@ -80,10 +81,10 @@ class Lab:
         return self
 
     def close(self) -> None:
-        """End the server and its kernels, which run in sessions of their own; what does not listen is killed."""
+        """End the server and its kernels, which run in sessions of their own; what ignores SIGTERM is killed."""
         import psutil
 
-        family = _families(self.process.pid)
+        family = _process_tree(self.process.pid)
         with contextlib.suppress(OSError): os.killpg(self.process.pid, signal.SIGTERM)
         _, alive = psutil.wait_procs(family, timeout=10)
         for process in alive:
@@ -117,7 +118,7 @@ def open_lab(folder: Path, environment: dict[str, str] | None = None) -> Iterato
                "--LabApp.expose_app_in_browser=True"]
     with (folder / "server.log").open("wb") as log:
         process = subprocess.Popen(command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=log,
-                                   stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_die_with_the_tests)
+                                   stderr=subprocess.STDOUT, start_new_session=True, preexec_fn=_end_with_parent)
     lab = Lab(root, port, token, process, folder / "server.log")
     try: yield lab.wait()
     finally: lab.close()
@@ -137,7 +138,7 @@ def open_browser() -> Iterator:
 
 
 class Notebook:
-    """A notebook that is open in JupyterLab: what a person does with it, and what they see."""
+    """A notebook that is open in JupyterLab: running it, moving its sliders, reading its outputs and errors."""
 
     def __init__(self, browser, lab: Lab, name: str, width: int = 1500, height: int = 1000):
         self.lab, self.name, self.errors = lab, name, []
@@ -155,13 +156,13 @@ class Notebook:
         self.wait_for_idle()
 
     def wait_for_idle(self) -> None:
-        """Until the kernel is there and has nothing to do."""
+        """Wait until the kernel has started and is idle."""
         self.page.wait_for_function("() => "
                                     "window.jupyterapp.shell.currentWidget.sessionContext.session?.kernel?.status === "
                                     "'idle'")
 
     def run_all(self) -> None:
-        """Run every cell and wait for the last; a cell that fails ends it, as it does for a person."""
+        """Run every cell and wait for the last; a cell that fails ends the run."""
         assert self.page.locator(".jp-CodeCell").count(), "the notebook has no code"
         self.page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
         self.wait_for_idle()
@@ -173,12 +174,12 @@ class Notebook:
                                            for kind in kinds)).all_inner_texts()
 
     def console_errors(self) -> list[str]:
-        """What the browser's console called an error, without what JupyterLab says by itself."""
+        """Errors of the browser's console, without those of `NOISE`."""
         return [text for text in self.errors if not any(re.search(noise, text, re.IGNORECASE) for noise in NOISE)]
 
     def move_slider(self, selector: str, steps: int = 1, key: str = "ArrowRight") -> None:
-        """Put the focus on the slider that `selector` finds, an ipywidget or an element of the page's own, and press a
-        key `steps` times."""
+        """Focus the slider that `selector` finds, an ipywidget or an `<input type="range">`, and press a key `steps`
+        times."""
         handle = self.page.locator(
             f'{selector} .noUi-handle, {selector} input[type="range"], input[type="range"]{selector}'
         ).first
@@ -187,7 +188,7 @@ class Notebook:
         for _ in range(steps): self.page.keyboard.press(key)
 
     def wait_until(self, expression: str, argument=None) -> None:
-        """Until the JavaScript function gives something true."""
+        """Wait until a JavaScript function returns a true value."""
         self.page.wait_for_function(expression, arg=argument)
 
     def screenshot(self, path: Path) -> Path:

@@ -1,5 +1,4 @@
-"""boxtown: what the ray caster sees is there, what is written can be read back, and the same seed gives the same
-bytes."""
+"""Boxtown: the ray caster compared with brute force, recordings with their readers, equal bytes for equal seeds."""
 import math
 import os
 from pathlib import Path
@@ -14,13 +13,15 @@ from kilonb.geometry.cameras import camera_from_angle
 from kilonb.geometry.panoramas import EquirectangularCamera
 from kilonb.geometry.transforms import look_at
 from kilonb.core.errors import KiloError
-from kilonb.data.manifests import load_manifests, make, verify
+from kilonb.data.manifests import load_manifests
+from kilonb.data.verification import verify
+from kilonb.data.generation import make
 from kilonb.core.pickles import list_globals
 from kilonb.scenes import boxtown
 from kilonb.scenes.boxtown import (
     TownConfig,
     build_town,
-    flow,
+    scene_flow,
     opv2v_cameras,
     opv2v_record,
     pandaset_cameras,
@@ -37,7 +38,7 @@ from kilonb.scenes.raycast import (
     Actor,
     Pose,
     SpinningLidar,
-    World,
+    SolidWorld,
     cast,
     render,
     solid,
@@ -91,9 +92,9 @@ def depth_inside(solids, points: np.ndarray) -> np.ndarray:
     return np.where(kind == BOX, box, np.where(kind == ELLIPSOID, ball, pipe))
 
 
-def test_nothing_lies_before_a_hit_and_every_hit_lies_on_a_surface():
-    """Against brute force: along each ray, up to its hit, no sample is inside any solid; at the hit the nearest surface
-    is at distance zero."""
+def test_hits_are_the_first_surface_points_on_their_rays():
+    """Compared with brute force: between a ray's origin and its hit no sample is inside a solid; at the hit the
+    distance to the nearest surface is zero."""
     draw = np.random.default_rng(0)
     solids = random_solids(draw, 40)
     assert set(solids.tags[:, 0]) == {BOX, ELLIPSOID, CYLINDER}
@@ -101,7 +102,7 @@ def test_nothing_lies_before_a_hit_and_every_hit_lies_on_a_surface():
     origins = origins[(depth_inside(solids, origins) < 0).all(0)]
     directions = draw.normal(size=origins.shape) * .3 + ([0, 0, 20] - origins) / 20
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    hits = cast(World(solids), origins, directions, 0.0)
+    hits = cast(SolidWorld(solids), origins, directions, 0.0)
     struck = (hits.primitive >= 0) & (hits.primitive < 40)
     assert struck.mean() > .2 and (~struck).mean() > .2
     surface = depth_inside(solids, (origins + np.where(struck, hits.range_m, 0)[:, None] * directions)[struck])
@@ -124,8 +125,20 @@ def test_ranges_of_an_upright_box_are_those_of_the_slab_formula():
     near, far = ends.min(0).max(-1), ends.max(0).min(-1)
     expected = np.where((near <= far) & (near > 0), near, np.inf)
     ground = np.where(directions[:, 2] < 0, -origins[:, 2] / np.minimum(directions[:, 2], -1e-12), np.inf)
-    world = World(solid(BOX, (low + high) / 2, (high - low) / 2, PLAIN, VEHICLE, (.5, .5, .5)))
+    world = SolidWorld(solid(BOX, (low + high) / 2, (high - low) / 2, PLAIN, VEHICLE, (.5, .5, .5)))
     np.testing.assert_allclose(cast(world, origins, directions, 0.0).range_m, np.minimum(expected, ground), rtol=1e-12)
+
+
+def test_the_primitives_of_actors_are_counted_after_those_of_the_statics():
+    """With the body of the parallel loop inline, 0.1 left out the offset for single rays when it ran on two threads."""
+    world = build_town(TownConfig(streets_x=4, connected=3, cars=30, people=30, parks=.5, duration_s=5.0), 9).world
+    directions = np.random.default_rng(1).normal(size=(4000, 3))
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    origins = np.random.default_rng(2).uniform([-30, -30, .5], [160, 140, 8], (4000, 3))
+    hits = cast(world, origins, directions, np.random.default_rng(4).uniform(0, 2, 4000))
+    on_actor, ground = hits.instance > 0, world.statics.count + sum(a.solids.count for a in world.actors)
+    assert on_actor.sum() > 50 and (hits.primitive[on_actor] >= world.statics.count).all()
+    assert (hits.primitive[on_actor] < ground).all() and (hits.primitive == ground).any()
 
 
 def test_threads_and_repetition_do_not_change_a_bit(town):
@@ -140,14 +153,14 @@ def test_threads_and_repetition_do_not_change_a_bit(town):
     assert all(np.array_equal(a, b) for a, b in zip(many, one))
 
 
-def test_a_seed_is_a_town():
+def test_the_same_seed_gives_the_same_town():
     first, second, other = build_town(SMALL, 3), build_town(SMALL, 3), build_town(SMALL, 4)
     assert all(np.array_equal(a, b) for a,
                b in zip(first.world.statics, second.world.statics)) and first.actors(2.0) == second.actors(2.0)
     assert first.actors(2.0) != other.actors(2.0) and first.world.statics.count != other.world.statics.count
 
 
-def test_z_depth_and_range_are_two_views_of_one_point(town):
+def test_z_depth_and_range_unproject_to_the_same_point(town):
     camera = opv2v_cameras(town.actor(202).pose(.5).matrix(), 120, 90)["camera1"]
     picture, rays, centres = render(town.world, camera, .5, samples=1), camera.rays(), camera.pixel_centres()
     struck = torch.from_numpy(np.isfinite(picture.range_m).ravel())
@@ -163,7 +176,7 @@ def test_z_depth_and_range_are_two_views_of_one_point(town):
                             44.5 / camera.fy)) < 1e-4, "a range is longer than a depth by the ray's slant"
 
 
-def test_a_panorama_and_a_pinhole_from_one_place_agree(town):
+def test_a_panorama_and_a_pinhole_at_one_position_agree(town):
     pose = look_at(torch.tensor([62.0, 55, 2.0]), torch.tensor([72.0, 64, 2.0]), torch.tensor([0.0, 0, 1]))
     panorama = render(town.world, EquirectangularCamera(pose, 720, 180), 0.0, samples=1)
     pinhole = camera_from_angle(pose, 81, 61, 1.0)
@@ -194,7 +207,7 @@ def test_lidar_points_fall_on_the_range_picture_of_a_camera_at_the_same_place(to
     )
     exact = cast(town.world, *camera.rays(pixels[inside]), 1.0).range_m
     assert (abs(exact / own.numpy() - 1)
-            < 1e-3).mean() > .998, "through the very place where a point falls, the camera sees that point"
+            < 1e-3).mean() > .998, "the range at the pixel of a point is the distance of the point"
 
 
 def test_points_on_an_actor_lie_in_its_cuboid_at_their_own_time(town):
@@ -210,7 +223,7 @@ def test_points_on_an_actor_lie_in_its_cuboid_at_their_own_time(town):
         local = np.einsum("nij,nj->ni", matrices[:, :3, :3], sweep.points[rows]) + matrices[:, :3, 3]
         half = np.array(town.actor(instance).half)
         assert (abs(local - [0, 0, half[2]]) <= half
-                + 2e-3).all(), "within 2 mm, what a straight line in a tenth of a second leaves of a turn"
+                + 2e-3).all(), "within 2 mm, the error of a straight line for a turn of 0.1 s"
         expected = "person" if town.actor(instance).category == "Pedestrian" else "vehicle"
         assert {LABELS[k] for k in sweep.label[rows]} == {expected}
 
@@ -223,26 +236,26 @@ def test_flow_is_the_rigid_motion_of_the_cuboid(town):
             return local @ actor.pose(t).matrix()[:3, :3].T + actor.pose(t).matrix()[:3, 3]
         starts = np.repeat([.5, 1.0], 25)
         points = np.where(starts[:, None] == .5, placed(.5), placed(1.0))
-        moved = points + flow(town, points, np.full(50, instance), starts, 2.0)
+        moved = points + scene_flow(town, points, np.full(50, instance), starts, 2.0)
         np.testing.assert_allclose(moved, placed(2.0), atol=1e-10)
         pairs = np.linalg.norm(moved[:25, None] - moved[None, :25],
                                axis=-1) - np.linalg.norm(points[:25, None] - points[None, :25], axis=-1)
         assert abs(pairs).max() < 1e-9
     still = next(iter(town.parked))
-    assert (flow(town, points, np.full(50, still), 0.0, 1.0)
-            == 0).all() and (flow(town, points, np.zeros(50, int), 0.0, 1.0) == 0).all()
+    assert (scene_flow(town, points, np.full(50, still), 0.0, 1.0)
+            == 0).all() and (scene_flow(town, points, np.zeros(50, int), 0.0, 1.0) == 0).all()
 
 
-def test_what_moves_behind_something_shows_less_and_less():
+def test_the_visible_fraction_falls_behind_an_occluder():
     body = solid(BOX, (0, 0, .75), (2.2, .9, .75), PLAIN, VEHICLE, (.5, .5, .5))
     wall = solid(BOX, (0, -2, 2), (4, .1, 2), PLAIN, VEHICLE, (.5, .5, .5))
-    world = World(wall, (Actor(4, "Car", (2.2, .9, .75), body, lambda time: Pose(-10 + time, 2.0, 0.0, 0.0)),))
+    world = SolidWorld(wall, (Actor(4, "Car", (2.2, .9, .75), body, lambda time: Pose(-10 + time, 2.0, 0.0, 0.0)),))
     camera = camera_from_angle(look_at(torch.tensor([0.0, -14, 1.2]), torch.tensor([0.0, 4, 1]),
                                        torch.tensor([0.0, 0, 1])), 160, 80, 1.6)
     pictures = [render(world, camera, t, samples=1) for t in (0.0, 4.0, 5.0, 6.0, 7.0, 10.0)]
     shares = [picture.visible[4] for picture in pictures]
     assert shares[0] == 1 and shares[-1] == 0 and sorted(shares, reverse=True) == shares and 0 < shares[2] < 1
-    alone = World(stack([]), world.actors)
+    alone = SolidWorld(stack([]), world.actors)
     for picture, t in zip(pictures, (0.0, 4.0, 5.0, 6.0, 7.0, 10.0)):
         whole = (render(alone, camera, t, samples=1).instance == 4).sum()
         assert abs(picture.visible[4] - (picture.instance == 4).sum() / whole) < 1e-12
@@ -283,7 +296,7 @@ def test_axes_are_left_handed_and_the_rig_is_opv2vs(town):
     )
 
 
-def test_the_readers_find_what_was_recorded(recordings, town):
+def test_the_readers_return_what_was_recorded(recordings, town):
     scene = load_opv2v(recordings[0])
     frame = scene[1]
     assert len(scene) == 4 and not scene.problems and frame.entry.vehicle == "201"
@@ -300,7 +313,7 @@ def test_the_readers_find_what_was_recorded(recordings, town):
         np.testing.assert_allclose(box[:3, 3], [*state.pose[:2], state.pose.z + state.half[2]], atol=1e-6)
 
 
-def test_a_written_pandaset_sequence_is_whole_and_agrees_with_itself(recordings, town):
+def test_a_written_pandaset_sequence_is_complete_and_consistent(recordings, town):
     sequence = load_pandaset(recordings[1])
     frame = sequence.at(1)
     sweep, cuboids, classes = frame.sweep(), frame.cuboids(), frame.semseg()
@@ -322,24 +335,24 @@ def test_a_written_pandaset_sequence_is_whole_and_agrees_with_itself(recordings,
                          sweep.points[on_things][:, None] - boxes.box_to_world[None, :, :3, 3])
     outside = (local.abs() - boxes.sizes / 2).amax(-1).amin(1)
     assert on_things.sum() > 100 and (outside < 0.12).double().mean() > 0.97, (
-        "points of things lie in cuboids, noise of 2 cm apart"
+        "points of objects lie in their cuboids, up to noise of 2 cm"
     )
     assert outside.max() < 0.1 * 12, (
         "but for what straddles the seam of the sweep: it is struck at two instants a tenth of a second apart"
     )
 
 
-def test_what_moves_and_is_seen_twice_has_a_twin_at_the_other_instant(recordings, town):
+def test_a_moving_object_with_returns_of_both_lidars_has_a_sibling_at_the_other_time(recordings, town):
     cuboids = load_pandaset(recordings[1]).at(1).cuboids()
-    twins = [(i, cuboids.boxes.identities.index(other)) for i, other in enumerate(cuboids.siblings) if other]
-    assert twins
-    for i, j in twins:
+    siblings = [(i, cuboids.boxes.identities.index(other)) for i, other in enumerate(cuboids.siblings) if other]
+    assert siblings
+    for i, j in siblings:
         assert {int(cuboids.sensors[i]), int(cuboids.sensors[j])} == {0, 1} and not cuboids.stationary[i]
         assert .001 < (cuboids.boxes.centres[i] - cuboids.boxes.centres[j]).norm() < 1.5
     assert (cuboids.sensors[cuboids.stationary] == -1).all()
 
 
-def test_the_pickles_name_what_pandasets_name(recordings):
+def test_the_pickles_use_only_globals_that_pandaset_uses(recordings):
     root = os.environ.get("KILONB_DATA")
     if not root: pytest.skip("KILONB_DATA is unset: no real data here")
     for part in ("lidar", "annotations/cuboids", "annotations/semseg"):
@@ -379,12 +392,12 @@ def test_a_writer_that_fails_leaves_nothing(town, tmp_path, monkeypatch):
                           ({"storeys": (5, 3)}, "storeys"), ({"parked": 1.5}, "parked"),
                           ({"connected": 0}, "connected"), ({"duration_s": 0}, "duration_s"),
                           ({"sun_elevation_deg": -3}, "sun_elevation_deg")])
-def test_a_town_that_cannot_be_is_one_sentence(change, words):
+def test_a_config_outside_its_range_is_refused(change, words):
     with pytest.raises(KiloError, match=words) as caught: TownConfig(**change)
     assert str(caught.value).count(".") <= 3 and "\n" not in str(caught.value)
 
 
-def test_a_recording_that_cannot_be_is_one_sentence(town, tmp_path, recordings):
+def test_a_recording_that_the_town_does_not_allow_is_refused(town, tmp_path, recordings):
     for attempt in (lambda: write_opv2v(recordings[0], town), lambda: write_opv2v(tmp_path, town, vehicles=9),
                     lambda: write_opv2v(tmp_path, town, frames=100), lambda: write_opv2v(tmp_path, town, interval_s=0),
                     lambda: write_pandaset(tmp_path, town, frames=2, vehicle=5),
@@ -396,9 +409,10 @@ def test_a_recording_that_cannot_be_is_one_sentence(town, tmp_path, recordings):
     assert not list(tmp_path.iterdir())
 
 
-def test_the_stand_ins_are_made_by_their_pages(tmp_path):
-    """One loader, real or synthetic: the stand-ins go through the loaders that the real pages name."""
-    from kilonb.data.manifests import find_function
+def test_the_synthetic_stand_ins_are_made_from_their_manifests(tmp_path):
+    """Real and synthetic datasets have one loader: the stand-ins are read by the loaders that the manifests of the real
+    data name."""
+    from kilonb.data.registry import find_reader
 
     manifests = load_manifests()
     assert (
@@ -410,6 +424,6 @@ def test_the_stand_ins_are_made_by_their_pages(tmp_path):
     panda = make("boxtown_pandaset", tmp_path / "p", frames=1, width=48, height=27, channels=8, steps=60, samples=1)
     assert verify("boxtown_opv2v", opv2v).ok and verify("boxtown_pandaset", panda).ok
     assert (
-        len(find_function(manifests["opv2v_641_4cam"].loader)(opv2v)) == 2
-        and len(find_function(manifests["pandaset_002"].loader)(panda)) == 1
+        len(find_reader(manifests["opv2v_641_4cam"].loader)(opv2v)) == 2
+        and len(find_reader(manifests["pandaset_002"].loader)(panda)) == 1
     )

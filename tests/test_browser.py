@@ -1,5 +1,4 @@
-"""What a reader sees: a run's page in a real browser, without a network. Needs Chromium (Debian: apt install
-chromium)."""
+"""A run's page in a real browser, without a network. Needs Chromium (Debian: apt install chromium)."""
 import json
 import re
 import shutil
@@ -10,13 +9,13 @@ import pytest
 
 from kilonb.batch.execution import run_notebook
 from kilonb.runs.notebooks import read_notebook
-from kilonb.reports.pages import write_page
+from kilonb.reports.run_page import write_page
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
 CELLS = (("markdown", "# A page to look at\n\nLight that is left: $T = e^{-\\sigma\\delta}$."),
          ("parameters", 'run_dir: str = ""'),
-         ("code", 'from kilonb.runs.folders import open_run\nrun = open_run("looked_at", run_dir)'),
+         ("code", 'from kilonb.runs.folders import open_run\nrun = open_run("shown_page", run_dir)'),
          ("code", "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(figsize=(3, "
           "2))\nax.plot([0, 1], [1, 0])\nrun.save_figure(fig, 'curve');"),
          ("code", "import plotly.graph_objects as go\ngo.Figure(go.Scatter(x=[0, 1], y=[2, 3]))"),
@@ -30,32 +29,31 @@ COUNT = """<script>addEventListener("load", () => setTimeout(() => {
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("looked_at")
+    folder = tmp_path_factory.mktemp("shown_page")
     cells = [{"cell_type": "markdown" if kind == "markdown" else "code", "id": f"c{i}", "source": text,
               "metadata": {"tags": ["parameters"]} if kind == "parameters" else {},
               **({} if kind == "markdown" else {"outputs": [], "execution_count": None})} for i,
              (kind, text) in enumerate(CELLS)]
-    path = folder / "looked_at.ipynb"
+    path = folder / "shown_page.ipynb"
     path.write_text(json.dumps({"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}))
     return write_page(run_notebook(read_notebook(path), run_dir=folder / "run").folder)
 
 
-def seen(page: Path) -> str:
-    """The document as the browser has it after its scripts ran; no name resolves, so nothing can be loaded from
-    elsewhere."""
+def rendered(page: Path) -> str:
+    """The document as HTML after its scripts ran; no host name resolves, so nothing can be loaded from outside."""
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
                "--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={page.parent / 'profile'}",
                "--virtual-time-budget=5000", "--dump-dom", page.as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
 
 
-def test_the_page_of_a_run_is_drawn_whole(page):
+def test_the_page_of_a_run_is_drawn_completely(page):
     """Pictures, plot and formula appear without a network."""
-    looked_at = page.with_name("counted.html")
-    looked_at.write_text(page.read_text(encoding="utf-8").replace("</body>", COUNT + "</body>"), encoding="utf-8")
-    document = seen(looked_at)
+    counted = page.with_name("counted.html")
+    counted.write_text(page.read_text(encoding="utf-8").replace("</body>", COUNT + "</body>"), encoding="utf-8")
+    document = rendered(counted)
     drawn, images = map(int, re.search(r"<title>images (\d+) of (\d+)</title>", document).groups())
-    assert drawn == images == 2, "the figure in the run and its like in the notebook"
+    assert drawn == images == 2, "the figure of the run and the output in the notebook"
     assert "A page to look at" in document and "41.2" in document and "✔ green" in document
     assert 'class="main-svg"' in document, "plotly drew its figure"
     assert "<math" in document and "\\sigma" not in re.sub(r"<annotation.*?</annotation>", "", document)

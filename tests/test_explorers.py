@@ -1,5 +1,4 @@
-"""The notebooks of nbs/explore as people use them: opened in JupyterLab, run, played with; and as a page, where a
-picture stands in for the widget."""
+"""The notebooks of nbs/explore: used in JupyterLab, and executed as runs, where a picture replaces the widget."""
 import base64
 import io
 import json
@@ -11,18 +10,20 @@ import numpy as np
 import pytest
 from jupyter_driver import Notebook, needs_chromium, open_browser, open_lab
 
-from kilonb.reports.browsing import list_sweeps, sweep_table
 from kilonb.core.errors import KiloError
 from kilonb.batch.execution import run_notebook
-from kilonb.reports.explorers import RunBrowser, SweepExplorer
+from kilonb.reports.run_browser import RunBrowser
 from kilonb.core.files import write_json
 from kilonb.runs.gates import Gate
 from kilonb.runs.notebooks import list_notebooks, read_notebook
-from kilonb.reports.pages import write_page
-from kilonb.runs.folders import open_run, read_run
+from kilonb.reports.run_page import write_page
+from kilonb.reports.sweep_explorer import SweepExplorer
+from kilonb.reports.sweep_table import list_sweeps, read_sweep_table
+from kilonb.runs.folders import open_run
+from kilonb.runs.records import read_run
 
 ROOT = Path(__file__).resolve().parent.parent
-SHELF = list_notebooks("explore", ROOT)
+NOTEBOOKS = list_notebooks("explore", ROOT)
 ODD = "<b onclick=alert(1)>odd $x$"
 
 
@@ -96,7 +97,7 @@ def opened(tmp_path_factory, outputs):
     with open_lab(tmp_path_factory.mktemp("jupyter"),
                   {"KILONB_OUTPUTS": str(outputs)}) as lab, open_browser() as browser:
         def open_notebook(name: str) -> Notebook:
-            notebook = json.loads(SHELF[name].read_text(encoding="utf-8"))
+            notebook = json.loads(NOTEBOOKS[name].read_text(encoding="utf-8"))
             tagged = next(i for i,
                           cell in enumerate(notebook["cells"]) if "parameters" in cell["metadata"].get("tags", []))
             own = {"run_dir": str(lab.root / "run")} if name == "orbit" else {}
@@ -109,14 +110,21 @@ def opened(tmp_path_factory, outputs):
         yield open_notebook
 
 
-ROUGHNESS = """() => { const plot = document.querySelector('.kilonb-explorer .js-plotly-plot');
-    return plot && plot._fullData && plot._fullData.length ? plot._fullData.filter(trace => trace.visible === true).map(trace => Array.from(trace.y)
-      .reduce((sum, y, i, all) => sum + (i ? Math.abs(y - all[i - 1]) : 0), 0)).at(-1) : null; }"""
-DRAWN = "() => [...document.querySelectorAll('.kilonb-explorer .scatterlayer path.js-line')].map(path => path.getAttribute('d')).join()"
-
-
-FITTED = """() => { const plots = [...document.querySelectorAll('.kilonb-explorer .js-plotly-plot')];
-    return plots.length && plots.every(plot => plot._fullLayout && plot.clientWidth > 300 && Math.abs(plot._fullLayout.width - plot.clientWidth) < 2); }"""
+# The summed steps of the last visible curve; the paths of all lines; whether every figure is as wide as its container.
+ROUGHNESS = """() => {
+  const plot = document.querySelector('.kilonb-explorer .js-plotly-plot');
+  if (!plot || !plot._fullData || !plot._fullData.length) return null;
+  const roughness = y => y.reduce((sum, value, i) => sum + (i ? Math.abs(value - y[i - 1]) : 0), 0);
+  const visible = plot._fullData.filter(trace => trace.visible === true);
+  return visible.map(trace => roughness(Array.from(trace.y))).at(-1);
+}"""
+DRAWN = """() => [...document.querySelectorAll('.kilonb-explorer .scatterlayer path.js-line')]
+  .map(path => path.getAttribute('d')).join()"""
+FITTED = """() => {
+  const plots = [...document.querySelectorAll('.kilonb-explorer .js-plotly-plot')];
+  const fits = plot => Math.abs(plot._fullLayout.width - plot.clientWidth) < 2;
+  return plots.length && plots.every(plot => plot._fullLayout && plot.clientWidth > 300 && fits(plot));
+}"""
 
 
 def react_runs(notebook: Notebook, outputs: Path) -> None:
@@ -126,7 +134,7 @@ def react_runs(notebook: Notebook, outputs: Path) -> None:
     rough, drawn = page.evaluate(ROUGHNESS), page.evaluate(DRAWN)
     notebook.move_slider(".kilonb-smoothing", 60)
     notebook.wait_until(f"rough => ({ROUGHNESS})() < 0.5 * rough", rough)
-    assert page.evaluate(DRAWN) != drawn, "the smoothed curve is drawn, not only held"
+    assert page.evaluate(DRAWN) != drawn, "the smoothed curve is drawn"
     table = page.locator(".kilonb-table")
     assert ODD in table.inner_text() and table.locator("b[onclick]").count() == 0, "a run's name is text"
     assert "toy/damaged" in page.locator(".kilonb-explorer").inner_text(), "the damaged run is named"
@@ -151,27 +159,24 @@ def react_sweeps(notebook: Notebook, outputs: Path) -> None:
     page.wait_for_selector(".kilonb-explorer .parcoords .axis-brush")
     notebook.wait_until(FITTED)
     everything, columns = page.evaluate(rows), page.locator(".kilonb-explorer .parcoords .y-axis").count()
-    assert everything == 23 and columns >= 4, "24 runs but for the damaged one"
-    notebook.move_slider(".kilonb-share", 15, "ArrowLeft")
+    assert everything == 23 and columns >= 4, "24 runs except the damaged one"
+    notebook.move_slider(".kilonb-fraction", 15, "ArrowLeft")
     notebook.wait_until(f"() => ({rows})() > 0 && ({rows})() <= 6")
     dimensions = "document.querySelector('.kilonb-explorer .js-plotly-plot')._fullData[0].dimensions"
     assert page.evaluate(f"() => {dimensions}.filter(d => "
                          "d.constraintrange).map(d => d.label)") == ["psnr_db"], "the figure shows the slider's brush"
     page.locator(".kilonb-clear").click()
     notebook.wait_until(f"all => ({rows})() === all", everything)
-    place = page.locator(".kilonb-explorer .parcoords .axis-brush").first.bounding_box()
-    middle = place["x"] + place["width"] / 2
-    page.mouse.move(middle, place["y"] + 0.95 * place["height"])
+    box = page.locator(".kilonb-explorer .parcoords .axis-brush").first.bounding_box()
+    middle = box["x"] + box["width"] / 2
+    page.mouse.move(middle, box["y"] + 0.95 * box["height"])
     page.mouse.down()
-    page.mouse.move(middle, place["y"] + 0.5 * place["height"], steps=5)
+    page.mouse.move(middle, box["y"] + 0.5 * box["height"], steps=5)
     page.mouse.up()
     notebook.wait_until(f"all => ({rows})() > 0 && ({rows})() < all", everything)
-    told = page.locator(".kilonb-failures")
-    assert (
-        "lower the learning rate" in told.inner_text()
-        and "is left out" in told.inner_text()
-        and told.locator("nan").count() == 0
-    )
+    failures = page.locator(".kilonb-failures")
+    assert "lower the learning rate" in failures.inner_text() and "is left out" in failures.inner_text()
+    assert failures.locator("nan").count() == 0, "an error message is text"
 
 
 def react_orbit(notebook: Notebook, outputs: Path) -> None:
@@ -179,20 +184,20 @@ def react_orbit(notebook: Notebook, outputs: Path) -> None:
     frames = "() => +(document.querySelector('.kilonb-orbit')?.dataset.frames ?? 0)"
     pixels = "() => document.querySelector('.kilonb-orbit .student canvas').toDataURL()"
     notebook.wait_until(f"() => ({frames})() > 0")
-    before, seen = page.evaluate(frames), page.evaluate(pixels)
+    before, first = page.evaluate(frames), page.evaluate(pixels)
     notebook.move_slider('[aria-label="field of view"]', 5)
     notebook.wait_until(f"before => ({frames})() > before", before)
-    notebook.wait_until(f"seen => ({pixels})() !== seen", seen)
+    notebook.wait_until(f"first => ({pixels})() !== first", first)
 
 
 REACTIONS = {"run_browser": react_runs, "sweep_explorer": react_sweeps, "orbit": react_orbit}
 
 
 @needs_chromium
-@pytest.mark.parametrize("name", SHELF)
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_an_explorer_opens_in_jupyterlab_runs_and_reacts_to_a_slider(name, opened, outputs):
     assert name in REACTIONS, (
-        f"nbs/explore/{name}.ipynb has no reaction here: say what must change when its slider moves"
+        f"nbs/explore/{name}.ipynb has no entry in REACTIONS: add what must change when its slider moves"
     )
     notebook = opened(name)
     try:
@@ -213,13 +218,13 @@ def pictures(page: Path) -> list:
             for data in re.findall(r'src="data:image/png;base64,([^"]+)"', inside)]
 
 
-@pytest.mark.parametrize("name", SHELF)
+@pytest.mark.parametrize("name", NOTEBOOKS)
 def test_the_page_of_an_explorer_has_a_picture_where_the_widget_would_be(name, outputs, tmp_path):
-    record = run_notebook(read_notebook(SHELF[name]), small(name, outputs), run_dir=tmp_path / "run")
+    record = run_notebook(read_notebook(NOTEBOOKS[name]), small(name, outputs), run_dir=tmp_path / "run")
     page = write_page(record.folder)
     shown = pictures(page)
     assert shown and shown[0].width >= 400 and len(shown[0].convert("RGB").getcolors(1 << 24)) > 20, (
-        "a picture with something on it"
+        "a picture that is not empty"
     )
     assert "widget-view" not in page.read_text(encoding="utf-8") and record.status == "finished"
 
@@ -228,7 +233,7 @@ def execute_here(name: str, given: dict) -> dict:
     """The notebook's variables after its cells ran in this process with these parameters, as by hand and without a
     front end."""
     scope = {"__annotations__": {}, "__builtins__": __builtins__}
-    for cell in json.loads(SHELF[name].read_text(encoding="utf-8"))["cells"]:
+    for cell in json.loads(NOTEBOOKS[name].read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code": exec("".join(cell["source"]), scope)
         if "parameters" in cell["metadata"].get("tags", []): scope.update(given)
     return scope
@@ -236,15 +241,15 @@ def execute_here(name: str, given: dict) -> dict:
 
 @pytest.mark.parametrize("name, way",
                          [("run_browser", "kilonb run single_view_overfit"), ("sweep_explorer", "kilonb sweep FILE")])
-def test_with_nothing_to_explore_a_notebook_says_how_to_get_it(name, way, tmp_path, capsys):
+def test_without_runs_a_notebook_names_the_command_that_makes_some(name, way, tmp_path, capsys):
     execute_here(name, {"outputs": str(tmp_path / "none"), "run_dir": str(tmp_path / "run")})
     record = read_run(tmp_path / "run")
     assert record.status == "finished" and record.results["runs"] == 0 and way in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["run_browser", "sweep_explorer"])
-def test_looking_makes_no_run(name, outputs):
-    """Opened by hand, these notebooks leave nothing among the runs that they show."""
+def test_an_explorer_opened_by_hand_records_no_run(name, outputs):
+    """Without `run_dir` these notebooks write nothing into the folder that they show."""
     before = sorted(outputs.rglob("status.json"))
     execute_here(name, {"outputs": str(outputs)})
     assert before and sorted(outputs.rglob("status.json")) == before
@@ -260,7 +265,7 @@ def test_a_spike_of_one_step_in_a_long_run_is_still_drawn(tmp_path):
 
 
 def test_one_damaged_run_does_not_hide_the_others(outputs):
-    browser, table = RunBrowser(outputs, "toy"), sweep_table(outputs / "sweeps" / "toy_sweep")
+    browser, table = RunBrowser(outputs, "toy"), read_sweep_table(outputs / "sweeps" / "toy_sweep")
     assert len(browser.records) >= 3 and [sentence for sentence in browser.unreadable if "toy/damaged" in sentence]
     assert len(table.rows) == 23 and len(table.unreadable) == 1 and len(table.failed()) == 6
     assert list_sweeps(outputs) == [outputs / "sweeps" / "toy_sweep"]

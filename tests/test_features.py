@@ -1,4 +1,4 @@
-"""The teacher asked at points, and its features taught: what must hold across modules."""
+"""The teacher as a field, and feature distillation: properties that hold across modules."""
 import math
 import signal
 
@@ -13,13 +13,14 @@ from kilonb.distill.features import (
     random_axes,
     teacher_features,
 )
-from kilonb.distill.space import space_of_teacher
+from kilonb.distill.space import occupancy_of_gaussians
 from kilonb.distill.student import DistillConfig, distill, make_student
-from kilonb.distill.targets import RayPool, targets_from_teacher
+from kilonb.distill.rays import RayPool
+from kilonb.imaging.targets import targets_from_teacher
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.voxels import bake_gaussians
 from kilonb.geometry.cameras import orbit_cameras
-from kilonb.core.errors import KiloError
+from kilonb.core.testing import expect_error
 from kilonb.scenes.brickyard import build_brickyard
 from kilonb.splats.gaussians import Gaussians, gaussians_from_points
 from kilonb.splats.lookup import GaussianLookup, all_pairs
@@ -31,17 +32,17 @@ STEP = 0.03
 
 
 def ball(count: int = 400, sh_degree: int = 1, seed: int = 0) -> Gaussians:
-    """Gaussians of every shape, size, turn and opacity in a ball of radius one."""
+    """Gaussians of every shape, size, rotation and opacity in a ball of radius one."""
     draw = torch.Generator().manual_seed(seed)
     means = torch.nn.functional.normalize(torch.randn(count, 3, generator=draw), dim=-1) * torch.rand(
         count, 1, generator=draw
     ) ** (1 / 3)
-    made = gaussians_from_points(means, torch.rand(count, 3, generator=draw), sh_degree, opacity=0.5)
-    made.quats = torch.randn(count, 4, generator=draw)
-    made.log_scales = torch.rand(count, 3, generator=draw) * 3 - 5
-    made.logit_opacities = torch.randn(count, generator=draw) * 3
-    made.sh = made.sh + 0.1 * torch.randn(made.sh.shape, generator=draw)
-    return made
+    gaussians = gaussians_from_points(means, torch.rand(count, 3, generator=draw), sh_degree, opacity=0.5)
+    gaussians.quats = torch.randn(count, 4, generator=draw)
+    gaussians.log_scales = torch.rand(count, 3, generator=draw) * 3 - 5
+    gaussians.logit_opacities = torch.randn(count, generator=draw) * 3
+    gaussians.sh = gaussians.sh + 0.1 * torch.randn(gaussians.sh.shape, generator=draw)
+    return gaussians
 
 
 def settings(**changed) -> DistillConfig:
@@ -51,10 +52,10 @@ def settings(**changed) -> DistillConfig:
 
 
 @pytest.fixture(scope="module")
-def lesson():
+def scene():
     """(lookup, space, pool of rays) of a small brickyard."""
     teacher = build_brickyard(count=4_000)
-    space = space_of_teacher(teacher, 32)
+    space = occupancy_of_gaussians(teacher, 32)
     cameras = [(f"view {n}", camera) for n, camera in enumerate(orbit_cameras(2, 4.0, 30.0, width=32, height=32))]
     return (
         GaussianLookup(teacher, minimum_scale=STEP / 2),
@@ -64,7 +65,7 @@ def lesson():
 
 
 class Interrupting:
-    """A pool of rays during whose draw number `at` somebody presses Ctrl-C."""
+    """A pool of rays that raises SIGINT in draw number `at`."""
 
     def __init__(self, pool: RayPool, at: int): self.pool, self.views, self.left = pool, pool.views, at
 
@@ -121,8 +122,8 @@ def test_compiled_and_plain_queries_agree():
     assert len(lookup.density(points[:0])) == 0 and lookup.features(points[:0], table)[0].shape == (0, 11)
 
 
-def test_the_number_of_threads_changes_no_bit(lesson):
-    lookup, _, pool = lesson
+def test_the_number_of_threads_changes_no_bit(scene):
+    lookup, _, pool = scene
     points, directions = pool.origins + 4 * pool.directions, pool.directions
     threads = torch.get_num_threads()
     answers = []
@@ -134,7 +135,7 @@ def test_the_number_of_threads_changes_no_bit(lesson):
     assert all(torch.equal(a, b) for a, b in zip(*answers)) and (answers[0][0] > 0).any()
 
 
-def test_a_splat_is_as_opaque_as_the_rasteriser_says():
+def test_a_splat_is_as_opaque_as_in_the_rasteriser():
     one = gaussians_from_points(torch.zeros(1, 3), torch.ones(1, 3), 0, opacity=0.9)
     one.log_scales = torch.full((1, 3), math.log(0.2))
     aside, along = torch.tensor([0.0, 0.1, 0.2, 0.4]), torch.linspace(-0.7, 0.7, 2801)
@@ -153,7 +154,7 @@ def test_features_of_a_ply_are_those_of_its_gaussians(tmp_path):
                                teacher_features(gaussians), rtol=1e-5, atol=1e-5)
 
 
-def test_cka_sees_what_is_shared_and_nothing_else():
+def test_cka_measures_the_shared_part_only():
     draw = torch.Generator().manual_seed(0)
     x, noise = torch.randn(8_000, 16, generator=draw), torch.randn(8_000, 16, generator=draw)
     assert abs(linear_cka(x, x) - 1) < 1e-9
@@ -162,7 +163,7 @@ def test_cka_sees_what_is_shared_and_nothing_else():
     assert linear_cka(x, noise) < 0.01 < 0.3 < linear_cka(x, x + noise) < 0.9
 
 
-def test_every_adapter_is_reproducible_and_whole_in_its_state():
+def test_every_adapter_is_reproducible_and_restored_from_its_state():
     gaussians = ball(sh_degree=3)
     features = teacher_features(gaussians)
     for kind in ("pca", "orthogonal", "linear"):
@@ -175,8 +176,8 @@ def test_every_adapter_is_reproducible_and_whole_in_its_state():
 
 
 @pytest.mark.parametrize("adapter", ["pca", "linear"])
-def test_a_resumed_run_with_features_is_the_unbroken_one_to_the_bit(lesson, tmp_path, adapter):
-    lookup, space, pool = lesson
+def test_a_resumed_run_with_features_is_the_unbroken_one_to_the_bit(scene, tmp_path, adapter):
+    lookup, space, pool = scene
     config = FeatureConfig(channels=8, cosine_weight=0.1, l2_weight=0.1, adapter=adapter, cka_every=3,
                            projector_alone=0.2, freeze=0.8)
 
@@ -199,25 +200,25 @@ def test_a_resumed_run_with_features_is_the_unbroken_one_to_the_bit(lesson, tmp_
     assert timeless(whole) == timeless(rest)
 
 
-def test_the_frozen_projector_does_not_move_and_the_student_goes_on(lesson):
-    lookup, space, pool = lesson
+def test_the_frozen_projector_is_constant_while_the_student_is_trained(scene):
+    lookup, space, pool = scene
     student = make_student(space, SHAPE, STEP)
     term = FeatureTerm(lookup, student.field.feature_width, 24,
                        FeatureConfig(channels=8, freeze=0.5, cosine_weight=0.1, l2_weight=0.1))
-    seen, own = [], term.after_step
+    weights, after_step = [], term.after_step
 
-    def watched(step):
-        own(step)
-        seen.append((term.projector.layers.weight.detach().clone(), student.field.networks.detach().clone()))
+    def recorded(step):
+        after_step(step)
+        weights.append((term.projector.layers.weight.detach().clone(), student.field.networks.detach().clone()))
 
-    term.after_step = watched
+    term.after_step = recorded
     distill(student, pool, settings(), terms=[term], quiet=True)
-    assert not torch.equal(seen[10][0], seen[11][0]) and all(torch.equal(seen[11][0], weights) for weights,
-                                                             _ in seen[12:])
-    assert not torch.equal(seen[12][1], seen[20][1])
+    assert not torch.equal(weights[10][0], weights[11][0])
+    assert all(torch.equal(weights[11][0], projector) for projector, _ in weights[12:])
+    assert not torch.equal(weights[12][1], weights[20][1])
 
 
-def test_the_projector_learns_at_its_own_rate():
+def test_the_projector_has_its_own_learning_rate():
     term = FeatureTerm(GaussianLookup(ball()), 16, 100, FeatureConfig(learning_rate_ratio=0.25))
     groups = term.parameter_groups(4e-3)
     assert [group["lr"] for group in groups] == [1e-3] and [group["name"] for group in groups] == ["projector"]
@@ -225,8 +226,8 @@ def test_the_projector_learns_at_its_own_rate():
     assert any(weight is trainable.adapter.projection for weight in trainable.parameter_groups(4e-3)[0]["params"])
 
 
-def test_every_logged_step_has_the_term_s_values(lesson):
-    lookup, space, pool = lesson
+def test_every_logged_step_has_the_term_s_values(scene):
+    lookup, space, pool = scene
     term = FeatureTerm(lookup, SHAPE.hidden, 24, FeatureConfig(channels=8, cka_every=6))
     records = distill(make_student(space, SHAPE, STEP), pool, settings(log_every_steps=1), terms=[term],
                       quiet=True).records
@@ -240,8 +241,8 @@ def test_every_logged_step_has_the_term_s_values(lesson):
 # ---- bad input
 
 def sentence(function, *arguments, **options) -> str:
-    with pytest.raises(KiloError) as caught: function(*arguments, **options)
-    text = str(caught.value)
+    """The message of a refused call, which is one sentence."""
+    text = expect_error(function, *arguments, **options)
     assert text.count("\n") == 0 and len(text) < 250 and text.endswith(".")
     return text
 
@@ -250,10 +251,10 @@ def test_bad_teachers_are_refused_in_one_sentence():
     assert "degree 1" in sentence(teacher_features, ball(sh_degree=1), sh_degree=3)
     broken = ball()
     broken.log_scales[5, 0] = math.nan
-    for ask in (teacher_features, GaussianLookup): assert "log_scales" in sentence(ask, broken)
+    for function in (teacher_features, GaussianLookup): assert "log_scales" in sentence(function, broken)
     wrong = ball()
     wrong.sh = wrong.sh[:, :3]
-    for ask in (teacher_features, GaussianLookup): assert "sh has 3 coefficients" in sentence(ask, wrong)
+    for function in (teacher_features, GaussianLookup): assert "sh has 3 coefficients" in sentence(function, wrong)
 
 
 def test_contradictory_settings_are_refused():

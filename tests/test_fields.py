@@ -1,4 +1,4 @@
-"""What every kind of field owes to those who render, train, save and compare it."""
+"""Properties that all kinds of fields share: interface, gradients, determinism, saving."""
 from dataclasses import FrozenInstanceError, asdict, fields
 
 import pytest
@@ -6,8 +6,8 @@ import torch
 from torch.nn.functional import normalize
 
 from kilonb.fields.hashgrid import HashGridConfig, HashGridField
-from kilonb.fields.kilonerf import KiloNeRF, KiloNeRFConfig, cells_of
-from kilonb.fields.mlp import MLPConfig, MLPField
+from kilonb.fields.kilonerf import KiloNeRF, KiloNeRFConfig, cells_from_occupancy
+from kilonb.fields.mlp import KEYS_0_1, MLPConfig, MLPField, upgrade_state
 from kilonb.fields.occupancy import OccupancyGrid
 from kilonb.fields.rendering import render_image, render_rays
 from kilonb.geometry.cameras import orbit_cameras
@@ -30,9 +30,9 @@ KINDS = pytest.mark.parametrize("kind", CONFIGS)
 
 
 def make(kind: str, seed: int = 0):
-    """A small field over BOX, with weights that are no longer those of a beginner."""
+    """A small field over BOX with weights that differ from the initial ones."""
     generator, config = torch.Generator().manual_seed(seed), CONFIGS[kind]
-    if kind == "kilonerf": made = KiloNeRF(cells_of(GRID, config.cell_size), config, generator)
+    if kind == "kilonerf": made = KiloNeRF(cells_from_occupancy(GRID, config.cell_size), config, generator)
     else: made = OVER_A_BOX[kind](BOX, config, generator)
     with torch.no_grad():
         for parameter in made.parameters(): parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
@@ -58,7 +58,7 @@ def loss_of(field, positions, directions):
 
 @KINDS
 def test_one_interface(kind):
-    """Code that takes a field need not know its kind."""
+    """All kinds of fields are evaluated in the same way."""
     field, (positions, directions) = make(kind), samples()
     sigma, rgb = field(positions, directions)
     assert field.kind == kind and field.config == CONFIGS[kind]
@@ -72,8 +72,8 @@ def test_one_interface(kind):
 
 
 @KINDS
-def test_no_samples_are_no_special_case(kind):
-    """A batch of rays may miss everything."""
+def test_no_samples_give_empty_results(kind):
+    """A batch of rays may have no samples at all."""
     field, none = make(kind), torch.zeros(0, 3)
     sigma, rgb = field(none, none)
     assert sigma.shape == (0,) and rgb.shape == (0, 3) and field.features(none).shape == (0, field.feature_width)
@@ -82,7 +82,7 @@ def test_no_samples_are_no_special_case(kind):
 
 
 @KINDS
-def test_geometry_looks_the_same_from_all_sides_and_colour_does_not(kind):
+def test_density_does_not_depend_on_the_direction_and_colour_does(kind):
     field, (positions, directions) = make(kind), samples()
     with torch.no_grad():
         (sigma, rgb), (other_sigma, other_rgb) = field(positions, directions), field(positions, -directions)
@@ -90,8 +90,8 @@ def test_geometry_looks_the_same_from_all_sides_and_colour_does_not(kind):
 
 
 @KINDS
-def test_outside_there_is_nothing(kind):
-    """Nor where a position is not a number; and samples outside change nothing for those inside."""
+def test_density_outside_is_zero(kind):
+    """Also for positions that are NaN or infinite; samples outside do not change those inside."""
     field, (positions, directions) = make(kind), samples(200)
     strange = torch.tensor([[9.0, 0, 0], [0, -9, 0], [0, 0, 1e20], [torch.nan, 0, 0], [0, torch.inf, 0]])
     with torch.no_grad():
@@ -104,18 +104,20 @@ def test_outside_there_is_nothing(kind):
 
 @KINDS
 def test_every_parameter_gets_a_gradient(kind):
-    """In the notes, a line that overwrote a network's output with its input left most of it idle for a week."""
+    """A line that overwrote the output of a network with its input once left most of it untrained (see
+    nbs/background.ipynb)."""
     field = make(kind)
     loss_of(field, *samples(20_000)).backward()
     for name, parameter in field.named_parameters():
         live = (parameter.grad != 0).double().mean().item()
         # an unlucky ReLU, an unlucky hash
-        assert live > (0.97 if kind == "hashgrid" and name == "table" else 0.99), f"{1 - live:.1%} of {name} is idle"
+        assert live > (0.97 if kind == "hashgrid" and name == "table"
+                       else 0.99), f"{1 - live:.1%} of {name} has no gradient"
 
 
 @KINDS
-def test_features_teach_the_geometry_and_nothing_behind_it(kind):
-    """A loss on features moves what lies before the direction, and leaves density's and colour's last layers alone."""
+def test_a_loss_on_features_reaches_the_layers_before_them_only(kind):
+    """Layers before the direction get a gradient; density head, direction layer and rgb head get none."""
     field, (positions, _) = make(kind), samples(2000)
     field.features(positions).square().sum().backward()
     if kind == "mlp":
@@ -124,32 +126,33 @@ def test_features_teach_the_geometry_and_nothing_behind_it(kind):
     else:
         grad = field.networks.grad if kind == "kilonerf" else field.network.grad[None]
         reached = {name for name, (start, _, end) in field.layout.offsets.items() if (grad[:, start:end] != 0).any()}
-    assert reached == {"kilonerf": {"first", "second", "feature"}, "mlp": {"trunk", "feature"},
-                       "hashgrid": {"first", "feature"}}[kind]
+    assert reached == {"kilonerf": {"position_layer_1", "position_layer_2", "feature_layer"},
+                       "mlp": {"position_layers", "feature_layer"},
+                       "hashgrid": {"position_layer", "feature_layer"}}[kind]
     assert kind != "hashgrid" or (field.table.grad != 0).any()
 
 
 @KINDS
-def test_a_field_agrees_with_its_twin_in_double_precision(kind):
-    """Values to float32's rounding; gradients too, but for units so close to zero that rounding decides whether they
-    are on."""
+def test_a_field_agrees_with_its_reference_in_float64(kind):
+    """Values and gradients to float32 rounding; rounding also decides whether units very close to zero are active."""
     field, (positions, directions) = make(kind), samples()
     ours = torch.autograd.grad(loss_of(field, positions, directions), list(field.parameters()))
     with torch.no_grad(): values, few = field(positions, directions), field.features(positions[:50])
-    twin = field.double()
-    exact = torch.autograd.grad(loss_of(twin, positions.double(), directions.double()), list(twin.parameters()))
+    reference = field.double()
+    exact = torch.autograd.grad(loss_of(reference, positions.double(), directions.double()),
+                                list(reference.parameters()))
     with torch.no_grad():
-        for one, two in zip(values, twin(positions.double(), directions.double())):
+        for one, two in zip(values, reference(positions.double(), directions.double())):
             torch.testing.assert_close(one.double(), two, atol=1e-3, rtol=1e-4)
-        torch.testing.assert_close(few.double(), twin.features(positions[:50].double()), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(few.double(), reference.features(positions[:50].double()), atol=1e-4, rtol=1e-4)
     for one, two in zip(ours, exact): assert (one - two).norm() < 2e-3 * two.norm()
 
 
 @KINDS
-def test_a_twin_s_gradients_are_those_of_differences(kind):
+def test_gradients_of_the_reference_are_those_of_finite_differences(kind):
     field, (positions, directions) = make(kind).double(), samples(4)
     parameters, inputs = list(field.parameters()), (positions.double(), directions.double())
-    # thousands of numbers: the sum of all slopes along a few directions instead
+    # thousands of parameters: derivatives along a few directions instead
     if kind == "kilonerf":
         towards = torch.randn(3, *parameters[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         start = parameters[0].detach().clone()
@@ -161,8 +164,8 @@ def test_a_twin_s_gradients_are_those_of_differences(kind):
 
 
 @KINDS
-def test_a_saved_field_looks_the_same(kind):
-    """The state holds all that the picture depends on; the config survives as plain numbers."""
+def test_a_saved_field_renders_the_same(kind):
+    """The state dict holds all that an image depends on; the config is made of plain numbers."""
     field, other = make(kind, 0), make(kind, 1)
     first, different = (render_image(f, camera(), GRID, 0.05).rgb_premultiplied for f in (field, other))
     other.load_state_dict(field.state_dict())
@@ -173,9 +176,61 @@ def test_a_saved_field_looks_the_same(kind):
     assert all(isinstance(getattr(field.config, f.name), (int, float, bool, str)) for f in fields(field.config))
 
 
+def keys_of_0_1(state: dict, prefix: str = "") -> dict:
+    """The state dict with the layer names of version 0.1."""
+    old = {prefix + new: prefix + old for old, new in KEYS_0_1.items()}
+    return {next((old[new] + key[len(new):] for new in old if key.startswith(new)), key): value
+            for key, value in state.items()}
+
+
+def test_a_field_with_the_keys_of_0_1_loads():
+    field, other = make("mlp", 0), make("mlp", 1)
+    state = keys_of_0_1(field.state_dict())
+    assert list(state) == ["box", "trunk.0.weight", "trunk.0.bias", "trunk.1.weight", "trunk.1.bias", "density.weight",
+                           "density.bias", "feature.weight", "feature.bias", "view.weight", "view.bias",
+                           "colour.weight", "colour.bias"]
+    other.load_state_dict(state)
+    assert all(torch.equal(a, b) for a, b in zip(field.parameters(), other.parameters()))
+    assert "trunk.0.weight" in state                                # the given dict is not changed
+    assert list(upgrade_state(state)) == list(field.state_dict())
+    present = field.state_dict()
+    assert list(upgrade_state(dict(present))) == list(present)
+
+
+@KINDS
+def test_a_student_file_with_the_keys_of_0_1_loads(kind, tmp_path):
+    """The files of 0.1: `field.trunk.0.weight` and so on, beside the occupancy grid."""
+    from kilonb.distill.student import Student, load_student, save_student
+    from kilonb.training.checkpoints import read_checkpoint, write_checkpoint
+
+    path, student = tmp_path / "student.pt", Student(make(kind), GRID, 0.05)
+    save_student(student, path, "averaged")
+    content = read_checkpoint(path)
+    content["state"] = keys_of_0_1(content["state"], "field.")
+    assert ("field.trunk.0.weight" in content["state"]) == (kind == "mlp")
+    write_checkpoint(path, {name: value for name, value in content.items() if name != "format"})
+    again, weights = load_student(path)
+    assert weights == "averaged"
+    assert torch.equal(again.render(camera()).rgb_premultiplied, student.render(camera()).rgb_premultiplied)
+
+
+@pytest.mark.parametrize("weights", ["raw", "averaged"])
+def test_a_checkpoint_with_the_keys_of_0_1_loads(weights):
+    """Model and moving average of the training loop's checkpoint."""
+    from kilonb.training.averaging import EMA, load_weights
+
+    field, other = make("mlp", 0), make("mlp", 1)
+    average = EMA(field, 0.9).state_dict()
+    average["average"] = keys_of_0_1({name: value + 1 for name, value in average["average"].items()})
+    content = {"step": 7, "model": keys_of_0_1(field.state_dict()), "averaged": average}
+    load_weights(content, other, weights)
+    shift = 1 if weights == "averaged" else 0
+    assert all(torch.equal(a + shift, b) for a, b in zip(field.parameters(), other.parameters()))
+
+
 @KINDS
 def test_training_is_the_same_twice_to_the_last_bit(kind):
-    """Rays, field, compositing and their gradients: a run that is repeated or resumed must not differ."""
+    """Rays, field, compositing and their gradients: a repeated or resumed run does not differ."""
     def trained():
         field, rays = make(kind), camera().rays()
         optimizer = torch.optim.Adam(field.parameters(), lr=1e-2, fused=True)
@@ -191,7 +246,7 @@ def test_training_is_the_same_twice_to_the_last_bit(kind):
 
 
 @KINDS
-def test_making_a_field_leaves_everybody_s_random_numbers_alone(kind):
+def test_making_a_field_does_not_change_the_global_random_state(kind):
     before = torch.get_rng_state()
     assert all(torch.equal(a, b) for a, b in zip(make(kind, 3).parameters(), make(kind, 3).parameters()))
     assert torch.equal(before, torch.get_rng_state())
@@ -204,14 +259,14 @@ def test_making_a_field_leaves_everybody_s_random_numbers_alone(kind):
                           (HashGridConfig, {"base_resolution": 64, "finest_resolution": 32}),
                           (HashGridConfig, {"features": 0}), (HashGridConfig, {"density_scale": 0.0})],
                          ids=lambda value: value.__name__ if isinstance(value, type) else "-".join(value))
-def test_a_bad_shape_is_refused_in_one_sentence(config, wrong):
+def test_an_invalid_config_is_an_error_in_one_sentence(config, wrong):
     with pytest.raises(KiloError) as refused: config(**wrong)
     message = str(refused.value)
     assert message.endswith(".") and "\n" not in message and message.count(". ") == 0
 
 
 @pytest.mark.parametrize("kind", OVER_A_BOX)
-def test_a_box_without_inside_is_refused(kind):
+def test_a_box_without_volume_is_an_error(kind):
     for box in (BOX.flip(0), BOX[:1], BOX * torch.tensor([1.0, 0, 1]), BOX * torch.nan):
         with pytest.raises(KiloError, match=r"box is .* expected a lower corner"): OVER_A_BOX[kind](box, CONFIGS[kind])
 
@@ -219,7 +274,7 @@ def test_a_box_without_inside_is_refused(kind):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @KINDS
-def test_a_gpu_sees_the_same_field(kind):
+def test_a_gpu_computes_the_same_field(kind):
     field, (positions, directions) = make(kind), samples()
     ours = torch.autograd.grad(loss_of(field, positions, directions), list(field.parameters()))
     field = field.cuda()

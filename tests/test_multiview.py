@@ -1,25 +1,31 @@
-"""A scene learnt from all sides: space, points, rays; the experiments that are built on them, and what they refuse."""
+"""Distillation from all views: space, points, rays; the experiments that are built on them; bad input."""
 import json
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers import KILONB
 import torch
 
-from kilonb.distill.evaluation import evaluate_frames
-from kilonb.distill.lesson import check_teacher, lesson_from_ply, lesson_from_views, open_lesson
-from kilonb.distill.multiview import TeachingConfig, space_of_scene, steps_in, teach
-from kilonb.distill.points import PointsConfig, seen_space
+from kilonb.imaging.scoring import evaluate_frames
+from kilonb.distill.data import (
+    check_teacher,
+    distillation_data_from_ply,
+    distillation_data_from_views,
+    open_distillation_data,
+)
+from kilonb.distill.multiview import TeachingConfig, field_config, space_of_scene, steps_in, teach
+from kilonb.distill.points import PointsConfig, visible_space
 from kilonb.distill.seams import Continuity, seam_error, wall_distance
-from kilonb.distill.space import space_of_teacher
+from kilonb.distill.space import occupancy_of_gaussians
 from kilonb.distill.student import DistillConfig, load_student, save_student
-from kilonb.distill.targets import targets_from_images
+from kilonb.imaging.targets import targets_from_images
 from kilonb.geometry.cameras import orbit_cameras
 from kilonb.core.errors import KiloError
-from kilonb.runs.folders import read_run
+from kilonb.runs.records import read_run
+from kilonb.runs.scalars import read_scalars
 from kilonb.scenes.blender import load_blender
 from kilonb.scenes.brickyard import write_brickyard
 from kilonb.splats.gaussians import Gaussians
@@ -28,9 +34,8 @@ from kilonb.splats.ply import write_ply
 from kilonb.training.checkpoints import latest_path
 from kilonb.training.loop import LoopConfig
 
-COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
-TINY = ["-p", "cells=6", "-p", "march_steps=60", "-p", "voxels=48", "-p", "rays=512", "-p", "points_steps=20", "-p",
-        "test_views=2", "-p", "resolution=48"]
+TINY = ["-p", "cells=6", "-p", "teaching.march_steps=60", "-p", "teaching.voxels=48", "-p", "rays=512", "-p",
+        "points_steps=20", "-p", "test_views=2", "-p", "resolution=48"]
 LOOP = LoopConfig(steps=60, learning_rate=5e-3, warmup_steps=5, ema_decay=0.95, log_every_steps=10)
 TEACHING = TeachingConfig(cells=8, march_steps=80, voxels=64,
                           points=PointsConfig(bank=60_000, points=8192, loop=replace(LOOP, steps=60, ema_decay=None)),
@@ -45,63 +50,64 @@ def brickyard(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lesson(brickyard, tmp_path_factory):
-    return open_lesson("blender", brickyard, tmp_path_factory.mktemp("lesson"))
+def data(brickyard, tmp_path_factory):
+    return open_distillation_data("blender", brickyard, tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
-def taught(lesson):
-    return teach(lesson, TEACHING, quiet=True)
+def result(data):
+    return teach(data, TEACHING, quiet=True)
 
 
-def mean_db(student, lesson) -> dict[str, float]:
-    return evaluate_frames(student, lesson.test_photos, teacher=lesson.teacher, quiet=True).means()
+def mean_db(student, data) -> dict[str, float]:
+    return evaluate_frames(student, data.test_photos, teacher=data.teacher, quiet=True).means()
 
 
 # ---- the three stages
 
-def test_unseen_views_are_far_above_the_blank_page(taught, lesson):
-    scores = mean_db(taught.student, lesson)
+def test_held_out_views_score_far_above_an_all_white_image(result, data):
+    scores = mean_db(result.student, data)
     assert scores["psnr_srgb_white_db"] > scores["psnr_blank_white_db"] + 10 and scores["psnr_vs_teacher_db"] > 20, (
         scores
     )
 
 
-def test_points_alone_already_show_the_scene_and_rays_sharpen_it(taught, lesson):
+def test_points_alone_reproduce_the_scene_and_rays_improve_it(result, data):
     short = replace(TEACHING,
                     rays=replace(TEACHING.rays, loop=replace(LOOP, steps=2, warmup_steps=1, learning_rate=1e-6)))
-    points = mean_db(teach(lesson, short, quiet=True).student, lesson)
+    points = mean_db(teach(data, short, quiet=True).student, data)
     assert (
         points["psnr_blank_white_db"] + 6
         < points["psnr_srgb_white_db"]
-        < mean_db(taught.student, lesson)["psnr_srgb_white_db"]
+        < mean_db(result.student, data)["psnr_srgb_white_db"]
     )
 
 
-def test_the_space_is_what_the_cameras_see_and_loses_nothing_of_it(lesson):
-    grid, _, step = space_of_scene(lesson.teacher, [camera for _, camera in lesson.train], TEACHING)
-    everything = space_of_teacher(lesson.teacher, 64)
+def test_the_space_is_what_the_cameras_see_and_loses_no_alpha(data):
+    grid, _, step = space_of_scene(data.teacher, [camera for _, camera in data.train], TEACHING)
+    everything = occupancy_of_gaussians(data.teacher, 64)
     volume = lambda g: g.occupied.sum() * g.voxel_size.prod()
     assert volume(grid) < volume(everything) and step == pytest.approx((grid.box[1] - grid.box[0]).max().item() / 80)
-    assert teach(lesson, replace(TEACHING, rays=replace(TEACHING.rays, loop=replace(LOOP, steps=1, warmup_steps=0))),
+    assert teach(data, replace(TEACHING, rays=replace(TEACHING.rays, loop=replace(LOOP, steps=1, warmup_steps=0))),
                  quiet=True).lost_alpha < 0.01
 
 
-def test_a_teacher_marched_as_a_field_is_the_teacher(lesson):
-    """The stage of points trusts the lookup: it must render like the rasteriser does."""
-    grid, teacher, step = space_of_scene(lesson.teacher, [camera for _, camera in lesson.train], TEACHING)
+def test_a_teacher_marched_as_a_field_is_the_teacher(data):
+    """The stage of points relies on the lookup, so it must render what the rasteriser renders."""
+    grid, teacher, step = space_of_scene(data.teacher, [camera for _, camera in data.train], TEACHING)
     from kilonb.fields.rendering import render_image
-    from kilonb.metrics.images import composite, psnr_srgb_db
+    from kilonb.metrics.images import over_background, psnr_srgb_db
     from kilonb.splats.rasterizer import render_gaussians
 
-    for _, camera in lesson.test[:2]:
-        marched, drawn = render_image(teacher, camera, grid, step), render_gaussians(lesson.teacher, camera)
-        white = [composite(seen.rgb_premultiplied, seen.alpha, check=False).clamp(0, 1) for seen in (marched, drawn)]
+    for _, camera in data.test[:2]:
+        marched, rasterised = render_image(teacher, camera, grid, step), render_gaussians(data.teacher, camera)
+        white = [over_background(image.rgb_premultiplied, image.alpha, check=False).clamp(0, 1)
+                 for image in (marched, rasterised)]
         assert psnr_srgb_db(*white) > 22
 
 
 @pytest.mark.parametrize("stage", ["points", "rays"])
-def test_a_teaching_that_is_interrupted_ends_in_the_same_bits(lesson, taught, tmp_path, stage):
+def test_an_interrupted_distillation_ends_in_the_same_bits(data, result, tmp_path, stage):
     """Stopped in the middle of a stage (here by its time limit), and resumed."""
     part = replace(TEACHING.points,
                    loop=replace(TEACHING.points.loop, time_limit_s=1e-3)) if stage == "points" else TEACHING.points
@@ -110,133 +116,144 @@ def test_a_teaching_that_is_interrupted_ends_in_the_same_bits(lesson, taught, tm
         from kilonb.distill.points import distill_points
         from kilonb.distill.student import make_student
 
-        grid, teacher, step = space_of_scene(lesson.teacher, [camera for _, camera in lesson.train], TEACHING)
-        fresh = make_student(grid, TEACHING.shape((grid.box[1] - grid.box[0]).max().item()), step, 0)
-        distill_points(fresh, teacher, [camera for _, camera in lesson.train], part, tmp_path / "points", quiet=True)
-    else: teach(lesson, replace(TEACHING, rays=rays), tmp_path, quiet=True)
+        grid, teacher, step = space_of_scene(data.teacher, [camera for _, camera in data.train], TEACHING)
+        fresh = make_student(grid, field_config(TEACHING, (grid.box[1] - grid.box[0]).max().item()), step, 0)
+        distill_points(fresh, teacher, [camera for _, camera in data.train], part, tmp_path / "points", quiet=True)
+    else: teach(data, replace(TEACHING, rays=rays), tmp_path, quiet=True)
     assert latest_path(tmp_path / "points" if stage == "points" else tmp_path).is_file()
-    again = teach(lesson, TEACHING, tmp_path, resume=True, quiet=True)
+    again = teach(data, TEACHING, tmp_path, resume=True, quiet=True)
     assert again.rays.steps == LOOP.steps
-    for name, value in taught.student.state_dict().items():
+    for name, value in result.student.state_dict().items():
         assert torch.equal(value, again.student.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("kind, network", [("mlp", {"hidden": 32, "layers": 2}), ("hashgrid", {"levels": 6})])
-def test_the_controls_learn_the_same_lesson_and_survive_their_file(lesson, tmp_path, kind, network):
-    one = teach(lesson, replace(TEACHING, kind=kind, network=network), quiet=True)
-    scores = mean_db(one.student, lesson)
+def test_the_control_fields_are_trained_and_load_from_their_file(data, tmp_path, kind, network):
+    one = teach(data, replace(TEACHING, kind=kind, network=network), quiet=True)
+    scores = mean_db(one.student, data)
     assert scores["psnr_srgb_white_db"] > scores["psnr_blank_white_db"] + 5, scores
     save_student(one.student, tmp_path / "student.pt", one.weights)
     again, _ = load_student(tmp_path / "student.pt")
-    assert again.field.kind == kind and torch.equal(again.render(lesson.test[0][1]).alpha,
-                                                    one.student.render(lesson.test[0][1]).alpha)
+    assert again.field.kind == kind and torch.equal(again.render(data.test[0][1]).alpha,
+                                                    one.student.render(data.test[0][1]).alpha)
 
 
-def test_a_trial_foretells_how_many_steps_fit(lesson, taught):
-    """In ten times the time that a run of so many steps took, about ten times as many; within five, for other work
-    comes and goes."""
-    assert 1 / 5 < steps_in(10 * taught.rays.seconds, lesson, TEACHING) / (10 * taught.rays.steps) < 5
+def test_a_trial_predicts_how_many_steps_fit(data, result):
+    """In ten times the time of a run about ten times its steps fit, within a factor of five for other load on the
+    machine."""
+    assert 1 / 5 < steps_in(10 * result.rays.seconds, data, TEACHING) / (10 * result.rays.steps) < 5
 
 
 # ---- seams
 
-def test_a_jump_at_the_walls_is_found(taught, lesson):
-    """A student whose every second network answers with another colour jumps at the walls between them."""
-    targets = targets_from_images(lesson.test_photos)
-    before = seam_error(taught.student, targets)
+def test_a_jump_at_the_walls_is_found(result, data):
+    """A student in which every second network has another colour is discontinuous at the walls between them."""
+    targets = targets_from_images(data.test_photos)
+    before = seam_error(result.student, targets)
     assert 0.5 < before["seam_ratio"] < 2 and 0 < before["seam_share"] < 1
-    cells = taught.student.field.cells
+    cells = result.student.field.cells
     inside = cells.lower + cells.cell_size * (torch.rand(100, 3) * 0.8 + 0.1)
     assert (wall_distance(cells, inside) > 0.09).all()
-    jump = lambda: Continuity(taught.student, points=4000)(
-        0, taught.student, batch, None, torch.Generator().manual_seed(0)
+    jump = lambda: Continuity(result.student, points=4000)(
+        0, result.student, batch, None, torch.Generator().manual_seed(0)
     )["continuity_colour_jump"].item()
-    from kilonb.distill.targets import RayPool
+    from kilonb.distill.rays import RayPool
 
-    batch = RayPool(targets, taught.student.grid, taught.student.step).sample(64, 0.7, torch.Generator().manual_seed(0))
+    batch = RayPool(targets, result.student.grid, result.student.step).sample(64, 0.7, torch.Generator().manual_seed(0))
     smooth = jump()
-    original = taught.student.field.networks.detach().clone()
-    with torch.no_grad(): taught.student.field.networks[::2, -3:] += 3.0
+    original = result.student.field.networks.detach().clone()
+    with torch.no_grad(): result.student.field.networks[::2, -3:] += 3.0
     try: assert jump() > 2 * smooth
-    finally: taught.student.field.networks.data.copy_(original)
+    finally: result.student.field.networks.data.copy_(original)
 
 
-def test_the_continuity_loss_closes_what_it_measures(lesson):
+def test_the_continuity_loss_reduces_the_jump_that_it_measures(data):
     ends = []
     for weight in (1e-6, 0.5):
-        records = teach(lesson, replace(TEACHING, continuity=weight), quiet=True).rays.records
+        records = teach(data, replace(TEACHING, continuity=weight), quiet=True).rays.records
         ends.append(records[-1]["continuity_colour_jump"])
     assert ends[1] < 0.7 * ends[0], ends
 
 
-# ---- what is refused
+# ---- bad input
 
-def test_a_teacher_of_another_up_axis_is_named(lesson, brickyard, tmp_path):
-    lying = Gaussians(**{**lesson.teacher.parameters(), "means": lesson.teacher.means[:, [2, 0, 1]]})
+def test_a_teacher_of_another_up_axis_is_an_error(data, brickyard, tmp_path):
+    lying = Gaussians(**{**data.teacher.parameters(), "means": data.teacher.means[:, [2, 0, 1]]})
     write_ply(tmp_path / "lying.ply", lying)
     with pytest.raises(KiloError, match="does not belong to them; its up axis"):
-        lesson_from_views(load_blender(brickyard, "train"), [], tmp_path / "lying.ply", tmp_path)
-    assert check_teacher(lesson.teacher, targets_from_images(lesson.photos[:2])) > 25
+        distillation_data_from_views(load_blender(brickyard, "train"), [], tmp_path / "lying.ply", tmp_path)
+    assert check_teacher(data.teacher, targets_from_images(data.photos[:2])) > 25
 
 
-def test_cameras_that_see_nothing_are_named(lesson):
+def test_cameras_that_see_nothing_are_an_error(data):
     away = orbit_cameras(3, 3.0, 0, target=torch.tensor([40.0, 0, 0]), width=16, height=16)
     with pytest.raises(KiloError, match="None of the 3 cameras sees anything"):
-        seen_space(GaussianLookup(lesson.teacher, 0.01), space_of_teacher(lesson.teacher, 32), away, 0.03)
+        visible_space(GaussianLookup(data.teacher, 0.01), occupancy_of_gaussians(data.teacher, 32), away, 0.03)
 
 
-def test_a_teacher_with_nan_is_named(lesson, tmp_path):
-    means = torch.where(torch.arange(len(lesson.teacher))[:, None] == 7, torch.nan, lesson.teacher.means)
-    broken = Gaussians(**{**lesson.teacher.parameters(), "means": means})
+def test_a_teacher_with_nan_is_an_error(data, tmp_path):
+    means = torch.where(torch.arange(len(data.teacher))[:, None] == 7, torch.nan, data.teacher.means)
+    broken = Gaussians(**{**data.teacher.parameters(), "means": means})
     with pytest.raises(KiloError): GaussianLookup(broken, 0.01)
     with pytest.raises(KiloError):
         write_ply(tmp_path / "nan.ply", broken)
-        lesson_from_ply(tmp_path / "nan.ply")
+        distillation_data_from_ply(tmp_path / "nan.ply")
 
 
-def test_a_checkpoint_of_another_config_is_one_sentence(lesson, taught, tmp_path):
+def test_a_checkpoint_of_another_config_is_refused(data, result, tmp_path):
     """A run is not resumed with another field, and a student's file whose config was changed is not loaded."""
-    teach(lesson, TEACHING, tmp_path / "run", quiet=True)
+    teach(data, TEACHING, tmp_path / "run", quiet=True)
     with pytest.raises(KiloError) as refusal:
-        teach(lesson, replace(TEACHING, network={"hidden": 16}), tmp_path / "run", resume=True, quiet=True)
+        teach(data, replace(TEACHING, network={"hidden": 16}), tmp_path / "run", resume=True, quiet=True)
     assert "\n" not in str(refusal.value)
     from kilonb.training.checkpoints import read_checkpoint, write_checkpoint
 
-    save_student(taught.student, tmp_path / "student.pt", "averaged")
+    save_student(result.student, tmp_path / "student.pt", "averaged")
     content = read_checkpoint(tmp_path / "student.pt")
     content["config"]["hidden"] = 16
     write_checkpoint(tmp_path / "other.pt", content)
     with pytest.raises(KiloError, match="does not fit its own config"): load_student(tmp_path / "other.pt")
 
 
-def test_views_of_different_sizes_are_named(brickyard, tmp_path):
+def test_views_of_different_sizes_are_an_error(brickyard, tmp_path):
     mixed = [*load_blender(brickyard, "train").subset(range(3)),
              *load_blender(brickyard, "train", 32).subset(range(3, 6))]
-    from kilonb.splats.fit import FitConfig
+    from kilonb.splats.fit_config import FitConfig
 
     with pytest.raises(KiloError, match="size"):
-        lesson_from_views(mixed, [], FitConfig(steps=5, initial_count=100), tmp_path)
+        distillation_data_from_views(mixed, [], FitConfig(steps=5, initial_count=100), tmp_path)
 
 
 # ---- the experiments
 
 def run_cli(experiment, brickyard, folder, *arguments) -> subprocess.CompletedProcess:
-    call = [*COMMAND, "run", experiment, "--data", f"blender:{brickyard}", *TINY, "--out", folder, "--json", *arguments]
+    call = [*KILONB, "run", experiment, "--data", f"blender:{brickyard}", *TINY, "--out", folder, "--json", *arguments]
     return subprocess.run(list(map(str, call)), capture_output=True, text=True, timeout=280,
                           env={**os.environ, "MPLBACKEND": "Agg"}, check=False)
 
 
-EXPERIMENTS = {"multi_view_response": (["-p", "steps=30", "-p", "lpips_every=9"],
-                                       {"test_psnr_srgb_white_db", "test_psnr_vs_teacher_db", "test_gap_to_teacher_db",
-                                        "seam_ratio", "total_s"}),
-               "dir_l_sweep": (["-p", "steps=20", "-p", "frequencies=0,2"],
-                               {"adopted_frequencies", "L0_colour_loss", "L2_psnr_srgb_foreground_db", "verdict"}),
-               "ablations": (["-p", "steps=20", "-p", "only=no points first,opacity target 0.18"],
-                             {"whole_test_psnr_db", "no_points_first_change_db", "opacity_target_018_change_db"}),
-               "multi_view_features": (["-p", "time_limit_s=1", "-p", "policy=off"],
-                                       {"feature_gain_db", "features_cka", "response_test_psnr_srgb_white_db"}),
-               "students": (["-p", "time_limit_s=0.5"],
-                            {"kilonerf_frames_per_s", "mlp_size_mb", "hashgrid_test_psnr_srgb_white_db"})}
+EXPERIMENTS = {
+    "multi_view_response": (
+        ["-p", "steps=30", "-p", "lpips_every=9"],
+        {"test_psnr_srgb_white_db", "test_psnr_vs_teacher_db", "test_gap_to_teacher_db", "seam_ratio", "total_s"},
+    ),
+    "dir_l_sweep": (
+        ["-p", "steps=20", "-p", "frequencies=0,2"],
+        {"adopted_frequencies", "L0_colour_loss", "L2_psnr_srgb_foreground_db", "verdict"},
+    ),
+    "ablations": (
+        ["-p", "steps=20", "-p", "only=no points first,opacity target 0.18"],
+        {"whole_test_psnr_db", "no_points_first_change_db", "opacity_target_018_change_db"},
+    ),
+    "multi_view_features": (
+        ["-p", "time_limit_s=1", "-p", "policy=off"],
+        {"feature_gain_db", "features_cka", "response_test_psnr_srgb_white_db", "promoted"},
+    ),
+    "students": (
+        ["-p", "time_limit_s=0.5"],
+        {"kilonerf_frames_per_s", "mlp_size_mb", "hashgrid_test_psnr_srgb_white_db"},
+    ),
+}
 
 
 @pytest.mark.slow
@@ -249,3 +266,19 @@ def test_an_experiment_runs_small_and_leaves_its_numbers(brickyard, tmp_path, ex
     assert wanted <= set(results), sorted(wanted - set(results))
     assert read_run(tmp_path / "run").status == "finished" and list((tmp_path / "run" / "figures").glob("*.png"))
 
+
+@pytest.mark.slow
+def test_multi_view_features_trains_the_projector_first_and_then_both(brickyard, tmp_path):
+    """The warm-up phase, and the joint phase from the step in the results on: the student stands still until then."""
+    done = run_cli("multi_view_features", brickyard, tmp_path / "run", "-p", "time_limit_s=1000", "-p", "policy=off",
+                   "-p", "lpips_every=9", "-p", "teaching.rays.loop.steps=40", "-p",
+                   "teaching.rays.loop.log_every_steps=1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(done.stdout.strip().splitlines()[-1])["results"]
+    log, start = read_scalars(tmp_path / "run" / "features"), results["joint_phase_step"]
+    assert 2 <= start <= 2 + 8 and isinstance(results["promoted"], bool) and results["steps"] == 40
+    assert list(log["phase_index"]) == [0.0] * start + [1.0] * (40 - start)
+    assert list(log["continuity_phase_weight"]) == list(log["phase_index"])
+    assert set(log["features_phase_weight"]) == {1.0}
+    response = read_scalars(tmp_path / "run" / "response")
+    assert set(response["phase_index"]) == {0.0} and set(response["continuity_phase_weight"]) == {1.0}

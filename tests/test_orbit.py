@@ -1,4 +1,4 @@
-"""The orbit explorer: what its pictures show, what its requests promise, and what stays where nobody can drag."""
+"""The orbit viewer: channels of views, poses, handling of requests, the widget, and its static form."""
 import asyncio
 import base64
 import io
@@ -14,11 +14,21 @@ import pytest
 import torch
 from PIL import Image
 
-from kilonb.distill.orbit_widget import Looker, NewestWins, Orbit, drag_speed, encode_picture
 from kilonb.distill.student import make_student, save_student
-from kilonb.distill.viewing import (CHANNELS, OrbitPose, Sight, ViewSettings, cells_of_sight, newest_student,
-                                    normals_of, paint, pose_around, render_student_view, render_teacher_view,
-                                    see_student, see_teacher, view_sheet)
+from kilonb.distill.orbit import (
+    Orbit,
+    cells_of_view,
+    newest_student,
+    render_student,
+    view_sheet,
+    viewed_student,
+    viewed_teacher,
+)
+from kilonb.imaging.channels import CHANNELS, RenderedView, ViewSettings, colourise
+from kilonb.imaging.normals import normals_from_depth
+from kilonb.imaging.orbit import OrbitPose, pose_around
+from kilonb.imaging.orbit_widget import LatestRequest, OrbitWidget, RequestRenderer, drag_speed, encode_frame
+from kilonb.imaging.viewer import render_gaussians_view, render_picture, viewed_gaussians
 from kilonb.fields.hashgrid import HashGridConfig
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.mlp import MLPConfig
@@ -56,13 +66,29 @@ def student(students): return students["kilonerf"]
 def camera(ball): return pose_around(ball).camera(48, 40)
 
 
+def normals_of(view): return normals_from_depth(view.expected_depth, view.alpha, view.camera)
+
+
+def renderer_of(ball, student, settings, parts=None) -> RequestRenderer:
+    return RequestRenderer([viewed_teacher(ball, student), viewed_student(student)], pose_around(ball), settings, parts)
+
+
+def picture_of_teacher(ball, camera, settings, student=None):
+    model = viewed_gaussians(ball) if student is None else viewed_teacher(ball, student)
+    return render_picture(model, camera, settings, None if student is None else viewed_student(student))
+
+
+def picture_of_student(student, camera, settings, ball):
+    return render_picture(viewed_student(student), camera, settings, viewed_teacher(ball, student))
+
+
 def plane(camera, facing, distance=3.0):
-    """The sight of an opaque plane `distance` in front of a camera; facing: [3] its normal in the camera's frame."""
+    """The view of an opaque plane `distance` in front of a camera; facing: [3] its normal in the camera's frame."""
     local = torch.stack([(camera.pixel_centres()[:, 0] - camera.cx) / camera.fx,
                          (camera.pixel_centres()[:, 1] - camera.cy) / camera.fy,
                          torch.ones(camera.width * camera.height)], -1)
     depth = (distance * facing[2] / (local @ facing)).reshape(camera.height, camera.width)
-    return Sight(torch.ones(*depth.shape, 3), torch.ones_like(depth), depth, None, camera, 0.0)
+    return RenderedView(torch.ones(*depth.shape, 3), torch.ones_like(depth), depth, None, camera, 0.0)
 
 
 # What the pictures show
@@ -73,8 +99,8 @@ def test_every_channel_of_every_kind_of_student_is_a_picture_of_the_size_asked_f
     ball, students, camera, channel, kind
 ):
     settings = ViewSettings(56, 40, 24, channel)
-    for view in (render_student_view(students[kind], camera, settings, ball),
-                 render_teacher_view(ball, camera, settings, students[kind])):
+    for view in (picture_of_student(students[kind], camera, settings, ball),
+                 picture_of_teacher(ball, camera, settings, students[kind])):
         assert view.image.shape == (40, 56, 3) and view.image.dtype == np.uint8 and view.image.std() > 0
         numbers, bar = view.statistics, view.statistics["bar"]
         assert numbers["rays"] == 56 * 40 and numbers["milliseconds"] > 0
@@ -83,24 +109,24 @@ def test_every_channel_of_every_kind_of_student_is_a_picture_of_the_size_asked_f
 
 
 def test_alpha_is_white_where_the_object_is_and_black_where_it_is_not(ball, camera):
-    sight = see_teacher(ball, camera)
-    image = render_teacher_view(ball, camera, ViewSettings(48, 40, 24, "alpha")).image
-    assert (image[sight.alpha.numpy() == 0] == 0).all() and image[sight.alpha.numpy() > 0.99].min() > 250
+    view = render_gaussians_view(ball, camera)
+    image = picture_of_teacher(ball, camera, ViewSettings(48, 40, 24, "alpha")).image
+    assert (image[view.alpha.numpy() == 0] == 0).all() and image[view.alpha.numpy() > 0.99].min() > 250
 
 
 def test_the_background_fills_what_is_empty_and_nothing_else(ball, camera):
-    empty = (see_teacher(ball, camera).alpha == 0).numpy()
+    empty = (render_gaussians_view(ball, camera).alpha == 0).numpy()
     for channel in ("rgb", "depth", "normals"):
-        image = render_teacher_view(ball, camera, ViewSettings(48, 40, 24, channel, background="#204060")).image
+        image = picture_of_teacher(ball, camera, ViewSettings(48, 40, 24, channel, background="#204060")).image
         assert (image[empty] == (0x20, 0x40, 0x60)).all() and (image[~empty] != (0x20, 0x40, 0x60)).any()
 
 
 def test_a_colour_bar_covers_what_is_shown(ball, camera):
-    sight = see_teacher(ball, camera)
-    bar = paint(sight, ViewSettings(48, 40, 24, "depth")).statistics["bar"]
-    solid = sight.expected_depth[sight.alpha >= 0.5]
+    view = render_gaussians_view(ball, camera)
+    bar = colourise(view, ViewSettings(48, 40, 24, "depth")).statistics["bar"]
+    solid = view.expected_depth[view.alpha >= 0.5]
     assert bar["low"] == pytest.approx(solid.min().item()) and bar["high"] == pytest.approx(solid.max().item())
-    fixed = paint(sight, ViewSettings(48, 40, 24, "depth", depth_range=(1.0, 9.0))).statistics["bar"]
+    fixed = colourise(view, ViewSettings(48, 40, 24, "depth", depth_range=(1.0, 9.0))).statistics["bar"]
     assert (fixed["low"], fixed["high"]) == (1.0, 9.0)
 
 
@@ -114,17 +140,18 @@ def test_normals_of_a_plane_are_its_own(camera, facing):
 
 def test_normals_are_unit_and_face_the_camera_and_nothing_else_has_one(ball, student, camera):
     rays = camera.directions(camera.pixel_centres()) @ camera.camera_to_world[:3, :3]
-    for sight in (see_teacher(ball, camera), see_student(student, camera)):
-        normals = normals_of(sight)
+    for view in (render_gaussians_view(ball, camera), render_student(student, camera)):
+        normals = normals_of(view)
         length, some = normals.norm(dim=-1), (normals != 0).any(-1)
-        assert some.sum() > 200 and ((length[some] - 1).abs() < 1e-5).all() and not some[sight.alpha < 0.5].any()
+        assert some.sum() > 200 and ((length[some] - 1).abs() < 1e-5).all() and not some[view.alpha < 0.5].any()
         assert ((normals.reshape(-1, 3) * rays).sum(-1) <= 1e-6).all()
 
 
-def test_a_cell_has_one_colour_and_a_colour_one_cell(student, camera):
-    sight, settings = see_student(student, camera), ViewSettings(48, 40, 24, "cells")
-    cells, image = cells_of_sight(sight, student), paint(sight, settings, student).image
-    corner = ((camera.unproject(camera.pixel_centres(), sight.expected_depth.flatten()) - student.field.cells.lower)
+def test_cells_and_colours_correspond_one_to_one(student, camera):
+    view, settings = render_student(student, camera), ViewSettings(48, 40, 24, "cells")
+    cells = cells_of_view(view, student)
+    image = colourise(view, settings, cells, student.field.cells.count).image
+    corner = ((camera.unproject(camera.pixel_centres(), view.expected_depth.flatten()) - student.field.cells.lower)
               / 0.3).floor().long().reshape(40, 48, 3)
     seen = [number for number in cells.unique().tolist() if number >= 0]
     assert len(seen) > 6
@@ -139,9 +166,10 @@ def test_the_colours_of_cells_do_not_change_with_the_view(ball, student):
     """Orbiting would flicker otherwise."""
     colours = {}
     for azimuth in range(0, 360, 45):
-        sight = see_student(student, replace(pose_around(ball), azimuth_deg=float(azimuth)).camera(40, 40))
-        cells, image = cells_of_sight(sight, student).numpy(), paint(sight, ViewSettings(40, 40, 24, "cells"),
-                                                                     student).image
+        view = render_student(student, replace(pose_around(ball), azimuth_deg=float(azimuth)).camera(40, 40))
+        cells = cells_of_view(view, student)
+        image = colourise(view, ViewSettings(40, 40, 24, "cells"), cells, student.field.cells.count).image
+        cells = cells.numpy()
         for number in np.unique(cells[cells >= 0]):
             colours.setdefault(int(number), set()).add(tuple(image[cells == number][0].tolist()))
     assert len(colours) > 20 and all(len(found) == 1 for found in colours.values())
@@ -151,15 +179,15 @@ def test_the_colours_of_cells_do_not_change_with_the_view(ball, student):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_earlier_rays_end_the_fewer_samples_they_cost_and_the_lost_light_is_bounded(students, camera, kind):
-    sights = {stop: see_student(students[kind], camera, stop) for stop in (1e-4, 1e-2, 0.1, 0.3)}
-    whole, earlier = sights[1e-4], None
-    for stop, sight in sights.items():
-        assert earlier is None or (sight.samples <= earlier.samples).all()
-        assert (whole.alpha - sight.alpha).abs().max() <= stop + 1e-5 and (
-            whole.rgb_premultiplied - sight.rgb_premultiplied
+    views = {stop: render_student(students[kind], camera, stop) for stop in (1e-4, 1e-2, 0.1, 0.3)}
+    whole, earlier = views[1e-4], None
+    for stop, view in views.items():
+        assert earlier is None or (view.samples <= earlier.samples).all()
+        assert (whole.alpha - view.alpha).abs().max() <= stop + 1e-5 and (
+            whole.rgb_premultiplied - view.rgb_premultiplied
         ).abs().max() <= stop + 1e-5
-        earlier = sight
-    assert sights[0.3].samples.sum() < 0.7 * whole.samples.sum()
+        earlier = view
+    assert views[0.3].samples.sum() < 0.7 * whole.samples.sum()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -172,12 +200,12 @@ def test_asking_in_rounds_gives_what_asking_at_once_gives(students, camera, kind
         assert (rounds.samples <= once.samples.offsets.diff()).all() and rounds.samples.sum() < len(once.weights)
 
 
-def test_nothing_to_see_is_no_special_case(ball, student):
+def test_an_empty_view_is_an_image_of_one_colour_in_every_channel(ball, student):
     away = OrbitPose(radius=3.0, target=(50.0, 0.0, 0.0)).camera(32, 24)
     for channel in CHANNELS:
         settings = ViewSettings(32, 24, 16, channel)
-        for view in (render_student_view(student, away, settings, ball),
-                     render_teacher_view(ball, away, settings, student)):
+        for view in (picture_of_student(student, away, settings, ball),
+                     picture_of_teacher(ball, away, settings, student)):
             assert view.image.shape == (24, 32, 3) and len(np.unique(view.image.reshape(-1, 3), axis=0)) == 1
 
 
@@ -214,7 +242,7 @@ def test_bad_poses_are_named_in_one_sentence(wrong):
 @pytest.mark.parametrize("channel", ["cells", "error", "samples"])
 def test_a_channel_without_what_it_needs_says_what(ball, camera, channel):
     with pytest.raises(KiloError, match=f"'{channel}' needs"):
-        paint(see_teacher(ball, camera), ViewSettings(48, 40, 24, channel))
+        colourise(render_gaussians_view(ball, camera), ViewSettings(48, 40, 24, channel))
 
 
 # Requests
@@ -222,52 +250,52 @@ def test_a_channel_without_what_it_needs_says_what(ball, camera, channel):
 def run(storm): return asyncio.run(storm())
 
 
-def test_of_many_poses_only_the_newest_is_drawn_and_none_waits_in_line():
+def test_of_many_poses_only_the_newest_is_rendered_and_none_is_queued():
     async def storm():
         drawn = []
-        newest = NewestWins(lambda request: iter([request]), drawn.append, None)
+        latest = LatestRequest(lambda request: iter([request]), drawn.append, None)
         for burst in range(5):
-            for i in range(50): newest.hear((burst, i))
-            await newest._task
-        return drawn, newest
-    drawn, newest = run(storm)
-    assert drawn == [(burst, 49) for burst in range(5)] and newest.forgotten == 5 * 49 and newest.wanted is None
+            for i in range(50): latest.submit((burst, i))
+            await latest._task
+        return drawn, latest
+    drawn, latest = run(storm)
+    assert drawn == [(burst, 49) for burst in range(5)] and latest.superseded == 5 * 49 and latest.pending is None
 
 
 def test_a_new_drag_ends_a_full_picture_between_two_bands(ball, student):
-    looker = Looker(ball, student, pose_around(ball), ViewSettings(64, 512, 16))
+    renderer = renderer_of(ball, student, ViewSettings(64, 512, 16))
 
     async def storm():
         drawn, bands = [], [0]
-        def look(request):
-            for answer in looker.look(request):
-                bands[0] += answer is None
-                yield answer
-        newest = NewestWins(look, lambda answer: drawn.append(answer[0]["number"]), None)
-        newest.hear({"number": 1, "full": True})
+        def answer(request):
+            for part in renderer.render(request):
+                bands[0] += part is None
+                yield part
+        latest = LatestRequest(answer, lambda frame: drawn.append(frame[0]["number"]), None)
+        latest.submit({"number": 1, "full": True})
         while bands[0] < 3: await asyncio.sleep(0)
-        newest.hear({"number": 2, "full": False})
-        await newest._task
-        return drawn, bands[0], newest.abandoned
+        latest.submit({"number": 2, "full": False})
+        await latest._task
+        return drawn, bands[0], latest.interrupted
     drawn, bands, abandoned = run(storm)
     assert drawn == [2] and abandoned == 1 and bands < 9
 
 
-def test_a_failure_is_told_and_the_next_request_is_answered():
-    def look(request):
+def test_a_failure_is_reported_and_the_next_request_is_answered():
+    def answer(request):
         if request == "bad": raise KiloError("That was wrong.")
         if request == "worse": raise ZeroDivisionError("zero")
         yield request
-    told, drawn = [], []
-    newest = NewestWins(look, drawn.append, lambda request, sentence: told.append(sentence))
-    for request in ("bad", "worse", "good"): newest.hear(request)
-    assert told == ["That was wrong.", "ZeroDivisionError: zero"] and drawn == ["good"]
+    failures, drawn = [], []
+    latest = LatestRequest(answer, drawn.append, lambda request, reason: failures.append(reason))
+    for request in ("bad", "worse", "good"): latest.submit(request)
+    assert failures == ["That was wrong.", "ZeroDivisionError: zero"] and drawn == ["good"]
 
 
-def test_a_drag_is_small_and_a_release_is_whole(ball, student):
-    looker = Looker(ball, student, pose_around(ball), ViewSettings(120, 90, 40))
+def test_images_are_small_while_dragging_and_full_after_the_release(ball, student):
+    renderer = renderer_of(ball, student, ViewSettings(120, 90, 40))
     for full, size in ((False, (40, 30)), (True, (120, 90))):
-        message, buffers = [*looker.look({"full": full, "number": 7, "view": "a",
+        message, buffers = [*renderer.render({"full": full, "number": 7, "view": "a",
                                           "settings": {"difference": True}})][-1]
         assert [Image.open(io.BytesIO(packed)).size for packed in buffers] == [size] * 3 and (
             message["number"],
@@ -281,23 +309,23 @@ def test_a_drag_is_small_and_a_release_is_whole(ball, student):
                          [{"pose": {"radius": -1}}, {"pose": {"radius": "far"}}, {"pose": 3}, {"pose": {"nowhere": 1}},
                           {"pose": {"target": [1]}}, {"settings": {"channel": "<b>"}}, {"settings": {"stop": "low"}},
                           {"settings": {"drag_width": 10**9}}, {"settings": {"drag_width": 3.5}}, {"settings": 7}])
-def test_a_request_that_makes_no_sense_is_refused_in_a_sentence(ball, student, request_):
-    looker = Looker(ball, student, pose_around(ball), ViewSettings(40, 40, 24))
-    with pytest.raises(KiloError): [*looker.look(request_)]
+def test_an_invalid_request_is_refused(ball, student, request_):
+    renderer = renderer_of(ball, student, ViewSettings(40, 40, 24))
+    with pytest.raises(KiloError): [*renderer.render(request_)]
 
 
-def test_a_picture_survives_the_wire():
+def test_an_exact_image_is_encoded_without_loss():
     image = np.random.default_rng(0).integers(0, 256, (40, 30, 3), dtype=np.uint8)
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_picture(image, True)[1]))), image)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(encode_frame(image, True)[1]))), image)
 
 
-def test_the_benchmark_drives_what_a_drag_drives(ball, student):
-    looker = Looker(ball, student, pose_around(ball), ViewSettings(60, 60, 30))
-    speed = drag_speed(looker, 3)
+def test_the_benchmark_runs_the_code_of_a_drag(ball, student):
+    renderer = renderer_of(ball, student, ViewSettings(60, 60, 30))
+    speed = drag_speed(renderer, 3)
     assert speed["pictures_per_s"] == pytest.approx(1000 / speed["picture_ms"],
                                                     rel=3) and speed["teacher_ms"] > 0 and speed["student_ms"] > 0
-    assert drag_speed(Looker(ball, student, looker.home, looker.settings, ("student",)), 2)["teacher_ms"] == 0
-    with pytest.raises(KiloError, match="at least 1"): drag_speed(looker, 0)
+    assert drag_speed(renderer_of(ball, student, renderer.settings, ["student"]), 2)["teacher_ms"] == 0
+    with pytest.raises(KiloError, match="at least 1"): drag_speed(renderer, 0)
 
 
 # The widget
@@ -317,7 +345,7 @@ def test_the_output_carries_a_picture_beside_the_widget(orbit):
     assert picture.format == "PNG" and picture.width > picture.height > 100
 
 
-def test_nothing_of_python_s_reaches_the_page_as_html(orbit):
+def test_the_page_writes_no_html(orbit):
     """The title is a trait that the page sets as text; its script writes no HTML at all."""
     forbidden = ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "http://", "https://",
                  "import(")
@@ -325,7 +353,7 @@ def test_nothing_of_python_s_reaches_the_page_as_html(orbit):
     assert "http" not in str(orbit._css)
 
 
-def test_the_page_has_the_hooks_that_tests_hold_on_to(orbit):
+def test_the_page_has_the_attributes_that_browser_tests_use(orbit):
     script = str(orbit._esm)
     assert all(hook in script
                for hook in ("kilonb-orbit", "dataset.frames", '"rays while dragging"', '"early termination"',
@@ -336,7 +364,7 @@ def test_what_is_set_from_python_is_checked_and_shown(orbit):
     orbit.channel, orbit.stop, orbit.drag_width = "depth", 0.1, 32
     sent = []
     orbit.send = lambda message, buffers=None: sent.append((message, buffers))
-    orbit._handle_custom_msg({"kind": "look", "number": 1, "view": "a", "full": False}, [])
+    orbit._handle_custom_msg({"kind": "render", "number": 1, "view": "a", "full": False}, [])
     (message, buffers), = sent
     assert message["width"] == 32 and all(about["bar"]["unit"] == "m"
                                           for about in message["pictures"]) and len(buffers) == 2
@@ -346,19 +374,19 @@ def test_what_is_set_from_python_is_checked_and_shown(orbit):
     assert orbit.home["azimuth_deg"] == 10.0 and orbit.get_state()["home"]["azimuth_deg"] == 10.0
 
 
-def test_the_pose_is_where_the_page_is(orbit):
+def test_the_pose_follows_the_page(orbit):
     orbit.send = lambda *_: None
-    orbit._handle_custom_msg({"kind": "look", "number": 1, "full": False,
+    orbit._handle_custom_msg({"kind": "render", "number": 1, "full": False,
                               "pose": {"azimuth_deg": 99.0, "target": [0.1, 0.2, 0.3]}}, [])
     assert orbit.pose.azimuth_deg == 99.0 and orbit.pose.target == (0.1, 0.2, 0.3)
 
 
-def test_a_closed_orbit_lets_go_and_says_so(ball, student):
+def test_a_closed_widget_releases_its_models_and_refuses_calls(ball, student):
     orbit = Orbit(ball, student, settings=ViewSettings(40, 40, 24))
     orbit.close()
-    assert orbit._looker is None
+    assert orbit._renderer is None
     with pytest.raises(KiloError, match="closed"): orbit.benchmark()
-    orbit._handle_custom_msg({"kind": "look", "number": 1}, [])
+    orbit._handle_custom_msg({"kind": "render", "number": 1}, [])
 
 
 @pytest.mark.parametrize("wrong", ["teacher", "student"])
@@ -427,3 +455,21 @@ def test_the_sheet_has_all_there_is_to_see(ball, student, camera):
 
 
 def test_without_runs_there_is_no_newest_student(tmp_path): assert newest_student("00", tmp_path) is None
+
+
+# Any model
+
+def test_the_widget_turns_models_that_are_no_students(ball, tmp_path):
+    """A PLY and gaussians in memory, without a difference to students: no cells, and errors against the first."""
+    from kilonb.splats.ply import write_ply
+
+    write_ply(tmp_path / "ball.ply", ball)
+    widget = OrbitWidget({"file": tmp_path / "ball.ply", "half": ball.subset(torch.arange(1000))}, pose_around(ball),
+                         settings=ViewSettings(48, 40, 24), difference=True)
+    sent = []
+    widget.send = lambda message, buffers=None: sent.append(message)
+    widget._handle_custom_msg({"kind": "render", "number": 1, "settings": {"channel": "error", "difference": True}}, [])
+    assert [part["name"] for part in sent[0]["pictures"]] == ["file", "half", "difference"]
+    assert widget.channels == ["rgb", "alpha", "depth", "normals", "samples", "error"]
+    assert sent[0]["samples_per_ray"] is None
+    widget.close()

@@ -1,4 +1,4 @@
-"""The frame: installing, the public names, the front page, what is made from notebooks, what is kept of runs."""
+"""Packaging: public names, requirements, make, assets, README.md, files made from notebooks, kept results of runs."""
 import ast
 import importlib.metadata
 import importlib.util
@@ -39,8 +39,8 @@ def settings() -> dict[str, str]:
 
 
 def requirements(*keys: str) -> list[Requirement]:
-    asked = [Requirement(text) for key in keys for text in settings()[key].split()]
-    return [requirement for requirement in asked if requirement.marker is None or requirement.marker.evaluate()]
+    listed = [Requirement(text) for key in keys for text in settings()[key].split()]
+    return [requirement for requirement in listed if requirement.marker is None or requirement.marker.evaluate()]
 
 
 def pins() -> dict[str, str]:
@@ -57,7 +57,7 @@ def test_every_public_name_resolves(name):
     assert name in dir(kilonb) and getattr(value, "__module__", "kilonb").startswith("kilonb")
 
 
-def test_rooms_and_modules_open_on_first_use():
+def test_packages_and_modules_are_imported_on_first_use():
     code = ("import kilonb, sys\nassert 'kilonb.splats.rasterizer' not in sys.modules\n"
             "assert kilonb.splats.rasterizer.rasterize is kilonb.rasterize and 'rasterizer' in dir(kilonb.splats)\n"
             "assert not hasattr(kilonb.splats, 'nothing') and not hasattr(kilonb, 'nothing')\n"
@@ -66,8 +66,8 @@ def test_rooms_and_modules_open_on_first_use():
     assert done.returncode == 0, done.stderr
 
 
-def test_importing_kilonb_is_instant():
-    """A script, and the command line with it, pays for what it uses. The best of five: the machine may be busy."""
+def test_importing_kilonb_takes_under_100_ms_and_imports_nothing_heavy():
+    """Modules are imported when they are used. The least of five times, because the machine may be busy."""
     code = ("import time\nstart = time.perf_counter()\nimport kilonb\ntook = time.perf_counter() - start\nimport sys\n"
             "print(took, *sorted({'torch', 'numpy', 'numba', 'yaml'} & set(sys.modules)))")
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
@@ -82,8 +82,8 @@ def test_the_version_is_written_once():
 # --- installing
 
 def test_every_requirement_and_what_it_brings_is_pinned():
-    """An unpinned package would make tomorrow's fresh clone another one than today's. CUDA's own packages come with
-    torch's CUDA build and are pinned by it."""
+    """With an unpinned package two fresh clones could differ. CUDA's own packages come with torch's CUDA build and are
+    pinned by it."""
     pinned, todo, seen = pins(), [*requirements("requirements", "dev_requirements"), Requirement("setuptools")], set()
     while todo:
         requirement = todo.pop()
@@ -98,23 +98,22 @@ def test_every_requirement_and_what_it_brings_is_pinned():
                 todo.append(brought)
     assert pinned["torch"] == "2.13.0" and "spconv" not in pinned
     if sys.version_info[:2] == (3, 11):
-        assert set(pinned) - {name for name, _ in seen} <= {"wheel"}, "constraints.txt pins what nothing needs"
+        assert set(pinned) - {name for name, _ in seen} <= {"wheel"}, "constraints.txt pins an unneeded package"
 
 
 def test_requirements_are_what_the_package_imports():
-    """What is imported is asked for by name, not met by accident; what is asked for is imported, or was asked for by
-    the project's owner."""
+    """Every imported package is a requirement of its own, and every requirement is imported or a fixed choice."""
     sources = [path for path in (ROOT / "kilonb").rglob("*.py")]
     trees = [node for path in sources for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     modules = {alias.name for node in trees if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in trees if isinstance(node, ast.ImportFrom) and not node.level}
     outside = {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"kilonb"}
     owners = importlib.metadata.packages_distributions()
-    asked = {canonicalize_name(requirement.name) for requirement in requirements("requirements")}
+    required = {canonicalize_name(requirement.name) for requirement in requirements("requirements")}
     imported = {canonicalize_name(owners[module][0]) for module in outside}
-    assert imported - {"llvmlite"} <= asked, "numba brings its llvmlite; all else is asked for by name"
+    assert imported - {"llvmlite"} <= required, "only llvmlite may be imported as a dependency of another (numba)"
     fixed = {"jupyterlab", "ipykernel", "ipywidgets", "anywidget", "matplotlib", "spconv-cu118", "tensorboard"}
-    assert asked - imported <= fixed
+    assert required - imported <= fixed
 
 
 def make(folder: Path, *arguments: str, python: str = "./fake-python") -> subprocess.CompletedProcess:
@@ -126,46 +125,49 @@ def make(folder: Path, *arguments: str, python: str = "./fake-python") -> subpro
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder that `make` takes for a checkout, with an interpreter that writes down what it is asked and fails where
-    a file `broken` lies."""
+    """A folder that `make` takes for a checkout, with an interpreter that writes its arguments to `calls` and fails
+    where a file `broken` exists."""
     for name in ("Makefile", "constraints.txt", "settings.ini", "setup.py"): shutil.copy(ROOT / name, tmp_path)
     fake = tmp_path / "fake-python"
     fake.write_text(
-        '#!/bin/sh\necho "$*" >>asked\ncase "$*" in\n  *version_info*) [ ! -e old ];;\n  *python_version*) echo 3.9.2;;\n'
-        '  *venv*) mkdir -p .venv/bin && cp fake-python .venv/bin/python;;\n  *pip*) echo "Collecting a"; [ ! -e broken ];;\nesac\n'
+        '#!/bin/sh\necho "$*" >>calls\ncase "$*" in\n  *version_info*) [ ! -e old ];;\n'
+        '  *python_version*) echo 3.9.2;;\n'
+        '  *venv*) mkdir -p .venv/bin && cp fake-python .venv/bin/python;;\n'
+        '  *pip*) echo "Collecting a"; [ ! -e broken ];;\nesac\n'
     )
     fake.chmod(0o755)
     return tmp_path
 
 
-def asked(folder: Path) -> list[str]:
-    lines = (folder / "asked").read_text().splitlines()
-    (folder / "asked").unlink()
+def calls(folder: Path) -> list[str]:
+    """Which of `-m venv` and `-m pip install` the interpreter was called with since the last time."""
+    lines = (folder / "calls").read_text().splitlines()
+    (folder / "calls").unlink()
     return ["venv" if "-m venv" in line else "pip" for line in lines if "-m venv" in line or "-m pip install" in line]
 
 
-def test_an_environment_half_made_is_made_anew(checkout):
+def test_an_incomplete_environment_is_completed_by_the_next_make(checkout):
     (checkout / "broken").touch()
     failed = make(checkout, ".venv/.complete")
     assert (
         failed.returncode
         and not (checkout / ".venv/.complete").exists()
         and "install.log" in failed.stdout
-        and asked(checkout) == ["venv", "pip"]
+        and calls(checkout) == ["venv", "pip"]
     )
     (checkout / "broken").unlink()
-    assert make(checkout, ".venv/.complete").returncode == 0 and asked(checkout) == ["venv", "pip", "pip"]
+    assert make(checkout, ".venv/.complete").returncode == 0 and calls(checkout) == ["venv", "pip", "pip"]
 
 
 def test_an_environment_is_brought_up_to_date_only_when_a_pin_changed(checkout):
-    assert make(checkout, ".venv/.complete").returncode == 0 and asked(checkout) == ["venv", "pip", "pip"]
-    assert make(checkout, ".venv/.complete").returncode == 0 and not (checkout / "asked").exists()
+    assert make(checkout, ".venv/.complete").returncode == 0 and calls(checkout) == ["venv", "pip", "pip"]
+    assert make(checkout, ".venv/.complete").returncode == 0 and not (checkout / "calls").exists()
     later = (checkout / ".venv/.complete").stat().st_mtime + 10
     os.utime(checkout / "constraints.txt", (later, later))
-    assert make(checkout, ".venv/.complete").returncode == 0 and asked(checkout) == ["pip", "pip"]
+    assert make(checkout, ".venv/.complete").returncode == 0 and calls(checkout) == ["pip", "pip"]
 
 
-def test_an_old_python_is_told_in_one_sentence(checkout):
+def test_an_old_or_missing_python_is_one_sentence(checkout):
     (checkout / "old").touch()
     done = make(checkout, "demo")
     assert done.returncode and not (checkout / ".venv").exists()
@@ -176,21 +178,55 @@ def test_an_old_python_is_told_in_one_sentence(checkout):
     assert absent.stdout.startswith("KiloNB needs Python 3.11 or newer, and there is no 'no-such-python'")
 
 
-def test_make_explains_itself(checkout):
-    told = make(checkout)
-    assert told.returncode == 0 and not (checkout / ".venv").exists()
-    for target in ("demo", "test", "lab", "export", "readme", "bench", "clean"): assert f"make {target} " in told.stdout
+def test_make_without_a_target_prints_the_targets(checkout):
+    printed = make(checkout)
+    assert printed.returncode == 0 and not (checkout / ".venv").exists()
+    for target in ("demo", "test", "lab", "export", "readme", "bench", "lint-js", "clean"):
+        assert f"make {target} " in printed.stdout
 
 
-# --- what is made from notebooks
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The package built as a wheel and unpacked, from a copy of the checkout."""
+    source, built = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("setup.py", "settings.ini", "README.md"): shutil.copy(ROOT / name, source)
+    shutil.copytree(ROOT / "kilonb", source / "kilonb", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation",
+               "--wheel-dir", str(built), str(source)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    (archive,) = built.glob("*.whl")
+    shutil.unpack_archive(archive, built / "unpacked", "zip")
+    return built / "unpacked"
 
-def test_the_front_page_is_in_step_with_its_notebook():
+
+def test_every_asset_is_in_the_wheel_and_can_be_read_from_it(wheel):
+    assets = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("kilonb/*/assets/*") if path.is_file())
+    assert "kilonb/reports/assets/report.js" in assets and [name for name in assets
+                                                            if not (wheel / name).is_file()] == []
+    code = ("import kilonb, sys\nfrom kilonb.core.html import read_asset\nassert "
+            "kilonb.__file__.startswith(sys.argv[1])\n"
+            "print(*(len(read_asset(*name.split('/')[1:4:2])) for name in sys.argv[2:]))")
+    done = subprocess.run([sys.executable, "-c", code, str(wheel), *assets], cwd=wheel, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(wheel)})
+    assert done.returncode == 0, done.stderr
+    assert list(map(int, done.stdout.split())) == [len((ROOT / name).read_text(encoding="utf-8")) for name in assets]
+
+
+def test_the_javascript_check_is_skipped_without_node(monkeypatch, capsys):
+    lint = tool("lint_assets")
+    monkeypatch.setattr(lint.shutil, "which", lambda name: None)
+    assert lint.main() == 0 and capsys.readouterr().out == "JavaScript is not checked: Node.js is not installed.\n"
+
+
+# --- files made from notebooks
+
+def test_the_readme_is_what_its_notebook_produces():
     assert tool("readme").readme_text() == README, "run make readme and commit README.md"
 
 
 @pytest.mark.parametrize("path", [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "nbs" / "index.ipynb"],
                          ids=lambda path: path.name)
-def test_links_and_pictures_lead_somewhere(path):
+def test_links_and_pictures_exist(path):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"]
@@ -200,7 +236,7 @@ def test_links_and_pictures_lead_somewhere(path):
     for link in links: assert (path.parent / link).exists(), link
 
 
-def test_links_move_with_the_page():
+def test_links_are_relative_to_the_new_folder():
     moved = tool("readme").relocate("![a](figures/a.png) [b](../B.md) [c](https://c.org/d) [e](#e)\n```\n[f](g)\n```\n",
                                     "nbs")
     assert moved == "![a](nbs/figures/a.png) [b](B.md) [c](https://c.org/d) [e](#e)\n```\n[f](g)\n```\n"
@@ -222,7 +258,7 @@ def test_clearing_a_notebook_keeps_its_parameters_tag(tmp_path):
     assert notebook["cells"] == [cell | {"execution_count": None, "outputs": [], "metadata": {"tags": ["parameters"]}}]
 
 
-# --- the front page says what is so
+# --- commands and script of README.md
 
 def commands() -> list[str]:
     blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
@@ -230,7 +266,7 @@ def commands() -> list[str]:
     return [line.split("#")[0].strip() for block in blocks for line in block.splitlines()] + inline
 
 
-def test_commands_on_the_front_page_exist(tmp_path):
+def test_commands_in_the_readme_exist(tmp_path):
     from kilonb.cli.main import build_parser
     from kilonb.runs.notebooks import find_notebook, read_notebook, split_assignment, typed_values
 
@@ -243,11 +279,11 @@ def test_commands_on_the_front_page_exist(tmp_path):
         if words[0] != "kilonb" or "NAME" in words or "--help" in words or len(words) == 2: continue
         options = build_parser().parse_args(words[1:])
         if words[1] not in ("run", "bench"): continue
-        notebook = read_notebook(find_notebook(options.name, options.shelf))
+        notebook = read_notebook(find_notebook(options.name, options.folder))
         typed_values(notebook, {}, dict(split_assignment(text) for text in options.assignments))
 
 
-def test_the_script_on_the_front_page_runs(tmp_path):
+def test_the_script_in_the_readme_runs(tmp_path):
     """End to end on a tiny scene, with its settings made small: which data, how many steps, how many rays in each."""
     script, = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     kilonb.write_brickyard(tmp_path / "tiny", width=48, height=48, train=6, test=1, count=4000)
@@ -255,7 +291,7 @@ def test_the_script_on_the_front_page_runs(tmp_path):
                            ("rays=4096", "rays=512")):
         assert script.count(setting) == 1
         script = script.replace(setting, small)
-    assert len([line for line in script.splitlines() if line]) <= 12, "a dozen lines"
+    assert len([line for line in script.splitlines() if line]) <= 12, "at most twelve lines"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (scores,) = ast.literal_eval(done.stdout.splitlines()[-1]).values()
@@ -265,7 +301,7 @@ def test_the_script_on_the_front_page_runs(tmp_path):
     kilonb.load_student(tmp_path / "student.pt")
 
 
-# --- what is kept of runs
+# --- kept results of runs
 
 @pytest.fixture
 def finished(tmp_path):
@@ -278,8 +314,8 @@ def finished(tmp_path):
     return kilonb.read_run(run.folder)
 
 
-def test_a_kept_run_names_no_place_and_reads_like_a_run(finished, tmp_path):
-    from kilonb.reports.pages import results_table
+def test_a_kept_run_holds_no_path_and_is_read_like_a_run(finished, tmp_path):
+    from kilonb.reports.overview import results_table
 
     folder = tool("keep").keep(finished, tmp_path / "kept")
     assert folder == tmp_path / "kept" / "tiny" / "blender-lego"
@@ -302,7 +338,7 @@ def test_only_finished_runs_and_small_pictures_are_kept(finished, tmp_path, monk
         keep.keep(kilonb.read_run(tmp_path / "runs" / "tiny" / "two"), tmp_path / "kept")
 
 
-def test_kept_runs_in_the_checkout_name_no_place():
+def test_kept_runs_in_the_checkout_hold_no_path():
     for path in (ROOT / "nbs" / "results").glob("*/*/*.json"):
         assert not re.search(r'"/|"host"|"command"',
-                             path.read_text(encoding="utf-8")), f"{path.name} names a place on a machine"
+                             path.read_text(encoding="utf-8")), f"{path.name} holds a path or the name of a machine"

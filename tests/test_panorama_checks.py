@@ -12,27 +12,38 @@ import torch
 import yaml
 from PIL import Image
 
-from kilonb.coop.checks import (CHECKS, Check, FrameMeasures, check_frame, checks_for, compare_with_truth, draw_frames,
-                                judge, measure_frame, overlap_differences, run_checks, stitch_frame, true_panorama,
-                                worst_verdict)
-from kilonb.coop.dataset import PanoramaOptions
-from kilonb.coop.previews import (
-    Cloud,
+from kilonb.batch.execution import run_notebook
+from kilonb.core.errors import KiloError
+from kilonb.geometry.cameras import camera_from_angle
+from kilonb.geometry.transforms import carla_pose_to_matrix, transform_points
+from kilonb.imaging.clouds import PointCloud, subsample_clouds, write_cloud_page
+from kilonb.panoramas.checks import (
+    CHECKS,
+    Check,
+    FrameMeasurements,
+    check_frame,
+    checks_for,
+    draw_frames,
+    judge_check,
+    measure_panorama,
+    overlap_differences,
+    run_checks,
+    stitch_frame,
+    worst_verdict,
+)
+from kilonb.panoramas.previews import (
     panorama_cloud,
     poses_to_first,
-    thin,
-    write_cloud_page,
     write_panorama,
     write_panorama_page,
     write_previews,
 )
-from kilonb.coop.stitch import Stitcher
-from kilonb.geometry.cameras import camera_from_angle
-from kilonb.geometry.transforms import carla_pose_to_matrix, transform_points
-from kilonb.core.errors import KiloError
-from kilonb.batch.execution import run_notebook
+from kilonb.panoramas.stitch import Stitcher
+from kilonb.panoramas.tiles import PanoramaOptions
+from kilonb.panoramas.truth import compare_with_truth
 from kilonb.runs.notebooks import read_notebook
 from kilonb.scenes.boxtown import TownConfig, build_town, write_opv2v
+from kilonb.scenes.boxtown_truth import true_panorama
 from kilonb.scenes.opv2v import load_opv2v
 from kilonb.scenes.raycast import SpinningLidar
 from kilonb.scenes.surround import SurroundFrame, SurroundScene
@@ -62,7 +73,7 @@ def copy(town, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def stitched(town):
     scene = load_opv2v(town)
-    return [stitch_frame(frame, OPTIONS) for frame in scene.together(scene.instants()[0]).values()]
+    return [stitch_frame(frame, OPTIONS) for frame in scene.frames_at(scene.instants()[0]).values()]
 
 
 def check(folder: Path, **more):
@@ -88,7 +99,7 @@ def turn(folder: Path, camera: str, degrees: float) -> None:
     for path in folder.glob("train/*/*/"): rewrite(folder, path.name, change)
 
 
-def reds(report) -> set[str]: return {line.check.measure for line in report.verdicts if line.verdict == "red"}
+def reds(report) -> set[str]: return {line.check.measure for line in report.lines if line.verdict == "red"}
 
 
 # ------------------------------------------------------------------------------------------------------------ verdicts
@@ -96,18 +107,18 @@ def reds(report) -> set[str]: return {line.check.measure for line in report.verd
 def test_data_that_is_right_is_green_and_nearly_everything_was_run(town):
     report = check(town)
     assert report.verdict == "green" and report.ok and not report.problems, report.table()
-    assert {line.check.measure for line in report.verdicts if line.verdict == "not run"} == {"seam_flat_ratio"}
+    assert {line.check.measure for line in report.lines if line.verdict == "not run"} == {"seam_flat_ratio"}
     assert report.value("coverage_share") == pytest.approx(.858, abs=.005)
     assert "green" in report.sentence() and json.dumps(report.to_dict())
 
 
-def test_the_notes_crop_and_their_one_mask_would_have_been_red():
-    crop = FrameMeasures("a", "train", {"coverage_share": .33}, mask=torch.ones(4, 4))
-    verdicts = {c.measure: judge(c, "train", [crop, replace(crop, name="b")]) for c in OPV2V}
-    assert verdicts["coverage_share"].verdict == "red" and "a, b" in verdicts["coverage_share"].sentence
-    assert verdicts["mask_constant_iou"].verdict == "red" and verdicts["mask_constant_iou"].value == 1
+def test_incident_a_crop_of_33_percent_and_a_constant_mask_are_red():
+    crop = FrameMeasurements("a", "train", {"coverage_share": .33}, mask=torch.ones(4, 4))
+    lines = {c.measure: judge_check(c, "train", [crop, replace(crop, name="b")]) for c in OPV2V}
+    assert lines["coverage_share"].verdict == "red" and "a, b" in lines["coverage_share"].sentence
+    assert lines["mask_constant_iou"].verdict == "red" and lines["mask_constant_iou"].value == 1
     other = replace(crop, name="b", mask=torch.tensor([[1.0, 1, 0, 0]]).repeat(4, 1))
-    assert judge(verdicts["mask_constant_iou"].check, "train", [crop, other]).verdict == "green"
+    assert judge_check(lines["mask_constant_iou"].check, "train", [crop, other]).verdict == "green"
 
 
 def test_the_worst_verdict_counts_and_not_run_is_not_green():
@@ -116,17 +127,18 @@ def test_the_worst_verdict_counts_and_not_run_is_not_green():
         and worst_verdict(["green", "not run"]) == "green"
         and worst_verdict(["not run"]) == "not run"
     )
-    line = judge(Check("x_m", "a length", at_most=1.0), "",
-                 [FrameMeasures("a", "", missing={"x_m": "there is no ruler"})])
+    line = judge_check(Check("x_m", "a length", at_most=1.0), "",
+                 [FrameMeasurements("a", "", missing={"x_m": "there is no ruler"})])
     assert line.verdict == "not run" and line.value is None and "there is no ruler" in line.sentence
     for wrong in (lambda: Check("x", "x"), lambda: Check("x", "x", 1, 2, over="worst"),
                   lambda: Check("x", "x", 1, over="mean")):
         with pytest.raises(KiloError): wrong()
 
 
-def test_a_median_forgives_one_frame_and_a_worst_does_not():
-    frames = [FrameMeasures(name, "", {"x_share": value}) for name, value in (("a", .9), ("b", .9), ("c", .1))]
-    median, worst = (judge(Check("x_share", "x", at_least=.5, over=over), "", frames) for over in ("median", "worst"))
+def test_one_bad_frame_changes_the_worst_and_not_the_median():
+    frames = [FrameMeasurements(name, "", {"x_share": value}) for name, value in (("a", .9), ("b", .9), ("c", .1))]
+    median, worst = (judge_check(Check("x_share", "x", at_least=.5, over=over), "", frames)
+                     for over in ("median", "worst"))
     assert (median.verdict, worst.verdict) == ("green", "red") and "Outside: c." in worst.sentence
 
 
@@ -192,7 +204,7 @@ def cut_short(ending: str):
 
 
 DAMAGE = {
-    "a missing camera": (without_cameras(1), "camera1 was left out: the picture 000060_camera1.png is missing", True),
+    "a missing camera": (without_cameras(1), "camera1 was left out: the image 000060_camera1.png is missing", True),
     "one camera only": (without_cameras(1, 2, 3), "only one camera, camera0, is left", True),
     "no camera at all": (without_cameras(0, 1, 2, 3), "no camera of it can be used", False),
     "an unreadable yaml": (
@@ -205,7 +217,7 @@ DAMAGE = {
         "the vehicle has no pose",
         False,
     ),
-    "depth of another size": (small_depth, "the depth is 140x105, but the picture 280x210", True),
+    "depth of another size": (small_depth, "the depth is 140x105, but the image 280x210", True),
     "NaN depth": (nan_depth, "the depth holds 1400 NaN", True),
     "a picture cut short": (cut_short("_camera2.png"), "camera2.png", True),
     "LiDAR cut short": (cut_short(".pcd"), "is cut short", True),
@@ -230,7 +242,7 @@ def test_a_missing_camera_leaves_a_hole_in_the_horizon(copy):
     assert {"horizon_share", "problems_share"} <= reds(check(copy))
 
 
-def test_when_nothing_can_be_opened_everything_else_is_not_run(copy):
+def test_if_no_frame_can_be_opened_all_other_checks_are_not_run(copy):
     for path in copy.glob("train/*/*/*.yaml"): path.write_text("[")
     report = check(copy)
     assert (
@@ -238,10 +250,10 @@ def test_when_nothing_can_be_opened_everything_else_is_not_run(copy):
     )
 
 
-def test_without_depth_and_lidar_what_needs_them_is_not_run_and_says_why(copy):
+def test_without_depth_and_lidar_their_checks_are_not_run_with_a_reason(copy):
     for path in [*copy.glob("train/*/*/*_depth*.png"), *copy.glob("train/*/*/*.pcd")]: path.unlink()
     report = check(copy)
-    lines = {line.check.measure: line for line in report.verdicts}
+    lines = {line.check.measure: line for line in report.lines}
     for name in ("overlap_difference_share", "mask_share", "range_median_m", "own_body_share", "depth_difference_share",
                  "seam_ratio"):
         assert lines[name].verdict == "not run" and "there is no depth" in lines[name].sentence
@@ -286,7 +298,7 @@ def test_any_rig_can_be_checked_and_a_frame_without_pictures_is_a_problem(tmp_pa
 # ------------------------------------------------------------------------------------------------------------- the
 # truth
 
-def test_with_depth_a_panorama_is_what_an_eye_at_its_centre_would_have_seen(stitched):
+def test_a_depth_aware_panorama_is_close_to_the_ray_cast_truth(stitched):
     made = stitched[0]
     truth = true_panorama(made.frame, made.panorama.camera)
     own = torch.from_numpy(made.tile.classes == 3)
@@ -300,14 +312,14 @@ def test_with_depth_a_panorama_is_what_an_eye_at_its_centre_would_have_seen(stit
     assert math.isnan(flat["range_abs_rel_median"]) and flat["covered_share"] == pytest.approx(.858, abs=.005)
 
 
-def test_a_scenario_that_boxtown_did_not_make_has_no_truth(copy):
+def test_a_scenario_not_made_by_boxtown_has_no_truth(copy):
     next(copy.glob("train/*/data_protocol.yaml")).write_text("world: {}")
     scene = load_opv2v(copy)
     with pytest.raises(KiloError, match="not made by boxtown"): true_panorama(scene[0], OPTIONS.camera())
 
 
 def test_every_check_is_measured_by_something(stitched):
-    measures = measure_frame(stitched[0])
+    measures = measure_panorama(stitched[0])
     assert set(measures.values) | set(measures.missing) == {c.measure for c in CHECKS if c.over != "split"}
     assert {pair.first for pair in overlap_differences(stitched[0].panorama, stitched[0].names)} == {
         "camera1",
@@ -332,13 +344,13 @@ def test_clouds_of_two_vehicles_lie_on_each_other_under_their_true_poses(stitche
     points = [transform_points(pose.float(), cloud.points) for pose, cloud in zip(poses, clouds)]
     ground = [p[(p[:, 1] > 1.2)][:, 1].median().item() for p in points]
     assert ground[0] == pytest.approx(ground[1], abs=.05) and ground[0] == pytest.approx(1.525, abs=.05)
-    few = thin(clouds, 1000)
+    few = subsample_clouds(clouds, 1000)
     assert sum(len(c.points) for c in few) <= 1000 and min(len(c.points) for c in few) > 100
-    with pytest.raises(KiloError, match="at least 1"): thin(clouds, 0)
-    with pytest.raises(KiloError, match="N, 3"): Cloud("v", torch.zeros(3, 3), torch.zeros(2, 3))
+    with pytest.raises(KiloError, match="at least 1"): subsample_clouds(clouds, 0)
+    with pytest.raises(KiloError, match="N, 3"): PointCloud("v", torch.zeros(3, 3), torch.zeros(2, 3))
 
 
-def test_poses_that_cannot_be_leave_no_page(stitched, tmp_path):
+def test_invalid_poses_leave_no_page(stitched, tmp_path):
     clouds = [panorama_cloud(made, "v") for made in stitched]
     for poses in ({}, {"true": torch.eye(4)[None]}, {"true": torch.full((2, 4, 4), math.nan)}):
         with pytest.raises(KiloError): write_cloud_page(tmp_path / "cloud.html", clouds, poses, "none")
@@ -375,7 +387,7 @@ HOSTILE = "<img src=x onerror=alert(1)></script><b>SIZE</b>"
 
 
 @browser_only
-def test_the_panorama_page_zooms_together_and_tells_range_and_angles_offline(chromium, stitched, tmp_path):
+def test_the_panorama_page_zooms_together_and_shows_range_and_angles_offline(chromium, stitched, tmp_path):
     made = stitched[0]
     path = write_panorama_page(tmp_path / "panorama.html", made.panorama, [HOSTILE, *made.names[1:]], HOSTILE,
                                made.tile.classes)
@@ -424,14 +436,14 @@ def test_the_cloud_page_switches_poses_and_colours_offline(chromium, stitched, t
         "x of OpenCV is to the right, y of the page to the left"
     )
     assert page.evaluate("Array.isArray(plot.data[0].marker.color)")
-    page.select_option("#colours", "vehicle")
-    page.wait_for_selector("body[data-colours=vehicle]")
+    page.select_option("#colours", "cloud")
+    page.wait_for_selector("body[data-colours=cloud]")
     assert page.evaluate("plot.data[0].marker.color !== plot.data[1].marker.color")
     assert not errors
     page.context.close()
 
 
-def test_previews_say_what_they_wrote_and_why_there_are_no_points(copy, tmp_path):
+def test_the_preview_summary_lists_files_and_the_reason_for_missing_points(copy, tmp_path):
     for path in [*copy.glob("train/*/*/*_depth*.png"), *copy.glob("train/*/*/*.pcd")]: path.unlink()
     summary = write_previews(tmp_path / "a", [stitch_frame(load_opv2v(copy)[0], OPTIONS)], "flat", check(copy))
     assert (

@@ -9,13 +9,20 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from kilonb.coop.stitch import Stitcher, far_field_reference, ground_range, range_disagreement, seam_statistics, stitch
-from kilonb.coop.warp import flat_depths, grid_of, sources_of, warp_layers, warp_reference
+from kilonb.core.errors import KiloError
 from kilonb.geometry.cameras import DistortedPinholeCamera, PinholeCamera, Rig, camera_from_angle, visibility
 from kilonb.geometry.panoramas import CylindricalCamera, EquirectangularCamera, range_of_depth, roll_columns
 from kilonb.geometry.transforms import look_at
-from kilonb.core.errors import KiloError
 from kilonb.metrics.images import psnr_srgb_db
+from kilonb.panoramas.stitch import (
+    Stitcher,
+    far_field_reference,
+    ground_range,
+    range_disagreement,
+    seam_statistics,
+    stitch,
+)
+from kilonb.panoramas.warp import flat_depths, panorama_grid, source_cameras, warp_layers, warp_reference
 
 UP = torch.tensor([0, 0, 1.0], dtype=torch.float64)
 # OPV2V's rig: x forward, y left, z up; yaw to the right
@@ -131,6 +138,7 @@ def test_incident_z_depth_on_a_unit_ray():
             / true)[panorama.depth_known].max() < .01 and panorama.depth_known.float().mean() > .2
 
 
+@pytest.mark.incident(18)
 def test_incident_18_points_behind_are_counted_and_have_no_pixel():
     camera = CAMERAS["lens five"]
     axis, eye = camera.camera_to_world[:3, 2], camera.position
@@ -310,7 +318,7 @@ def test_the_same_panorama_whatever_the_threads(street):
             assert torch.equal(getattr(found[0], name), getattr(other, name)), name
 
 
-def test_the_kernels_agree_with_their_slow_twins(street):
+def test_the_kernels_agree_with_their_reference_implementations(street):
     cameras, pictures, _, target, *_ = street
     quick, (rgb, source) = (
         stitch(cameras, pictures, target, balance=False),
@@ -321,7 +329,7 @@ def test_the_kernels_agree_with_their_slow_twins(street):
     small, little = rig(24, 18)[2], target.resized(48, 12)
     depth = photograph(small)[1]
     mesh = warp_reference(small, little, depth)
-    drawn = torch.from_numpy(warp_layers(sources_of([small], little), grid_of(little),
+    drawn = torch.from_numpy(warp_layers(source_cameras([small], little), panorama_grid(little),
                                          flat_depths([small], [depth])))[0]
     inside = mesh.isfinite()
     assert ((drawn - mesh).abs() < 1e-3)[inside].float().mean() > .95 and (drawn <= mesh + 1e-3)[inside].all()
@@ -395,7 +403,7 @@ def test_bad_input_is_one_sentence(street):
                         (lambda: Stitcher(cameras, cameras[0]), "PinholeCamera; expected an Equirectangular"),
                         (lambda: Stitcher([target], target), "Camera 0 is a EquirectangularCamera"),
                         (lambda: range_disagreement(stitcher(pictures)), "without depth"),
-                        (lambda: Rig(("front", "front"), tuple(cameras[:2])), "twice"),
+                        (lambda: Rig(("front", "front"), tuple(cameras[:2])), "two cameras named front"),
                         (lambda: roll_columns(CylindricalCamera(torch.eye(4), 10, 5, 180), 1), "180 degrees")):
         with pytest.raises(KiloError, match=words) as caught: call()
         assert "\n" not in str(caught.value)

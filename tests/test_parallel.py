@@ -1,27 +1,27 @@
-"""One run on several processes: the same samples, rates and losses as on one, and all end together, however one of them
+"""Data parallel runs: the same samples, rates and losses at every number of processes, and all ranks end when one
 ends."""
 
 import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
-import traceback
 from dataclasses import replace
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from ranks import QUIET, free_port
+
 from kilonb.distill.alpha import AlphaBandConfig, alpha_terms
 from kilonb.distill.diagnostics import GradientRatios
-from kilonb.distill.lesson import Lesson, cameras_around, upward
+from kilonb.distill.data import DistillationData
+from kilonb.imaging.orbit import axis_vector, cameras_around
 from kilonb.distill.losses import ResponseLossConfig
 from kilonb.distill.multiview import TeachingConfig, teach
 from kilonb.distill.points import PointsConfig
@@ -29,89 +29,22 @@ from kilonb.distill.student import DistillConfig
 from kilonb.core.errors import KiloError
 from kilonb.batch.execution import RunFailed
 from kilonb.batch.launch import launch
-from kilonb.runs.folders import FINISHED, list_runs, read_run, read_status
+from kilonb.runs.records import list_runs, read_run
+from kilonb.runs.status import FINISHED, read_status
 from kilonb.splats.gaussians import gaussians_from_points
 from kilonb.training.checkpoints import final_path, latest_path, read_checkpoint
 from kilonb.training.guards import TrainingStopped
 from kilonb.training.loop import LoopConfig, train
 from kilonb.training.parallel import (ALONE, DistributedSteps, World, agree, average_gradients, epoch_indices,
                                       first_goes_ahead, gather_rows, join, share, share_weight, world_from_environment)
-from kilonb.training.scalars import read_scalars
+from kilonb.runs.scalars import read_scalars
 
-QUIET = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_CPP_LOG_LEVEL": "ERROR"}
-
-
-# ---- three processes that wait for work
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
-
-
-def serve(pipe):
-    torch.set_num_threads(1)
-    while (job := pipe.recv()) is not None:
-        function, world, arguments = job
-        try:
-            with join(world): answer = function(world, *arguments)
-        except (KiloError, KeyboardInterrupt) as error: answer = f"{type(error).__name__}: {error}"
-        except BaseException: answer = traceback.format_exc()
-        pipe.send(answer)
-
-
-class Ranks:
-    """Processes that become the ranks of one world after another; one that died is started again."""
-
-    def __init__(self, count: int):
-        self.pipes, self.processes = [None] * count, [None] * count
-        for rank in range(count): self.start(rank)
-
-    def start(self, rank: int) -> None:
-        context = get_context("spawn")
-        self.pipes[rank], theirs = context.Pipe()
-        self.processes[rank] = context.Process(target=serve, args=(theirs,), daemon=True)
-        self.processes[rank].start()
-        theirs.close()
-
-    def run(self, function, size: int, *arguments, timeout_s: float = 60.0, patience_s: float = 120.0) -> list:
-        """What `function(world, *arguments)` returns on each of `size` ranks; its error as text; None where it died."""
-        port, answers = free_port(), []
-        for rank in range(size):
-            self.pipes[rank].send((function, World(rank, size, rank, port=port, timeout_s=timeout_s), arguments))
-        for rank in range(size):
-            try:
-                assert self.pipes[rank].poll(patience_s), f"rank {rank} of {size} has not answered in {patience_s} s"
-                answers.append(self.pipes[rank].recv())
-            except EOFError:
-                answers.append(None)
-                self.start(rank)
-        return answers
-
-    def close(self) -> None:
-        for pipe, process in zip(self.pipes, self.processes):
-            pipe.send(None)
-            process.join(10)
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    before = {name: os.environ.get(name) for name in QUIET}
-    os.environ.update(QUIET)
-    pool = Ranks(3)
-    for name, value in before.items():
-        if value is None: del os.environ[name]
-        else: os.environ[name] = value
-    yield pool
-    pool.close()
-
-
-# ---- a problem that is quick
+# ---- a small problem
 
 def toy(world, folder=None, resume=False, batch=10, stop_at=None, how=None, seed=None, **settings):
     """Train a small network on `batch` points a step; on the last rank something happens in step `stop_at`. Returns
     records and weights, or an error's text."""
-    torch.manual_seed(world.rank if seed is None else seed)                # the first rank's weights are everybody's
+    torch.manual_seed(world.rank if seed is None else seed)                # all ranks start with the weights of rank 0
     model = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 1)).double()
     unused = nn.Parameter(torch.ones(3))
     optimizer = torch.optim.Adam([*model.parameters(), unused], lr=1e-2)
@@ -159,7 +92,7 @@ def alone(ranks): return ranks.run(toy, 1)[0]
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_rates_samples_and_losses_do_not_depend_on_the_world(ranks, alone, size):
-    """Batches of 10 do not divide by 3; in double precision what is left is rounding."""
+    """Batches of 10 do not divide by 3; in double precision the difference is rounding."""
     for answer in ranks.run(toy, size): assert_same_run(alone, answer, 1e-9)
 
 
@@ -172,7 +105,7 @@ def test_all_ranks_hold_the_same_weights_to_the_bit(ranks):
             {k: v for k, v in r.items() if k != "elapsed_s"} for r in other["records"]]
 
 
-def test_a_world_of_one_is_no_world():
+def test_one_process_needs_no_process_group():
     torch.manual_seed(0)
     one = toy(ALONE, seed=0)
     torch.manual_seed(0)
@@ -194,8 +127,8 @@ def test_only_the_first_rank_writes(ranks, tmp_path, alone):
 
 
 @pytest.mark.parametrize("sizes", [(2, 1), (1, 2), (3, 2), (2, 3)])
-def test_what_some_ranks_began_other_ranks_finish(ranks, tmp_path, alone, sizes):
-    """Stopped in step 17, between two records."""
+def test_a_run_can_be_resumed_with_another_number_of_ranks(ranks, tmp_path, alone, sizes):
+    """The run is stopped in step 17, between two records."""
     stopped = ranks.run(toy, sizes[0], tmp_path / "run", False, 10, 17, press_ctrl_c)
     assert stopped == ["KeyboardInterrupt"] * sizes[0] and read_checkpoint(latest_path(tmp_path / "run"))["step"] == 18
     for answer in ranks.run(toy, sizes[1], tmp_path / "run", True):
@@ -218,14 +151,14 @@ def test_a_resumed_run_of_two_ends_in_the_same_bits(ranks, tmp_path):
                           (stop_by_guard, "TrainingStopped: Rank 1: the alpha collapsed at step 12.",
                            "TrainingStopped: the alpha collapsed at step 12."),
                           (interrupt_inside, "KeyboardInterrupt", "KeyboardInterrupt")])
-def test_what_ends_one_rank_ends_all_at_the_same_step(ranks, tmp_path, how, first, last):
+def test_an_interrupt_or_error_of_one_rank_ends_all_at_the_same_step(ranks, tmp_path, how, first, last):
     answers = ranks.run(toy, 2, tmp_path / "run", False, 10, 12, how)
     assert answers[0] == first and last in answers[1]
     assert list(read_scalars(tmp_path / "run")["step"]) == [7]              # the steps before are logged, nothing after
 
 
 def test_the_time_limit_of_one_rank_is_that_of_all(ranks):
-    """The clocks differ; the steps may not."""
+    """All ranks stop after the same step, although their clocks differ."""
     answers = ranks.run(limited, 2)
     assert answers[0] == answers[1] < 400
 
@@ -239,24 +172,24 @@ def test_a_rank_that_dies_ends_the_others_with_one_sentence(ranks):
     assert answers[2] is None and time.monotonic() - began < 30
     for answer in answers[:2]:
         assert (
-            "lost touch with the other ranks at" in answer
-            and answer.startswith("KiloError: Rank")
+            "lost the connection to the other ranks at" in answer
+            and answer.startswith("LostRank: Rank")
             and "\n" not in answer
         )
 
 
 def test_a_rank_that_hangs_ends_the_others_within_the_timeout(ranks):
     answers = ranks.run(toy, 2, None, False, 10, 5, hang, timeout_s=1.5)
-    assert "did not answer within 1.5 s" in answers[0] and "Rank 1 lost touch" in answers[1]
+    assert "did not answer within 1.5 s" in answers[0] and "Rank 1 lost the connection" in answers[1]
 
 
-def test_a_rank_that_does_not_come_is_missed_in_one_sentence():
-    with pytest.raises(KiloError, match=r"Rank 0 waited 0\.5 s at 127.*not all 2 ranks came"):
+def test_a_rank_that_does_not_join_is_one_sentence():
+    with pytest.raises(KiloError, match=r"Rank 0 waited 0\.5 s at 127.*not all 2 ranks connected"):
         join(World(0, 2, port=free_port(), timeout_s=0.5))
 
 
 def test_a_folder_that_the_first_rank_cannot_use_ends_all(ranks, tmp_path):
-    """A folder that holds a run is refused on rank 0 alone; the others hear why."""
+    """A folder that holds a run is refused on rank 0; the other ranks raise the same error."""
     ranks.run(toy, 1, tmp_path / "run")
     answers = ranks.run(toy, 2, tmp_path / "run")
     assert (
@@ -267,7 +200,7 @@ def test_a_folder_that_the_first_rank_cannot_use_ends_all(ranks, tmp_path):
 
 
 def drifting(world, folder):
-    """Rank 1 changes a weight behind the others' backs."""
+    """Rank 1 changes a weight that the other ranks do not change."""
     model = nn.Linear(2, 1)
 
     def after(step, records):
@@ -279,15 +212,15 @@ def drifting(world, folder):
           quiet=True, world=world)
 
 
-def test_ranks_that_drift_apart_are_told_which_and_when(ranks, tmp_path):
-    """At the next checkpoint, which is not written."""
+def test_diverging_weights_name_the_rank_and_the_step(ranks, tmp_path):
+    """The difference is found at the next checkpoint, which is not written."""
     assert all("Rank 1 has other weights than rank 0 (after step 6)" in answer
                for answer in ranks.run(drifting, 2, tmp_path / "run"))
     assert read_checkpoint(latest_path(tmp_path / "run"))["step"] == 3
 
 
 class Cloud(nn.Module):
-    """Points that are split while they learn."""
+    """Points that are split during training."""
 
     def __init__(self):
         super().__init__()
@@ -318,7 +251,7 @@ def splitting(world, wrong=False):
     return cloud.means.detach()
 
 
-def test_parameters_that_are_replaced_stay_in_step(ranks):
+def test_parameters_that_are_replaced_are_equal_on_all_ranks(ranks):
     one, *_ = ranks.run(splitting, 1)
     two = ranks.run(splitting, 2)
     assert len(one) == 16 and torch.equal(*two)
@@ -377,7 +310,7 @@ def ahead(world):
         if world.first: raise KiloError("the teacher has no gaussians.")
 
 
-def test_what_the_ranks_do_wrong_is_said(ranks):
+def test_misuse_of_the_process_group_is_one_sentence(ranks):
     assert all("shares sum to 1.8; expected 1" in answer for answer in ranks.run(wrong_shares, 2))
     assert all("out of step" in answer for answer in ranks.run(different_ways, 2))
     answers = ranks.run(ahead, 2)
@@ -391,6 +324,7 @@ def test_what_the_ranks_do_wrong_is_said(ranks):
 
 # ---- epochs
 
+@pytest.mark.incident(20)
 @pytest.mark.parametrize(("count", "batch", "steps"),
                          [(23, 7, None), (40, 8, None), (5, 8, 3), (100, 5, 13), (6, 6, None)])
 def test_incident_20_an_epoch_has_the_same_steps_and_batches_at_every_world_size(count, batch, steps):
@@ -401,15 +335,15 @@ def test_incident_20_an_epoch_has_the_same_steps_and_batches_at_every_world_size
         assert {len(part) for part in parts} == {steps or count // batch} and sum(
             part.weight for part in parts
         ) == pytest.approx(1)
-        # from any place: nothing before it is needed
+        # at any position, without the ones before
         for epoch, inside in product(range(3), range(len(parts[0]))):
             step = epoch * len(parts[0]) + inside
             dealt = torch.full((batch,), -1)
             for rank, part in enumerate(parts): dealt[rank::size] = part.batch_of(step)
-            assert part.place(step) == (epoch, inside) and dealt.equal(whole[epoch][inside])
+            assert part.position(step) == (epoch, inside) and dealt.equal(whole[epoch][inside])
 
 
-def test_an_epoch_shows_no_sample_twice_before_all_others():
+def test_an_epoch_has_every_sample_once():
     seen = torch.cat(epoch_indices(23, 2, 0, 7)).bincount(minlength=23)
     assert seen.max() == 1 and seen.sum() == 21
     seen = torch.cat(epoch_indices(5, 0, 0, 8, steps_per_epoch=4)).bincount(minlength=5)
@@ -418,7 +352,7 @@ def test_an_epoch_shows_no_sample_twice_before_all_others():
 
 
 def epochs(world):
-    """An epoch-wise run: its schedule follows optimiser steps."""
+    """A run in epochs, whose schedule counts optimiser steps."""
     model, data = nn.Linear(1, 1), torch.linspace(0, 1, 20)[:, None]
     nn.init.constant_(model.weight, 0.0), nn.init.constant_(model.bias, 0.0)
     batches = DistributedSteps(20, 6, 5, world)
@@ -426,27 +360,29 @@ def epochs(world):
     def step_function(step, generator):
         x = data[batches.batch_of(step)]
         return {"loss": (model(x) - 2 * x).square().mean(), "share": batches.weight,
-                "epoch": float(batches.place(step)[0])}
+                "epoch": float(batches.position(step)[0])}
 
     config = LoopConfig(steps=4 * len(batches), learning_rate=0.1, warmup_steps=2, log_every_steps=1)
     return {"records": train(step_function, torch.optim.SGD(model.parameters(), lr=0.1), config, quiet=True,
                              world=world).records, "weights": [p.detach() for p in model.parameters()]}
 
 
+@pytest.mark.incident(20)
 def test_incident_20_the_schedule_is_the_same_at_world_sizes_1_2_and_3(ranks):
     one = ranks.run(epochs, 1)[0]
     assert [r["epoch"] for r in one["records"]] == [0.0] * 3 + [1.0] * 3 + [2.0] * 3 + [3.0] * 3
     for size in (2, 3): assert_same_run(one, ranks.run(epochs, size)[size - 1])
 
 
-# ---- a student
+# ---- distillation
 
 def lesson():
     generator = torch.Generator().manual_seed(0)
     shell = nn.functional.normalize(torch.randn(1500, 3, generator=generator), dim=-1) * 0.6
     ball = gaussians_from_points(shell, (shell * 4).sin() / 2 + 0.5, sh_degree=0, opacity=0.9, scale=1.0)
-    return Lesson(ball, [],
-                  [(f"view_{i}", camera) for i, camera in enumerate(cameras_around(ball, 6, 40, upward("z")))], [], [],
+    return DistillationData(ball, [],
+                  [(f"view_{i}", camera)
+                   for i, camera in enumerate(cameras_around(ball, 6, 40, axis_vector("z")))], [], [],
                   0.0, "built")
 
 
@@ -483,8 +419,8 @@ def student(world, folder=None, resume=False, time_limit_s=None, ratios=False):
 
 
 def test_a_student_of_two_ranks_is_the_student_of_one(ranks, tmp_path):
-    """Rays that do not divide, occupancy that is refreshed at steps 8 and 16, quantiles over the batch, walls between
-    cells, depth, a clip and an average."""
+    """Covers a number of rays that does not divide, refreshed occupancy at steps 8 and 16, quantiles over the batch,
+    seam and depth terms, gradient clipping and averaging."""
     [one], two = ranks.run(student, 1), ranks.run(student, 2)
     assert isinstance(two[0], dict), two[0]
     for answer in two:
@@ -501,7 +437,7 @@ def test_a_student_of_two_ranks_is_the_student_of_one(ranks, tmp_path):
 
 
 def test_a_student_begun_by_two_ranks_is_finished_by_one(ranks, tmp_path):
-    """The statistics of the space, which each rank collects of its own rays, are in the checkpoint of both."""
+    """The checkpoint holds the statistics of the occupied space, which each rank collects from its own rays."""
     ranks.run(student, 2, tmp_path / "run", False, 1e-6)
     kept = read_checkpoint(latest_path(tmp_path / "run"))
     assert kept["step"] == 1
@@ -510,9 +446,9 @@ def test_a_student_begun_by_two_ranks_is_finished_by_one(ranks, tmp_path):
     assert_same_run({**whole, "weights": []}, {**parts, "weights": []})
 
 
-def test_a_term_that_looks_at_single_samples_is_refused(ranks):
+def test_a_term_that_cannot_be_split_over_ranks_is_refused(ranks):
     for answer in ranks.run(student, 2, None, False, None, True):
-        assert "The term 'gradients' looks at single samples, which 2 ranks do not have" in answer
+        assert "The term 'gradients' needs the samples of all rays, which 2 ranks do not hold together" in answer
 
 
 # ---- notebooks
@@ -523,14 +459,11 @@ run_dir: str = ""
 resume: bool = False""", """import os, signal, sys, time, torch
 from torch import nn
 from kilonb.core.errors import KiloError
-from kilonb.runs.folders import open_run
 from kilonb.training.loop import LoopConfig, train
-from kilonb.training.parallel import from_first, join, share, share_weight, world_from_environment
-world = world_from_environment(timeout_s=60)
-meeting = join(world)
-run = open_run("line", run_dir, {"steps": steps}, seed=0, resume=resume) if world.first else None
-folder, resumed = from_first((run.folder, run.resumed) if run else None, world)
-model = nn.Linear(1, 1)
+from kilonb.training.parallel import share, share_weight
+from kilonb.training.session import open_session
+session = open_session("line", timeout_s=60)
+world, model = session.world, nn.Linear(1, 1)
 def step(number, generator):
     if number == 10 and world.rank == world.size - 1:
         if how == "die": os.kill(os.getpid(), signal.SIGKILL)
@@ -539,15 +472,15 @@ def step(number, generator):
     return {"loss": (model(x) - 3 * x).square().mean(), "share": share_weight(9, world)}
 optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
 if how == "early" and world.rank: raise KiloError("rank 1 has no data.")
-result = train(step, optimizer, LoopConfig(steps, 0.1, warmup_steps=0, checkpoint_every_steps=5), model=model, folder=folder, resume=resumed, world=world)
-meeting.leave()
-if not world.first: raise SystemExit""", """run.finish({"loss": result.records[-1]["loss"], "ranks": world.size})"""]
+config = LoopConfig(steps, 0.1, warmup_steps=0, checkpoint_every_steps=5)
+result = train(step, optimizer, config, model=model, folder=session.folder, resume=session.resumed, world=world)
+session.leave_group()""", """session.finish({"loss": result.records[-1]["loss"]})"""]
 
 
 @pytest.fixture
 def experiment(tmp_path) -> Path:
     cell = lambda i, source: {"cell_type": "code", "id": f"cell-{i}",
-                              "metadata": {"tags": ["parameters"]} if i == 0 else {}, "source": source,
+                              "metadata": {"tags": ["parameters", "distributed"]} if i == 0 else {}, "source": source,
                               "execution_count": None, "outputs": []}
     content = {"cells": [cell(i, source) for i, source in enumerate(CELLS)], "metadata": {}, "nbformat": 4,
                "nbformat_minor": 5}
@@ -557,7 +490,8 @@ def experiment(tmp_path) -> Path:
 
 @pytest.mark.slow
 def test_torchrun_runs_one_notebook_on_all_ranks(experiment, tmp_path):
-    """As a person types it. Rank 0 is the run; rank 1 keeps its notebook and log inside, and is not listed."""
+    """The command of the documentation. Rank 0 is the run; notebook and log of rank 1 are inside it, and rank 1 is not
+    listed."""
     torchrun = [str(Path(sys.executable).with_name("torchrun")), "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, **QUIET, "KILONB_OUTPUTS": str(tmp_path / "outputs")}
     done = subprocess.run([*torchrun, "-m", "kilonb.batch.launch", str(experiment), "-p", "steps=24"], env=environment,
@@ -585,7 +519,7 @@ def test_torchrun_runs_one_notebook_on_all_ranks(experiment, tmp_path):
     ("fail", r"Rank 1 failed.*ValueError.*no such luck"), ("early", r"Rank 1 failed: rank 1 has no data\."),
     ("die", r"Rank 1 failed: The notebook's kernel was killed"),
 ])
-def test_a_rank_that_fails_leaves_one_sentence_and_a_failed_run(experiment, tmp_path, monkeypatch, how, sentence):
+def test_a_rank_that_fails_gives_one_sentence_and_a_failed_run(experiment, tmp_path, monkeypatch, how, sentence):
     for name, value in QUIET.items(): monkeypatch.setenv(name, value)
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(RunFailed, match=sentence) as failed:
@@ -598,7 +532,7 @@ def test_a_rank_that_fails_leaves_one_sentence_and_a_failed_run(experiment, tmp_
         and not record.results
     )
     assert handlers == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    if how == "fail":                                                       # and goes on, alone or not
+    if how == "fail":                                                       # and continues, on one rank or several
         resumed = launch(str(experiment), {"steps": 24}, 2, run_dir=record.folder, resume=True)
         assert (
             resumed.status == FINISHED
@@ -616,6 +550,6 @@ def test_a_folder_in_use_is_refused_and_stays_as_it_is(experiment, tmp_path):
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["thesis.txt"]
 
 
-def test_a_notebook_that_shares_nothing_is_refused(tmp_path):
+def test_a_notebook_that_is_not_tagged_as_distributed_is_refused(tmp_path):
     with pytest.raises(KiloError, match="cannot be shared by several ranks"): launch("teacher", {}, 2, outputs=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -1,5 +1,5 @@
-"""What people open in the morning: the report of a sweep of 24 runs, in a real browser without a network. Needs
-Chromium (Debian: apt install chromium)."""
+"""The report of a sweep of 24 runs, in a real browser without a network. Needs Chromium (Debian: apt install
+chromium)."""
 import json
 import math
 import random
@@ -11,27 +11,30 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kilonb.reports.charts import downsample, pareto_front
 from kilonb.core.errors import KiloError
 from kilonb.core.files import write_json
+from kilonb.core.html import hashed_script_policy
 from kilonb.runs.gates import Gate
 from kilonb.imaging.pictures import read_comparisons, save_comparison, worst
-from kilonb.reports.writing import find_target, policy_for, report_html, write_report
-from kilonb.runs.folders import mark_run, open_run
+from kilonb.reports.charts import downsample, pareto_front
+from kilonb.reports.report import find_target, report_html, write_report
+from kilonb.runs.folders import open_run
+from kilonb.runs.status import mark_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 browser_only = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt install chromium")
-HOSTILE = "</script><script>document.title = 'stolen'</script><img src=x onerror=\"document.title='stolen'\">' \u2028\u2029 &amp;"
+HOSTILE = ("</script><script>document.title = 'stolen'</script><img src=x onerror=\"document.title='stolen'\">' "
+           "\u2028\u2029 &amp;")
 GATES = [Gate("test_psnr_srgb_white_db", at_least=29.0, notes=19.18, published=33.4, source="KiloNeRF, lego",
               baseline_result="test_psnr_blank_white_db"), Gate("train_s", at_most=70.0)]
 
 
 def leave_pictures(folder: Path, quality: float, dice: np.random.Generator) -> None:
-    """Three views of noise, which does not pack."""
+    """Three pictures of noise, which does not compress."""
     target = dice.random((120, 120, 3))
     for view in range(3):
-        seen = np.clip(np.roll(target, view, 1) + 0.02 * dice.normal(size=target.shape), 0, 1)
-        images = {"target": target, "student": seen, "error x 5": np.abs(seen - target) * 5}
+        student = np.clip(np.roll(target, view, 1) + 0.02 * dice.normal(size=target.shape), 0, 1)
+        images = {"target": target, "student": student, "error x 5": np.abs(student - target) * 5}
         save_comparison(folder, f"test/r_{view}", images, quality - view, "psnr_srgb_white_db")
 
 
@@ -54,7 +57,7 @@ def make_run(outputs: Path, name: str, number: int, values: dict, dice: np.rando
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
     """24 runs of a sweep: two failed, one has a results.json that was cut short."""
-    root, dice, plan = tmp_path_factory.mktemp("lab"), np.random.default_rng(0), []
+    root, dice, plan = tmp_path_factory.mktemp("outputs"), np.random.default_rng(0), []
     folder = root / "sweeps" / "students_lr"
     for number, (rate, kind, seed) in enumerate(product((0.001, 0.003, 0.01, 0.03), ("kilonerf", HOSTILE), (0, 1, 2))):
         values = {"learning_rate": rate, "kind": kind, "seed": seed}
@@ -72,38 +75,36 @@ def outputs(tmp_path_factory) -> Path:
 def report(outputs) -> Path: return write_report(outputs / "sweeps" / "students_lr")
 
 
-def test_the_report_of_24_runs_is_small_and_names_what_went_wrong(report):
+def test_the_report_of_24_runs_is_small_and_names_damaged_files(report):
     text = report.read_text(encoding="utf-8")
     assert report.stat().st_size <= 5_000_000
     assert "21 of 24 runs finished, 2 failed, 1 unreadable." in text
     assert text.count('class="failed" data-run') == 3 and "ValueError: run 4 " in text and "ValueError: run 19 " in text
     assert "007-1f3a9c2b/results.json is not JSON" in text, "the damaged file is named"
     for shown in ("≥ 29", "19.18", "33.4 (KiloNeRF, lego)", ">9.2<"):
-        assert shown in text, "the columns beside our number"
+        assert shown in text, "the columns beside the measured number"
     assert 'href="000-1f3a9c2b/notebook.ipynb"' in text
 
 
 def test_nothing_that_a_run_wrote_becomes_markup(report):
-    """Two script elements: the data and the one that the policy allows by its hash."""
+    """Two script elements: the data, and the script that the content-security policy allows by its hash."""
     text = report.read_text(encoding="utf-8")
     assert len(re.findall(r"<script\b", text)) == text.count("</script>") == 2 and "<img src=x" not in text
     data = re.search(r'<script type="application/json" id="colouring">(.*?)</script>', text, re.DOTALL)[1]
     assert not set("<\u2028\u2029") & set(data) and HOSTILE in json.loads(data)["colours"]["kind"]
     script = re.search(r"<script>(.*)</script></body>", text, re.DOTALL)[1]
-    assert (
-        f'content="{policy_for(script)}"' in text
-        and "'unsafe-inline'" not in policy_for(script).split("script-src")[1]
-        and "unsafe-eval" not in text
-    )
+    policy = hashed_script_policy(script)
+    assert f'content="{policy}"' in text and "unsafe-eval" not in text
+    assert "'unsafe-inline'" not in policy.split("script-src")[1]
     assert not re.search(r"""\b(?:src|href)\s*=\s*["']?(?:https?:)?//""", text)
 
 
 @pytest.mark.parametrize("limit", [1_500_000, 600_000])
-def test_a_report_keeps_to_its_limit_and_says_what_it_left_out(outputs, limit):
+def test_a_report_keeps_to_its_size_limit_and_names_what_it_left_out(outputs, limit):
     text = report_html(outputs / "sweeps" / "students_lr", outputs / "report.html", worst=40, maximum_bytes=limit)
     assert len(text.encode()) <= limit
-    said = re.search(r'role="note">(.*?)</div>', text)[1]
-    assert "left out" in said.lower() or "smaller" in said
+    notes = re.search(r'role="note">(.*?)</div>', text)[1]
+    assert "left out" in notes.lower() or "smaller" in notes
 
 
 def test_a_limit_below_the_text_is_refused_and_leaves_no_file(outputs, tmp_path):
@@ -113,7 +114,7 @@ def test_a_limit_below_the_text_is_refused_and_leaves_no_file(outputs, tmp_path)
 
 
 def test_seeds_are_aggregated_with_their_spread(outputs, report):
-    """By hand from the files: one condition of three seeds."""
+    """Computed from the files: one condition with three seeds."""
     folders = [outputs / "sweeps" / "students_lr" / f"{i:03d}-1f3a9c2b" for i in (0, 1, 2)]
     values = [json.loads((folder / "results.json").read_text())["results"]["test_psnr_srgb_white_db"]
               for folder in folders]
@@ -121,7 +122,7 @@ def test_seeds_are_aggregated_with_their_spread(outputs, report):
     assert f">{np.mean(values):.2f}<" in section and f" ± {np.std(values, ddof=1):.2f}<" in section
 
 
-def test_a_damaged_plan_pictures_or_curves_cost_their_part_only(outputs, tmp_path):
+def test_a_damaged_plan_picture_or_curve_leaves_out_only_its_own_part(outputs, tmp_path):
     copy = tmp_path / "sweeps" / "students_lr"
     shutil.copytree(outputs / "sweeps" / "students_lr", copy)
     (copy / "sweep.json").write_text("{")
@@ -147,7 +148,7 @@ def test_odd_results_do_not_stop_a_report(tmp_path, value):
         assert "<script>document" not in report_html(target, tmp_path / "r.html")
 
 
-def test_a_run_an_experiment_several_runs_and_the_lab_have_reports(outputs, tmp_path):
+def test_a_run_an_experiment_several_runs_and_all_runs_have_reports(outputs, tmp_path):
     sweep = outputs / "sweeps" / "students_lr"
     run = write_report(sweep / "000-1f3a9c2b", tmp_path / "run.html").read_text(encoding="utf-8")
     assert "Run of students" in run and run.count('class="comparison"') == 3 and ">loss</text>" in run
@@ -155,11 +156,11 @@ def test_a_run_an_experiment_several_runs_and_the_lab_have_reports(outputs, tmp_
                            tmp_path / "two.html").read_text(encoding="utf-8")
     assert "2 of 2 runs finished" in several
     open_run("toy", outputs / "toy" / "a", {}).finish({"psnr_db": 10.0}, [Gate("psnr_db", at_least=20.0, notes=19.2)])
-    lab = write_report(outputs=outputs).read_text(encoding="utf-8")
+    everything = write_report(outputs=outputs).read_text(encoding="utf-8")
     assert (
-        "0 of 1 experiments and data are green; not green: toy" in lab
-        and "students_lr" in lab
-        and 'href="sweeps/students_lr/report.html"' in lab
+        "0 of 1 experiments and data are green; not green: toy" in everything
+        and "students_lr" in everything
+        and 'href="sweeps/students_lr/report.html"' in everything
     )
     assert (
         find_target("students_lr", outputs) == sweep.resolve()
@@ -183,7 +184,7 @@ def test_the_pareto_front_is_what_brute_force_finds():
                             directions) == [i for i in real if not any(beats(signed[j], signed[i]) for j in real)]
 
 
-def test_thinning_a_curve_keeps_its_spikes():
+def test_downsampling_a_curve_keeps_its_spikes():
     values = np.random.default_rng(2).normal(size=20_000)
     values[[77, 12_345]] = (50.0, -60.0)
     x, y = downsample(np.arange(20_000), values, 100)
@@ -214,23 +215,23 @@ def chromium():
 
 
 def opened(chromium, path: Path, width: int = 1280, height: int = 900, **options):
-    """A page of an offline browser, what it said on the console, and what it asked for."""
+    """(page of an offline browser, its console messages, the URLs that it requested)."""
     context = chromium.new_context(viewport={"width": width, "height": height}, **options)
     context.set_offline(True)
-    page, said, asked = context.new_page(), [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.route("**/*", lambda route: (asked.append(route.request.url), route.continue_()))
+    page, messages, requested = context.new_page(), [], []
+    page.on("console", lambda message: messages.append(message.text))
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.route("**/*", lambda route: (requested.append(route.request.url), route.continue_()))
     page.goto(path.as_uri())
     page.wait_for_load_state("load")
-    return page, said, asked
+    return page, messages, requested
 
 
 @browser_only
 def test_a_report_opens_offline_without_errors_or_requests(chromium, report):
-    page, said, asked = opened(chromium, report)
+    page, messages, requested = opened(chromium, report)
     page.wait_for_timeout(300)
-    assert asked == [report.as_uri()] and not said
+    assert requested == [report.as_uri()] and not messages
     assert page.title() == "students_lr", "no run's script has run"
     assert page.evaluate("[...document.images].every(image => image.complete && "
                          "image.naturalWidth >= 50)") and page.locator(".comparison").count() == 6
@@ -240,7 +241,7 @@ def test_a_report_opens_offline_without_errors_or_requests(chromium, report):
 
 @browser_only
 def test_tables_sort_filter_and_choose(chromium, report):
-    page, said, _ = opened(chromium, report)
+    page, messages, _ = opened(chromium, report)
     table = page.locator("table.runs")
     values = lambda: page.eval_on_selector_all("table.runs tbody tr:not(.below)",
                                                "rows => rows.map(row => row.cells[5].dataset.v)")
@@ -248,13 +249,13 @@ def test_tables_sort_filter_and_choose(chromium, report):
     head.click()
     down = [float(v) for v in values() if v]
     assert len(down) == 21 and down == sorted(down, reverse=True) and values()[-3:] == ["", "", ""], (
-        "what has no number comes last"
+        "rows without a number come last"
     )
     head.click()
     assert [float(v) for v in values() if v] == sorted(down)
     below = page.eval_on_selector_all("tr.below", "rows => rows.every(row => "
                                       "row.previousElementSibling.classList.contains('failed'))")
-    assert below, "sentences stay with their runs"
+    assert below, "the sentence of a run stays below its row"
     page.locator(".filter").fill("run 19")
     assert (
         page.locator("table.runs tbody tr:visible").count() == 2
@@ -269,14 +270,14 @@ def test_tables_sort_filter_and_choose(chromium, report):
     page.locator("#colour-by").select_option("kind")
     assert (
         page.locator('.dots .mark[data-run="003-1f3a9c2b"]').first.evaluate("mark => mark.style.color") != before
-        and not said
+        and not messages
     )
     page.context.close()
 
 
 @browser_only
 def test_two_pictures_are_swiped_and_blinked(chromium, report):
-    page, said, _ = opened(chromium, report)
+    page, messages, _ = opened(chromium, report)
     card = page.locator(".comparison").first
     clip = lambda: card.locator("img.left").evaluate("image => getComputedStyle(image).clipPath")
     shown = lambda: card.locator("img.left").evaluate("image => getComputedStyle(image).visibility")
@@ -302,39 +303,39 @@ def test_two_pictures_are_swiped_and_blinked(chromium, report):
         and card.locator("img.left").get_attribute("alt") == "target"
     )
     rival = card.locator(".choose-left option").all_inner_texts()
-    assert any("best run" in word for word in rival) and not said
+    assert any("best run" in word for word in rival) and not messages
     page.context.close()
 
 
 @browser_only
-@pytest.mark.parametrize("kind", ["sweep", "run", "lab"])
+@pytest.mark.parametrize("kind", ["sweep", "run", "all"])
 def test_a_phone_scrolls_in_one_direction(chromium, outputs, report, tmp_path, kind):
     path = {"sweep": report,
             "run": write_report(outputs / "sweeps" / "students_lr" / "000-1f3a9c2b", tmp_path / "run.html"),
-            "lab": write_report(outputs, tmp_path / "lab.html")}[kind]
-    page, said, asked = opened(chromium, path, 360, 800, has_touch=True, is_mobile=True, device_scale_factor=2)
+            "all": write_report(outputs, tmp_path / "all.html")}[kind]
+    page, messages, requested = opened(chromium, path, 360, 800, has_touch=True, is_mobile=True, device_scale_factor=2)
     assert page.evaluate("document.documentElement.scrollWidth") <= 360 and page.evaluate("visualViewport.scale") == 1
     assert page.evaluate("[...document.querySelectorAll('.wide')].some(box => box.scrollWidth > "
                          "box.clientWidth)"), "wide tables scroll in their own box"
     assert (
         float(page.evaluate("getComputedStyle(document.body).fontSize").removesuffix("px")) >= 15
-        and not said
-        and asked == [path.as_uri()]
+        and not messages
+        and requested == [path.as_uri()]
     )
     page.context.close()
 
 
 @browser_only
-def test_a_script_that_was_smuggled_in_is_not_run(chromium, report, tmp_path):
-    """Even if somebody forgot to escape: the policy allows one script, by its hash."""
-    spoilt = tmp_path / "spoilt.html"
+def test_an_injected_script_is_not_run(chromium, report, tmp_path):
+    """Also without escaping: the content-security policy allows one script, by its hash."""
+    injected = tmp_path / "injected.html"
     added = '<script>document.title="stolen"</script><img src="x" onerror="document.title=\'stolen\'">'
-    spoilt.write_text(report.read_text(encoding="utf-8").replace("<main>", f"<main>{added}", 1), encoding="utf-8")
-    page, said, asked = opened(chromium, spoilt)
+    injected.write_text(report.read_text(encoding="utf-8").replace("<main>", f"<main>{added}", 1), encoding="utf-8")
+    page, messages, requested = opened(chromium, injected)
     page.wait_for_timeout(200)
     assert (
         page.title() == "students_lr"
-        and asked == [spoilt.as_uri()]
-        and any("Content Security Policy" in line for line in said)
+        and requested == [injected.as_uri()]
+        and any("Content Security Policy" in line for line in messages)
     )
     page.context.close()

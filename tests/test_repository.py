@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import measures
+
 PACKAGE = ROOT / "kilonb"
 LAYERS = {
     "core": 0,
@@ -23,6 +26,12 @@ LAYERS = {
     "batch": 9,
     "cli": 10,
 }
+# Ratchets: today's numbers of `python tools/measures.py`. Lower a maximum, or raise a minimum, when the numbers allow.
+AT_MOST = {"cell_lines_median": 12, "cell_lines_p90": 25, "cell_lines_max": 40, "names_defined_twice": 0,
+           "lines_over_120": 0}
+AT_LEAST = {"one_definition_share": 0.90, "demonstrated_share": 0.85}
+LARGEST_PACKAGE_SHARE = 0.16
+EXPERIMENT_LINES, EXPERIMENT_PARAMETERS = 100, 25
 WITHOUT_TORCH = ("core", "data", "runs", "reports", "batch", "cli")
 
 
@@ -53,21 +62,21 @@ def source(cell: dict) -> str: return "".join(cell["source"])
 
 
 def test_the_lists_are_not_empty():
-    """Every check below walks over these; an empty list would pass them all."""
+    """Every check below is parametrised by these lists; an empty list would pass."""
     assert len(LIBRARY) > 10 and len(MODULES) > 10 and len(FILES) > 30
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=name_of)
 def test_a_notebook_that_is_run_has_exactly_one_parameters_cell(path):
-    """Without the tag papermill's values are ignored and the run silently keeps its defaults; with two, one set wins
-    unseen."""
+    """Without the tag papermill's values are ignored and the run silently keeps its defaults; with two, one of
+    them has no effect."""
     tagged = [cell for cell in cells(path) if "parameters" in cell["metadata"].get("tags", [])]
     assert len(tagged) == 1 and tagged[0]["cell_type"] == "code"
     assigned = ast.parse(source(tagged[0])).body
     assert assigned and all(isinstance(line, ast.AnnAssign) and line.value is not None
                             for line in assigned), "flat, typed, each with a default"
     if path.parent.name == "experiments":
-        assert {"run_dir", "data", "seed", "resume"} <= {line.target.id for line in assigned}
+        assert {"run_dir", "data", "device", "seed", "resume"} <= {line.target.id for line in assigned}
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=name_of)
@@ -93,7 +102,7 @@ def test_a_library_notebook_lies_at_its_module_s_path(path):
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
-def test_a_library_notebook_opens_with_a_title_and_a_promise(path):
+def test_a_library_notebook_begins_with_a_title_and_a_one_sentence_description(path):
     assert re.match(r"# \S.*\n+> \S", source(cells(path)[0]))
 
 
@@ -134,7 +143,7 @@ def test_a_package_imports_only_from_lower_layers(path):
             )
 
 
-def test_the_check_of_layers_sees_every_way_to_import():
+def test_the_check_of_layers_finds_every_form_of_import():
     assert (
         packages_of("kilonb.distill.losses", ["x"])
         == packages_of("kilonb.distill", ["losses"])
@@ -176,7 +185,7 @@ def test_no_circle_of_imports_between_modules():
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_the_package_reads_like_a_hand_written_one(path):
+def test_modules_import_no_notebook_tools_and_no_star(path):
     """No notebook machinery at run time and no star imports."""
     for module, names in imports(path):
         assert module.split(".")[0] not in ("nbdev", "fastcore", "execnb"), f"imports {module}"
@@ -184,17 +193,18 @@ def test_the_package_reads_like_a_hand_written_one(path):
 
 
 def test_what_a_command_needs_at_once_imports_no_torch():
-    """`kilonb --help` answers at once."""
+    """`kilonb --help` must not wait for torch, which takes seconds to import."""
     modules = sorted(".".join(path.relative_to(ROOT).with_suffix("").parts) for path in MODULES
                      if path.parent.name in WITHOUT_TORCH and path.name != "__init__.py")
-    code = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\nprint(*sorted({{'torch', 'numba'}} & set(sys.modules)))"
+    code = (f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+            "print(*sorted({'torch', 'numba'} & set(sys.modules)))")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stdout.split(), f"importing {', '.join(WITHOUT_TORCH)} imports {done.stdout}"
 
 
 def test_no_large_files():
-    """Data, weights and outputs do not belong into git; a figure is below 150 kB."""
+    """Data, weights and outputs stay out of git; a figure has less than 150 kB."""
     limits = {".png": 150_000, ".jpg": 150_000, ".jpeg": 150_000, ".gif": 150_000, ".svg": 150_000, ".webp": 150_000}
     def limit(path: Path) -> int: return limits.get(path.name, limits.get(path.suffix.lower(), 400_000))
     large = [f"{name_of(path)}: {path.stat().st_size} bytes" for path in FILES if path.stat().st_size > limit(path)]
@@ -221,3 +231,60 @@ def test_gates_of_every_experiment_can_be_listed_before_it_is_run(capfd, monkeyp
     assert main(["gates"]) == 0
     printed = capfd.readouterr().out
     assert all(name in printed for name in ("single_view_overfit", "teacher", "rasterize")) and "not run" in printed
+
+
+def test_the_library_is_written_within_its_limits():
+    """Cell lengths, definitions per cell, demonstrations, names and line lengths; tools/measures.py prints what misses
+    them."""
+    found = measures.measures(measures.library())
+    missed = {name: value for name,
+              value in found.items() if value > AT_MOST.get(name, value) or value < AT_LEAST.get(name, value)}
+    assert not missed, f"{missed}: python tools/measures.py lists the cells and names"
+    assert set(AT_MOST) | set(AT_LEAST) == set(found)
+
+
+def test_no_package_is_too_large():
+    largest = max((share, name) for name, share in measures.package_shares().items())
+    assert largest[0] <= LARGEST_PACKAGE_SHARE, f"{largest[1]} holds {largest[0]:.1%} of all exported lines"
+
+
+def test_the_measures_find_what_they_count():
+    long_cell = measures.Cell("core/x", "code", "#| export\ndef area(r):\n" + "    r += 1\n" * 50, True)
+    demo, other = (
+        measures.Cell("core/x", "code", "area(2)", False),
+        measures.Cell("core/y", "code", "#| export\ndef area(): ...", True),
+    )
+    found = measures.measures([[long_cell, demo], [other]])
+    assert found["cell_lines_max"] == 51 and found["demonstrated_share"] == 0.5 and found["names_defined_twice"] == 1
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if path.name != "__init__.py"], ids=name_of)
+def test_a_module_says_what_it_provides(path):
+    """Its docstring is the promise line of its notebook."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    assert len(docstring.split()) >= 4 and docstring.rstrip().endswith("."), f"{name_of(path)}: '{docstring}'"
+
+
+@pytest.mark.parametrize("path", [path for path in RUNNABLE if path.parent.name == "experiments"], ids=name_of)
+def test_an_experiment_is_short_and_defines_nothing(path):
+    code = [source(cell) for cell in cells(path) if cell["cell_type"] == "code"]
+    lines = [line for one in code for line in one.splitlines() if line.strip() and not line.strip().startswith("#")]
+    assert len(lines) <= EXPERIMENT_LINES, f"{len(lines)} lines of code: move some into the library"
+    parameters = next(source(cell) for cell in cells(path) if "parameters" in cell["metadata"].get("tags", []))
+    assert len(ast.parse(parameters).body) <= EXPERIMENT_PARAMETERS, "the rest is reached by dotted names"
+    defined = [node.name for one in code for node in ast.walk(ast.parse(re.sub(r"^%.*$", "", one, flags=re.M)))
+               if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    assert not defined, f"{', '.join(defined)} belongs into the library"
+
+
+def test_every_incident_of_the_background_page_has_its_tests():
+    """Incidents of systems that are not built yet are the only ones without; the test that the page names exists."""
+    page = source(next(cell for cell in cells(ROOT / "nbs" / "background.ipynb") if "| # | system |" in source(cell)))
+    listed = {int(row[1]): row[2] for row in re.finditer(r"^\| (\d+) \|.*\|([^|]*)\|$", page, re.M)}
+    assert sorted(listed) == list(range(1, 26))
+    tests = {path.name: path.read_text(encoding="utf-8") for path in FILES if path.parent.name == "tests"}
+    marks = re.findall(r"@pytest\.mark\.incident\(([\d, ]+)\)", "".join(tests.values()))
+    assert {number for number, text in listed.items() if text.strip()} == \
+        {int(number) for numbers in marks for number in numbers.split(",")}
+    for text in listed.values():
+        for file, name in re.findall(r"`(test_\w+\.py)`: `(\w+)`", text): assert f"def {name}(" in tests[file], name

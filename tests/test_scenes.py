@@ -1,4 +1,5 @@
-"""Scenes: what the reader refuses, what the writers leave behind, and that the stand-in is what it says it is."""
+"""Blender scenes: inputs that the reader refuses, files after an interrupted writer, and properties of the
+brickyard."""
 import hashlib
 import json
 import math
@@ -20,8 +21,8 @@ from kilonb.scenes.blender import downscale, load_blender, read_rgba, scene_hash
 from kilonb.scenes.brickyard import (
     build_brickyard,
     hemisphere_cameras,
-    passing_cameras,
-    straight_picture,
+    rising_orbit_cameras,
+    render_straight_rgba,
     write_brickyard,
 )
 from kilonb.splats.ply import read_ply
@@ -44,7 +45,7 @@ def brickyard(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def copy(brickyard, tmp_path) -> Path:
-    """A folder of our own to break."""
+    """A copy of the dataset that a test may damage."""
     import shutil
 
     return Path(shutil.copytree(brickyard, tmp_path / "copy"))
@@ -114,7 +115,7 @@ def test_bad_input_is_refused_with_one_sentence_that_names_it(copy, name):
 
 
 def test_damage_inside_a_picture_is_found_when_it_is_decoded(copy):
-    """A flipped byte in the middle leaves header and end whole; decoding must not hand out half a picture."""
+    """A flipped byte in the middle leaves header and end whole; decoding must not return half a picture."""
     path = copy / "train/r_1.png"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
@@ -124,13 +125,14 @@ def test_damage_inside_a_picture_is_found_when_it_is_decoded(copy):
 
 
 @pytest.mark.parametrize("index", [-1, 4, 100])
-def test_a_frame_that_is_not_there_is_an_error_that_counts(brickyard, index):
+def test_an_index_out_of_range_is_refused_with_the_number_of_frames(brickyard, index):
     with pytest.raises(KiloError, match=rf"Frame {index} is not there.*4 frames, 0 to 3"):
         load_blender(brickyard, "train")[index]
 
 
-def test_a_subset_holds_the_frames_that_were_asked_for(brickyard):
-    """Incident 7: 36 frames were averaged where one was meant."""
+@pytest.mark.incident(7)
+def test_a_subset_holds_exactly_the_requested_frames(brickyard):
+    """Incident 7: 36 frames were averaged in place of one."""
     scene = load_blender(brickyard, "train").subset([2])
     assert len(scene) == 1 and [frame.name for frame in scene] == ["train/r_2"]
 
@@ -159,8 +161,8 @@ def test_poses_survive_the_round_trip_to_the_bit_and_focal_lengths_to_rounding(t
 
 
 def test_off_centre_intrinsics_scale_with_the_resolution(tmp_path):
-    """A point must fall on the same place of the picture at any resolution; a centre left behind would shift it by
-    pixels."""
+    """A point must fall on the same place of the picture at any resolution; a principal point that is not scaled would
+    shift it by pixels."""
     camera = PinholeCamera(orbit_cameras(1, 4.0, 20.0)[0].camera_to_world, 90.0, 95.0, 27.0, 13.5, 60, 30)
     write_blender(tmp_path, "train", [camera], [torch.rand(30, 60, 4)])
     point = torch.tensor([[.2, -.1, .3]])
@@ -169,16 +171,17 @@ def test_off_centre_intrinsics_scale_with_the_resolution(tmp_path):
     assert half.rgba_straight().shape == (15, 30, 4)
 
 
+@pytest.mark.incident(2)
 def test_the_alpha_on_disk_is_straight(brickyard):
     """Incident 2: straight and premultiplied were mixed. Composited with its alpha, a stored picture is the render;
     composited as premultiplied, it is not."""
     frame, teacher = load_blender(brickyard, "test")[0], read_ply(brickyard / "teacher.ply")
-    truth = premultiplied(straight_picture(teacher, frame.camera))
+    truth = premultiplied(render_straight_rgba(teacher, frame.camera))
     stored = frame.rgba_straight()
     assert (premultiplied(stored) - truth).abs().max() < 1.6 / 255
     assert (stored - truth)[..., :3].abs().max() > .1
     pixels = np.asarray(Image.open(frame.image_path))
-    assert (pixels[pixels[..., 3] == 0] == 0).all(), "RGB is black where nothing is, as in NeRF-synthetic"
+    assert (pixels[pixels[..., 3] == 0] == 0).all(), "RGB is black where alpha is 0, as in NeRF-synthetic"
 
 
 def test_downscaling_mixes_no_background_into_colours():
@@ -189,7 +192,7 @@ def test_downscaling_mixes_no_background_into_colours():
     assert torch.equal(small[:, 1], torch.tensor([1.0, 0, 0, .5]).expand(4, 4)) and (small[:, 2:] == 0).all()
 
 
-def test_the_hash_knows_every_byte_that_is_read(copy):
+def test_the_hash_covers_every_byte_that_is_read(copy):
     before = scene_hash(copy, "train")
     assert scene_hash(copy, "train") == before != scene_hash(copy, "test")
     repaint(copy / "train/r_3.png", "RGBA", (61, 44))
@@ -202,7 +205,7 @@ def test_a_writer_that_fails_leaves_no_transforms_file(tmp_path):
     """The transforms file is written last; a reader never sees a split whose pictures are not all there."""
     cameras = orbit_cameras(3, 4.0, width=8, height=8)
     write_blender(tmp_path, "train", cameras, [torch.rand(8, 8, 4)] * 3)
-    with pytest.raises(KiloError, match="3 cameras but 2 pictures"):
+    with pytest.raises(KiloError, match="3 cameras but 2 images"):
         write_blender(tmp_path, "train", cameras, [torch.rand(8, 8, 4)] * 2)
     assert not (tmp_path / "transforms_train.json").exists() and not list(tmp_path.rglob("*.part"))
 
@@ -214,10 +217,10 @@ def test_a_wrong_picture_is_not_written(tmp_path, picture):
     assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.json"))
 
 
-# The brickyard
+# Brickyard
 
 
-def test_the_brickyard_is_the_same_everywhere(brickyard):
+def test_the_brickyard_is_the_same_in_another_process(brickyard):
     """Same seed, same bits, in another process, too: a result on the stand-in can be compared between machines."""
     code = (
         "from kilonb.scenes.brickyard import build_brickyard as b; import hashlib; "
@@ -228,13 +231,13 @@ def test_the_brickyard_is_the_same_everywhere(brickyard):
     assert hashlib.sha256(b"".join(t.numpy().tobytes() for t in stored.parameters().values())).hexdigest() == elsewhere
 
 
-def test_another_seed_is_another_brickyard():
+def test_another_seed_gives_another_brickyard():
     one, other = build_brickyard(0, 5_000), build_brickyard(1, 5_000)
     assert len(one) != len(other) or not torch.equal(one.sh, other.sh)
 
 
 @pytest.mark.parametrize("count", [4_000, 20_000, 40_000])
-def test_the_count_is_what_was_asked_for(count):
+def test_the_count_is_the_requested_one(count):
     teacher = build_brickyard(count=count)
     assert abs(len(teacher) / count - 1) < .1
     assert (teacher.means.abs() < torch.tensor([1.2, .7, .8])).all() and teacher.means[:, 2].min() > -.6
@@ -246,10 +249,10 @@ def test_an_impossible_count_is_refused(count):
 
 
 def test_the_brickyard_is_solid_and_its_background_empty():
-    """A student is asked for alpha 0 and 1: a teacher with haze around it or holes in it would teach fog."""
+    """A student is trained on the alpha of its teacher, which must be 0 beside the object and 1 on it."""
     teacher = build_brickyard()
-    for camera in passing_cameras(3, 200, 200):
-        alpha = straight_picture(teacher, camera)[..., 3]
+    for camera in rising_orbit_cameras(3, 200, 200):
+        alpha = render_straight_rgba(teacher, camera)[..., 3]
         shape = (alpha > .5).float()[None, None]
         grown = torch.nn.functional.max_pool2d(shape, 13, 1, 6)[0, 0] > 0
         core = -torch.nn.functional.max_pool2d(-shape, 7, 1, 3)[0, 0] > 0
@@ -261,7 +264,8 @@ def test_the_brickyard_has_many_saturated_colours():
     """Seen from around, each of the main colours covers some of the picture: a mix-up of channels or bricks would
     show."""
     teacher = build_brickyard()
-    pictures = torch.cat([straight_picture(teacher, camera).reshape(-1, 4) for camera in passing_cameras(4, 120, 120)])
+    pictures = torch.cat([render_straight_rgba(teacher, camera).reshape(-1, 4)
+                          for camera in rising_orbit_cameras(4, 120, 120)])
     rgb = pictures[pictures[:, 3] > .9][:, :3]
     hue = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0)}
     saturated = (rgb.amax(-1) - rgb.amin(-1)) > .3
@@ -271,22 +275,24 @@ def test_the_brickyard_has_many_saturated_colours():
         assert near.float().mean() > .01, f"{name} covers {near.float().mean():.2%}"
 
 
-def test_every_camera_sees_the_whole_scene():
-    """As on lego: nothing of the object leaves the picture, or a hull carved from silhouettes would be cut."""
+def test_the_whole_scene_is_in_every_image():
+    """As on lego: every image contains the whole object, else a visual hull of the silhouettes would be cut."""
     means = build_brickyard(count=6_000).means
-    for camera in hemisphere_cameras(40, 400, 400) + passing_cameras(10, 400, 400):
+    for camera in hemisphere_cameras(40, 400, 400) + rising_orbit_cameras(10, 400, 400):
         pixels, depth = camera.project(means)
         assert (depth > 0).all() and pixels.min() > 2 and pixels.max() < 398
         assert camera.position[2] > 0 and abs(camera.position.norm() - 4.03) < 1e-4
-    poses = torch.stack([c.position for c in hemisphere_cameras(24, 8, 8) + passing_cameras(8, 8, 8)])
-    assert torch.pdist(poses).min() > .1, "no test camera stands where a training camera does"
+    poses = torch.stack([c.position for c in hemisphere_cameras(24, 8, 8) + rising_orbit_cameras(8, 8, 8)])
+    assert torch.pdist(poses).min() > .1, "no test camera is at the position of a training camera"
 
 
+@pytest.mark.incident(15)
 def test_a_killed_writer_leaves_nothing_that_is_read(tmp_path):
     """Incident 15: a half-written cache was read later. SIGKILL while pictures are being written: no folder of that
-    name, and a second try succeeds."""
+    name, and a second attempt succeeds."""
     target = tmp_path / "brickyard"
-    code = f"from kilonb.scenes.brickyard import write_brickyard; write_brickyard({str(target)!r}, width=60, height=60, train=2000, test=1, count=5000)"
+    arguments = f"{str(target)!r}, width=60, height=60, train=2000, test=1, count=5000"
+    code = f"from kilonb.scenes.brickyard import write_brickyard; write_brickyard({arguments})"
     writer = subprocess.Popen([sys.executable, "-c", code])
     try:
         for _ in range(1200):
@@ -334,7 +340,7 @@ def test_lego_is_read_with_its_published_camera():
     rgba = scene[0].rgba_straight()
     assert rgba.shape == (400, 400, 4) and .2 < rgba[..., 3].mean() < .3
     assert (rgba[rgba[..., 3] == 0]
-            == 0).float().mean() > .99, "straight alpha, black where nothing is but for a few rounded pixels"
+            == 0).float().mean() > .99, "straight alpha, black where alpha is 0 except for a few rounded pixels"
 
 
 @needs_lego
@@ -353,7 +359,7 @@ def test_lego_downscaled_is_the_mean_of_its_pixels():
 
 
 def test_a_palette_picture_with_transparency_is_read(tmp_path):
-    """Image optimisers write palettes; their transparency is alpha all the same."""
+    """Image optimisers write palettes with transparency, which is read as alpha."""
     picture = Image.new("RGBA", (6, 6), (255, 0, 0, 255))
     picture.putpixel((0, 0), (0, 0, 0, 0))
     picture.quantize(4).save(tmp_path / "palette.png")

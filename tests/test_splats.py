@@ -1,4 +1,4 @@
-"""The rasteriser against its plain-torch twin and against gsplat's own references; files, threads, refusals."""
+"""The rasteriser against its plain-torch reference and gsplat's; PLY files, threads, errors."""
 import os
 import signal
 import sys
@@ -21,7 +21,7 @@ from kilonb.splats.ply import read_ply, write_ply
 from kilonb.splats.projection import covariances, project_gaussians
 from kilonb.splats.rasterizer import rasterize, render_gaussians
 from kilonb.splats.reference import rasterize_reference
-from kilonb.splats.threads import share, tickets
+from kilonb.splats.work_queue import parallel_for, queued_jobs
 
 REAL = os.environ.get("KILONB_DATA")
 PLAYBOT = Path(REAL or ".") / "splats" / "playbot_lod3_inria.ply"
@@ -54,22 +54,22 @@ def random_scene(seed: int, count: int = 70, cameras: int = 2, channels: int | N
 
 
 def undecided(scene: dict, antialiased: bool) -> torch.Tensor:
-    """Pixels [C, H, W] at which a threshold (1/255, 1e-4) is met to within rounding of float32, so that either answer
-    is right."""
+    """Pixels [C, H, W] at which a threshold (1/255, 1e-4) is met to within rounding of float32, so that both results
+    are correct."""
     scene = {name: tensor.double() for name, tensor in scene.items()}
-    seen = project_gaussians(*(scene[name] for name in NAMES[:4]), scene["viewmats"], scene["Ks"], WIDTH, HEIGHT,
-                             antialiased=antialiased)
+    projected = project_gaussians(*(scene[name] for name in NAMES[:4]), scene["viewmats"], scene["Ks"], WIDTH, HEIGHT,
+                                  antialiased=antialiased)
     x, y = torch.arange(WIDTH) + 0.5, torch.arange(HEIGHT) + 0.5
     close = []
     for camera in range(len(scene["viewmats"])):
-        order = seen.depths[camera].argsort()
-        order = order[(seen.radii[camera, order] > 0).all(1)]
+        order = projected.depths[camera].argsort()
+        order = order[(projected.radii[camera, order] > 0).all(1)]
         dx, dy = (
-            seen.means2d[camera, order, 0, None, None] - x[None, None],
-            seen.means2d[camera, order, 1, None, None] - y[None, :, None],
+            projected.means2d[camera, order, 0, None, None] - x[None, None],
+            projected.means2d[camera, order, 1, None, None] - y[None, :, None],
         )
-        a, b, c = (seen.conics[camera, order, k, None, None] for k in range(3))
-        opacity = (scene["opacities"] * seen.compensations[camera])[order, None, None]
+        a, b, c = (projected.conics[camera, order, k, None, None] for k in range(3))
+        opacity = (scene["opacities"] * projected.compensations[camera])[order, None, None]
         alpha = (opacity * torch.exp(-0.5 * (a * dx * dx + c * dy * dy) - b * dx * dy)).clamp(max=0.999)
         passed = torch.cumprod(1 - alpha * (alpha >= 1 / 255), 0)
         close.append(((alpha * 255 - 1).abs() < 1e-4).any(0) | ((passed / 1e-4 - 1).abs() < 1e-3).any(0))
@@ -78,17 +78,17 @@ def undecided(scene: dict, antialiased: bool) -> torch.Tensor:
 
 def compare(scene: dict, seed: int = 0, sh_degree: int | None = None, backgrounds: torch.Tensor | None = None,
             **options) -> None:
-    """Colours and alphas within 1e-4, every gradient within 1e-3 of the float64 twin's, over the pixels that are
-    decided."""
+    """Colours and alphas within 1e-4, every gradient within 1e-3 of the float64 reference's, over the pixels that are
+    not at a threshold."""
     decided = ~undecided(scene, options.get("rasterize_mode") == "antialiased")[..., None]
-    assert decided.float().mean() > 0.9, "the scene leaves too little to compare"
+    assert decided.float().mean() > 0.9, "too few pixels to compare"
     results = []
     for draw, dtype in ((rasterize, torch.float32), (rasterize_reference, torch.float64)):
         leaves = {name: tensor.to(dtype).requires_grad_(name != "Ks") for name, tensor in scene.items()}
         behind = None if backgrounds is None else backgrounds.to(dtype).requires_grad_()
-        twin_options = {name: value for name, value in options.items() if name != "packed" or draw is rasterize}
+        reference_options = {name: value for name, value in options.items() if name != "packed" or draw is rasterize}
         colors, alphas, _ = draw(**leaves, width=WIDTH, height=HEIGHT, sh_degree=sh_degree, backgrounds=behind,
-                                 **twin_options)
+                                 **reference_options)
         rng = torch.Generator().manual_seed(seed)
         weights = (
             torch.randn(colors.shape, generator=rng).to(dtype) * decided,
@@ -98,11 +98,11 @@ def compare(scene: dict, seed: int = 0, sh_degree: int | None = None, background
         grads = torch.autograd.grad((colors * weights[0]).sum() + (alphas * weights[1]).sum(), wanted,
                                     allow_unused=True)
         results.append((colors.detach(), alphas.detach(), grads))
-    (colors, alphas, grads), (twin_colors, twin_alphas, twin_grads) = results
-    scale = twin_colors.abs().amax((0, 1, 2)).clamp(min=1.0)
-    assert (((colors - twin_colors).abs() / scale) * decided).max() < 1e-4
-    assert ((alphas - twin_alphas).abs() * decided).max() < 1e-4
-    for name, mine, theirs in zip((*NAMES, "backgrounds"), grads, twin_grads):
+    (colors, alphas, grads), (reference_colors, reference_alphas, reference_grads) = results
+    scale = reference_colors.abs().amax((0, 1, 2)).clamp(min=1.0)
+    assert (((colors - reference_colors).abs() / scale) * decided).max() < 1e-4
+    assert ((alphas - reference_alphas).abs() * decided).max() < 1e-4
+    for name, mine, theirs in zip((*NAMES, "backgrounds"), grads, reference_grads):
         if theirs is None or theirs.abs().max() == 0: assert mine is None or mine.abs().max() == 0, name
         else:
             assert (mine
@@ -111,30 +111,30 @@ def compare(scene: dict, seed: int = 0, sh_degree: int | None = None, background
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("rasterize_mode", ["classic", "antialiased"])
-def test_colours_and_gradients_are_those_of_the_twin(seed, rasterize_mode):
+def test_colours_and_gradients_are_those_of_the_reference(seed, rasterize_mode):
     compare(random_scene(seed, sh_degree=3), seed, sh_degree=3, backgrounds=torch.rand(2, 3),
             rasterize_mode=rasterize_mode)
 
 
 @pytest.mark.parametrize("render_mode", ["RGB", "D", "ED", "RGB+D", "RGB+ED"])
 @pytest.mark.parametrize("packed", [True, False])
-def test_every_mode_is_that_of_the_twin(render_mode, packed):
+def test_every_mode_is_that_of_the_reference(render_mode, packed):
     compare(random_scene(11, channels=3), 11, backgrounds=torch.rand(2, 3), render_mode=render_mode, packed=packed)
 
 
 @pytest.mark.parametrize("channels", [1, 2, 3, 4, 5, 17])
-def test_any_number_of_channels_is_that_of_the_twin(channels):
+def test_any_number_of_channels_is_that_of_the_reference(channels):
     compare(random_scene(5, channels=channels), 5, backgrounds=torch.rand(2, channels), render_mode="RGB+D")
 
 
 @pytest.mark.parametrize("sh_degree", [None, 0, 1, 2])
-def test_colours_of_each_camera_are_those_of_the_twin(sh_degree):
+def test_colours_of_each_camera_are_those_of_the_reference(sh_degree):
     """[C, N, D] and [C, N, K, 3]; three cameras and three channels, so that no axis can be taken for another."""
     compare(random_scene(7, count=40, cameras=3, channels=3, sh_degree=sh_degree, per_camera=True), 7,
             sh_degree=sh_degree)
 
 
-def test_planes_and_clips_are_those_of_the_twin():
+def test_planes_and_clips_are_those_of_the_reference():
     compare(random_scene(3, channels=3), 3, near_plane=1.5, far_plane=4.5, eps2d=0.1, radius_clip=6.0)
 
 
@@ -145,8 +145,8 @@ def test_a_lower_degree_ignores_the_higher_coefficients():
                        rasterize(**cut, width=WIDTH, height=HEIGHT, sh_degree=1)[0])
 
 
-def test_gaussians_that_cannot_be_drawn_leave_no_trace():
-    """Behind the camera, not a number, infinitely large, without extent: no NaN in the picture, none in another's
+def test_gaussians_that_cannot_be_drawn_change_no_other_value():
+    """Behind the camera, NaN, infinitely large, without extent: no NaN in the picture or in another gaussian's
     gradient."""
     scene = random_scene(1, channels=3)
     good, _, _ = rasterize(**{name: tensor[20:] if len(tensor) == 70 else tensor for name, tensor in scene.items()},
@@ -163,7 +163,7 @@ def test_gaussians_that_cannot_be_drawn_leave_no_trace():
     assert all(leaves[name].grad[20:].isfinite().all() for name in NAMES[:5])
 
 
-def test_a_gaussian_that_fills_the_universe_fills_the_picture():
+def test_a_gaussian_of_unlimited_size_fills_the_picture():
     scene = {name: tensor[:1] for name, tensor in random_scene(1, channels=3).items()}
     scene |= dict(means=torch.zeros(1, 3), scales=torch.full((1, 3), 1e12), opacities=torch.tensor([0.5]))
     colors, alphas, meta = rasterize(**scene, width=WIDTH, height=HEIGHT)
@@ -205,18 +205,18 @@ def test_several_callers_at_once_do_not_disturb_each_other():
 
 @njit(nogil=True)
 def mark(counter, marks):
-    for job in tickets(counter, len(marks)): marks[job] += 1
+    for job in queued_jobs(counter, len(marks)): marks[job] += 1
 
 
 def test_a_forked_child_draws_too():
-    """A data loader forks; the child has none of its parent's threads. (Torch's own cannot be used there: loaders set
-    them to one, and so do we.)"""
+    """A data loader forks; the child has none of its parent's threads. (Torch's own threads cannot be
+    used there: loaders set their number to one, and so does this test.)"""
     ball, camera = benchmark_scene(500, 60, 40)
     expected, marks = render_gaussians(ball, camera).rgb_premultiplied, np.zeros(10_000, np.int64)
-    share(mark, marks)
+    parallel_for(mark, marks)
     child = os.fork()
     if child == 0:
-        share(mark, marks)
+        parallel_for(mark, marks)
         torch.set_num_threads(1)
         os._exit(0 if torch.equal(render_gaussians(ball, camera).rgb_premultiplied, expected) and (marks == 2).all()
                  else 1)
@@ -238,7 +238,7 @@ def test_inputs_of_other_kinds_are_taken():
     assert torch.equal(rasterize(**strided, width=WIDTH, height=HEIGHT)[0], expected)
 
 
-# -- gsplat as a peer --
+# -- compared with gsplat --
 
 def test_projection_is_gsplat_s():
     """gsplat's own torch reference: means, depths, conics, compensations where both see a gaussian; its boxes are those
@@ -268,7 +268,7 @@ def test_harmonics_are_gsplat_s(degree):
 
 @pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize("absgrad", [True, False])
-def test_gsplat_s_strategy_densifies_on_our_meta(packed, absgrad):
+def test_the_strategy_of_gsplat_densifies_with_the_meta_of_rasterize(packed, absgrad):
     """The interface that densification needs: retain_grad and absgrad on means2d, radii, ids, sizes."""
     from gsplat.strategy import DefaultStrategy
     ball, camera = benchmark_scene(300, 60, 60, sh_degree=0)
@@ -290,18 +290,18 @@ def test_gsplat_s_strategy_densifies_on_our_meta(packed, absgrad):
 
 
 def test_cuda_tensors_are_handed_to_gsplat(monkeypatch):
-    seen = {}
-    def rasterization(*arguments, **options): seen.update(options, count=len(arguments)); return "gsplat's answer"
+    passed = {}
+    def rasterization(*arguments, **options): passed.update(options, count=len(arguments)); return "gsplat's answer"
     monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=rasterization))
     on_cuda = SimpleNamespace(is_cuda=True)
     assert rasterize(on_cuda, *[None] * 6, 10, 10, render_mode="RGB+ED", camera_model="fisheye",
                      with_ut=True) == "gsplat's answer"
     assert (
-        seen["count"] == 9
-        and seen["render_mode"] == "RGB+ED"
-        and seen["camera_model"] == "fisheye"
-        and seen["with_ut"]
-        and seen["packed"]
+        passed["count"] == 9
+        and passed["render_mode"] == "RGB+ED"
+        and passed["camera_model"] == "fisheye"
+        and passed["with_ut"]
+        and passed["packed"]
     )
 
 
@@ -329,7 +329,7 @@ def test_the_playbot_file_comes_back_byte_for_byte(tmp_path):
 
 @needs_playbot
 def test_the_playbot_is_upright_and_in_front_of_its_ground():
-    """Its head is orange and white above dark ground: up is -y, and a mirrored axis would put it below."""
+    """The head is orange and white above dark ground: up is -y, and with a mirrored axis it would be below."""
     robot = read_ply(PLAYBOT)
     picture = render_gaussians(robot, viewing_camera(robot, 200, 200, azimuth_deg=270.0, up=(0.0, -1.0, 0.0)),
                                background=torch.ones(3))

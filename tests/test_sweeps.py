@@ -1,4 +1,4 @@
-"""A sweep survives the night: failures, killed workers, Ctrl-C, other hosts, bad files."""
+"""Sweeps: failed runs, killed workers, Ctrl-C, several hosts, bad files, dotted settings."""
 import json
 import os
 import signal
@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+from helpers import KILONB
 
 from kilonb.cli.main import main
-from kilonb.runs.folders import read_run
+from kilonb.runs.records import read_run
 
-COMMAND = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())"]
-PARAMETERS = 'rate: float = 1.0\nsteps: int = 8\npause_s: float = 0.0\nseed: int = 0\ndata: str = ""\nrun_dir: str = ""\nresume: bool = False'
+PARAMETERS = ('rate: float = 1.0\nsteps: int = 8\npause_s: float = 0.0\nseed: int = 0\ndata: str = ""\n'
+              'run_dir: str = ""\nresume: bool = False')
 OPEN = """from kilonb.runs.folders import open_run
 import os, time
 run = open_run("toy", run_dir, {}, seed=seed, resume=resume)
@@ -75,13 +76,15 @@ def trace(folder: Path) -> list[tuple[int, int]]:
     return [tuple(map(int, line.split())) for line in (folder / "trace.txt").read_text().splitlines()]
 
 
-def test_a_night_with_a_failing_condition_a_killed_worker_and_ctrl_c(tmp_path):
-    """24 runs: 22 green, the 2 of the impossible condition red and named, nothing done twice, no folder mixed."""
+@pytest.mark.incident(12)
+def test_a_failing_run_a_killed_worker_and_ctrl_c_leave_the_sweep_resumable(tmp_path):
+    """24 runs: 22 finish, the 2 of the impossible condition fail and are named, none runs twice, each has its own
+    folder."""
     write_notebook(tmp_path, PARAMETERS, OPEN, TRAIN, FINISH)
     rates = [1, 2, 3, 4, 5, -1, 7, 8, 9, 10, 11, 12]
     file = write_sweep(tmp_path, f"parameters: {{pause_s: 0.15}}\ngrid: {{rate: {rates}}}\nseeds: 2\n")
     sweep = tmp_path / "outputs/sweeps/study"
-    command = [*COMMAND, "sweep", str(file), "--workers", "2"]
+    command = [*KILONB, "sweep", str(file), "--workers", "2"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     def in_the_middle(status):
         return any(run["status"] == "running"
@@ -117,10 +120,10 @@ def test_a_night_with_a_failing_condition_a_killed_worker_and_ctrl_c(tmp_path):
     assert all(run["varied"]["rate"] == -1 and "the rate -1.0 is negative" in run["error"] for run in status["runs"]
                if run["status"] == "failed")
     assert {name: (sweep / name / "results.json").stat().st_mtime_ns
-            for name in done} == done, "what was done is left alone"
+            for name in done} == done, "finished runs are not changed"
     folders = [path for path in sweep.iterdir() if path.is_dir() and not path.name.startswith(".")
                and path.name != "slurm"]
-    assert len(folders) == 24, "a run, a folder"
+    assert len(folders) == 24, "one folder for each run"
     for run in status["runs"]:
         if run["status"] == "failed": continue
         steps, record = trace(sweep / run["name"]), read_run(sweep / run["name"])
@@ -131,13 +134,13 @@ def test_a_night_with_a_failing_condition_a_killed_worker_and_ctrl_c(tmp_path):
             1 if run["name"] == victim or run["name"] in begun else 0
         )
         assert len({pid for _, pid in steps}) <= (2 if run["name"] == victim or run["name"] in begun
-                                                  else 1), "no run was done twice"
+                                                  else 1), "no run was executed twice"
     assert "rate -1" in second.stdout or "-1" in second.stdout, "the failed condition is named"
 
 
 @pytest.fixture
 def cluster(tmp_path):
-    """A scheduler and two workers as processes of their own, on two loopback addresses."""
+    """A scheduler and two workers as separate processes, on two loopback addresses."""
     environment = {**os.environ, "DASK_DISTRIBUTED__WORKER__DAEMON": "False"}
     starter = [sys.executable, "-m", "distributed.cli.dask_scheduler", "--host", "127.0.0.1", "--port", "0",
                "--no-dashboard"]
@@ -167,7 +170,7 @@ def test_two_hosts_and_one_machine_give_the_same_bits(tmp_path, cluster, monkeyp
     assert main(["sweep", str(file), "--scheduler", cluster]) == 0
     status = json.loads((tmp_path / "there/sweeps/study/status.json").read_text())
     assert {run["worker"].split(":")[1] for run in status["runs"]} == {"//127.0.0.1", "//127.0.0.2"}, (
-        "both hosts were at work"
+        "both hosts executed runs"
     )
     monkeypatch.setenv("KILONB_OUTPUTS", str(tmp_path / "here"))
     assert main(["sweep", str(file), "--workers", "1"]) == 0
@@ -181,8 +184,8 @@ def test_two_hosts_and_one_machine_give_the_same_bits(tmp_path, cluster, monkeyp
     assert len(numbers("here")) == 4 and numbers("here") == numbers("there")
 
 
-def test_slurm_is_the_same_code_path(tmp_path, monkeypatch):
-    """An sbatch that starts the job's script on this machine stands in for SLURM."""
+def test_a_sweep_runs_through_slurm(tmp_path, monkeypatch):
+    """SLURM is replaced by an sbatch that starts the job's script on this machine."""
     commands = tmp_path / "bin"
     commands.mkdir()
     (commands / "sbatch").write_text(
@@ -203,38 +206,39 @@ def test_slurm_is_the_same_code_path(tmp_path, monkeypatch):
     assert status["counts"]["finished"] == 2 and [run["results"]["sum"] for run in status["runs"]] == [28, 29]
 
 
-@pytest.mark.parametrize("text, told",
+@pytest.mark.parametrize("text, message",
                          [("grid: {rat: [1]}", "Unknown parameter of toy 'rat': did you mean 'rate'?"),
                           ("grid: {rate: []}", "The grid of 'rate' is empty"), ("grid: {}", "Nothing varies"),
                           ("seed: 1", "did you mean 'seeds'?"),
                           ("grid: {rate: [1, 1.0]}", "Runs 1 and 2 of the sweep are the same"),
                           ("grid: {rate: [fast]}", "Parameter 'rate'"), ("grid: [", "is not YAML"),
                           ("grid: {data: ['opvv:x']}", "Unknown kind of data 'opvv'"),
+                          ("grid: {slurm.jobs: [1]}", "Unknown parameter of toy 'slurm.jobs'"),
                           ("seeds: 1\nresources: {cores: 4000}", "needs 4000 cores")])
-def test_a_bad_sweep_file_is_one_sentence_and_starts_nothing(capfd, tmp_path, text, told):
+def test_a_bad_sweep_file_is_one_sentence_and_starts_nothing(capfd, tmp_path, text, message):
     write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
     code = main(["sweep", str(write_sweep(tmp_path, text))])
     errors = capfd.readouterr().err
-    assert code == 2 and told in errors and errors.count("\n") == 1, errors
+    assert code == 2 and message in errors and errors.count("\n") == 1, errors
     assert not [path for path in (tmp_path / "outputs").rglob("status.json")]
 
 
-def test_what_is_missing_is_named(capfd, tmp_path):
+def test_a_missing_file_cluster_or_scheduler_is_named(capfd, tmp_path):
     write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
     file = write_sweep(tmp_path, "seeds: 1")
-    for arguments, told in (([str(tmp_path / "none.yaml")], "Cannot read the sweep file"),
-                            ([str(file), "--slurm"], "There is no SLURM here"),
+    for arguments, message in (([str(tmp_path / "none.yaml")], "Cannot read the sweep file"),
+                            ([str(file), "--slurm"], "The command sbatch was not found"),
                             ([str(file), "--scheduler", "tcp://127.0.0.1:9"], "No scheduler answers at"),
                             ([str(file), "--scheduler", "nonsense://x"], "No scheduler answers at")):
         capfd.readouterr()
         code = main(["sweep", *arguments])
         errors = capfd.readouterr().err
-        assert code == 2 and told in errors and errors.count("\n") == 1, errors
+        assert code == 2 and message in errors and errors.count("\n") == 1, errors
     (tmp_path / "toy.ipynb").unlink()
     assert main(["sweep", str(file)]) == 2 and "There is no notebook" in capfd.readouterr().err
 
 
-def test_a_damaged_result_is_named_and_its_run_done_again_beside_it(capfd, tmp_path):
+def test_a_damaged_result_is_named_and_its_run_is_repeated_in_a_new_folder(capfd, tmp_path):
     write_notebook(tmp_path, PARAMETERS, OPEN, FINISH)
     file = write_sweep(tmp_path, "seeds: 2")
     assert main(["sweep", str(file)]) == 0
@@ -254,24 +258,43 @@ def test_a_damaged_result_is_named_and_its_run_done_again_beside_it(capfd, tmp_p
 def test_a_sweep_is_run_by_one_process_at_a_time(tmp_path):
     write_notebook(tmp_path, PARAMETERS, OPEN, TRAIN, FINISH)
     file = write_sweep(tmp_path, "parameters: {pause_s: 0.5}\nseeds: 1")
-    first = subprocess.Popen([*COMMAND, "sweep", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    first = subprocess.Popen([*KILONB, "sweep", str(file)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                              start_new_session=True)
     wait_for(tmp_path, lambda status: status["counts"]["running"] == 1, first)
-    second = subprocess.run([*COMMAND, "sweep", str(file)], capture_output=True, text=True)
+    second = subprocess.run([*KILONB, "sweep", str(file)], capture_output=True, text=True)
     assert (
         second.returncode == 2 and "is being run by another process" in second.stderr and second.stderr.count("\n") == 1
     )
     assert first.wait(120) == 0 and status_of(tmp_path)["counts"]["finished"] == 1
 
 
-def test_a_full_disk_costs_the_runs_and_is_named(tmp_path):
-    """No file may grow beyond a few kilobytes: what cannot be written is said, and no run is taken for finished."""
+def test_a_full_disk_fails_the_runs_and_is_named(tmp_path):
+    """With a limit on the size of files the error is printed, and no run counts as finished."""
     write_notebook(tmp_path, PARAMETERS, OPEN,
                    "with open(run.folder / 'large.bin', 'wb') as file: file.write(bytes(300_000))", FINISH)
     file = write_sweep(tmp_path, "seeds: 2")
-    done = subprocess.run(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *COMMAND, "sweep", str(file)],
+    done = subprocess.run(["bash", "-c", 'ulimit -f 100; exec "$@"', "-", *KILONB, "sweep", str(file)],
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stdout + done.stderr, done.stdout + done.stderr
     assert "File too large" in done.stdout
     status = status_of(tmp_path)
     assert status["counts"]["failed"] == 2 and not list((tmp_path / "outputs").rglob("results.json"))
+
+
+def test_dotted_settings_vary_are_typed_and_are_recorded(capfd, tmp_path):
+    """A setting is part of a run's digest, of its parameters and of what the plan shows."""
+    declared = 'settings: "kilonb.batch.sweeps.Slurm" = {}\nrun_dir: str = ""\nresume: bool = False\nseed: int = 0'
+    write_notebook(tmp_path, declared, "from kilonb.batch.sweeps import Slurm\n"
+                   "from kilonb.training.session import open_session\nsession = open_session('toy')\n"
+                   "slurm = session.configure(Slurm())",
+                   "session.finish({'product': slurm.jobs * slurm.memory_gb})")
+    file = write_sweep(tmp_path, "grid: {slurm.jobs: [2, 3]}\nparameters: {slurm.memory_gb: 1e1}")
+    assert main(["sweep", str(file), "--workers", "2"]) == 0
+    runs = status_of(tmp_path)["runs"]
+    assert [run["varied"] for run in runs] == [{"slurm.jobs": 2}, {"slurm.jobs": 3}]
+    assert [run["results"]["product"] for run in runs] == [20.0, 30.0]
+    record = read_run(tmp_path / "outputs" / "sweeps" / file.stem / runs[1]["name"])
+    assert record.parameters["slurm.jobs"] == 3 and record.parameters["slurm.memory_gb"] == 10.0
+    for text, message in (("grid: {slurm.job: [1]}", "did you mean 'slurm.jobs'"),
+                          ("grid: {slurm.jobs: [two]}", "must be int"), ("grid: {settings: [{}]}", "by dotted names")):
+        assert main(["sweep", str(write_sweep(tmp_path, text)), "--plan"]) == 2 and message in capfd.readouterr().err

@@ -1,5 +1,5 @@
-"""What the training room promises across its modules: the same numbers after any stop, whole files after any death, one
-truth in both logs."""
+"""The training loop across its modules: the same numbers after any interruption, complete files after a kill, equal
+values in both logs."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from kilonb.training.averaging import load_weights
 from kilonb.training.checkpoints import final_path, latest_path, read_checkpoint, seed_everything
 from kilonb.training.guards import AlphaGuard, TrainingStopped
 from kilonb.training.loop import LoopConfig, train
-from kilonb.training.scalars import read_scalars
+from kilonb.runs.scalars import read_scalars
 
 PROBLEM = '''
 import random, sys, time
@@ -36,7 +36,8 @@ class Problem:
         seed_everything(seed)
         torch.set_num_threads(1)
         self.model = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Dropout(0.1), nn.BatchNorm1d(16), nn.Linear(16, 1))
-        kinds = {"adam": lambda p: torch.optim.Adam(p, lr=1e-2), "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9)}
+        kinds = {"adam": lambda p: torch.optim.Adam(p, lr=1e-2),
+                 "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9)}
         self.optimizer = kinds[optimizer](self.model.parameters())
     def __call__(self, step, generator):
         points = torch.rand(64, 2, generator=generator) * 2 - 1
@@ -103,7 +104,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path, settings, stop_at):
     assert all((first[name] == second[name]).all() for name in first if name != "elapsed_s")
 
 
-def test_stopped_many_times_it_is_still_the_same_run(tmp_path):
+def test_a_run_that_is_stopped_many_times_ends_in_the_same_bits(tmp_path):
     whole, _ = run_problem(tmp_path / "whole", ema_decay=0.9)
     for stop_at in (3, 20, 21, 60): run_problem(tmp_path / "parts", resume=True, stop_at=stop_at, ema_decay=0.9)
     parts, result = run_problem(tmp_path / "parts", resume=True, ema_decay=0.9)
@@ -111,8 +112,8 @@ def test_stopped_many_times_it_is_still_the_same_run(tmp_path):
     assert result.finished and result.resumed_from == 61
 
 
-def test_folder_or_not_the_numbers_are_the_same(tmp_path):
-    """Saving and logging draw no random numbers and touch no weights."""
+def test_the_numbers_are_the_same_with_and_without_a_folder(tmp_path):
+    """Saving and logging draw no random numbers and change no weights."""
     with_folder, _ = run_problem(tmp_path / "run", checkpoint_every_steps=3)
     without, _ = run_problem()
     assert all(torch.equal(a, b) for a, b in zip(with_folder.model.parameters(), without.model.parameters()))
@@ -142,7 +143,8 @@ def test_time_limit_stops_and_a_longer_one_goes_on(tmp_path):
 
 SCRIPT = PROBLEM + textwrap.dedent('''
     problem = Problem()
-    config = LoopConfig(steps=400, warmup_steps=10, log_every_steps=10, ema_decay=0.95, gradient_clip=1.0, checkpoint_every_steps=5)
+    config = LoopConfig(steps=400, warmup_steps=10, log_every_steps=10, ema_decay=0.95, gradient_clip=1.0,
+                        checkpoint_every_steps=5)
     def step_function(step, generator):
         time.sleep(float(sys.argv[2]))
         return problem(step, generator)
@@ -158,7 +160,7 @@ def start(folder, delay):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """The final checkpoint of the script's run, never stopped, in this process."""
+    """The final checkpoint of the script's run, executed in this process without a stop."""
     folder = tmp_path_factory.mktemp("unbroken") / "run"
     run_problem(folder, steps=400, warmup_steps=10, log_every_steps=10, ema_decay=0.95, gradient_clip=1.0,
                 checkpoint_every_steps=5)
@@ -167,7 +169,7 @@ def unbroken(tmp_path_factory):
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_stopped_process_resumes_to_the_same_bits(tmp_path, unbroken, how):
-    """Ctrl-C and kill -9: what is on disk afterwards is whole, and the run ends as if it had never stopped."""
+    """After Ctrl-C and after kill -9 the files are complete, and the resumed run ends with the same bits."""
     process = start(tmp_path / "parts", 0.005)
     deadline = time.monotonic() + 60
     while not latest_path(tmp_path / "parts").exists() and time.monotonic() < deadline: time.sleep(0.01)
@@ -196,7 +198,7 @@ def test_a_stopped_process_resumes_to_the_same_bits(tmp_path, unbroken, how):
     assert [step for step, _ in tensorboard_events(tmp_path / "parts", "loss")] == list(range(10, 401, 10))
 
 
-# ---- damage
+# ---- damaged and foreign checkpoints
 
 def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
     run_problem(tmp_path / "run", stop_at=30)
@@ -220,7 +222,7 @@ def test_a_damaged_checkpoint_is_one_sentence(tmp_path):
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == before     # a refused resume leaves the logs alone
 
 
-def test_a_turned_byte_in_a_weight_is_noticed(tmp_path):
+def test_a_flipped_byte_in_a_weight_is_detected(tmp_path):
     run_problem(tmp_path / "run", stop_at=30)
     path = latest_path(tmp_path / "run")
     whole = bytearray(path.read_bytes())
@@ -249,8 +251,9 @@ def test_another_model_is_refused(tmp_path):
               resume=True, quiet=True)
 
 
-# ---- the incidents
+# ---- incidents (nbs/background.ipynb)
 
+@pytest.mark.incident(1)
 def test_incident_1_alpha_collapse_stops_with_the_blank_score(tmp_path):
     problem = Problem()  # noqa: F821
 
@@ -263,6 +266,7 @@ def test_incident_1_alpha_collapse_stops_with_the_blank_score(tmp_path):
     assert isinstance(stopped.value, KiloError) and read_scalars(tmp_path / "run")["step"][-1] == 50
 
 
+@pytest.mark.incident(1)
 def test_incident_1_a_healthy_alpha_is_left_alone():
     problem = Problem()  # noqa: F821
 
@@ -273,7 +277,7 @@ def test_incident_1_a_healthy_alpha_is_left_alone():
     assert result.finished
 
 
-def test_the_alpha_guard_remembers_its_misses_over_a_resume(tmp_path):
+def test_the_alpha_guard_keeps_its_count_over_a_resume(tmp_path):
     def session(resume, stop_at=None):
         problem = Problem()  # noqa: F821
 
@@ -289,8 +293,8 @@ def test_the_alpha_guard_remembers_its_misses_over_a_resume(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "weight"])
-def test_nothing_that_is_not_finite_gets_into_a_checkpoint(tmp_path, what):
-    """A NaN loss, a NaN gradient under a finite loss, a weight poisoned from outside: the last good checkpoint
+def test_a_checkpoint_never_holds_values_that_are_not_finite(tmp_path, what):
+    """A NaN loss, a NaN gradient with a finite loss, a weight set to NaN from outside: the last good checkpoint
     stays."""
     problem = Problem()  # noqa: F821
 
@@ -309,6 +313,7 @@ def test_nothing_that_is_not_finite_gets_into_a_checkpoint(tmp_path, what):
     assert kept["step"] == 24 and all(torch.isfinite(value).all() for value in kept["model"].values())
 
 
+@pytest.mark.incident(3)
 def test_incident_3_every_logged_step_is_in_both_logs(tmp_path):
     _, result = run_problem(tmp_path / "run", steps=203, log_every_steps=10)
     steps = [*range(10, 201, 10), 203]
@@ -321,6 +326,7 @@ def test_incident_3_every_logged_step_is_in_both_logs(tmp_path):
         assert all(abs(value - exact) <= 1e-6 * abs(exact) for (_, value), exact in zip(events, scalars[name]))
 
 
+@pytest.mark.incident(4)
 def test_incident_4_the_schedule_follows_the_run():
     for steps in (200, 20_000):
         schedule = LoopConfig(steps=steps).schedule()
@@ -330,6 +336,7 @@ def test_incident_4_the_schedule_follows_the_run():
     assert LoopConfig(steps=20_000, schedule_steps=6_000, allow_schedule_mismatch=True).schedule().steps == 6_000
 
 
+@pytest.mark.incident(4)
 def test_incident_4_the_logged_rate_is_the_schedules(tmp_path):
     _, result = run_problem(steps=100, log_every_steps=1)
     schedule = LoopConfig(steps=100, warmup_steps=10).schedule()
@@ -337,6 +344,7 @@ def test_incident_4_the_logged_rate_is_the_schedules(tmp_path):
                                                                       for step in range(100)]
 
 
+@pytest.mark.incident(6)
 def test_incident_6_averaged_weights_are_the_default_and_named(tmp_path):
     problem, result = run_problem(tmp_path / "run", ema_decay=0.95)
     reader = Problem(seed=3).model  # noqa: F821
@@ -347,6 +355,7 @@ def test_incident_6_averaged_weights_are_the_default_and_named(tmp_path):
     assert torch.equal(reader[0].weight, problem.model[0].weight)
 
 
+@pytest.mark.incident(8)
 def test_incident_8_a_run_is_fresh_or_resumed_never_appended(tmp_path):
     run_problem(tmp_path / "run", stop_at=30)
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
@@ -354,6 +363,7 @@ def test_incident_8_a_run_is_fresh_or_resumed_never_appended(tmp_path):
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
 
+@pytest.mark.incident(8)
 def test_incident_8_rows_after_the_checkpoint_are_dropped(tmp_path):
     """Killed long after its last checkpoint, a run has logged steps that it will compute again."""
     _, _ = run_problem(tmp_path / "run", stop_at=30, log_every_steps=1)
@@ -363,7 +373,7 @@ def test_incident_8_rows_after_the_checkpoint_are_dropped(tmp_path):
     assert list(read_scalars(tmp_path / "run")["step"]) == list(range(1, 91))
 
 
-def test_resume_where_nothing_was_saved_yet_starts_clean(tmp_path):
+def test_resuming_before_the_first_checkpoint_starts_from_the_beginning(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.csv").write_text("step,elapsed_s,loss\n20,0.1,9.0\n")
     _, result = run_problem(tmp_path / "run", resume=True)
@@ -398,7 +408,7 @@ class Cloud(nn.Module):
 
 
 class Size:
-    """The stateful part of a cloud: restored first, it makes room for the weights."""
+    """The stateful part of a cloud: restored first, it gives the parameter the size of the saved weights."""
 
     def __init__(self, cloud): self.cloud = cloud
     def state_dict(self): return {"count": len(self.cloud.means)}
@@ -429,9 +439,9 @@ def test_replaced_parameters_are_trained_averaged_and_resumed(tmp_path):
     assert without_clock(expected.records) == without_clock(result.records)
 
 
-# ---- manners
+# ---- errors, interrupts, threads
 
-def test_an_error_in_a_step_closes_the_logs_and_comes_through(tmp_path):
+def test_an_error_in_a_step_closes_the_logs_and_is_raised(tmp_path):
     problem = Problem()  # noqa: F821
 
     def failing(step, generator):
@@ -463,7 +473,7 @@ def test_an_interrupt_raised_inside_a_step_is_saved_as_before_that_step(tmp_path
     assert read_checkpoint(latest_path(tmp_path / "run"))["step"] == 40
 
 
-def test_it_trains_in_a_thread():
+def test_training_runs_in_a_worker_thread():
     """A dashboard may train in a worker thread, where no signal handler can be set."""
     results = []
     thread = threading.Thread(target=lambda: results.append(run_problem()[1]))
@@ -493,7 +503,7 @@ def test_nothing_heavy_is_imported_before_it_is_needed():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_on_a_gpu_the_generator_and_the_resume_are_there(tmp_path):
+def test_a_run_on_a_gpu_resumes_with_the_same_generator(tmp_path):
     def session(folder, resume=False, stop_at=None):
         seed_everything(0)
         model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 1)).cuda()

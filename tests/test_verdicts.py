@@ -1,5 +1,5 @@
-"""Verdicts over all runs: the newest finished run speaks, for its own data; promotions follow from the numbers; figures
-stand where they belong."""
+"""Gates over all runs: the newest finished run of each experiment and dataset counts; promotions follow from the
+numbers; published figures have a source and apply to their own data only."""
 import ast
 import json
 
@@ -7,11 +7,13 @@ import pytest
 
 from kilonb.core.errors import KiloError
 from kilonb.core.files import write_json
+from kilonb.distill.policy import POLICY, RULES
 from kilonb.runs.gates import GREEN, NOT_RUN, RED, Gate
 from kilonb.runs.notebooks import list_notebooks, read_notebook
-from kilonb.runs.policy import POLICY, read_policy
-from kilonb.runs.folders import mark_run, open_run
-from kilonb.runs.verdicts import NO_GATES, promotions, verdict_board
+from kilonb.runs.promotion import promotion_dict, promotions, read_policy
+from kilonb.runs.folders import open_run
+from kilonb.runs.status import mark_run
+from kilonb.runs.verdicts import NO_GATES, gate_overview, overview_dict
 
 GATES = (Gate("psnr_db", at_least=30.0, notes=13.06, published=33.4, source="KiloNeRF", baseline_result="blank_db"),)
 NOTEBOOKS = {**list_notebooks("experiments"), **list_notebooks("benchmarks")}
@@ -25,20 +27,25 @@ def leave(outputs, experiment, name, results, gates=(), started="2026-01-31T12:0
     return run
 
 
-def board(outputs, tmp_path, *experiments): return verdict_board(outputs, experiments, root=tmp_path / "no checkout")
+def overview(outputs, *experiments):
+    """Without the gates that this checkout's notebooks hold."""
+    return gate_overview(outputs, experiments, root=outputs / "no checkout")
 
 
-def test_the_newest_finished_run_speaks_and_a_failure_since_is_mentioned(tmp_path):
+def allowed(outputs): return promotions(POLICY, RULES, outputs)
+
+
+def test_the_newest_finished_run_counts_and_a_later_failure_is_mentioned(tmp_path):
     leave(tmp_path, "toy", "new", {"psnr_db": 31.0, "blank_db": 9.4}, GATES, "2026-02-01T00:00:00")
     leave(tmp_path, "toy", "old", {"psnr_db": 12.0}, GATES, "2026-01-01T00:00:00")
     leave(tmp_path, "toy", "failed", {}, started="2026-03-01T00:00:00", status="failed")
-    (verdict,) = board(tmp_path, tmp_path).verdicts
+    (status,) = overview(tmp_path).statuses
     assert (
-        verdict.run.folder.name == "new"
-        and verdict.state == GREEN
-        and verdict.note == "toy/failed is failed: it failed."
+        status.run.folder.name == "new"
+        and status.state == GREEN
+        and status.note == "toy/failed is failed: it failed."
     )
-    (line,) = verdict.report.lines
+    (line,) = status.report.lines
     assert (line.gate.notes, line.gate.published, line.gate.source, line.baseline) == (13.06, 33.4, "KiloNeRF", 9.4)
 
 
@@ -46,32 +53,32 @@ def test_the_newest_finished_run_speaks_and_a_failure_since_is_mentioned(tmp_pat
                          [({"psnr_db": 31.0}, GATES, GREEN), ({"psnr_db": 29.0}, GATES, RED), ({}, GATES, NOT_RUN),
                           ({}, (), NO_GATES), ({"psnr_db": float("nan")}, GATES, RED),
                           ({"b": 2}, (*GATES, Gate("b", at_most=1)), RED)])
-def test_a_verdict_is_as_bad_as_its_worst_gate(tmp_path, results, gates, state):
+def test_the_state_of_an_experiment_is_that_of_its_worst_gate(tmp_path, results, gates, state):
     leave(tmp_path, "toy", "a", results, gates)
-    found = board(tmp_path, tmp_path)
+    found = overview(tmp_path)
     assert (
-        found.verdicts[0].state == state
+        found.statuses[0].state == state
         and found.ok == (state in (GREEN, NO_GATES))
-        and json.loads(json.dumps(found.to_dict()))["ok"] == found.ok
+        and json.loads(json.dumps(overview_dict(found)))["ok"] == found.ok
     )
 
 
-def test_each_dataset_has_its_own_verdict(tmp_path):
+def test_each_dataset_has_its_own_status(tmp_path):
     leave(tmp_path, "toy", "a", {"psnr_db": 31.0}, GATES)
     leave(tmp_path, "toy", "b", {"psnr_db": 29.0}, GATES, data="lego")
-    assert [(one.data, one.state) for one in board(tmp_path, tmp_path).verdicts] == [
+    assert [(one.data, one.state) for one in overview(tmp_path).statuses] == [
         ("brickyard", GREEN),
         ("lego", RED),
     ]
 
 
-def test_a_trial_of_a_sweep_does_not_speak_for_its_experiment(tmp_path):
+def test_a_run_of_a_sweep_does_not_count_for_its_experiment(tmp_path):
     leave(tmp_path, "single_view_overfit", "a", {"psnr_srgb_white_db": 50.0}, started="2026-01-01T00:00:00")
     leave(tmp_path / "sweeps", "night", "001", {"psnr_srgb_white_db": 5.0})
     write_json(tmp_path / "sweeps" / "night" / "status.json",
                {"kind": "sweep", "status": "finished", "experiment": "single_view_overfit"})
-    assert [one.title for one in board(tmp_path, tmp_path).verdicts] == ["single_view_overfit · brickyard · a"]
-    (found,) = promotions(tmp_path)
+    assert [one.title for one in overview(tmp_path).statuses] == ["single_view_overfit · brickyard · a"]
+    (found,) = allowed(tmp_path)
     assert found.next == ["multi_view_response"]
 
 
@@ -79,27 +86,27 @@ def test_a_damaged_run_is_named_and_the_others_are_judged(tmp_path):
     leave(tmp_path, "toy", "a", {"psnr_db": 31.0}, GATES)
     broken = leave(tmp_path, "toy", "b", {"psnr_db": 31.0}, GATES)
     (broken.folder / "results.json").write_text("{")
-    found = board(tmp_path, tmp_path)
+    found = overview(tmp_path)
     assert (
-        found.verdicts[0].state == GREEN
+        found.statuses[0].state == GREEN
         and "b/results.json is not JSON" in found.unreadable[0]
         and "is not JSON" in found.text()
     )
 
 
 def test_without_runs_every_experiment_is_not_run_and_shows_its_bounds(tmp_path):
-    found = verdict_board(tmp_path)
-    assert {one.experiment for one in found.verdicts} == set(NOTEBOOKS) and all(
-        one.state == NOT_RUN for one in found.verdicts
+    found = gate_overview(tmp_path)
+    assert {one.experiment for one in found.statuses} == set(NOTEBOOKS) and all(
+        one.state == NOT_RUN for one in found.statuses
     )
-    with pytest.raises(KiloError, match="did you mean 'teacher'"): verdict_board(tmp_path, ["teecher"])
-    assert [one.experiment for one in verdict_board(tmp_path, ["teacher"]).verdicts] == ["teacher"]
+    with pytest.raises(KiloError, match="did you mean 'teacher'"): gate_overview(tmp_path, ["teecher"])
+    assert [one.experiment for one in gate_overview(tmp_path, ["teacher"]).statuses] == ["teacher"]
 
 
 def test_what_was_reached_on_one_dataset_unlocks_nothing_on_another(tmp_path):
     leave(tmp_path, "single_view_overfit", "a", {"psnr_srgb_white_db": 50.0})
     leave(tmp_path, "multi_view_response", "b", {"test_psnr_srgb_white_db": 31.0, "test_lpips_vgg": 0.1}, data="lego")
-    brickyard, lego = promotions(tmp_path)
+    brickyard, lego = allowed(tmp_path)
     assert brickyard.next == ["multi_view_response"] and lego.next == ["single_view_overfit"]
     assert [row[2] for row in lego.rows()] == ["open", "passed, out of order", "locked", "locked"]
 
@@ -108,8 +115,8 @@ def test_all_stages_passed_leaves_nothing_open(tmp_path):
     for stage in POLICY:
         leave(tmp_path, stage.experiment, "a",
               {"psnr_srgb_white_db": 50.0, "test_psnr_srgb_white_db": 31.0, "test_lpips_vgg": 0.1})
-    (found,) = promotions(tmp_path)
-    assert found.next == [] and "All stages are passed." in found.text() and json.dumps(found.to_dict())
+    (found,) = allowed(tmp_path)
+    assert found.next == [] and "All stages are passed." in found.text() and json.dumps(promotion_dict(found))
 
 
 def swept(*rows):
@@ -121,18 +128,16 @@ def test_direction_frequencies_are_adopted_from_the_numbers_not_from_what_was_wr
     leave(tmp_path, "dir_l_sweep", "a", {"adopted_frequencies": 6},
           **swept((0, 0.01, 30.0, 0.0), (2, 0.008, 30.5, 0.0), (6, 0.006, 31.0, 0.0)))
     leave(tmp_path, "multi_view_response", "a", {}, parameters={"direction_frequencies": 4})
-    (found,) = promotions(tmp_path)
-    assert (
-        found.adoption.adopted == 2
-        and "recorded L = 6" in found.adoption.sentence
-        and "multi_view_response has L = 4" in found.text()
-    )
+    (found,) = allowed(tmp_path)
+    decision = found.decisions["direction frequencies"]
+    assert decision.adopted == 2 and "recorded L = 6" in decision.sentence
+    assert "multi_view_response has L = 4" in found.text()
 
 
 def test_the_rule_uses_the_settings_of_the_run(tmp_path):
     leave(tmp_path, "dir_l_sweep", "a", {}, parameters={"improvement": 0.5},
           **swept((0, 0.01, 30.0, 0.0), (2, 0.008, 30.5, 0.0)))
-    assert promotions(tmp_path)[0].adoption.adopted == 0
+    assert allowed(tmp_path)[0].decisions["direction frequencies"].adopted == 0
 
 
 @pytest.mark.parametrize("more",
@@ -142,10 +147,11 @@ def test_the_rule_uses_the_settings_of_the_run(tmp_path):
                           swept(("0", 0.01, 30.0, 0.0), ("2", 0.01, 30.0, 0.0)),
                           {**swept((0, 0.01, 30.0, 0.0), (2, 0.01, 30.0, 0.0)), "parameters": {"improvement": "much"}}],
                          ids=range(7))
-def test_a_sweep_that_says_nothing_usable_adopts_nothing_and_says_why(tmp_path, more):
+def test_a_sweep_without_usable_numbers_adopts_nothing_and_gives_the_reason(tmp_path, more):
     leave(tmp_path, "dir_l_sweep", "a", {"adopted_frequencies": 2}, **more)
-    (found,) = promotions(tmp_path)
-    assert found.adoption.adopted is None and len(found.adoption.sentence) > 20 and "\n" not in found.adoption.sentence
+    (found,) = allowed(tmp_path)
+    decision = found.decisions["direction frequencies"]
+    assert decision.adopted is None and len(decision.sentence) > 20 and "\n" not in decision.sentence
 
 
 def test_every_published_figure_names_its_source():
@@ -156,8 +162,8 @@ def test_every_published_figure_names_its_source():
     assert sum(gate.published is not None for _, gate in gates) >= 10
 
 
-def test_figures_of_lego_do_not_stand_beside_the_stand_in():
-    """Figures for lego say nothing of a number on another scene."""
+def test_figures_of_lego_are_not_compared_with_runs_on_the_stand_in():
+    """Published figures of lego do not apply to another scene."""
     for name, path in NOTEBOOKS.items():
         cells = ["".join(cell["source"]) for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]
                  if cell["cell_type"] == "code"]
@@ -168,7 +174,7 @@ def test_figures_of_lego_do_not_stand_beside_the_stand_in():
                     assert "notes=" not in ast.unparse(value) and "published=" not in ast.unparse(value), name
 
 
-def test_the_policys_table_has_the_three_columns(tmp_path):
+def test_the_table_of_the_policy_has_the_three_columns(tmp_path):
     leave(tmp_path, "single_view_overfit", "a", {"psnr_srgb_white_db": 50.0, "psnr_blank_white_db": 9.36})
-    table = read_policy(tmp_path).table()
+    table = read_policy(POLICY, tmp_path).table()
     assert all(text in table for text in ("notes", "published", "trivial baseline", "19.18", "33.4 (KiloNeRF", "9.36"))

@@ -1,4 +1,4 @@
-"""Watching: what a run prints is read back, what another process writes is shown, and what is broken is named."""
+"""Watching: parsing of progress lines, views of runs of other processes, damaged files, TensorBoard."""
 import io
 import json
 import os
@@ -15,23 +15,14 @@ import urllib.request
 
 import pytest
 
-from kilonb.batch.tensorboard import choose_port, tensorboard
+from kilonb.batch.tensorboard import choose_port, serve_tensorboard
 from kilonb.core.errors import KiloError
 from kilonb.core.files import write_json
 from kilonb.runs.gates import Gate
-from kilonb.runs.folders import mark_run, open_run
-from kilonb.batch.watching import (
-    SweepDisplay,
-    changes,
-    duration,
-    find_watched,
-    parse_progress,
-    plain,
-    read_watched,
-    standing,
-    watch,
-)
-from kilonb.training import progress as training_progress
+from kilonb.runs.folders import open_run
+from kilonb.runs.status import mark_run
+from kilonb.batch.states import describe_changes, describe_state, parse_progress, read_watched, single_line
+from kilonb.batch.watching import SweepDisplay, find_watched, watch
 from kilonb.training.progress import Progress, progress_line
 from kilonb.training.scalars import ScalarLog
 
@@ -57,7 +48,7 @@ def leave(folder, status):
     return folder
 
 
-def test_every_line_that_training_prints_is_read_back():
+def test_every_progress_line_is_parsed_back():
     chance = random.Random(0)
     for _ in range(2000):
         total = chance.choice([1, 7, 300, 20_000])
@@ -72,31 +63,27 @@ def test_every_line_that_training_prints_is_read_back():
         assert read["eta_s"] == (None if not speed else round((total - step) / speed))
 
 
-def test_a_value_that_is_no_number_is_read_as_one():
+def test_a_nan_in_a_progress_line_is_parsed_as_nan():
     read = parse_progress(progress_line("training", 1, 2, {"loss": float("nan")}, 0))
     assert read["values"]["loss"] != read["values"]["loss"]
 
 
-def test_a_whole_log_of_a_training_loop_is_read_back():
+def test_the_log_of_a_training_loop_is_parsed_back():
     log = io.StringIO()
     progress = Progress(40, stream=log, every_s=0.0)
     for step in range(1, 41): progress.update(step, {"loss": 1 / step})
     assert [parse_progress(line)["step"] for line in log.getvalue().splitlines()] == list(range(1, 41))
 
 
-def test_durations_are_spelt_as_in_training():
-    assert all(duration(s) == training_progress.duration(s) for s in [0, 0.5, 59.4, 59.6, 3599.6, 3600, 1e6])
-
-
 @pytest.mark.parametrize("line",
                          ["loss 0.1", "training 5/10  60%", "training 5/10   50%  then more", "12/31 papers",
                           "── Training", "\x1b[2J", "training 5/0  0%"])
-def test_what_is_no_line_of_progress_is_not_taken_for_one(line): assert parse_progress(line) is None
+def test_other_lines_are_no_progress(line): assert parse_progress(line) is None
 
 
-def test_codes_and_markup_of_a_run_do_not_reach_the_terminal_as_such():
+def test_escape_codes_and_markup_of_a_run_do_not_act_on_the_terminal():
     rude = "\x1b]0;owned\x07\x1b[2J[red]loss[/red] is\r\nnan\x1b[31m \u202egnp\x9b"
-    assert plain(rude) == "[red]loss[/red] is nan gnp"
+    assert single_line(rude) == "[red]loss[/red] is nan gnp"
     stage = {"description": rude, "step": 1, "total": 2, "values": {rude: 0.5}, "eta_s": None}
     progress = {"heading": rude, "cell": 1, "cells": 2, "line": rude, "stage": stage}
     runs = [sweep_run(f"001{rude}", "failed", error=rude),
@@ -115,7 +102,7 @@ def test_codes_and_markup_of_a_run_do_not_reach_the_terminal_as_such():
     )
 
 
-def test_off_a_terminal_each_change_is_one_plain_line_even_where_colour_is_forced(monkeypatch):
+def test_without_a_terminal_each_change_is_one_line_without_codes_even_where_colour_is_forced(monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
     log, waiting = io.StringIO(), sweep(sweep_run("001", "waiting"), sweep_run("002", "waiting"))
     half = sweep(sweep_run("001", "finished", gates="3/3", ok=True), sweep_run("002", "running"))
@@ -137,7 +124,7 @@ def test_a_second_attempt_is_a_change():
     assert log.getvalue().splitlines()[-1].endswith("001 (learning_rate 0.01) running, attempt 2")
 
 
-def test_trouble_of_the_sweep_itself_is_said_once():
+def test_a_problem_of_the_sweep_is_printed_once():
     log, fine, troubled = (
         io.StringIO(),
         sweep(sweep_run("001", "running")),
@@ -148,7 +135,7 @@ def test_trouble_of_the_sweep_itself_is_said_once():
     assert log.getvalue().splitlines()[1:] == ["No worker is left."]
 
 
-def test_json_is_one_line_for_each_change_and_the_clock_is_none(tmp_path):
+def test_json_is_one_line_for_each_change_and_elapsed_time_is_no_change(tmp_path):
     machine, waiting = io.StringIO(), sweep(sweep_run("001", "waiting"), eta_s=float("nan"))
     with SweepDisplay(machine, as_json=True) as display:
         for status in (waiting, waiting | {"elapsed_s": 10.0, "changed": "now"}, sweep(sweep_run("001", "running"))):
@@ -163,7 +150,7 @@ def test_json_is_one_line_for_each_change_and_the_clock_is_none(tmp_path):
                          [(["finished", "skipped"], "finished", 0), (["finished", "failed"], "finished", 1),
                           (["finished", "waiting"], "interrupted", 1), (["finished", "interrupted"], "finished", 1),
                           (["finished"], "abandoned", 1)])
-def test_the_exit_code_says_whether_all_went_well(tmp_path, runs, status, code):
+def test_the_exit_code_is_1_where_a_run_failed(tmp_path, runs, status, code):
     folder = leave(tmp_path, sweep(*(sweep_run(f"{i:03d}", state) for i, state in enumerate(runs)), status=status))
     assert watch(folder, stream=io.StringIO()) == code
 
@@ -181,18 +168,20 @@ def test_red_gates_are_no_failure_of_the_run(tmp_path):
                           "\xff\xfe"])
 def test_a_damaged_status_is_named_in_one_sentence(tmp_path, text):
     (tmp_path / "status.json").write_text(text, encoding="latin-1")
-    with pytest.raises(KiloError, match=r"status\.json") as told: watch(tmp_path, stream=io.StringIO())
-    assert "\n" not in str(told.value)
+    with pytest.raises(KiloError, match=r"status\.json") as error: watch(tmp_path, stream=io.StringIO())
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("status", [
     {"kind": "sweep", "status": "finished"}, {"kind": "sweep", "status": "finished", "runs": "none"},
     {"kind": "sweep", "status": "finished", "runs": [3, None, {}]},
-    {"kind": "sweep", "status": "finished", "counts": [1], "workers": "two", "elapsed_s": "nan", "eta_s": "inf", "process": 3},
+    {"kind": "sweep", "status": "finished", "counts": [1], "workers": "two", "elapsed_s": "nan", "eta_s": "inf",
+     "process": 3},
     {"kind": "sweep", "status": "running", "process": {"host": "elsewhere"}, "changed": "yesterday", "runs": [
         {"name": 3, "status": "running", "varied": [1],
          "progress": {"cell": "x", "cells": None, "stage": {"step": 9, "total": 3, "values": {"a": None, "b": "nan"}}}},
-        {"name": "b", "status": "running", "progress": {"stage": {"step": "inf", "total": -1}}}, {"name": "c", "status": "failed", "error": None}]}])
+        {"name": "b", "status": "running", "progress": {"stage": {"step": "inf", "total": -1}}},
+        {"name": "c", "status": "failed", "error": None}]}])
 def test_a_status_of_another_version_is_shown_as_far_as_it_goes(tmp_path, status):
     log, screen = io.StringIO(), Terminal()
     for stream in (log, screen): watch(leave(tmp_path, status), once=True, stream=stream)
@@ -223,7 +212,7 @@ def test_damaged_progress_does_not_hide_how_the_run_stands(tmp_path):
     assert read_watched(run.folder)["error"] == ""
 
 
-def test_a_status_that_is_cut_short_for_a_moment_does_not_end_the_watching(tmp_path):
+def test_a_status_that_is_incomplete_for_a_moment_does_not_end_watching(tmp_path):
     folder = leave(tmp_path / "night", sweep(sweep_run("001", "running")))
     whole = (folder / "status.json").read_text()
     def disturb():
@@ -245,7 +234,8 @@ from kilonb.runs.gates import Gate
 from kilonb.runs.folders import open_run
 run = open_run("toy", sys.argv[1])
 for step in range(0, 101, 10):
-    write_json(run.folder / "progress.json", {"heading": "Training", "cell": 2, "cells": 4, "line": "", "changed": "", "elapsed_s": 1.0,
+    write_json(run.folder / "progress.json", {"heading": "Training", "cell": 2, "cells": 4, "line": "", "changed": "",
+                                              "elapsed_s": 1.0,
                "stage": {"description": "training", "step": step, "total": 100, "values": {"loss": 0.5}, "eta_s": 1.0}})
     print(step, flush=True)
     if step == 50 and sys.argv[2] == "stay": time.sleep(60)
@@ -268,7 +258,7 @@ def test_a_run_of_another_process_is_followed_to_its_end(tmp_path):
     assert process.wait(20) == 0
 
 
-def test_a_killed_writer_is_said_to_be_gone_in_one_sentence(tmp_path):
+def test_a_killed_writer_is_abandoned_with_its_process_named(tmp_path):
     process, log = writing(tmp_path / "toy" / "a", "stay"), io.StringIO()
     while process.stdout.readline().strip() != "50": pass
     threading.Timer(0.1, lambda: (process.kill(), process.wait())).start()
@@ -277,16 +267,16 @@ def test_a_killed_writer_is_said_to_be_gone_in_one_sentence(tmp_path):
     assert last.startswith("toy/a is abandoned") and str(process.pid) in last
 
 
-def test_a_killed_sweep_is_said_to_be_gone_and_a_silent_one_elsewhere_is_doubted(tmp_path):
+def test_a_killed_sweep_is_abandoned_and_a_silent_one_on_another_host_gets_a_warning(tmp_path):
     gone = {"pid": 2**22 + 1, "created": 1.0, "host": os.uname().nodename}
     log = io.StringIO()
     assert watch(leave(tmp_path, sweep(sweep_run("001", "running"), process=gone)), stream=log) == 1
-    assert log.getvalue().count("gone without a word") == 1
+    assert log.getvalue().count("has ended without recording how") == 1
     silent = leave(tmp_path,
                    sweep(sweep_run("001", "running"), process=gone | {"host": "elsewhere"},
                          changed="2026-01-31T00:00:00+00:00"))
-    assert any("Nothing was heard of it" in line for line in changes(None, read_watched(silent)))
-    assert "is running" in standing(read_watched(silent))
+    assert any("Its status has not changed for" in line for line in describe_changes(None, read_watched(silent)))
+    assert "is running" in describe_state(read_watched(silent))
 
 
 def test_on_a_terminal_the_view_is_redrawn_and_the_cursor_comes_back(tmp_path):
@@ -312,12 +302,11 @@ def test_a_view_does_not_disturb_the_run(tmp_path):
     assert watch(run.folder, stream=io.StringIO()) == 1
 
 
-def test_tensorboard_shows_the_runs_of_a_sweep_and_goes_down_with_ctrl_c(tmp_path):
+def test_tensorboard_shows_the_runs_of_a_sweep_and_ends_with_ctrl_c(tmp_path):
     for name in ("001-a", "002-b"):
         with ScalarLog(tmp_path / "night" / name) as log: log.log(1, {"loss": 0.5})
-    code = (
-        f"from kilonb.batch.tensorboard import tensorboard; raise SystemExit(tensorboard({str(tmp_path / 'night')!r}))"
-    )
+    code = ("from kilonb.batch.tensorboard import serve_tensorboard\n"
+            f"raise SystemExit(serve_tensorboard({str(tmp_path / 'night')!r}))")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
         address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
@@ -334,11 +323,11 @@ def test_tensorboard_shows_the_runs_of_a_sweep_and_goes_down_with_ctrl_c(tmp_pat
 
 
 def test_tensorboard_refuses_what_it_cannot_show(tmp_path):
-    with pytest.raises(KiloError, match="no TensorBoard event files"): tensorboard(tmp_path)
-    with pytest.raises(KiloError, match="There is no folder"): tensorboard(tmp_path / "nowhere")
+    with pytest.raises(KiloError, match="no TensorBoard event files"): serve_tensorboard(tmp_path)
+    with pytest.raises(KiloError, match="There is no folder"): serve_tensorboard(tmp_path / "nowhere")
     (tmp_path / "events.out.tfevents.0").write_bytes(b"")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(KiloError, match="cannot be used"): tensorboard(tmp_path, port=taken.getsockname()[1])
+        with pytest.raises(KiloError, match="cannot be used"): serve_tensorboard(tmp_path, port=taken.getsockname()[1])
     with pytest.raises(KiloError, match="1 to 65535"): choose_port(0)

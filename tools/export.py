@@ -5,7 +5,9 @@ Needed after every edit of a notebook; a second run changes nothing.
 """
 import json
 import os
+import re
 import sys
+import textwrap
 from pathlib import Path
 
 from execnb.nbio import read_nb, write_nb
@@ -16,11 +18,14 @@ from nbdev.export import nb_export
 import readme
 
 ROOT = Path(__file__).resolve().parent.parent
+LINE_LENGTH = 120
 
 
 def clear_outputs(path: Path) -> bool:
-    """Take outputs and execution counts out of a notebook, if it has any. nbdev_clean's own --clear_all would take
-    papermill's `parameters` tag as well."""
+    """Remove outputs and execution counts from a notebook; whether it had any.
+
+    nbdev_clean --clear_all is not used, because it also removes papermill's tag `parameters`.
+    """
     notebook = json.loads(path.read_text(encoding="utf-8"))
     noisy = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"
              and (cell["outputs"] or cell["execution_count"] is not None)]
@@ -32,13 +37,30 @@ def clear_outputs(path: Path) -> bool:
     return True
 
 
+def wrap_generated(path: Path) -> None:
+    """Wrap the lines that nbdev writes itself, module docstring and `__all__`, before column 120."""
+    text = path.read_text(encoding="utf-8")
+    docstring = re.match(r'"""(.*)"""\n', text)
+    if docstring and len(docstring[0]) > LINE_LENGTH:
+        text = '"""' + textwrap.fill(docstring[1], LINE_LENGTH - 3,
+                                     break_long_words=False) + '\n"""\n' + text[docstring.end():]
+    names = re.search(r"^__all__ = \[([^\]]*)\]$", text, re.M)
+    if names:
+        line = "__all__ = [" + " ".join(names[1].split()) + "]"
+        wrapped = textwrap.fill(line, LINE_LENGTH, subsequent_indent=" " * 11, break_long_words=False,
+                                break_on_hyphens=False)
+        text = text[:names.start()] + wrapped + text[names.end():]
+    if text != path.read_text(encoding="utf-8"): path.write_text(text, encoding="utf-8")
+
+
 def export(path: Path) -> bool:
-    """Write the module of a library notebook, one that names a `default_exp`; whether it is one."""
+    """Write the module of a notebook that has a `default_exp` directive; whether it has one."""
     if "#| default_exp" not in path.read_text(encoding="utf-8"): return False
     folder = ROOT / "kilonb" / path.resolve().relative_to(ROOT / "nbs").parent
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "__init__.py").exists(): (folder / "__init__.py").touch()
     nb_export(str(path))
+    wrap_generated(folder / f"{path.stem}.py")
     return True
 
 

@@ -1,8 +1,8 @@
-"""Keep what runs measured: nbs/results/<experiment>/<data>/ is a run folder without pictures, checkpoints and what
-names the machine.
+"""Copies the results of finished runs to nbs/results/<experiment>/<data>/, without pictures, checkpoints, paths and
+host name.
 
-The front page makes its table from these. `python tools/keep.py RUN ... --picture NAME` also takes figures/NAME.png of
-the last run to nbs/figures.
+README.md makes its table of results from these. `python tools/keep.py RUN ... --picture NAME` also copies
+figures/NAME.png of the last run to nbs/figures.
 """
 import argparse
 import re
@@ -13,14 +13,15 @@ from typing import Any
 
 from kilonb.core.errors import KiloError
 from kilonb.core.files import write_json
-from kilonb.runs.folders import FINISHED, RunRecord, data_label, find_run, read_run
+from kilonb.runs.records import RunRecord, data_label, find_run, read_run
+from kilonb.runs.status import FINISHED
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 LARGEST_PICTURE = 150_000
 
 
 def portable_environment(record: RunRecord) -> dict[str, Any]:
-    """Commit, versions, hardware, seed, and the data by name and hash; no paths, no host."""
+    """Commit, versions, hardware, seed, and names and hashes of the data, without paths and host name."""
     data = [{"kind": item.get("kind", ""), "name": item.get("name", ""), "path": Path(item.get("path", "")).name,
              "sha256": item.get("sha256", "")} for item in record.environment.get("data", [])]
     same = ("commit", "dirty", "python", "packages", "hardware", "seed")
@@ -28,7 +29,8 @@ def portable_environment(record: RunRecord) -> dict[str, Any]:
 
 
 def keep(record: RunRecord, root: Path = NOTEBOOKS / "results") -> Path:
-    """Write the run's kept part and return its folder. Raises KiloError where the run did not finish."""
+    """Write results, environment and status of a run under `root`; returns the folder. Raises KiloError where it did
+    not finish."""
     if record.status != FINISHED: raise KiloError(f"{record.name} is {record.status}: only a finished run can be kept.")
     folder = root / record.experiment / (re.sub(r"\W+", "-", data_label(record)) or "made-here")
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,9 +55,9 @@ def keep_picture(record: RunRecord, name: str) -> Path:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Keep the results of finished runs for the front page.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="as `kilonb show` takes it")
-    parser.add_argument("--picture", metavar="NAME", help="a figure of the last of them")
+    parser = argparse.ArgumentParser(description="Copy the results of finished runs to nbs/results, for README.md.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's name or folder, as for `kilonb show`")
+    parser.add_argument("--picture", metavar="NAME", help="copy this figure of the last run to nbs/figures")
     options = parser.parse_args()
     try:
         records = [read_run(find_run(name)) for name in options.runs]

@@ -1,7 +1,7 @@
-"""nbs/index.ipynb -> README.md: the front page is written once, as a notebook.
+"""Writes README.md from nbs/index.ipynb.
 
-Cells marked `#| echo: false` are run and give their output; `#| eval: false` are shown and not run; `#| hide` are run
-and leave nothing. The notebook's relative links and pictures start at nbs/, the page's at the root.
+`#| echo: false` runs a cell and shows only its output; `#| eval: false` shows a cell without running it; `#| hide` runs
+a cell and shows nothing. Relative links and pictures of the notebook start at nbs/, those of README.md at the root.
 """
 import argparse
 import contextlib
@@ -35,7 +35,7 @@ def directives(source: str) -> dict[str, str]:
 
 
 def run_cells(notebook: nbformat.NotebookNode, folder: Path) -> None:
-    """Give the code cells their outputs. Raises the exception of the first that fails."""
+    """Execute the code cells in `folder` and store their outputs. Raises the exception of the first cell that fails."""
     shell = CaptureShell(mpl_format="png")
     with contextlib.chdir(folder):
         for cell in notebook.cells:
@@ -45,19 +45,19 @@ def run_cells(notebook: nbformat.NotebookNode, folder: Path) -> None:
 
 
 def arrange(notebook: nbformat.NotebookNode) -> None:
-    """Do what the directives say and take them out."""
+    """Apply the directives of all cells (`hide`, `echo: false`) and remove them from the sources."""
     kept = []
     for cell in notebook.cells:
-        told = directives(cell.source) if cell.cell_type == "code" else {}
-        if "hide" in told: continue
-        if told.get("echo") == "false": cell.metadata["transient"] = {"remove_source": True}
+        given = directives(cell.source) if cell.cell_type == "code" else {}
+        if "hide" in given: continue
+        if given.get("echo") == "false": cell.metadata["transient"] = {"remove_source": True}
         if cell.cell_type == "code": cell.source = _DIRECTIVE.sub("", cell.source)
         kept.append(cell)
     notebook.cells = kept
 
 
 def relocate(markdown: str, folder: str) -> str:
-    """Relative links and pictures as seen from the parent of `folder`; code blocks are left alone."""
+    """Markdown whose links are relative to `folder`, with links relative to its parent; code blocks are not changed."""
     parts = _FENCED.split(markdown)
     moved = [part if part.startswith("```")
              else _LINK.sub(lambda found: posixpath.normpath(posixpath.join(folder, found[1])), part) for part in parts]
@@ -65,7 +65,7 @@ def relocate(markdown: str, folder: str) -> str:
 
 
 def readme_text(path: Path = INDEX) -> str:
-    """The page, made anew."""
+    """The text of README.md for the index notebook at `path`, which is executed."""
     notebook = nbformat.read(path, as_version=4)
     run_cells(notebook, path.parent)
     notebook = nbformat.reads(nbformat.writes(notebook), as_version=4)
@@ -80,18 +80,20 @@ def readme_text(path: Path = INDEX) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make README.md from nbs/index.ipynb.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 where the two are not in step")
+    parser.add_argument("--check", action="store_true",
+                        help="write nothing; exit with 1 where README.md differs from the notebook")
     options = parser.parse_args()
     os.environ.setdefault("MPLBACKEND", "Agg")
     text = readme_text()
     same = README.is_file() and README.read_text(encoding="utf-8") == text
     if options.check:
         if not same:
-            print("README.md is not in step with nbs/index.ipynb: run make readme and commit it.", file=sys.stderr)
+            print("README.md differs from what nbs/index.ipynb produces: run make readme and commit README.md.",
+                  file=sys.stderr)
         return 0 if same else 1
     if not same:
         with atomic_write(README) as partial: partial.write_text(text, encoding="utf-8")
-    print("README.md " + ("is as it was" if same else "written"))
+    print("README.md " + ("is unchanged" if same else "written"))
     return 0
 
 
