@@ -2,9 +2,7 @@
 
 import math
 import signal
-import socket
 from dataclasses import replace
-from multiprocessing import get_context
 
 import pytest
 import torch
@@ -42,7 +40,7 @@ from kilonb.metrics.pose import pose_errors
 from kilonb.panoramas.tiles import PanoramaOptions
 from kilonb.runs.scalars import read_scalars
 from kilonb.training.checkpoints import latest_path, read_checkpoint
-from kilonb.training.parallel import ALONE, DistributedSteps, World, join
+from kilonb.training.parallel import ALONE, DistributedSteps, World
 
 CAMERA = PanoramaOptions(128, 32).camera()
 SMALL = ModelConfig(widths=(8, 16, 16, 32), blocks=1, column_width=32, pair_blocks=1)
@@ -190,34 +188,12 @@ def trained(world: World, count: int = 7) -> tuple[list[dict], list[list[int]]]:
     return records, [steps.batch_of(number).tolist() for number in range(settings.steps)]
 
 
-def as_rank(world: World, pipe) -> None:
-    torch.set_num_threads(1)
-    try:
-        with join(world): pipe.send(trained(world))
-    except KiloError as error: pipe.send(f"{error}")
-
-
-def in_world(size: int) -> list:
-    """What `trained` returns on each rank; processes that start afresh, since numba's threads do not survive a fork."""
-    context = get_context("spawn")
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        port = place.getsockname()[1]
-    pipes = [context.Pipe(duplex=False) for _ in range(size)]
-    ranks = [context.Process(target=as_rank, args=(World(rank, size, rank, port=port, timeout_s=120.0), pipes[rank][1]))
-             for rank in range(size)]
-    for rank in ranks: rank.start()
-    for _, theirs in pipes: theirs.close()
-    answers = [ours.recv() for ours, _ in pipes]
-    for rank in ranks: rank.join()
-    return answers
-
-
-def test_worlds_of_one_two_and_three_take_the_same_steps_at_the_same_rates_on_the_same_samples():
+@pytest.mark.incident(20)
+def test_worlds_of_one_two_and_three_take_the_same_steps_at_the_same_rates_on_the_same_samples(ranks):
     records, batches = trained(ALONE)
     assert DistributedSteps(7, 3).steps_per_epoch == DistributedSteps(7, 3, world=World(0, 3)).steps_per_epoch == 2
     for size in (2, 3):
-        answers = in_world(size)
+        answers = ranks.run(trained, size)
         assert all(isinstance(answer, tuple) for answer in answers), answers
         for number, whole in enumerate(batches):
             assert sorted(i for _, own in answers for i in own[number]) == sorted(whole)
