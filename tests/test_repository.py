@@ -27,10 +27,10 @@ LAYERS = {
     "cli": 10,
 }
 # Ratchets: today's numbers of `python tools/measures.py`. Lower a maximum, or raise a minimum, when the numbers allow.
-AT_MOST = {"cell_lines_median": 12, "cell_lines_p90": 25, "cell_lines_max": 40, "names_defined_twice": 0,
+AT_MOST = {"cell_lines_median": 10, "cell_lines_p90": 21, "cell_lines_max": 40, "names_defined_twice": 0,
            "lines_over_120": 0}
-AT_LEAST = {"one_definition_share": 0.90, "demonstrated_share": 0.85}
-LARGEST_PACKAGE_SHARE = 0.16
+AT_LEAST = {"one_definition_share": 0.92, "demonstrated_share": 0.95}
+LARGEST_PACKAGE_SHARE = 0.14
 EXPERIMENT_LINES, EXPERIMENT_PARAMETERS = 100, 25
 WITHOUT_TORCH = ("core", "data", "runs", "reports", "batch", "cli")
 
