@@ -342,3 +342,11 @@ def test_kept_runs_in_the_checkout_hold_no_path():
     for path in (ROOT / "nbs" / "results").glob("*/*/*.json"):
         assert not re.search(r'"/|"host"|"command"',
                              path.read_text(encoding="utf-8")), f"{path.name} holds a path or the name of a machine"
+
+
+# --- names of version 0.1
+
+@pytest.mark.parametrize("old, new", sorted(kilonb._RENAMED.items()))
+def test_a_public_name_of_0_1_that_changed_fails_with_the_new_name(old, new):
+    with pytest.raises(AttributeError, match=f"kilonb.{old} of 0.1 is now called kilonb.{new}"): getattr(kilonb, old)
+    assert callable(getattr(kilonb, new)) and old not in dir(kilonb)
