@@ -70,6 +70,30 @@ def write_toy_sweep(folder: Path) -> Path:
     return folder
 
 
+def write_moving_run(outputs: Path) -> Path:
+    """A folder with moving gaussians as a flux4d run keeps them: ground, and a car that drives ahead at 10 m/s."""
+    import torch
+
+    from kilonb.flux4d.motion import MovingGaussians, save_moving
+
+    folder = outputs.parent / "clip"
+    if folder.exists(): return folder
+    draw = torch.Generator().manual_seed(0)
+    ground = torch.rand(1500, 3, generator=draw) * torch.tensor([40.0, 16.0, 0.0]) + torch.tensor([2.0, -8.0, 0.0])
+    car = torch.rand(600, 3, generator=draw) * torch.tensor([4.0, 1.8, 1.5]) + torch.tensor([10.0, -1.0, 0.2])
+    times, count = torch.rand(2100, generator=draw), 2100
+    velocities = torch.zeros(count, 1, 3)
+    velocities[1500:, 0, 0] = 10.0
+    colours = torch.cat([torch.full((1500, 3), 0.0), torch.tensor([[3.0, -2.0, -2.0]]).repeat(600, 1)])
+    moving = MovingGaussians(torch.cat([ground, car]) + velocities[:, 0] * times[:, None],
+                             torch.tensor([1.0, 0, 0, 0]).repeat(count, 1), torch.full((count, 3), 0.2).log(),
+                             torch.full((count,), 3.0), colours, times, velocities, torch.zeros(count).bool())
+    still = MovingGaussians(**(moving.parameters() | {"velocities": torch.zeros(count, 1, 3)}))
+    for name, gaussians in (("static", still), ("refined", moving)):
+        save_moving(folder / f"{name}_gaussians.pt", gaussians)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("explored") / "outputs"
@@ -82,6 +106,8 @@ def outputs(tmp_path_factory) -> Path:
 def small(name: str, outputs: Path) -> dict:
     """Parameters that make a notebook small; one that is not named here runs as it is."""
     if name in ("run_browser", "sweep_explorer"): return {"outputs": str(outputs)}
+    if name == "flux4d":
+        return {"run": str(write_moving_run(outputs)), "width": 128, "height": 72, "drag_width": 64, "page_points": 500}
     if name != "orbit": return {}
     from kilonb.scenes.brickyard import build_brickyard
     from kilonb.splats.ply import write_ply
@@ -92,10 +118,15 @@ def small(name: str, outputs: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory, outputs):
+def browser():
+    """The module's one browser: playwright allows one at a time in a thread."""
+    with open_browser() as chromium: yield chromium
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory, outputs, browser):
     """A function that opens a notebook with its parameters in the module's one JupyterLab."""
-    with open_lab(tmp_path_factory.mktemp("jupyter"),
-                  {"KILONB_OUTPUTS": str(outputs)}) as lab, open_browser() as browser:
+    with open_lab(tmp_path_factory.mktemp("jupyter"), {"KILONB_OUTPUTS": str(outputs)}) as lab:
         def open_notebook(name: str) -> Notebook:
             notebook = json.loads(NOTEBOOKS[name].read_text(encoding="utf-8"))
             tagged = next(i for i,
@@ -190,7 +221,35 @@ def react_orbit(notebook: Notebook, outputs: Path) -> None:
     notebook.wait_until(f"first => ({pixels})() !== first", first)
 
 
-REACTIONS = {"run_browser": react_runs, "sweep_explorer": react_sweeps, "orbit": react_orbit}
+def react_clip(notebook: Notebook, outputs: Path) -> None:
+    """The slider moves what moves; keys move the camera; play returns to the beginning and advances."""
+    page = notebook.page
+    root = "document.querySelector('.kilonb-orbit')"
+    full = f"() => +({root}?.dataset.full ?? 0)"
+    pixels = f"() => ['static', 'refined'].map(name => {root}.querySelector(`.${{name}} canvas`).toDataURL())"
+    notebook.wait_until(f"() => ({full})() > 0")
+    shown, (still, moving) = page.evaluate(full), page.evaluate(pixels)
+    notebook.move_slider('[aria-label="time"]', 12)
+    notebook.wait_until(f"shown => ({full})() > shown && {root}.dataset.time > 1.0", shown)
+    after = page.evaluate(pixels)
+    assert after[0] == still and after[1] != moving, "only the moving gaussians change over time"
+    shown = page.evaluate(full)
+    page.locator(".kilonb-orbit .refined canvas").press("w")
+    notebook.wait_until(f"shown => ({full})() > shown", shown)
+    assert page.evaluate(pixels)[0] != still, "the camera moved"
+    shown = page.evaluate(full)
+    page.locator('.kilonb-orbit [aria-label="channel"]').select_option("velocity")
+    notebook.wait_until(f"shown => ({full})() > shown", shown)
+    assert "deg" in page.locator(".kilonb-orbit .refined .bar").inner_text()
+    frames = page.evaluate(f"() => +{root}.dataset.frames")
+    page.locator(".kilonb-orbit .refined canvas").press(" ")
+    notebook.wait_until(f"frames => +{root}.dataset.frames > frames + 3", frames)
+    assert page.locator('.kilonb-orbit [aria-label="play"]').inner_text() == "pause"
+    page.locator('.kilonb-orbit [aria-label="play"]').click()
+    notebook.wait_for_idle()
+
+
+REACTIONS = {"run_browser": react_runs, "sweep_explorer": react_sweeps, "orbit": react_orbit, "flux4d": react_clip}
 
 
 @needs_chromium
@@ -240,11 +299,13 @@ def execute_here(name: str, given: dict) -> dict:
 
 
 @pytest.mark.parametrize("name, way",
-                         [("run_browser", "kilonb run single_view_overfit"), ("sweep_explorer", "kilonb sweep FILE")])
+                         [("run_browser", "kilonb run single_view_overfit"), ("sweep_explorer", "kilonb sweep FILE"),
+                          ("flux4d", "kilonb run flux4d_overfit")])
 def test_without_runs_a_notebook_names_the_command_that_makes_some(name, way, tmp_path, capsys):
     execute_here(name, {"outputs": str(tmp_path / "none"), "run_dir": str(tmp_path / "run")})
     record = read_run(tmp_path / "run")
-    assert record.status == "finished" and record.results["runs"] == 0 and way in capsys.readouterr().out
+    count = record.results["models" if name == "flux4d" else "runs"]
+    assert record.status == "finished" and count == 0 and way in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["run_browser", "sweep_explorer"])
@@ -283,3 +344,38 @@ def test_a_log_that_is_being_written_is_shown_as_far_as_it_goes(tmp_path):
     run.metrics.write_text("step,elapsed_s,loss\n1,0.1,0.5\n2,0.2,0.4\n3,0.3,0.25\n")
     assert browser.drawn()[0].y.tolist() == [0.5, 0.4, 0.25] and read_run(run.folder).status == "running"
     run.finish({})
+
+
+@needs_chromium
+def test_the_offline_page_of_a_clip_draws_what_moves_at_the_time_of_its_slider(outputs, browser):
+    """The page is opened from a file, without a server, and may load nothing."""
+    from kilonb.flux4d.explorer import find_moving, write_clip_page
+    from kilonb.flux4d.motion import load_moving
+
+    files = find_moving(str(write_moving_run(outputs)))
+    errors, pictures_ = [], {}
+    page = browser.new_page(viewport={"width": 700, "height": 600})
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda request: None if request.url.startswith(("file:", "data:")) else
+            errors.append(request.url))
+    for name, path in files.items():
+        file = outputs.parent / f"{name}.html"
+        written = write_clip_page(file, load_moving(path), f"<i>{name}", times=(0, 1, 0.1))
+        assert written.stat().st_size < 5e6
+        page.goto(written.as_uri())
+        pictures_[name] = []
+        for time, step in ((0.0, 0), (0.8, 8)):
+            if step:
+                page.locator("#canvas").focus()
+                for _ in range(step): page.keyboard.press(".")
+            page.wait_for_function(f"() => document.body.dataset.time === '{time:.3f}'")
+            pictures_[name].append(page.evaluate("() => document.getElementById('canvas').toDataURL()"))
+        assert page.locator("h1").inner_text() == f"<i>{name}", "a title is text"
+    page.locator("#channel").select_option("1")
+    page.locator("#play").click()
+    page.wait_for_function("() => +document.body.dataset.frames > 10")
+    colours = page.evaluate("() => document.getElementById('canvas').toDataURL()")
+    page.close()
+    assert pictures_["static"][0] == pictures_["static"][1] and pictures_["refined"][0] != pictures_["refined"][1]
+    assert colours not in pictures_["refined"] and not [error for error in errors if "GL Driver" not in error]

@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 
 from ..core.errors import KiloError, unknown_name
 
-# %% ../../nbs/data/registry.ipynb #55ff8b45
-MAKERS = {"boxtown_opv2v": "kilonb.scenes.boxtown:make_opv2v",
+# %% ../../nbs/data/registry.ipynb #b07c8861
+MAKERS = {"boxtown_argoverse2": "kilonb.scenes.boxtown_argoverse2:make_argoverse2",
+          "boxtown_opv2v": "kilonb.scenes.boxtown:make_opv2v",
           "boxtown_pandaset": "kilonb.scenes.boxtown:make_pandaset",
           "brickyard": "kilonb.scenes.brickyard:write_brickyard"}
-READERS = {"blender": "kilonb.scenes.blender:load_blender",
+READERS = {"argoverse2": "kilonb.scenes.argoverse2:load_argoverse2",
+           "blender": "kilonb.scenes.blender:load_blender",
            "opv2v": "kilonb.scenes.opv2v:load_opv2v",
            "pandaset": "kilonb.scenes.pandaset:load_pandaset",
            "ply": "kilonb.splats.ply:read_ply",

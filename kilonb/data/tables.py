@@ -19,7 +19,7 @@ from ..core.errors import KiloError
 from ..core.files import atomic_write
 from ..core.pickles import ARRAYS, merge_permissions, load_restricted
 
-# %% ../../nbs/data/tables.ipynb #aa540f4a
+# %% ../../nbs/data/tables.ipynb #9c8a8903
 class _FrameState:
     """The state of a pickled DataFrame: its block manager, under either name."""
 
@@ -28,7 +28,10 @@ class _FrameState:
 
 
 class _ManagerState:
-    """The state of a pickled BlockManager: the axes [columns, rows] and the blocks."""
+    """The state of a pickled BlockManager: the axes [columns, rows] and the blocks, as arguments (pandas >= 1.3) or as
+    a state."""
+
+    def __init__(self, blocks: Any = (), axes: Any = ()) -> None: self.axes, self.blocks = axes, blocks
 
     def __setstate__(self, state: Any) -> None:
         kept = next((part["0.14.1"] for part in state if isinstance(part, dict) and "0.14.1" in part), None)
@@ -41,20 +44,27 @@ class _Labels:
     def __init__(self, values: Any) -> None: self.values = values
 
 
+def _block_state(values: Any, placement: Any, ndim: int = 2) -> dict[str, Any]:
+    """A block of pandas >= 1.3 in the form of the older state."""
+    return {"values": values, "mgr_locs": placement}
+
+
 def _labels(kind: Any, state: Mapping[str, Any]) -> _Labels:
     if "data" in state: return _Labels(list(state["data"]))
     return _Labels(range(state.get("start", 0), state["stop"], state.get("step", 1)))
 
-# %% ../../nbs/data/tables.ipynb #2d231abe
+# %% ../../nbs/data/tables.ipynb #1fe97481
 FRAMES = merge_permissions(ARRAYS, {
     "pandas.core.frame": ("DataFrame",),
     "pandas.core.internals.managers": ("BlockManager",),
+    "pandas._libs.internals": ("_unpickle_block",),
     "pandas.core.indexes.base": ("Index", "_new_Index"),
     "pandas.core.indexes.range": ("RangeIndex",),
     "pandas.core.indexes.numeric": ("Int64Index",),
 })
 _HERE = "kilonb.data.tables"
 _STAND_INS = {"pandas.core.frame:DataFrame": f"{_HERE}:_FrameState",
+              "pandas._libs.internals:_unpickle_block": f"{_HERE}:_block_state",
               "pandas.core.internals.managers:BlockManager": f"{_HERE}:_ManagerState",
               "pandas.core.indexes.base:_new_Index": f"{_HERE}:_labels",
               "pandas.core.indexes.base:Index": f"{_HERE}:_Labels",
@@ -146,7 +156,16 @@ def write_table(path: str | os.PathLike, columns: Mapping[str, Any]) -> None:
     _FramePickler(buffer, protocol=3).dump(frame)
     with atomic_write(path) as partial: partial.write_bytes(gzip.compress(buffer.getvalue(), compresslevel=1, mtime=0))
 
-# %% ../../nbs/data/tables.ipynb #bf769c4f
+# %% ../../nbs/data/tables.ipynb #46c8db6c
+def _load_frame(path: str | os.PathLike) -> Any:
+    """The stand-in of the pickled frame; KiloError where the file is not one that can be read."""
+    try: return load_restricted(path, FRAMES, _STAND_INS)
+    except KiloError as error:
+        if "'pandas.DataFrame'" not in str(error): raise
+        raise KiloError(f"'{path}' was pickled by pandas 3, whose tables of text need pyarrow's pickles: save it again "
+                        "with pandas 2 or older.") from None
+
+# %% ../../nbs/data/tables.ipynb #456e9ad8
 def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """The columns of a pickled data frame, gzipped or not: name -> [rows], in the file's order and types (text as
     objects).
@@ -154,7 +173,7 @@ def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> dict[s
     columns: names that must be present. Raises KiloError: no such file, not a whole pickle, not a data frame, or a
     missing column. Nothing in the file is executed.
     """
-    frame = load_restricted(path, FRAMES, _STAND_INS)
+    frame = _load_frame(path)
     manager = getattr(frame, "manager", None)
     if len(getattr(manager, "axes", ())) != 2:
         raise KiloError(f"'{path}' is not a pickled pandas table: expected a DataFrame with one BlockManager of two "

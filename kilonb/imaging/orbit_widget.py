@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BAND_ROWS', 'encode_frame', 'RequestRenderer', 'LatestRequest', 'drag_speed', 'encode_sheet', 'OrbitWidget']
 
-# %% ../../nbs/imaging/orbit_widget.ipynb #89a39168
+# %% ../../nbs/imaging/orbit_widget.ipynb #213572f7
 import asyncio
 import base64
 import io
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,14 @@ from ..core.errors import KiloError
 from ..core.html import read_asset
 from .channels import ChannelPicture, RenderedView, ViewSettings
 from .orbit import OrbitPose
-from .viewer import ViewedModel, available_channels, model_sheet, picture_of_view, viewed_model
+from kilonb.imaging.viewer import (
+    ViewedModel,
+    available_channels,
+    model_at,
+    model_sheet,
+    picture_of_view,
+    viewed_model,
+)
 
 # %% ../../nbs/imaging/orbit_widget.ipynb #1c67e8d3
 def encode_frame(image: np.ndarray, exact: bool) -> tuple[str, bytes]:
@@ -43,16 +51,17 @@ def _pose_of(request: Mapping[str, Any], home: OrbitPose) -> OrbitPose:
     except (TypeError, ValueError, AttributeError):
         raise KiloError("The request's pose is not made of numbers with the names of an OrbitPose.") from None
 
-# %% ../../nbs/imaging/orbit_widget.ipynb #3afb75aa
+# %% ../../nbs/imaging/orbit_widget.ipynb #4d883a02
 def _settings_of(request: Mapping[str, Any], settings: ViewSettings) -> ViewSettings:
-    given, kinds = request.get("settings") or {}, {"channel": str, "stop": (int, float), "drag_width": int}
+    kinds = {"channel": str, "stop": (int, float), "drag_width": int, "time_s": (int, float)}
+    given = request.get("settings") or {}
     if not isinstance(given, Mapping) or not all(isinstance(given[name], kind)
                                                  for name, kind in kinds.items() if name in given):
         raise KiloError("The request's settings are of the wrong types.")
     chosen = replace(settings, **{name: given[name] for name in kinds if name in given})
     return chosen if request.get("full") else replace(chosen.dragging(), drag_width=chosen.drag_width)
 
-# %% ../../nbs/imaging/orbit_widget.ipynb #26dbca04
+# %% ../../nbs/imaging/orbit_widget.ipynb #02fad9a9
 BAND_ROWS = 64                        # of a full image
 
 
@@ -78,7 +87,8 @@ class RequestRenderer:
         camera = pose.camera(settings.width, settings.height)
         for model in self.models:
             if model.name not in self.parts: continue
-            for view in model.render(camera, settings.stop, BAND_ROWS if full else settings.height):
+            shown = model_at(model, settings)
+            for view in shown.render(camera, settings.stop, BAND_ROWS if full else settings.height):
                 if view is not None: views[model.name] = view
                 elif full: yield None
         difference = bool((request.get("settings") or {}).get("difference"))
@@ -192,7 +202,7 @@ def drag_speed(renderer: RequestRenderer, pictures: int = 40) -> dict[str, float
             **({"samples_per_ray": float(np.mean(samples))} if samples else {}),
             "bytes_per_picture": float(np.mean([sum(map(len, buffers)) for _, buffers in answers]))}
 
-# %% ../../nbs/imaging/orbit_widget.ipynb #647e9bab
+# %% ../../nbs/imaging/orbit_widget.ipynb #1f93fd45
 class _Page(anywidget.AnyWidget):
     """The state that page and kernel share."""
 
@@ -207,16 +217,19 @@ class _Page(anywidget.AnyWidget):
     channel = traitlets.Unicode("rgb").tag(sync=True)
     stop = traitlets.Float(0.01).tag(sync=True)
     drag_width = traitlets.Int(160).tag(sync=True)
+    times = traitlets.List().tag(sync=True)
+    time_s = traitlets.Float(0.0).tag(sync=True)
     difference = traitlets.Bool(False).tag(sync=True)
 
-# %% ../../nbs/imaging/orbit_widget.ipynb #8388e6d5
+# %% ../../nbs/imaging/orbit_widget.ipynb #0fe65145
 class _Connected(_Page):
     """The kernel's side: requests of the page, values set from Python, and the pose."""
 
     _renderer, requests = None, None
 
-    @traitlets.validate("channel", "stop", "drag_width")
+    @traitlets.validate("channel", "stop", "drag_width", "time_s")
     def _check(self, proposal: Any) -> Any:
+        self._sheet = None
         self._open().settings = replace(self._open().settings, **{proposal["trait"].name: proposal["value"]})
         return proposal["value"]
 
@@ -251,26 +264,36 @@ def encode_sheet(sheet: Image.Image) -> bytes:
     sheet.quantize(256).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
-# %% ../../nbs/imaging/orbit_widget.ipynb #c89fa64b
+# %% ../../nbs/imaging/orbit_widget.ipynb #986ac5b9
+def _checked_times(times: Sequence[float]) -> list[float]:
+    """(first, last, step) of a time slider as a list, or [] for none; KiloError for anything else."""
+    if not len(times): return []
+    if len(times) != 3 or not all(map(math.isfinite, times)) or not times[0] < times[1] or times[2] <= 0:
+        raise KiloError(f"times is {tuple(times)}; expected (first, last, step) seconds with first < last "
+                        "and step > 0.")
+    return [float(time) for time in times]
+
+# %% ../../nbs/imaging/orbit_widget.ipynb #a8e73d9e
 class OrbitWidget(_Connected):
     """Models side by side, turned by dragging.
 
     models: name -> anything that `viewer.viewed_model` accepts; errors are measured against the first.
     pose: where the page starts and returns to. settings: size of the full image, and initial values of the controls.
     difference: also show the error of the second of two models. title: text above.
-    `channel`, `stop`, `drag_width`, `difference` and `pose` can be set from Python. Without a page the output shows
-    `sheet()`.
+    times: (first, last, step) seconds of a time slider, for models in motion (`ViewedModel.at`); empty: none.
+    `channel`, `stop`, `drag_width`, `time_s`, `difference` and `pose` can be set from Python. Without a page the output
+    shows `sheet()`.
     """
 
     def __init__(self, models: Mapping[str, Any], pose: OrbitPose, *, settings: ViewSettings | None = None,
-                 difference: bool = False, title: str = ""):
+                 difference: bool = False, title: str = "", times: Sequence[float] = ()):
         settings, viewed = settings or ViewSettings(), [viewed_model(model, name) for name, model in models.items()]
         self._renderer, self._pose, self._sheet = RequestRenderer(viewed, pose, settings), pose, None
         self.requests = LatestRequest(self._render, lambda answer: self.send(*answer), self._failed)
         super().__init__(title=title, home=_page_pose(pose), basis=list(pose.basis), models=list(models),
                          size=[settings.width, settings.height], channels=available_channels(viewed),
                          channel=settings.channel, stop=settings.stop, drag_width=settings.drag_width,
-                         difference=difference)
+                         difference=difference, times=_checked_times(times), time_s=settings.time_s)
         self.on_msg(lambda _, content, __: self._receive(content))
 
     def sheet(self) -> Image.Image:

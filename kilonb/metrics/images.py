@@ -7,8 +7,8 @@ docstring.
 # %% auto #0
 __all__ = ['check_images', 'decibels', 'psnr_srgb_db', 'srgb_to_linear', 'linear_to_srgb', 'psnr_linear_db',
            'alpha_channel', 'straight_to_premultiplied', 'check_premultiplied', 'over_background', 'foreground_psnr_db',
-           'blank_baseline_db', 'gaussian_window', 'structural_similarity', 'ssim', 'evaluate_image', 'self_check',
-           'mean_scores', 'evaluation_table']
+           'blank_baseline_db', 'gaussian_window', 'structural_similarity', 'ssim', 'masked_psnr_db', 'masked_ssim',
+           'evaluate_image', 'self_check', 'mean_scores', 'evaluation_table']
 
 # %% ../../nbs/metrics/images.ipynb #910ee58b
 import math
@@ -189,6 +189,24 @@ def structural_similarity(prediction: Tensor, target: Tensor, window_size: int =
 def ssim(prediction: Tensor, target: Tensor) -> float:
     """SSIM as one number (mean over images); see `structural_similarity`. float32 and float64 agree to about 1e-6."""
     return structural_similarity(prediction.detach(), target.detach()).mean().item()
+
+# %% ../../nbs/metrics/images.ipynb #aed0ceea
+def masked_psnr_db(prediction: Tensor, target: Tensor, mask: Tensor) -> float | None:
+    """PSNR over the pixels of `mask` [H, W] bool, dB, of images [H, W, 3]; None where the mask is empty."""
+    check_images(prediction, target)
+    if mask.shape != target.shape[:-1]:
+        raise KiloError(f"The mask has shape {list(mask.shape)}; expected {list(target.shape[:-1])}, one per pixel.")
+    return psnr_srgb_db(prediction[mask], target[mask]) if mask.any() else None
+
+
+def masked_ssim(prediction: Tensor, target: Tensor, mask: Tensor, window_size: int = 11) -> float | None:
+    """Mean SSIM of the windows whose centre is in `mask` [H, W] bool, of images [H, W, 3]; None where there is none."""
+    check_images(prediction, target)
+    border = window_size // 2
+    inner = mask[border:mask.shape[0] - border, border:mask.shape[1] - border]
+    if not inner.any(): return None
+    x, y = (image.detach().float().movedim(-1, 0)[None].contiguous() for image in (prediction, target))
+    return _similarity_map(x, y, window_size)[0].mean(0)[inner].double().mean().item()
 
 # %% ../../nbs/metrics/images.ipynb #54e7213b
 def _check_finite(images: Mapping[str, Tensor]) -> None:

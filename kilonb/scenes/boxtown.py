@@ -10,10 +10,10 @@ __all__ = ['PAVEMENT', 'OPV2V_CAMERAS', 'OPV2V_LIDAR', 'OPV2V_FOCAL', 'FIRST_FRA
            'TownConfig', 'ActorState', 'Town', 'build_town', 'scene_flow', 'opv2v_cameras', 'opv2v_record', 'write_pcd',
            'write_opv2v', 'pandaset_lidars', 'pandaset_cameras', 'write_pandaset', 'make_opv2v', 'make_pandaset']
 
-# %% ../../nbs/scenes/boxtown.ipynb #e4f5d372
+# %% ../../nbs/scenes/boxtown.ipynb #35698c36
 import math
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ import torch
 import yaml
 from PIL import Image
 
-from ..core.errors import KiloError
+from ..core.errors import KiloError, unknown_name
 from ..core.files import atomic_folder, dumps
 from ..data.tables import write_table
 from ..geometry.cameras import PinholeCamera
@@ -746,26 +746,35 @@ def _write_metadata(folder: Path, town: Town, own: int, stamps: Sequence[float],
     _write_json(folder / "annotations" / "semseg" / "classes.json",
                 {str(k + 1): name for k, name in enumerate(CLASSES)})
 
-# %% ../../nbs/scenes/boxtown.ipynb #de13bc7e
+# %% ../../nbs/scenes/boxtown.ipynb #3f2668da
 def _write_camera_files(folder: Path, rigs: Sequence[dict[str, tuple[PinholeCamera, float]]],
                         origin: np.ndarray) -> None:
     """Intrinsics, poses and time stamps of all cameras. rigs: `pandaset_cameras` of every frame."""
-    for name in PANDASET_CAMERAS:
+    for name in rigs[0]:
         camera, target = rigs[0][name][0], folder / "camera" / name
         _write_json(target / "intrinsics.json", {"fx": camera.fx, "fy": camera.fy, "cx": camera.cx, "cy": camera.cy})
         _write_json(target / "poses.json",
                     [_pose_entry(rig[name][0].camera_to_world.double().numpy(), origin) for rig in rigs])
         _write_json(target / "timestamps.json", [rig[name][1] - CLOCK + START_S for rig in rigs])
 
-# %% ../../nbs/scenes/boxtown.ipynb #46cb54f2
+# %% ../../nbs/scenes/boxtown.ipynb #ac1df5ab
+def _chosen_cameras(rig: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The entries of `rig` with these names; all where there are none. Raises KiloError for a name that is not in
+    it."""
+    for name in names:
+        if name not in rig: raise unknown_name("camera", name, rig)
+    return {name: rig[name] for name in names or rig}
+
+
 def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int = 480, height: int = 270,
                    sequence: str = "001", vehicle: int = 0, channels: int = 32, steps: int = 900,
-                   samples: int = 4) -> Path:
+                   samples: int = 4, cameras: Sequence[str] = ()) -> Path:
     """Write one sequence in PandaSet's layout to `folder`/`sequence`, 10 frames a second, atomically; returns its
     folder.
 
     vehicle: index of the connected vehicle that records. width, height: of the images; PandaSet's are 1920x1080.
-    channels, steps: of the spinning LiDAR (PandaSet: 64, 1800). samples: rays per pixel at edges.
+    channels, steps: of the spinning LiDAR (PandaSet: 64, 1800). samples: rays per pixel at edges. cameras: names of
+    those that record; none: all six.
     Raises KiloError: the folder exists, or numbers that the town does not allow.
     """
     _check_recording(town, frames, .1, width, height)
@@ -775,7 +784,7 @@ def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int 
     target = check_new_folder(Path(folder) / sequence)
     pose, stamps = town.actor(own).pose, [_stamp(k) for k in range(frames)]
     origin = _vehicle_frame(pose(_town_time(stamps[0])))[:3, 3]
-    rigs = [pandaset_cameras(pose, _town_time(t), width, height) for t in stamps]
+    rigs = [_chosen_cameras(pandaset_cameras(pose, _town_time(t), width, height), cameras) for t in stamps]
     with atomic_folder(target) as partial:
         for part in ("lidar", "annotations/cuboids"): (partial / part).mkdir(parents=True)
         _write_metadata(partial, town, own, stamps, origin)
@@ -807,12 +816,16 @@ def make_opv2v(folder: str | Path, train: int = 1, validate: int = 1, test: int 
         write_opv2v(folder, build_town(config, 100 * seed + k), vehicles, frames, width, height, split, "", interval_s,
                     lidar, samples)
 
-# %% ../../nbs/scenes/boxtown.ipynb #8a1a016e
+# %% ../../nbs/scenes/boxtown.ipynb #2375af30
 def make_pandaset(folder: str | Path, sequences: int = 1, frames: int = 80, width: int = 480, height: int = 270,
-                  channels: int = 32, steps: int = 900, samples: int = 4, seed: int = 0) -> None:
-    """Write `sequences` sequences 001, 002, ..., each in its own town, into `folder`. Other arguments: see
-    `write_pandaset`."""
+                  channels: int = 32, steps: int = 900, samples: int = 4, seed: int = 0,
+                  cameras: Sequence[str] = (), cars: int = 26, vehicles: int = 1) -> None:
+    """Write `sequences` sequences 001, 002, ... into `folder`. cars: other moving cars, in each town. vehicles: how
+    many consecutive sequences are of one town, each from another vehicle. Other arguments: see `write_pandaset`."""
     if sequences < 1: raise KiloError(f"{sequences} sequences were asked for: expected at least 1.")
+    if not 1 <= vehicles <= TownConfig.connected:
+        raise KiloError(f"{vehicles} vehicles per town were asked for: expected 1 to {TownConfig.connected}.")
     for k in range(sequences):
-        town = build_town(TownConfig(duration_s=max(2.0, .1 * frames + 1)), 100 * seed + k)
-        write_pandaset(folder, town, frames, width, height, f"{k + 1:03d}", 0, channels, steps, samples)
+        town = build_town(TownConfig(duration_s=max(2.0, .1 * frames + 1), cars=cars), 100 * seed + k // vehicles)
+        write_pandaset(folder, town, frames, width, height, f"{k + 1:03d}", k % vehicles, channels, steps, samples,
+                       cameras)

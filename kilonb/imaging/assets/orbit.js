@@ -25,6 +25,18 @@ function pan(pose, [front, side, up], dx, dy) {
   pose.target = add(add(pose.target, right, -dx * wide), above, dy * wide);
 }
 
+// Camera and target together: shares of the distance ahead (along the ground), to the right, up.
+function walk(pose, [front, side, up], ahead, right, above) {
+  const a = rad(pose.azimuth_deg);
+  const out = front.map((x, i) => Math.cos(a) * x + Math.sin(a) * side[i]);
+  const across = side.map((x, i) => Math.cos(a) * x - Math.sin(a) * front[i]);
+  pose.target = add(
+    add(add(pose.target, out, -ahead * pose.radius), across, right * pose.radius),
+    up,
+    above * pose.radius,
+  );
+}
+
 function gestures(canvas, view, signal) {
   const fingers = new Map(),
     on = (name, f) => canvas.addEventListener(name, f, { signal, passive: false });
@@ -70,9 +82,22 @@ function gestures(canvas, view, signal) {
   });
   on("dblclick", () => view.reset());
   on("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey) return;
     const keys = { ArrowLeft: [-0.03, 0], ArrowRight: [0.03, 0], ArrowUp: [0, -0.03], ArrowDown: [0, 0.03] };
+    const ways = {
+      w: [0.04, 0, 0],
+      s: [-0.04, 0, 0],
+      d: [0, 0.04, 0],
+      a: [0, -0.04, 0],
+      e: [0, 0, 0.04],
+      q: [0, 0, -0.04],
+    };
+    const way = ways[event.key.toLowerCase()];
     if (keys[event.key]) turn(view.pose, ...keys[event.key]);
+    else if (way) walk(view.pose, view.basis(), ...way);
     else if ("+-=".includes(event.key)) zoom(view.pose, event.key === "-" ? 1.08 : 1 / 1.08, view.home);
+    else if (view.clock && event.key === " ") view.clock.play();
+    else if (view.clock && ",.".includes(event.key)) view.clock.advance(event.key === "." ? 1 : -1);
     else return;
     event.preventDefault();
     event.stopPropagation();
@@ -139,6 +164,7 @@ class Requests {
     if (!message.full) this.count();
     this.frames += 1;
     this.view.show(message, bitmaps);
+    this.view.clock?.next();
   }
   count() {
     const now = performance.now();
@@ -220,6 +246,57 @@ function picture(name) {
   };
 }
 
+// ---- the time slider: played in real time, one picture after the other; instants that come too fast are skipped
+
+class Clock {
+  constructor([first, last, step], get, set, ended) {
+    Object.assign(this, { first, last, step, get, set, ended, began: null, timer: 0 });
+    this.slider = slider("time", first, last, step, (t) => `${t.toFixed(2)} s`, (t) => {
+      this.stop();
+      set(t);
+    });
+    this.button = make("button", { type: "button", textContent: "play", "aria-label": "play" });
+    this.button.addEventListener("click", () => this.play());
+    this.node = make("div", { className: "clock" }, this.button, this.slider.node);
+  }
+  show() {
+    this.slider.set(this.get());
+  }
+  rounded(t) {
+    return clamp(this.first + this.step * Math.round((t - this.first) / this.step), this.first, this.last);
+  }
+  advance(count) {
+    this.stop();
+    this.set(+this.rounded(this.get() + count * this.step).toFixed(6));
+  }
+  play() {
+    if (this.began !== null) return this.stop();
+    const from = this.get() >= this.last - this.step / 2 ? this.first : this.get();
+    this.began = performance.now() - 1000 * (from - this.first);
+    this.button.textContent = "pause";
+    this.set(from);
+    this.next();
+  }
+  // Called after each picture: the instant that real time has reached, once it differs from the one shown.
+  next() {
+    clearTimeout(this.timer);
+    if (this.began === null) return;
+    const length = this.last - this.first + this.step;
+    const t = this.rounded(this.first + (((performance.now() - this.began) / 1000) % length));
+    if (Math.abs(t - this.get()) > this.step / 2) this.set(+t.toFixed(6));
+    else this.timer = setTimeout(() => this.next(), 1000 * Math.min(this.step / 4, 0.1));
+  }
+  stop() {
+    clearTimeout(this.timer);
+    if (this.began !== null) this.ended();
+    this.began = null;
+    this.button.textContent = "play";
+  }
+  playing() {
+    return this.began !== null;
+  }
+}
+
 // ---- the widget
 
 function render({ model, el }) {
@@ -244,11 +321,13 @@ function render({ model, el }) {
   const ratio = () => model.get("size")[1] / model.get("size")[0];
   view.settings = () =>
     Object.fromEntries(
-      ["channel", "stop", "drag_width", "difference"].map((name) => [name, model.get(name)]),
+      ["channel", "stop", "drag_width", "difference", "time_s"].map((name) => [name, model.get(name)]),
     );
   view.move = () => {
-    if (now.dragging) requests.request(false);
-    else requests.requestSmall();
+    if (now.dragging || view.clock?.playing()) {
+      requests.cancelFull();
+      requests.request(false);
+    } else requests.requestSmall();
   };
   view.grab = (on) => {
     now.dragging = on;
@@ -310,9 +389,18 @@ function render({ model, el }) {
     angle.node,
     home,
   );
+  if (model.get("times").length)
+    view.clock = new Clock(
+      model.get("times"),
+      () => model.get("time_s"),
+      (t) => set("time_s", t),
+      () => requests.requestFullSoon(),
+    );
   const hint = make("p", {
     className: "hint",
-    textContent: "drag: orbit · wheel: zoom · shift-drag: pan · double-click: reset",
+    textContent:
+      "drag: orbit · wheel: zoom · shift-drag: pan · w s a d q e: move · double-click: reset" +
+      (view.clock ? " · space: play · , .: step in time" : ""),
   });
   const root = make("section", {
     className: "kilonb-orbit",
@@ -321,6 +409,7 @@ function render({ model, el }) {
   root.append(
     ...(model.get("title") ? [make("h3", { textContent: model.get("title") })] : []),
     row,
+    ...(view.clock ? [view.clock.node] : []),
     status,
     controls,
     hint,
@@ -338,6 +427,7 @@ function render({ model, el }) {
     rays.set(model.get("drag_width"));
     stop.set(Math.log10(model.get("stop")));
     angle.set(view.pose.field_of_view_deg);
+    view.clock?.show();
     for (const { canvas } of Object.values(pictures)) {
       if (canvas.width !== model.get("size")[0] || canvas.height !== model.get("size")[1])
         [canvas.width, canvas.height] = model.get("size");
@@ -353,6 +443,7 @@ function render({ model, el }) {
     ];
     if (samples !== null) text.push(`${samples.toFixed(1)} samples per ray`);
     text.push(
+      ...(view.clock ? [`${model.get("time_s").toFixed(2)} s`] : []),
       `${message.milliseconds.toFixed(0)} ms in all`,
       ...(full || !speed ? [] : [`${speed.toFixed(1)} pictures/s`]),
     );
@@ -367,13 +458,14 @@ function render({ model, el }) {
   };
   const changed = () => {
     sync();
-    requests.requestSmall();
+    view.move();
+    root.dataset.time = model.get("time_s");
   };
   const listeners = {
     "msg:custom": (message, buffers) => requests.receive(message, buffers ?? []),
     "change:home": () => view.reset(),
     ...Object.fromEntries(
-      ["channel", "stop", "drag_width", "difference"].map((name) => [`change:${name}`, changed]),
+      ["channel", "stop", "drag_width", "difference", "time_s"].map((name) => [`change:${name}`, changed]),
     ),
   };
   for (const [event, f] of Object.entries(listeners)) model.on(event, f);
@@ -384,6 +476,7 @@ function render({ model, el }) {
   return () => {
     view.alive = false;
     stopper.abort();
+    view.clock?.stop();
     requests.stop();
     for (const [event, f] of Object.entries(listeners)) model.off(event, f);
   };
