@@ -12,19 +12,23 @@ import torch
 
 from helpers import KILONB
 from kilonb.core.errors import KiloError
-from kilonb.flux4d.clip_data import ClipOptions, load_clip
+from kilonb.data.tables import read_table, write_table
+from kilonb.flux4d.clip_data import ClipOptions, depth_target, load_clip
 from kilonb.flux4d.clips import Clip, clips_of
 from kilonb.flux4d.evaluation import picture_scores, score_motion, score_views
 from kilonb.flux4d.examples import ClipExamples, ExampleOptions
 from kilonb.flux4d.lift import LiftOptions, cached_lift, lift, lift_path
 from kilonb.flux4d.losses import ClipLossConfig, frame_loss
 from kilonb.flux4d.motion import load_moving
-from kilonb.flux4d.network import ReconstructionConfig, apply_update, gaussian_gradient, reconstruct
+from kilonb.flux4d.network import ReconstructionConfig, apply_update, gaussian_gradient
 from kilonb.flux4d.render import render_at
-from kilonb.flux4d.training import (ReconstructionTraining, gradient_loss, start_from_checkpoint, make_reconstruction,
-                                    reconstruct_clip, train_reconstruction)
+from kilonb.flux4d.scene_fit import SceneFitConfig
+from kilonb.flux4d.training import (ReconstructionTraining, clip_loss, gradient_loss, make_reconstruction,
+                                    reconstruct_clip, start_from_checkpoint, train_reconstruction,
+                                    teacher_error)
 from kilonb.flux4d.unet import GaussianUpdate
 from kilonb.metrics.images import masked_psnr_db, psnr_srgb_db
+from kilonb.runs.settings import configure
 from kilonb.scenes.boxtown import make_pandaset
 from kilonb.training.checkpoints import read_checkpoint
 from kilonb.training.loop import latest_path
@@ -105,7 +109,7 @@ def test_the_refinement_sees_a_gradient_that_is_not_zero(examples):
     seen = gradient.abs().amax(0)
     assert (seen[:3] > 0).all() and (seen[7:] > 0).all() and not gradient.requires_grad
     model = make_reconstruction([example], config)
-    results = reconstruct(model, example.network, gradient_loss(example, config))
+    results = model(example.network, gradient_loss(example, config))
     assert results[1].means.requires_grad and not torch.equal(results[0].means, results[1].means)
 
 
@@ -123,7 +127,6 @@ def test_gaussians_behind_the_camera_are_counted_and_give_no_infinite_number(dat
 
 def test_every_parameter_of_both_networks_gets_a_gradient(examples):
     example, config = examples[0], ReconstructionTraining(model=replace(TINY, order=2), teacher=.1)
-    from kilonb.flux4d.training import clip_loss
     model = make_reconstruction([example], config)
     clip_loss(model, example, [1, 9], config)["loss"].backward()
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
@@ -218,7 +221,6 @@ def test_a_clip_of_another_sequence_is_refused(copy):
 
 def test_losses_agree_with_float64(data):
     frame = data.frames[2]
-    from kilonb.flux4d.clip_data import depth_target
     target = depth_target(frame)
     gaussians = lift(data, SMALL)
     render = render_at(gaussians, frame.camera, frame.camera_time_s)
@@ -248,7 +250,62 @@ def test_flux4d_overfit_runs_from_the_command_line(town, tmp_path):
 def test_flux4d_train_holds_out_whole_sequences_and_looks_at_a_snippet(town, tmp_path):
     results = _run("flux4d_train", tmp_path / "run", f"data=pandaset:{town}", "held_out=1", "steps=2", "views=1",
                    "least_dynamic=0", "max_gaussians=3000", "width=128", f"snippet=pandaset:{town / '001'}",
-                   "finetune_s=1", "reconstruction_training.model.channels=[16,16]", "keep_every_steps=2")
+                   "finetune_s=1", "reconstruction_training.model.channels=[16,16]", "keep_every_steps=2",
+                   "example.lifting.sky=4000")
     assert results["training_clips"] == 1 and results["clips"] == 1
     assert results["zero_shot_interp_psnr_full_db"] > 8 and results["finetuned_interp_psnr_full_db"] > 8
     assert (tmp_path / "run" / "checkpoints" / "step_000002.pt").is_file()
+
+
+def _refused(experiment, folder, *parameters):
+    """The last sentence of a run that must fail."""
+    done = subprocess.run([*KILONB, "run", experiment, "--out", str(folder),
+                           *(part for p in parameters for part in ("-p", p))], capture_output=True, text=True,
+                          timeout=120)
+    assert done.returncode == 1, done.stdout[-2000:]
+    return (done.stdout + done.stderr).partition("kilonb: ")[2].splitlines()[0]
+
+
+def test_a_parameter_out_of_range_ends_in_one_sentence(town, tmp_path):
+    sentence = _refused("flux4d_overfit", tmp_path / "run", f"data=pandaset:{town}", "refine_start=typo")
+    assert "refine_start" in sentence and "Error" not in sentence
+    for config, word in ((ExampleOptions(start="typo"), "start must be one of"), (SceneFitConfig(steps=-2), "steps"),
+                         (ReconstructionTraining(loss=ClipLossConfig(depth=-1.0)), "depth is -1")):
+        with pytest.raises(KiloError, match=word): configure(config, {})
+
+
+def test_clips_without_labels_are_trained_on_and_have_no_scores_of_motion(town, tmp_path):
+    shutil.copytree(town, tmp_path / "town", ignore=shutil.ignore_patterns("annotations"))
+    results = _run("flux4d_train", tmp_path / "run", f"data=pandaset:{tmp_path / 'town'}", "held_out=1", "steps=2",
+                   "views=1", "max_gaussians=2000", "width=128", "keep_every_steps=0", "time_limit_s=0.001",
+                   "reconstruction_training.model.channels=[16,16]")
+    assert results["clips"] == 1 and results["network_psnr_full_db"] > 8 and results["network_psnr_dynamic_db"] is None
+    assert not [name for name in results if "flow" in name]
+
+
+def test_a_picture_of_another_size_than_its_intrinsics_is_refused(copy):
+    from PIL import Image
+    path = copy / "camera" / "front_camera" / "04.jpg"
+    Image.open(path).resize((64, 36)).save(path)
+    with pytest.raises(KiloError, match="frame 04 has 64 x 36"): load_clip(copy, clips_of(copy)[0])
+
+
+@pytest.mark.parametrize("rows, word", [(0, "frame 04 holds no point"), (9, "holds 1 points that are not finite")])
+def test_an_empty_sweep_and_points_that_are_not_finite_are_refused(copy, rows, word):
+    path = copy / "lidar" / "04.pkl.gz"
+    table = {name: values[:rows].copy() for name, values in read_table(path).items()}
+    table["x"][:1] = float("nan")
+    write_table(path, table)
+    with pytest.raises(KiloError, match=word): load_clip(copy, clips_of(copy)[0])
+
+
+def test_a_sequence_without_a_whole_clip_names_the_missing_frame(copy):
+    (copy / "lidar" / "05.pkl.gz").unlink()
+    with pytest.raises(KiloError, match="lidar of frame 05 of 001 is missing"): clips_of(copy)
+
+
+def test_the_teacher_counts_the_velocity_at_the_time_of_measurement(examples):
+    example = examples[0]
+    gaussians, teacher = example.gaussians, example.teacher
+    motion = torch.stack([teacher - gaussians.times_s[:, None], torch.ones_like(teacher)], 1)     # v0 + v1 t = teacher
+    assert teacher_error(replace(gaussians, velocities=motion), example) < 1e-5

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import kilonb
+from kilonb.scenes.boxtown import make_pandaset
 from kilonb.core.errors import KiloError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -285,7 +286,7 @@ def test_commands_in_the_readme_exist(tmp_path):
 
 def test_the_script_in_the_readme_runs(tmp_path):
     """End to end on a tiny scene, with its settings made small: which data, how many steps, how many rays in each."""
-    script, = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    script, _ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     kilonb.write_brickyard(tmp_path / "tiny", width=48, height=48, train=6, test=1, count=4000)
     for setting, small in (('"brickyard"', repr(f"blender:{tmp_path / 'tiny'}")), ("steps=2000", "steps=60"),
                            ("rays=4096", "rays=512")):
@@ -299,6 +300,22 @@ def test_the_script_in_the_readme_runs(tmp_path):
         math.isfinite(scores["psnr_srgb_white_db"]) and scores["psnr_srgb_white_db"] > scores["psnr_blank_white_db"] + 3
     )
     kilonb.load_student(tmp_path / "student.pt")
+
+
+def test_the_clip_script_in_the_readme_runs(tmp_path):
+    """End to end on one small clip of a procedural town."""
+    _, script = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    make_pandaset(tmp_path / "town", frames=16, width=128, height=72, channels=16, steps=360, samples=1,
+                  cameras=["front_camera"])
+    for setting, small in (('kilonb.resolve_data("boxtown_pandaset").path', repr(str(tmp_path / "town"))),
+                           ("steps=300", "steps=10")):
+        assert script.count(setting) == 1
+        script = script.replace(setting, small)
+    done = subprocess.run([sys.executable, "-c", f"import kilonb\n{script}"], cwd=tmp_path, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert ast.literal_eval(done.stdout.splitlines()[-1])["interp_psnr_full_db"] > 8
+    kilonb.load_moving(tmp_path / "gaussians.pt")
 
 
 # --- kept results of runs

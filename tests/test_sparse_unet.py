@@ -14,7 +14,7 @@ from kilonb.flux4d import sparse_conv
 from kilonb.flux4d.sparse_conv import convolve, voxel_levels
 from kilonb.flux4d.unet import GaussianNetwork, SparseUNet, SparseUNetConfig, calibrate_norms
 from kilonb.flux4d.unet_benchmark import recorded_points, street_points
-from kilonb.flux4d.voxels import pool, voxel_grid, voxelize
+from kilonb.flux4d.voxels import pool, voxel_grid
 
 SMALL = SparseUNetConfig(channels=(32, 40, 48), hidden=32)
 POINTS = 1500
@@ -48,20 +48,21 @@ def gradients(model: GaussianNetwork, grid, inputs: torch.Tensor) -> dict[str, t
 
 def test_voxels_do_not_depend_on_the_order_of_the_points(points, inputs):
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(3))
-    one, other = voxelize(points, inputs), voxelize(points[order], inputs[order])
+    one, other = voxel_grid(points), voxel_grid(points[order])
     assert torch.equal(one.coordinates, other.coordinates) and torch.equal(one.counts, other.counts)
     assert torch.equal(one.point_to_voxel[order], other.point_to_voxel)
-    torch.testing.assert_close(one.features, other.features)
+    torch.testing.assert_close(pool(one, inputs), pool(other, inputs[order]))
 
 
 def test_every_point_lies_in_its_voxel_and_the_mean_is_that_of_its_points(points):
-    voxels = voxelize(points.double(), points.double())
+    voxels = voxel_grid(points.double())
+    means = pool(voxels, points.double())
     inside = voxels.point_to_voxel >= 0
     assert torch.equal(inside, (points[:, :2].abs() < 60).all(1) & (points[:, 2].abs() < 6))
     low = voxels.coordinates.flip(1)[voxels.point_to_voxel, :3] * 0.3 - torch.tensor([60, 60, 6])
     assert ((points[inside] - low[inside] > -1e-4) & (points[inside] - low[inside] < 0.3 + 1e-4)).all()
     for row in (0, len(voxels.counts) // 2):
-        torch.testing.assert_close(voxels.features[row], points[voxels.point_to_voxel == row].double().mean(0))
+        torch.testing.assert_close(means[row], points[voxels.point_to_voxel == row].double().mean(0))
 
 
 def test_most_points_of_a_real_clip_are_inside_the_voxel_range():
@@ -116,7 +117,7 @@ def test_outputs_and_gradients_of_all_backends_are_those_of_float64(points, inpu
             assert (values - exact[name]).norm() < 1e-5 * exact[name].norm(), (backend, name)
 
 
-def test_weights_move_between_backends_and_say_the_same_in_batch_norm(points, inputs):
+def test_weights_move_between_backends_and_give_the_same_running_averages(points, inputs):
     grid, states = voxel_grid(points), []
     for backend in BACKENDS:
         model = network(replace(SMALL, backend=backend))

@@ -102,7 +102,7 @@ def verify_data_command(options: argparse.Namespace) -> int:
             whole.append(_verify_folder(report.folder, report))
     return 0 if all(whole) else 1
 
-# %% ../../nbs/cli/data.ipynb #df5155ab
+# %% ../../nbs/cli/data.ipynb #b59e21f9
 def clips_data_command(options: argparse.Namespace) -> int:
     """`kilonb data clips`: build the clip index of data, or inspect an index file. Returns 1 where files of an
     inspected index are missing."""
@@ -114,7 +114,7 @@ def clips_data_command(options: argparse.Namespace) -> int:
         print(inspect_clip_index(index, root or None))
         return 1 if root and missing_clip_files(index, root) else 0
     if options.data: raise KiloError("--data belongs to an index file, whose frames are looked up there.")
-    index = clips_of(_recordings_folder(options.source), options.setting, options.split, options.tiny)
+    index = clips_of(_recordings_folder(options.source), options.setting, options.split, options.tiny, labels=True)
     print(inspect_clip_index(index))
     if options.output:
         write_clip_index(options.output, index)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Config', 'type_name', 'check_value', 'build_config', 'to_dict', 'Setting', 'list_settings', 'setting_type',
-           'apply_settings', 'annotation_of', 'parse_value']
+           'apply_settings', 'check_config', 'annotation_of', 'parse_value']
 
 # %% ../../nbs/core/configs.ipynb #c64b65dc
 import ast
@@ -233,6 +233,17 @@ def apply_settings(config: Config, settings: Mapping[str, Any], where: str = "")
     changed = dataclasses.replace(config, **values)
     _validate(changed, where)
     return changed
+
+# %% ../../nbs/core/configs.ipynb #5faf6c15
+def check_config(config: Config, where: str = "") -> Config:
+    """The config itself, checked as `build_config` checks plain values: the type of every field, nested configs first,
+    and what each `validate` refuses (KiloError)."""
+    name = where or type(config).__name__
+    for field, hint, value, nested in _parts(config):
+        if nested is None: check_value(value, hint, f"{name}.{field}")
+        else: check_config(nested, f"{name}.{field}")
+    _validate(config, name)
+    return config
 
 # %% ../../nbs/core/configs.ipynb #26b254e0
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}

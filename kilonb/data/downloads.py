@@ -23,12 +23,12 @@ from ..core.files import atomic_write
 from ..core.hashing import hash_file
 from .manifests import Fetch, FileRecord, Manifest, data_folder, find_manifest
 
-# %% ../../nbs/data/downloads.ipynb #57664f13
+# %% ../../nbs/data/downloads.ipynb #2901aff1
 def is_complete(path: Path, record: FileRecord) -> bool:
     """Whether a file exists with the size and SHA-256 of its record."""
     return path.is_file() and path.stat().st_size == record.bytes and hash_file(path) == record.sha256
 
-
+# %% ../../nbs/data/downloads.ipynb #aad8347e
 def wanted_files(manifest: Manifest, folder: Path) -> list[str]:
     """The paths of a manifest's files that are missing in `folder` or differ from their records."""
     return [path for path, record in manifest.files.items() if not is_complete(folder / path, record)]

@@ -89,12 +89,12 @@ def make(name: str, folder: str | os.PathLike | None = None, *, manifests: Mappi
     _write_dataset(manifest, maker, folder, digits)
     return folder
 
-# %% ../../nbs/data/generation.ipynb #73db668d
+# %% ../../nbs/data/generation.ipynb #dba0dc2d
 def _recorded_fingerprint(folder: Path) -> str | None:
     try: return (folder / ".fingerprint").read_text(encoding="utf-8")
     except (OSError, ValueError): return None
 
-
+# %% ../../nbs/data/generation.ipynb #c7b720a1
 def _write_dataset(manifest: Manifest, maker: Maker, folder: Path, digits: str) -> None:
     started, function = time.monotonic(), find_maker(maker.name)
     try:

@@ -171,12 +171,12 @@ def read_records(node: Any, prefix: str = "") -> dict[str, FileRecord]:
         else: records |= read_records(item, f"{path}/")
     return records
 
-# %% ../../nbs/data/manifests.ipynb #ccff28ce
+# %% ../../nbs/data/manifests.ipynb #5e88e301
 def manifests_folder() -> Path:
     """The folder of data manifests: `data_manifests` beside the package, as in a checkout."""
     return Path(kilonb.__file__).resolve().parent.parent / "data_manifests"
 
-
+# %% ../../nbs/data/manifests.ipynb #2557cc08
 def data_folder() -> Path:
     """The default folder for generated and downloaded datasets: `outputs/data` of the checkout, else of the current
     folder."""

@@ -30,7 +30,7 @@ class DataReference:
     name: str
     sha256: str
 
-# %% ../../nbs/data/references.ipynb #6a1bc82d
+# %% ../../nbs/data/references.ipynb #96df300a
 def _resolve_path(kind: str, text: str) -> DataReference:
     if kind not in KINDS: raise unknown_name("kind of data", kind, KINDS)
     path = Path(text).expanduser()
@@ -41,14 +41,14 @@ def _resolve_path(kind: str, text: str) -> DataReference:
         raise KiloError(f"The data '{kind}:{text}' must be {KINDS[kind]}; '{text}' is a {found}.")
     return DataReference(kind, path.resolve(), "", cached_hash(path, data_folder() / "digests"))
 
-
+# %% ../../nbs/data/references.ipynb #3df1c624
 def _unknown_data(text: str, manifests: Mapping[str, Manifest]) -> KiloError:
     if text in KINDS: return KiloError(f"'{text}' is a kind of data: write {text}:PATH.")
     if text and Path(text).exists():
         return KiloError(f"'{text}' is a path: give its kind too, for example blender:{text}.")
     return unknown_name("dataset", text, manifests)
 
-
+# %% ../../nbs/data/references.ipynb #9bf2da24
 def _missing_data(manifest: Manifest, data_root: str | os.PathLike | None) -> KiloError:
     looked = "no data root was given" if data_root is None else f"it is not under '{data_root}'"
     hint = f" Its stand-in is '{manifest.stand_in}'." if manifest.stand_in else ""

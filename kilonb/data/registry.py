@@ -35,7 +35,7 @@ def check_name(kind: str, name: str, table: Mapping[str, str]) -> None:
                         f"from kilonb.data.registry ({', '.join(sorted(table))}), or add one there.")
     raise unknown_name(kind, name, table)
 
-# %% ../../nbs/data/registry.ipynb #98a9b71e
+# %% ../../nbs/data/registry.ipynb #2dc467a7
 def _find_function(kind: str, name: str, table: Mapping[str, str]) -> Callable:
     check_name(kind, name, table)
     module, _, function = table[name].partition(":")
@@ -44,7 +44,7 @@ def _find_function(kind: str, name: str, table: Mapping[str, str]) -> Callable:
         raise KiloError(f"The {kind} '{name}' is registered as '{table[name]}', which cannot be imported: "
                         f"{error}.") from error
 
-
+# %% ../../nbs/data/registry.ipynb #b6eeb4c3
 def find_maker(name: str) -> Callable:
     """The function that generates a synthetic dataset. Raises KiloError for an unknown name."""
     return _find_function("maker", name, MAKERS)

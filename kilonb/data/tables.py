@@ -19,14 +19,14 @@ from ..core.errors import KiloError
 from ..core.files import atomic_write
 from ..core.pickles import ARRAYS, merge_permissions, load_restricted
 
-# %% ../../nbs/data/tables.ipynb #9c8a8903
+# %% ../../nbs/data/tables.ipynb #9be2f6e1
 class _FrameState:
     """The state of a pickled DataFrame: its block manager, under either name."""
 
     def __setstate__(self, state: Any) -> None:
         self.manager = state.get("_mgr", state.get("_data")) if isinstance(state, dict) else None
 
-
+# %% ../../nbs/data/tables.ipynb #2986e1c6
 class _ManagerState:
     """The state of a pickled BlockManager: the axes [columns, rows] and the blocks, as arguments (pandas >= 1.3) or as
     a state."""
@@ -37,18 +37,18 @@ class _ManagerState:
         kept = next((part["0.14.1"] for part in state if isinstance(part, dict) and "0.14.1" in part), None)
         self.axes, self.blocks = (kept["axes"], kept["blocks"]) if kept else ((), ())
 
-
+# %% ../../nbs/data/tables.ipynb #07aa35c6
 class _Labels:
     """The labels along an axis; only those of the columns are used."""
 
     def __init__(self, values: Any) -> None: self.values = values
 
-
+# %% ../../nbs/data/tables.ipynb #49248554
 def _block_state(values: Any, placement: Any, ndim: int = 2) -> dict[str, Any]:
     """A block of pandas >= 1.3 in the form of the older state."""
     return {"values": values, "mgr_locs": placement}
 
-
+# %% ../../nbs/data/tables.ipynb #2df173d2
 def _labels(kind: Any, state: Mapping[str, Any]) -> _Labels:
     if "data" in state: return _Labels(list(state["data"]))
     return _Labels(range(state.get("start", 0), state["stop"], state.get("step", 1)))

@@ -17,7 +17,7 @@ from ..core.hashing import hash_files, hash_folder, list_files
 from .generation import generated_name
 from .manifests import FileRecord, Manifest, data_folder, find_manifest, read_records
 
-# %% ../../nbs/data/verification.ipynb #c82dc590
+# %% ../../nbs/data/verification.ipynb #92c29a22
 def locate(manifest: Manifest, root: str | os.PathLike | None) -> Path | None:
     """The folder of a dataset under `root`, or `root` itself where it holds the dataset's files; None where it is
     absent."""
@@ -28,7 +28,7 @@ def locate(manifest: Manifest, root: str | os.PathLike | None) -> Path | None:
         if any((folder / probe).is_file() for probe in probes): return folder
     return root if _is_dataset(manifest, root) else None
 
-
+# %% ../../nbs/data/verification.ipynb #8aa5c900
 def _is_dataset(manifest: Manifest, folder: Path) -> bool:
     if manifest.checksums != "MANIFEST.json" and not manifest.maker:
         return any((folder / path).is_file() for path in manifest.files)
@@ -36,7 +36,7 @@ def _is_dataset(manifest: Manifest, folder: Path) -> bool:
     except (OSError, ValueError): return False
     return isinstance(content, dict) and content.get("name") in (manifest.name, manifest.folder)
 
-# %% ../../nbs/data/verification.ipynb #4603e56c
+# %% ../../nbs/data/verification.ipynb #aefcb349
 def expected_files(manifest: Manifest, folder: Path) -> dict[str, FileRecord]:
     """All file records of a dataset in `folder`: those of its manifest, and those of the folder's MANIFEST.json where
     the manifest refers to it.
@@ -52,7 +52,7 @@ def expected_files(manifest: Manifest, folder: Path) -> dict[str, FileRecord]:
         raise KiloError(f"'{listing}' is not the list that the manifest {manifest.name} pins by its sha256.")
     return _listed_records(listing) | manifest.files
 
-
+# %% ../../nbs/data/verification.ipynb #d44b12c9
 def _listed_records(listing: Path) -> dict[str, FileRecord]:
     """The file records in a MANIFEST.json; KiloError where it is damaged."""
     try: content = json.loads(listing.read_text(encoding="utf-8"))

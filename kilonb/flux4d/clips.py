@@ -6,9 +6,9 @@ contract, and which frames are inputs and targets.
 
 # %% auto #0
 __all__ = ['SETTINGS', 'TEST_LOGS', 'SPLITS', 'CLIP_PARTS', 'CONTRACT_TEXT', 'Split', 'ROLE_COLOURS', 'ClipSetting',
-           'split_of', 'CoordinateContract', 'Clip', 'IndexHeader', 'ClipIndex', 'cut_clips', 'build_clip_index',
-           'clips_of', 'write_clip_index', 'read_clip_index', 'clip_counts', 'missing_clip_files', 'inspect_clip_index',
-           'clip_picture']
+           'split_of', 'CoordinateContract', 'Clip', 'spread_evenly', 'IndexHeader', 'ClipIndex', 'cut_clips',
+           'build_clip_index', 'clips_of', 'write_clip_index', 'read_clip_index', 'clip_counts', 'missing_clip_files',
+           'inspect_clip_index', 'clip_picture']
 
 # %% ../../nbs/flux4d/clips.ipynb #a5e5eec4
 import json
@@ -106,6 +106,12 @@ class Clip:
 
     def validate(self) -> None: _check_clip(self)
 
+# %% ../../nbs/flux4d/clips.ipynb #b45023ea
+def spread_evenly(items: Sequence, count: int) -> list:
+    """`count` of `items`, spread evenly from the first to the last; all where there are not more."""
+    if len(items) <= count: return list(items)
+    return [items[round(k * (len(items) - 1) / max(1, count - 1))] for k in range(count)]
+
 # %% ../../nbs/flux4d/clips.ipynb #d6ab967c
 def _check_frames(frames: Sequence[int]) -> None:
     """KiloError unless frame numbers are there, increase and occur once."""
@@ -195,54 +201,67 @@ def cut_clips(sequence: str, present: Sequence[int], setting: str, length: int) 
                               rule.interpolation, rule.future, setting, split_of(sequence)))
     return clips
 
-# %% ../../nbs/flux4d/clips.ipynb #99d34740
-def _frames_of(source: int | PandasetSequence, parts: Sequence[str] = CLIP_PARTS) -> tuple[Sequence[int], int]:
+# %% ../../nbs/flux4d/clips.ipynb #d85682ed
+def _frames_of(source: int | PandasetSequence, parts: Sequence[str]) -> tuple[Sequence[int], int]:
     """(frame numbers with a file of every part, length of the recording)."""
     if isinstance(source, int): return range(source), source
     without = {number for part in parts for number in source.missing.get(part, ())}
     return [number for number in range(source.length) if number not in without], source.length
 
-
+# %% ../../nbs/flux4d/clips.ipynb #1b7c6c67
 def _tiny(names: Sequence[str]) -> list[str]:
     """The first sequence of each split, by name."""
     firsts = {split_of(name): name for name in sorted(names, reverse=True)}
     return sorted(firsts.values())
 
-# %% ../../nbs/flux4d/clips.ipynb #02967505
+# %% ../../nbs/flux4d/clips.ipynb #800c161f
+def _no_clip(header: IndexHeader, sequences: Mapping[str, int | PandasetSequence]) -> KiloError:
+    """The error for sequences without a clip; names a frame that is missing between others."""
+    gaps = [f"{part} of frame {numbers[0]:02d} of {name}" for name, sequence in sequences.items()
+            if not isinstance(sequence, int) for part, numbers in sequence.gaps().items() if part in header.parts]
+    hint = f" ({gaps[0]} is missing)" if gaps else ""
+    return KiloError(f"No clip of the setting '{header.setting}' and the split '{header.split}' fits into the "
+                     f"{len(sequences)} sequences given{hint}: expected runs of 11 or 16 frames with "
+                     f"{', '.join(header.parts)} at the starts of the setting; choose another setting, or the split "
+                     "'all'.")
+
+# %% ../../nbs/flux4d/clips.ipynb #86c297be
 Split = Literal["paper", "train", "test", "all"]
 
 
 def build_clip_index(sequences: Mapping[str, int | PandasetSequence], setting: str = "all", split: Split = "paper",
-                     tiny: bool = False, data_set: str = "PandaSet") -> ClipIndex:
+                     tiny: bool = False, data_set: str = "PandaSet",
+                     parts: Sequence[str] = CLIP_PARTS) -> ClipIndex:
     """The clips of sequences (name -> number of frames, or the sequence, whose missing frames are then left out).
 
     setting: a key of `SETTINGS`, or "all". split: "paper": each setting on its own split (training settings on the
     training logs, evaluation on the test logs); "train", "test": only these logs; "all": every log. tiny: only the
-    first sequence of each split, by name. Raises KiloError: unknown setting or split, or no clip.
+    first sequence of each split, by name. parts: which a frame must have. Raises KiloError: unknown setting or split,
+    or no clip.
     """
-    header = IndexHeader(setting, split, tiny, data_set)
+    header = IndexHeader(setting, split, tiny, data_set, tuple(parts))
     header.validate()
     chosen, clips = _tiny(list(sequences)) if tiny else sorted(sequences), []
     for kind in SETTINGS if setting == "all" else (setting,):
         allowed = {"paper": (SETTINGS[kind].split,), "all": ("train", "test")}.get(split, (split,))
         for name in chosen:
-            present, length = _frames_of(sequences[name])
+            present, length = _frames_of(sequences[name], parts)
             if split_of(name) in allowed: clips += cut_clips(name, present, kind, length)
-    if not clips:
-        raise KiloError(f"No clip of the setting '{setting}' and the split '{split}' fits into the {len(sequences)} "
-                        "sequences given: expected runs of 11 or 16 frames with LiDAR, front picture and cuboids at "
-                        "the starts of the setting; choose another setting, or the split 'all'.")
+    if not clips: raise _no_clip(header, sequences)
     return ClipIndex(header, tuple(clips))
 
-# %% ../../nbs/flux4d/clips.ipynb #eb26402c
-def clips_of(path: str | Path, setting: str = "evaluation", split: Split = "all", tiny: bool = False) -> ClipIndex:
+# %% ../../nbs/flux4d/clips.ipynb #9c048995
+def clips_of(path: str | Path, setting: str = "evaluation", split: Split = "all", tiny: bool = False,
+             labels: bool = False) -> ClipIndex:
     """The clips of the data that is present at `path`, a PandaSet sequence or a folder of sequences.
 
-    Arguments as `build_clip_index`; by default evaluation clips of every sequence. Raises KiloError: no sequence, a
+    Arguments as `build_clip_index`; by default evaluation clips of every sequence. labels: whether every frame must
+    have cuboids, which only scores need. Raises KiloError: no sequence, a
     damaged one, or no clip.
     """
     sequences = {folder.name: load_pandaset(folder) for folder in find_sequences(path)}
-    return build_clip_index(sequences, setting, split, tiny, Path(path).resolve().name)
+    return build_clip_index(sequences, setting, split, tiny, Path(path).resolve().name,
+                            CLIP_PARTS if labels else CLIP_PARTS[:2])
 
 # %% ../../nbs/flux4d/clips.ipynb #3d531b69
 def write_clip_index(path: str | os.PathLike, index: ClipIndex) -> None:
@@ -294,19 +313,17 @@ def clip_counts(index: ClipIndex) -> dict[tuple[str, str], int]:
     """(setting, split) -> number of clips."""
     return dict(Counter((clip.setting or "-", clip.split or "-") for clip in index))
 
-# %% ../../nbs/flux4d/clips.ipynb #b3f7503b
+# %% ../../nbs/flux4d/clips.ipynb #4d7fb327
 def _part_file(folder: Path, part: str, number: int) -> Path:
     """The file of a frame in a part of a sequence."""
     return folder / part / f"{number:02d}.jpg" if part.startswith("camera/") else table_path(folder / part, number)
 
-
+# %% ../../nbs/flux4d/clips.ipynb #9cf8fa4b
 def _shared_files(parts: Sequence[str]) -> list[str]:
     """The JSON files that clips with these parts need."""
-    files = ["lidar/poses.json", "lidar/timestamps.json"]
-    for part in parts:
-        if part.startswith("camera/"): files += [f"{part}/{name}.json" for name in ("intrinsics", "poses",
-                                                                                    "timestamps")]
-    return files
+    return ["lidar/poses.json", "lidar/timestamps.json",
+            *(f"{part}/{name}.json" for part in parts if part.startswith("camera/")
+              for name in ("intrinsics", "poses", "timestamps"))]
 
 # %% ../../nbs/flux4d/clips.ipynb #9cf04807
 def missing_clip_files(index: ClipIndex, root: str | os.PathLike) -> dict[str, list[str]]:

@@ -30,7 +30,15 @@ class ClusterOptions:
         for name in ("least_speed", "eps_m", "velocity_s", "min_points"):
             if not getattr(self, name) > 0: raise KiloError(f"{name} is {getattr(self, name)}; expected above 0.")
 
-# %% ../../nbs/flux4d/clusters.ipynb #ab42b590
+# %% ../../nbs/flux4d/clusters.ipynb #a279bd12
+def _by_size(labels: Tensor) -> Tensor:
+    """The labels renumbered by falling size; -1 stays."""
+    count = int(labels.max()) + 1
+    if count < 1: return labels
+    rank = torch.bincount(labels[labels >= 0], minlength=count).argsort(descending=True, stable=True).argsort()
+    return torch.where(labels >= 0, rank[labels.clamp(min=0)], -1)
+
+# %% ../../nbs/flux4d/clusters.ipynb #2cf5300a
 def cluster_moving(gaussians: MovingGaussians, time_s: float, options: ClusterOptions | None = None) -> Tensor:
     """[N] int64 cluster of each gaussian, 0.. by falling size; -1 for those at rest, the sky and single ones.
 
@@ -47,14 +55,6 @@ def cluster_moving(gaussians: MovingGaussians, time_s: float, options: ClusterOp
     labels[chosen] = torch.from_numpy(found).to(labels)
     return _by_size(labels)
 
-
-def _by_size(labels: Tensor) -> Tensor:
-    """The labels renumbered by falling size; -1 stays."""
-    count = int(labels.max()) + 1
-    if count < 1: return labels
-    rank = torch.bincount(labels[labels >= 0], minlength=count).argsort(descending=True, stable=True).argsort()
-    return torch.where(labels >= 0, rank[labels.clamp(min=0)], -1)
-
 # %% ../../nbs/flux4d/clusters.ipynb #c6e2948f
 def cluster_velocities(gaussians: MovingGaussians, labels: Tensor) -> Tensor:
     """[K, L, 3] mean velocity coefficients of each cluster of `labels` [N]."""
@@ -65,14 +65,14 @@ def cluster_velocities(gaussians: MovingGaussians, labels: Tensor) -> Tensor:
     sizes = torch.bincount(labels[chosen], minlength=count).clamp(min=1)
     return sums / sizes[:, None, None]
 
-# %% ../../nbs/flux4d/clusters.ipynb #f85b9063
+# %% ../../nbs/flux4d/clusters.ipynb #47c71dc8
 def share_motion(gaussians: MovingGaussians, labels: Tensor) -> MovingGaussians:
     """The gaussians with the mean motion of their cluster; those of no cluster keep their own."""
     if not (labels >= 0).any(): return gaussians
     mean = cluster_velocities(gaussians, labels)[labels.clamp(min=0)]
     return replace(gaussians, velocities=torch.where((labels >= 0)[:, None, None], mean, gaussians.velocities))
 
-
+# %% ../../nbs/flux4d/clusters.ipynb #fc4121cc
 def without_cluster(gaussians: MovingGaussians, labels: Tensor, cluster: int) -> MovingGaussians:
     """The scene without one moving thing. KiloError for a number that is no cluster."""
     if not (labels == cluster).any():

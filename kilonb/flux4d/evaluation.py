@@ -6,7 +6,7 @@
 # %% auto #0
 __all__ = ['Renderer', 'ROLES', 'depth_scores', 'picture_scores', 'score_frames', 'mean_of_rows', 'score_views',
            'nearest_input', 'flow_truth_of', 'point_velocities', 'predicted_flow', 'name_flow_scores', 'score_motion',
-           'score_models', 'describe_models', 'score_clips']
+           'score_models', 'describe_models', 'compare_models', 'describe_motion', 'score_clips']
 
 # %% ../../nbs/flux4d/evaluation.ipynb #f035fa07
 from collections.abc import Callable, Mapping, Sequence
@@ -37,13 +37,13 @@ def depth_scores(depth: Tensor, frame: ClipFrame, far_m: float) -> dict[str, flo
     for name, mask in masks.items(): scores[name] = squared[mask].mean().sqrt().item() if mask.any() else None
     return scores
 
-# %% ../../nbs/flux4d/evaluation.ipynb #8f7be02f
+# %% ../../nbs/flux4d/evaluation.ipynb #15a99e2e
 def picture_scores(rgb: Tensor, frame: ClipFrame) -> dict[str, float | None]:
     """`psnr_full_db`, `ssim_full`, and over the dynamic mask `psnr_dynamic_db`, `ssim_dynamic`, of a picture [H, W, 3];
     None where the mask is empty or there are no labels."""
     shown = rgb.detach().clamp(0, 1)
-    scores: dict[str, float | None] = {"psnr_full_db": psnr_srgb_db(shown, frame.rgb), "ssim_full": ssim(shown,
-                                                                                                        frame.rgb)}
+    scores: dict[str, float | None] = {"psnr_full_db": psnr_srgb_db(shown, frame.rgb),
+                                       "ssim_full": ssim(shown, frame.rgb)}
     mask = frame.mask
     scores["psnr_dynamic_db"] = None if mask is None else masked_psnr_db(shown, frame.rgb, mask)
     scores["ssim_dynamic"] = None if mask is None else masked_ssim(shown, frame.rgb, mask)
@@ -106,12 +106,12 @@ def nearest_input(data: ClipData) -> Renderer:
                             None, 0)
     return render
 
-# %% ../../nbs/flux4d/evaluation.ipynb #b9d808e5
-def flow_truth_of(data: ClipData, positions: Sequence[int] | None = None) -> tuple[FlowTruth, list[Tensor]]:
-    """(labelled flow over .1 s of the LiDAR points of the frames at `positions` that are in the picture, their rows in
-    the frames). None: the input frames. Flow is over ground, so zero flow and ego motion are the same baseline."""
+# %% ../../nbs/flux4d/evaluation.ipynb #00113a2d
+def flow_truth_of(data: ClipData) -> tuple[FlowTruth, list[Tensor]]:
+    """(labelled flow over .1 s of the LiDAR points of the input frames that are in the picture, their rows in the
+    frames). Flow is over ground, so zero flow and ego motion are the same baseline."""
     truths, rows = [], []
-    for position in data.clip.inputs if positions is None else positions:
+    for position in data.clip.inputs:
         flow = point_flow(data, position)
         classes = torch.tensor([*(pandaset_flow_class(track.label) for track in data.tracks), 0],
                                device=flow.objects.device)[flow.objects]
@@ -132,7 +132,7 @@ def point_velocities(gaussians: MovingGaussians, frame: ClipFrame, rows: Tensor)
     chosen = gaussians.detach().subset(own[torch.from_numpy(nearest).to(own.device)])
     return velocities_at(chosen, frame.point_times_s[rows].to(chosen.device))
 
-# %% ../../nbs/flux4d/evaluation.ipynb #be975f22
+# %% ../../nbs/flux4d/evaluation.ipynb #399dc7c4
 def predicted_flow(motion: MovingGaussians | Sequence[Tensor], data: ClipData) -> tuple[Tensor, FlowTruth]:
     """(flow [M, 3] over .1 s at the labelled points of the input frames, their labels).
 
@@ -144,7 +144,7 @@ def predicted_flow(motion: MovingGaussians | Sequence[Tensor], data: ClipData) -
     else: found = [velocities[own] for velocities, own in zip(motion, rows)]
     return (torch.cat(found).double() * INTERVAL_S).to(truth.flow), truth
 
-
+# %% ../../nbs/flux4d/evaluation.ipynb #c28da056
 def name_flow_scores(predicted: Tensor, truth: FlowTruth, prefix: str = "") -> dict[str, Any]:
     """`metrics.flow.score_flow` named {prefix}flow_..., with FD and the mean over things also as shares of zero
     flow."""
@@ -154,12 +154,12 @@ def name_flow_scores(predicted: Tensor, truth: FlowTruth, prefix: str = "") -> d
         scores[f"flow_{name}_share_of_zero_flow"] = own / zero if own is not None and zero else None
     return {f"{prefix}{name}": value for name, value in scores.items() if "_ego_motion" not in name}
 
-
+# %% ../../nbs/flux4d/evaluation.ipynb #c6e97a3f
 def score_motion(motion: MovingGaussians | Sequence[Tensor], data: ClipData, prefix: str = "") -> dict[str, Any]:
     """Scene-flow scores of the input frames of one clip; arguments as `predicted_flow`."""
     return name_flow_scores(*predicted_flow(motion, data), prefix)
 
-# %% ../../nbs/flux4d/evaluation.ipynb #8a2ff78a
+# %% ../../nbs/flux4d/evaluation.ipynb #8fac860d
 def score_models(models: Mapping[str, MovingGaussians], data: ClipData, moving: Sequence[str] = (),
                  roles: Sequence[str] = ("interp", "future")) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(results, rows of all frames) of several models of one clip and of the copied nearest input (`copy_`).
@@ -173,7 +173,7 @@ def score_models(models: Mapping[str, MovingGaussians], data: ClipData, moving: 
         if name in moving and data.tracks is not None: results |= score_motion(gaussians, data, f"{name}_")
     return results, rows
 
-
+# %% ../../nbs/flux4d/evaluation.ipynb #f8375904
 def describe_models(results: Mapping[str, Any], names: Sequence[str]) -> str:
     """A table of models: PSNR over the whole picture and over moving things, depth error, and flow, "-" for none."""
     columns = {"interp dB": "interp_psnr_full_db", "moving": "interp_psnr_dynamic_db", "depth m": "interp_depth_rmse_m",
@@ -184,31 +184,55 @@ def describe_models(results: Mapping[str, Any], names: Sequence[str]) -> str:
     return text_table(["model", *columns], [[name, *(show(results.get(f"{name}_{key}")) for key in columns.values())]
                                             for name in names])
 
-# %% ../../nbs/flux4d/evaluation.ipynb #7020e658
+# %% ../../nbs/flux4d/evaluation.ipynb #3ce16d05
+def compare_models(results: Mapping[str, Any], name: str, baseline: str) -> str:
+    """A sentence on a model beside a baseline between the inputs: PSNR of both, their difference on moving things, and
+    the depth error of the model; what has no score is named or left out. results: of `score_models`."""
+    full, base, moving, still = (results[f"{model}_interp_psnr_{part}_db"] for part in ("full", "dynamic")
+                                 for model in (name, baseline))
+    motion = "no moving thing is labelled" if None in (moving, still) else f"{moving - still:+.1f} dB on moving things"
+    depth, visible = (results[f"{name}_interp_depth_rmse_{part}"] for part in ("m", "visible_m"))
+    errors = "" if None in (depth, visible) else (
+        f"; its depth is off by {depth:.2f} m (root mean square; {visible:.2f} m over visible points)")
+    return f"Between the inputs {name} has {full:.1f} dB and {baseline} {base:.1f} dB; {motion}{errors}."
+
+# %% ../../nbs/flux4d/evaluation.ipynb #f98be987
+def describe_motion(results: Mapping[str, Any], prefix: str = "") -> str:
+    """The scene-flow scores of `name_flow_scores` in words: FD as a share of zero flow, and BS."""
+    fd, bs = (results.get(f"{prefix}flow_{name}") for name in ("fd_share_of_zero_flow", "epe_bs_m"))
+    return "no labelled motion" if fd is None or bs is None else f"FD {fd:.0%} of zero flow, BS {bs:.3f} m"
+
+# %% ../../nbs/flux4d/evaluation.ipynb #a7e2afb5
+def _dynamic_share(data: ClipData) -> float | None:
+    """Share of the labelled points of a clip's input frames that move; None without labels."""
+    if data.tracks is None: return None
+    truth, _ = flow_truth_of(data)
+    return (truth.moved >= 0.05).float().mean().item() if len(truth) else 0.0
+
+# %% ../../nbs/flux4d/evaluation.ipynb #f8cb756c
 def score_clips(models: Mapping[str, Callable[[ClipExample], MovingGaussians]], examples: Sequence[ClipExample],
                 least_dynamic: float = 0.0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(results named {model}_psnr_full_db ... over the target frames and {model}_flow_..., a row per clip and model).
 
     models: name -> function from a prepared clip to gaussians. least_dynamic: share of dynamic points that a clip
-    needs. KiloError where no clip is left.
+    needs; clips without labels are kept, and have no scores of flow. Where no clip is left, there are only counts.
     """
     rows, flows, skipped = [], {name: [] for name in models}, 0
     for example in examples:
-        truth, _ = flow_truth_of(example.data)
-        share = (truth.moved >= 0.05).float().mean().item() if len(truth) else 0.0
-        if share < least_dynamic:
+        share = _dynamic_share(example.data)
+        if share is not None and share < least_dynamic:
             skipped += 1
             continue
         for name, predict in models.items():
             gaussians = predict(example)
             scores = mean_of_rows(score_frames(gaussians, example.data, example.data.clip.targets))
             rows.append({"model": name, "clip": example.data.clip.name, "dynamic_share": share, **scores})
-            flows[name].append(predicted_flow(gaussians, example.data))
-    if not rows: raise KiloError(f"None of the {len(examples)} clips has {least_dynamic:.0%} dynamic points.")
+            if share is not None: flows[name].append(predicted_flow(gaussians, example.data))
     results: dict[str, Any] = {"clips": len(rows) // len(models), "clips_skipped_static": skipped}
-    for name, own in flows.items():
+    for name, own in flows.items() if rows else ():
         means = mean_of_rows([{k: v for k, v in row.items() if k not in ("model", "clip")} for row in rows
                               if row["model"] == name])
-        pooled = name_flow_scores(torch.cat([flow for flow, _ in own]), join_truths([truth for _, truth in own]))
+        pooled = name_flow_scores(torch.cat([flow for flow, _ in own]), join_truths([truth for _, truth in own])
+                                  ) if own else {}
         results |= {f"{name}_{key}": value for key, value in (means | pooled).items() if key != "dynamic_share"}
     return results, rows

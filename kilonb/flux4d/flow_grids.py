@@ -19,12 +19,12 @@ from scipy import ndimage
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-# %% ../../nbs/flux4d/flow_grids.ipynb #e1c87cd3
+# %% ../../nbs/flux4d/flow_grids.ipynb #147ccc3f
 def fill_nearest(values: np.ndarray) -> np.ndarray:
     """NaN replaced by the nearest value."""
     return values[tuple(ndimage.distance_transform_edt(np.isnan(values), return_distances=False, return_indices=True))]
 
-
+# %% ../../nbs/flux4d/flow_grids.ipynb #431b28f1
 def _low_quantile(points: np.ndarray, cells: np.ndarray, count: int) -> np.ndarray:
     """[count] the height below which lie 5% of a cell's points (not the lowest of more than 8); NaN without points."""
     order = np.lexsort((points[:, 2], cells))

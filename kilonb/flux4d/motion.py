@@ -65,13 +65,13 @@ def check_moving(gaussians: MovingGaussians) -> None:
         if found != shape: raise KiloError(f"{name} has shape {list(found)}; expected {list(shape)}.")
     if gaussians.sky.dtype != torch.bool: raise KiloError(f"sky holds {gaussians.sky.dtype}; expected bool.")
 
-# %% ../../nbs/flux4d/motion.ipynb #a63ef102
+# %% ../../nbs/flux4d/motion.ipynb #4b4b1f6b
 def _powers(time: Tensor, order: int) -> Tensor:
     """time^(j+1) / (j+1) for j = 0 .. order - 1, stacked last."""
     exponents = torch.arange(1, order + 1, device=time.device, dtype=time.dtype)
     return time[..., None] ** exponents / exponents
 
-
+# %% ../../nbs/flux4d/motion.ipynb #e376630b
 def positions_at(gaussians: MovingGaussians, time_s: float | Tensor) -> Tensor:
     """Centres [N, 3] at `time_s` (seconds after the clip's start; a number or [N]), clip frame, metres.
 
@@ -116,7 +116,7 @@ def save_moving(path: str | Path, gaussians: MovingGaussians) -> None:
     content = {name: tensor.detach().cpu() for name, tensor in gaussians.parameters().items()}
     write_checkpoint(path, {"kind": MOVING_KIND, "gaussians": content})
 
-# %% ../../nbs/flux4d/motion.ipynb #13adc5f0
+# %% ../../nbs/flux4d/motion.ipynb #538d5bfb
 def load_moving(path: str | Path) -> MovingGaussians:
     """The gaussians that `save_moving` wrote, on the CPU. KiloError where the file is missing, damaged or another."""
     content = read_checkpoint(path)
@@ -125,5 +125,7 @@ def load_moving(path: str | Path) -> MovingGaussians:
                         f"'{MOVING_KIND}'): give the gaussians.pt of a flux4d run.")
     try: gaussians = MovingGaussians(**content["gaussians"])
     except TypeError as error: raise KiloError(f"'{path}' has not the tensors of moving gaussians ({error}).") from None
+    if not all(isinstance(value, Tensor) for value in content["gaussians"].values()):
+        raise KiloError(f"'{path}' has not the tensors of moving gaussians.")
     check_moving(gaussians)
     return gaussians

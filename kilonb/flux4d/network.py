@@ -6,8 +6,7 @@ gradients.
 
 # %% auto #0
 __all__ = ['PARTS', 'OUTPUT_SCALES', 'VELOCITY_SCALE', 'gaussian_table', 'network_inputs', 'apply_update',
-           'ReconstructionConfig', 'NetworkClip', 'network_clip', 'gaussian_gradient', 'ReconstructionNetwork',
-           'reconstruct']
+           'ReconstructionConfig', 'NetworkClip', 'network_clip', 'gaussian_gradient', 'ReconstructionNetwork']
 
 # %% ../../nbs/flux4d/network.ipynb #7d9aebcb
 from collections.abc import Callable
@@ -89,7 +88,7 @@ class ReconstructionConfig:
                                 backend=self.backend, hidden=self.hidden,
                                 velocities=self.order if velocities is None else velocities)
 
-# %% ../../nbs/flux4d/network.ipynb #100934a4
+# %% ../../nbs/flux4d/network.ipynb #f58c31cc
 @dataclass(frozen=True, eq=False)
 class NetworkClip:
     """What a network sees of a clip: initial gaussians, their voxels (built once), and the clip's length in seconds."""
@@ -97,7 +96,7 @@ class NetworkClip:
     grid: VoxelGrid = field(repr=False)
     duration_s: float
 
-
+# %% ../../nbs/flux4d/network.ipynb #45fb2046
 def network_clip(gaussians: MovingGaussians, duration_s: float, voxel_m: float = 0.3) -> NetworkClip:
     """The gaussians of a clip with their voxels, on their device."""
     return NetworkClip(gaussians, voxel_grid(gaussians.means, voxel_size=voxel_m), duration_s)
@@ -117,7 +116,7 @@ def gaussian_gradient(gaussians: MovingGaussians, loss: Callable[[MovingGaussian
     size = table.square().mean(0).sqrt()
     return table / size.clamp(min=max(1e-4 * size.max().item(), 1e-20))
 
-# %% ../../nbs/flux4d/network.ipynb #834a846c
+# %% ../../nbs/flux4d/network.ipynb #e7e38c7b
 class ReconstructionNetwork(nn.Module):
     """The network f of a clip and, with `config.refinements`, the network r."""
 
@@ -134,9 +133,7 @@ class ReconstructionNetwork(nn.Module):
         """Take mean and deviation of the inputs from the training clips, without the sky."""
         tables = [network_inputs(clip.gaussians, clip.duration_s)[~clip.gaussians.sky] for clip in clips]
         self.base.fit_inputs(tables)
-        if self.refiner is not None:
-            extra = [nn.functional.pad(table, (0, 14)) for table in tables]
-            self.refiner.fit_inputs(extra)
+        if self.refiner is not None: self.refiner.fit_inputs([nn.functional.pad(table, (0, 14)) for table in tables])
 
     def _pass(self, network: GaussianNetwork, clip: NetworkClip, inputs: Tensor) -> GaussianUpdate:
         """One network in its precision; the output is float32."""
@@ -147,24 +144,18 @@ class ReconstructionNetwork(nn.Module):
 
     def forward(self, clip: NetworkClip, loss: Callable[[MovingGaussians], Tensor] | None = None
                 ) -> list[MovingGaussians]:
-        """The gaussians after the first pass and after each refinement; see `reconstruct`."""
-        return reconstruct(self, clip, loss)
+        """The gaussians of a clip after the first pass and after each of `config.refinements` refinements.
 
-# %% ../../nbs/flux4d/network.ipynb #287b8abb
-def reconstruct(model: ReconstructionNetwork, clip: NetworkClip,
-                loss: Callable[[MovingGaussians], Tensor] | None = None) -> list[MovingGaussians]:
-    """The gaussians of a clip after the first pass and after each of `config.refinements` refinements.
-
-    loss: gaussians -> error of pictures of input frames, for the gradients that the refinements see; KiloError where it
-    is missing. Each refinement starts from the detached result before it.
-    """
-    results = [apply_update(clip.gaussians, model._pass(model.base, clip,
-                                                        network_inputs(clip.gaussians, clip.duration_s)))]
-    if model.refiner is None: return results
-    if loss is None:
-        raise KiloError("The model refines by gradients: pass a loss of the gaussians on input frames.")
-    for _ in range(model.config.refinements):
-        current = results[-1].detach()
-        inputs = torch.cat([network_inputs(current, clip.duration_s), gaussian_gradient(current, loss)], 1)
-        results.append(apply_update(current, model._pass(model.refiner, clip, inputs)))
-    return results
+        loss: gaussians -> error of pictures of input frames, for the gradients that the refinements see; KiloError
+        where it is missing. Each refinement starts from the detached result before it.
+        """
+        inputs = network_inputs(clip.gaussians, clip.duration_s)
+        results = [apply_update(clip.gaussians, self._pass(self.base, clip, inputs))]
+        if self.refiner is None: return results
+        if loss is None:
+            raise KiloError("The model refines by gradients: pass a loss of the gaussians on input frames.")
+        for _ in range(self.config.refinements):
+            current = results[-1].detach()
+            inputs = torch.cat([network_inputs(current, clip.duration_s), gaussian_gradient(current, loss)], 1)
+            results.append(apply_update(current, self._pass(self.refiner, clip, inputs)))
+        return results

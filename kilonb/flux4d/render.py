@@ -61,18 +61,18 @@ class MovingRender(NamedTuple):
     velocity: Tensor | None
     hidden: int
 
-# %% ../../nbs/flux4d/render.ipynb #3e912152
+# %% ../../nbs/flux4d/render.ipynb #27ce6991
 def render_at(gaussians: MovingGaussians, camera: PinholeCamera, time_s: float, background: Tensor | None = None,
-              flow: bool = False, interval_s: float = FRAME_INTERVAL_S) -> MovingRender:
+              flow: bool = False) -> MovingRender:
     """The gaussians through `camera` at `time_s`, seconds after the clip's start. Differentiable in all tensors.
 
-    background: [3] sRGB. flow: also composite the image velocity. interval_s: time unit of that velocity.
+    background: [3] sRGB. flow: also composite the image velocity, pixels per FRAME_INTERVAL_S.
     """
     if not len(gaussians): raise KiloError("There are no gaussians to draw: the lift of this clip is empty.")
     means, view = positions_at(gaussians, time_s), camera.world_to_camera.to(gaussians.means)
     depth, surface = transform_points(view, means)[:, 2:], (~gaussians.sky)[:, None].to(means)
     channels = [gaussians.colors, depth * surface, surface]
-    if flow: channels.append(image_velocities(means, velocities_at(gaussians, time_s), camera, interval_s))
+    if flow: channels.append(image_velocities(means, velocities_at(gaussians, time_s), camera))
     values = torch.cat(channels, -1)
     behind = None
     if background is not None: behind = torch.nn.functional.pad(background.to(means), (0, values.shape[1] - 3))[None]

@@ -26,14 +26,14 @@ def _vector_at(builder, pointer, number):
     """Pointer to vector `number` after a float pointer."""
     return builder.bitcast(builder.gep(pointer, [_INT(WIDTH * number)]), _LANES.as_pointer())
 
-# %% ../../nbs/flux4d/row_products.ipynb #38e4293c
+# %% ../../nbs/flux4d/row_products.ipynb #0f063ebd
 def _splat(builder, number):
     """Vector whose elements are all `number`."""
     empty, first = ir.Constant(_LANES, ir.Undefined), ir.IntType(32)(0)
     order = ir.Constant(ir.VectorType(ir.IntType(32), WIDTH), [0] * WIDTH)
     return builder.shuffle_vector(builder.insert_element(empty, number, first), empty, order)
 
-
+# %% ../../nbs/flux4d/row_products.ipynb #79e6fd5a
 def _smaller(builder, a, b): return builder.select(builder.icmp_signed("<", a, b), a, b)
 
 # %% ../../nbs/flux4d/row_products.ipynb #47162709
@@ -64,17 +64,17 @@ def _emit_sums(builder, targets: list, count, operands: Callable) -> None:
     for place, before, value in zip(places, old, [value for row in new for value in row]):
         builder.store(builder.fadd(before, value), place, align=4)
 
-# %% ../../nbs/flux4d/row_products.ipynb #8b484605
+# %% ../../nbs/flux4d/row_products.ipynb #e27b3054
 def _pointers(context, builder, signature, arguments, *positions):
     """Data pointers of the array arguments at `positions`."""
     return [context.make_array(signature.args[i])(context, builder, value=arguments[i]).data for i in positions]
 
-
+# %% ../../nbs/flux4d/row_products.ipynb #8474d558
 def _row(builder, rows, number):
     """Element `number` of an int32 list, as int64."""
     return builder.sext(builder.load(builder.gep(rows, [number])), _INT)
 
-
+# %% ../../nbs/flux4d/row_products.ipynb #65f279cf
 def _vectors(builder, pointer): return [builder.load(_vector_at(builder, pointer, v), align=4) for v in range(_VECTORS)]
 
 # %% ../../nbs/flux4d/row_products.ipynb #5cb56cc4

@@ -229,12 +229,12 @@ def _sort_tiles(kernel_map: KernelMap) -> _Tiles:
     return _Tiles(kernel_map.in_rows[order].int().numpy(), kernel_map.out_rows[order].int().numpy(),
                   torch.searchsorted(places, torch.arange(tiles * kinds + 1)).numpy())
 
-# %% ../../nbs/flux4d/sparse_conv.ipynb #774440ed
+# %% ../../nbs/flux4d/sparse_conv.ipynb #c86b7541
 def _short_rows(kernel_map: KernelMap) -> tuple[np.ndarray, np.ndarray]:
     """The map's in_rows and out_rows as int32."""
     return kernel_map.in_rows.int().numpy(), kernel_map.out_rows.int().numpy()
 
-
+# %% ../../nbs/flux4d/sparse_conv.ipynb #9aef334b
 def _padded(values: Tensor) -> Tensor:
     """Contiguous, with zero columns added to the next multiple of 32."""
     missing = -values.shape[-1] % PRODUCT_COLUMNS

@@ -182,7 +182,7 @@ class GaussianHeads(nn.Module):
         x = point_mlp(grid, self.voxel(voxel_features), inputs, self._offset_features(grid), weights, self.config.slope)
         return GaussianUpdate(x[:, :self.config.deltas], x[:, self.config.deltas:].unflatten(1, (-1, 3)))
 
-# %% ../../nbs/flux4d/unet.ipynb #d1034bf5
+# %% ../../nbs/flux4d/unet.ipynb #5a57fbf8
 class GaussianNetwork(nn.Module):
     """Sparse U-Net and heads: a grid of N points and their inputs [N, inputs] to a `GaussianUpdate`.
 
@@ -206,7 +206,7 @@ class GaussianNetwork(nn.Module):
 
     def features(self, grid: VoxelGrid, inputs: Tensor) -> Tensor:
         """[M, channels[0]] features of the voxels, of standardised inputs."""
-        return self.unet(grid, pool(grid, inputs).features)
+        return self.unet(grid, pool(grid, inputs))
 
     def forward(self, grid: VoxelGrid, inputs: Tensor) -> GaussianUpdate:
         if inputs.ndim != 2 or inputs.shape[1] != self.config.inputs:

@@ -88,7 +88,7 @@ class VoxelFlowConfig:
 
     def __post_init__(self) -> None: _check_config(self)
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #bdb967c6
+# %% ../../nbs/flux4d/voxel_flow.ipynb #2098867c
 class _Region(NamedTuple):
     """The processed box. low: [3] corner (x, y, height above ground). side_m: of its square. ground: below it."""
     low: np.ndarray
@@ -104,7 +104,7 @@ class _Region(NamedTuple):
         across = max(2, math.ceil(self.side_m / cell_m - 1e-9))
         return across, across, max(2, math.ceil(height_m / cell_m - 1e-9))
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #7e619edf
 def _region(clouds: Sequence[np.ndarray], config: VoxelFlowConfig) -> _Region:
     """The box around the median of all points."""
     points = np.concatenate(clouds)
@@ -113,7 +113,7 @@ def _region(clouds: Sequence[np.ndarray], config: VoxelFlowConfig) -> _Region:
     ground = fit_ground(near if len(near) else points, config.ground_cell_m)
     return _Region(np.array([*(centre - config.range_m), 0.0]), 2 * config.range_m, ground)
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #7c6dfcf3
+# %% ../../nbs/flux4d/voxel_flow.ipynb #dc46b705
 def _time_map(points: np.ndarray, times: np.ndarray, region: _Region, cell_m: float) -> np.ndarray:
     """[U, U] mean capture time by cell; of the nearest cell where there are no points."""
     across = math.ceil(region.side_m / cell_m - 1e-9)
@@ -124,13 +124,13 @@ def _time_map(points: np.ndarray, times: np.ndarray, region: _Region, cell_m: fl
     with np.errstate(invalid="ignore"): means = (sums / counts).reshape(across, across)
     return fill_nearest(means) if len(cells) else np.full((across, across), times.mean())
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #17f18cdf
 def _time_cells(points: np.ndarray, region: _Region, cell_m: float, across: int) -> np.ndarray:
     """[N] flat cell of a time map."""
     cells = np.clip(((points[:, :2] - region.low[:2]) / cell_m).astype(np.int64), 0, across - 1)
     return cells[:, 0] * across + cells[:, 1]
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #14047aeb
+# %% ../../nbs/flux4d/voxel_flow.ipynb #c194ba5a
 @dataclass(frozen=True, eq=False)
 class _Target:
     """One sensor's sweep of a frame. frame: its number. time_s: mean. times: [U, U] map. surface, distances: of its
@@ -142,12 +142,12 @@ class _Target:
     surface: SweepSurface
     distances: DistanceGrid
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #b91793c5
 def _solid(raised: np.ndarray, region: _Region, config: VoxelFlowConfig) -> np.ndarray:
     """[N] bool: inside the region, above the ground and not too high. raised: [N, 3] x, y, height above ground."""
     return region.contains(raised) & (raised[:, 2] > config.ground_m) & (raised[:, 2] < config.height_m)
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #0b6134b9
 def _target(frame: int, points: np.ndarray, times: np.ndarray, region: _Region, config: VoxelFlowConfig,
             device: str | torch.device) -> _Target:
     """A sweep as a target."""
@@ -179,7 +179,7 @@ def cluster_points(points: np.ndarray, eps_m: float = .5, min_points: int = 4, v
     labels = DBSCAN(eps=eps_m, min_samples=min_points).fit(points[first] * [1, 1, z_scale]).labels_
     return labels[voxels.ravel()].astype(np.int64)
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #1950db7d
+# %% ../../nbs/flux4d/voxel_flow.ipynb #1c4d1365
 class _Samples(NamedTuple):
     """Points sampled from clusters. rows: [M] into the sweep, by cluster. starts: [C + 1] where each begins."""
     rows: np.ndarray
@@ -188,19 +188,19 @@ class _Samples(NamedTuple):
     @property
     def owner(self) -> np.ndarray: return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #8ad99ab8
 def _members(labels: np.ndarray) -> list[np.ndarray]:
     """Rows of every cluster."""
     order = np.argsort(labels, kind="stable")[np.count_nonzero(labels < 0):]
     return np.split(order, np.cumsum(np.bincount(labels[order]))[:-1]) if len(order) else []
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #aa8da429
 def _sample(members: Sequence[np.ndarray], count: int) -> _Samples:
     """At most `count` points of each cluster, evenly over its rows."""
     rows = [m if len(m) <= count else m[np.linspace(0, len(m) - 1, count).astype(int)] for m in members]
     return _Samples(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #31c6dbed
 def _count_voxels(points: np.ndarray, side_m: float = .3) -> int:
     """Occupied voxels: how many independent observations a cluster holds."""
     return len(np.unique((points / side_m).astype(np.int64), axis=0))
@@ -220,7 +220,7 @@ def _search(counter, points, gaps, starts, values, low, cell, velocities, out):
                 total += values[i, j, z] if inside else 255
             out[c, k] = total / (starts[c + 1] - starts[c])
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #86ff4cbb
+# %% ../../nbs/flux4d/voxel_flow.ipynb #7e6076a2
 def _lattice(config: VoxelFlowConfig) -> np.ndarray:
     """[K, 2] velocities to try, m/s, zero first, by speed."""
     axis = config.search_step * np.arange(-int(config.max_speed / config.search_step),
@@ -230,13 +230,13 @@ def _lattice(config: VoxelFlowConfig) -> np.ndarray:
     order = np.argsort(speeds, kind="stable")
     return every[order[speeds[order] <= config.max_speed + 1e-9]]
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #002d9585
 def _gaps(raised: np.ndarray, times: np.ndarray, target: _Target, region: _Region, cell_m: float) -> np.ndarray:
     """[M] seconds from each point's capture to the target's capture of the same place."""
     across = len(target.times)
     return target.times.ravel()[_time_cells(raised, region, cell_m, across)] - times
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #73c38afe
+# %% ../../nbs/flux4d/voxel_flow.ipynb #cd55b5db
 @dataclass(frozen=True, eq=False)
 class _Scores:
     """Mean distance (metres) of clusters. each: [C, J, K]. weights: [C, J] of the targets that see the cluster, sum
@@ -250,7 +250,7 @@ class _Scores:
     @property
     def visible(self) -> np.ndarray: return (self.weights > 1e-6).sum(1)
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #d2788209
 def _search_all(raised: np.ndarray, times: np.ndarray, samples: _Samples, targets: Sequence[_Target],
                 weights: np.ndarray, region: _Region, config: VoxelFlowConfig) -> _Scores:
     """Scores of all clusters at all velocities. A target in which no velocity finds a cluster does not see it."""
@@ -312,7 +312,7 @@ class _Problem:
         sums = values.new_zeros(self.clusters, *values.shape[1:]).index_add(0, self.owner, values)
         return sums / self.counts.reshape(-1, *[1] * (values.dim() - 1))
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #f0f7663d
+# %% ../../nbs/flux4d/voxel_flow.ipynb #541a15a1
 def _rigid_motion(problem: _Problem, flow: Tensor) -> Tensor:
     """[M, 2] the rigid motion of each cluster (translation and yaw rate) nearest to `flow` [M, 2]."""
     centred = problem.points[:, :2] - problem.mean(problem.points[:, :2])[problem.owner]
@@ -321,7 +321,7 @@ def _rigid_motion(problem: _Problem, flow: Tensor) -> Tensor:
     rate = problem.mean(((flow - mean) * turned).sum(-1)) / (problem.mean((centred ** 2).sum(-1)) + .1)
     return mean + rate[problem.owner, None] * turned
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #626308b1
 def flow_loss(problem: _Problem, flow: Tensor, config: VoxelFlowConfig) -> Tensor:
     """Mean truncated distance after `flow` [M, 2] (m/s) plus the weighted deviation from rigid clusters."""
     deviation = (flow - _rigid_motion(problem, flow)).square().sum(-1).mean()
@@ -346,7 +346,7 @@ class _FlowVectors:
         """[M, 2] m/s at the points."""
         return (self.values[self.places] * self.weights[..., None]).sum(1)
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #687bb1d0
+# %% ../../nbs/flux4d/voxel_flow.ipynb #4cff12ca
 def _fit_vectors(problem: _Problem, start: Tensor, region: _Region, config: VoxelFlowConfig,
                  ) -> tuple[_FlowVectors, list[float]]:
     """(the flow vectors after Adam, the loss at every step). start: [M, 2] m/s, of the search."""
@@ -364,7 +364,7 @@ def _fit_vectors(problem: _Problem, start: Tensor, region: _Region, config: Voxe
     vectors.values.requires_grad_(False)
     return vectors, losses
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #beb28178
 def _dense_grid(vectors: _FlowVectors, moving: Tensor, region: _Region, config: VoxelFlowConfig) -> FlowGrid:
     """The grid with the vectors around the `moving` [M] points; zero elsewhere."""
     shape, used = region.shape(config.grid_m, config.height_m), torch.unique(vectors.places[moving])
@@ -372,7 +372,7 @@ def _dense_grid(vectors: _FlowVectors, moving: Tensor, region: _Region, config: 
     dense[vectors.rows[used]] = vectors.values[used]
     return FlowGrid(dense.reshape(*shape, 2), torch.from_numpy(region.low).to(dense), config.grid_m, region.ground)
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #46998abf
+# %% ../../nbs/flux4d/voxel_flow.ipynb #ffcae052
 @dataclass(frozen=True, eq=False)
 class _Motion:
     """Motion of the clusters of a sweep. flow: [N, 2] m/s, zero where static. labels: [N]. moving: [N] bool."""
@@ -382,7 +382,7 @@ class _Motion:
     grid: FlowGrid
     losses: list[float]
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #7cc66e5c
 def _empty_grid(region: _Region, config: VoxelFlowConfig, device: str | torch.device) -> FlowGrid:
     """The flow grid of a sweep in which nothing moves."""
     vectors = torch.zeros(*region.shape(config.grid_m, config.height_m), 2, device=device)
@@ -411,7 +411,7 @@ def _build_problem(raised: np.ndarray, times: np.ndarray, samples: _Samples, tar
     return _Problem(to(points), torch.from_numpy(owner).to(device), to(gaps), to(weights[owner].T),
                     tuple(target.distances for target in targets), len(samples.starts) - 1)
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #e2b922a6
+# %% ../../nbs/flux4d/voxel_flow.ipynb #5d2fc8a6
 def _surface_residual(problem: _Problem, flow: Tensor, targets: Sequence[_Target], truncation_m: float) -> np.ndarray:
     """[C] mean distance to the surfaces of the targets after `flow` [M, 2] m/s, metres."""
     points, flow, gaps, weights, owner = (value.cpu().double().numpy() for value in (
@@ -423,7 +423,7 @@ def _surface_residual(problem: _Problem, flow: Tensor, targets: Sequence[_Target
         total[rows] += weight[rows] * target.surface.distance(moved, truncation_m)
     return np.bincount(owner.astype(np.int64), total, problem.clusters) / problem.counts.cpu().numpy()
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #1fd33ecf
 def _believed(problem: _Problem, flow: Tensor, targets: Sequence[_Target], voxels: np.ndarray,
               config: VoxelFlowConfig) -> np.ndarray:
     """[C] bool: the fitted clusters that move."""
@@ -515,7 +515,7 @@ def _checked(points: Sequence[Tensor], times_s: Sequence[float | Tensor]) -> tup
                             "give the sweeps in order of time.")
     return clouds, times
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #24ccbb8a
+# %% ../../nbs/flux4d/voxel_flow.ipynb #71372848
 def _cloud(points: Tensor, name: str) -> np.ndarray:
     """[N, 3] float64; KiloError where it is empty, of another shape, or not finite."""
     if points.dim() != 2 or points.shape[1] != 3:
@@ -526,7 +526,7 @@ def _cloud(points: Tensor, name: str) -> np.ndarray:
     if bad.any(): raise KiloError(f"{name} holds {bad.sum()} points that are not finite: remove them.")
     return array
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #0572e0e0
 def _times(times_s: float | Tensor, count: int, name: str) -> np.ndarray:
     """[count] float64 seconds; KiloError where there is neither one time nor one per point, or one is not finite."""
     times = torch.as_tensor(times_s, dtype=torch.float64).detach().cpu().numpy()
@@ -536,7 +536,7 @@ def _times(times_s: float | Tensor, count: int, name: str) -> np.ndarray:
     if not np.isfinite(times).all(): raise KiloError(f"{name} has a time that is not finite.")
     return np.broadcast_to(times, (count,)).copy()
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #ac3dd872
+# %% ../../nbs/flux4d/voxel_flow.ipynb #26246ccc
 def _sensor_rows(sensors: Tensor | None, count: int, name: str) -> list[np.ndarray]:
     """[count] bool rows of each sensor of a sweep; KiloError where there is not one sensor per point."""
     if sensors is None: return [np.ones(count, bool)]
@@ -545,7 +545,7 @@ def _sensor_rows(sensors: Tensor | None, count: int, name: str) -> list[np.ndarr
         raise KiloError(f"{name} has {count} points and sensors of shape {list(kinds.shape)}: expected one per point.")
     return [kinds == kind for kind in np.unique(kinds)]
 
-
+# %% ../../nbs/flux4d/voxel_flow.ipynb #ec067a09
 class _Sweeps:
     """Checked sweeps of one region. Targets are built on demand and kept while they are near the frame in work."""
 

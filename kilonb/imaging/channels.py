@@ -129,22 +129,22 @@ class ChannelPicture(NamedTuple):
     image: np.ndarray
     statistics: dict[str, Any]
 
-# %% ../../nbs/imaging/channels.ipynb #85162beb
+# %% ../../nbs/imaging/channels.ipynb #4172e953
 def _to_bytes(picture: Tensor) -> np.ndarray: return (picture.clamp(0, 1) * 255).round().byte().numpy()
 
-
+# %% ../../nbs/imaging/channels.ipynb #122e2af1
 def _on_background(colours: np.ndarray, alpha: Tensor, background: Tensor) -> np.ndarray:
     share = alpha[..., None]
     return _to_bytes(torch.from_numpy(colours).float() / 255 * share + background * (1 - share))
 
-# %% ../../nbs/imaging/channels.ipynb #a9fb1808
+# %% ../../nbs/imaging/channels.ipynb #b05e3ae1
 def _rounded_up(value: float) -> int:
     """The next of 1, 2, 4, 8, 12, 16, 24, 32, 48 ... so that a colour bar keeps its end while the camera moves."""
     if value <= 8: return 1 << max(0, math.ceil(value) - 1).bit_length()
     base = 1 << int(math.log2(value))
     return next(top for top in (base, base * 3 // 2, base * 2) if top >= value)
 
-
+# %% ../../nbs/imaging/channels.ipynb #9396810b
 def _colourise_counts(counts: Tensor, most: int, unit: str, name: str = "inferno") -> tuple[np.ndarray, dict]:
     top = most or _rounded_up(counts.double().flatten().kthvalue(max(1, int(0.995 * counts.numel()))).values.item())
     return apply_colormap(counts.float(), 0, top, name), colour_bar(name, 0, top, unit)

@@ -153,7 +153,7 @@ class LatestRequest:
         self.pending = None
         if self._task is not None: self._task.cancel()
 
-# %% ../../nbs/imaging/orbit_widget.ipynb #bc232829
+# %% ../../nbs/imaging/orbit_widget.ipynb #bb6e1847
 async def _answer_all(requests: LatestRequest) -> None:
     while requests.pending is not None:
         request, requests.pending = requests.pending, None
@@ -162,7 +162,7 @@ async def _answer_all(requests: LatestRequest) -> None:
         except Exception as error: requests.failed(request, f"{type(error).__name__}: {error}")
         await asyncio.sleep(0)
 
-
+# %% ../../nbs/imaging/orbit_widget.ipynb #35bae65d
 async def _answer_one(requests: LatestRequest, request: Any) -> None:
     for answer in requests.answer(request):
         if answer is not None:

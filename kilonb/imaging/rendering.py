@@ -181,11 +181,11 @@ class RenderOutcome:
         return {**{name: value for name, value in speed.items() if value is not None},
                 "render_peak_memory_mb": self.statistics["peak_memory_mb"], "frames_kept": self.kept}
 
-# %% ../../nbs/imaging/rendering.ipynb #a2fe487b
+# %% ../../nbs/imaging/rendering.ipynb #d7bf4148
 def _synchronise(device: str) -> None:
     if torch.device(device).type == "cuda": torch.cuda.synchronize(device)
 
-
+# %% ../../nbs/imaging/rendering.ipynb #37c3d56a
 def _render_one(source: FrameSource, view: NamedCamera, chunk_rays: int | None, identity: str,
                 warm: bool) -> RenderedFrame:
     """One timed frame on the CPU; KiloError where its size is wrong or it is not finite."""
@@ -204,12 +204,12 @@ def _render_one(source: FrameSource, view: NamedCamera, chunk_rays: int | None, 
     check_premultiplied(rgb, alpha)
     return frame
 
-# %% ../../nbs/imaging/rendering.ipynb #c59b20eb
+# %% ../../nbs/imaging/rendering.ipynb #f6d3d3d2
 def _without_pictures(frame: RenderedFrame) -> RenderedFrame:
     nothing = torch.empty(0, 0)
     return replace(frame, rgb_premultiplied=nothing, alpha=nothing, expected_depth=None)
 
-
+# %% ../../nbs/imaging/rendering.ipynb #6a498ae9
 def _complete_frame(folder: FrameFolder, name: str) -> RenderedFrame | None:
     """The frame, without its pictures, if its file is complete and belongs to the manifest; None otherwise."""
     if not folder.path(name).is_file(): return None

@@ -152,7 +152,7 @@ class Evaluation:
         """Write everything as JSON, atomically."""
         write_json(path, {**asdict(self), "frames": self.names, "means": self.means()})
 
-# %% ../../nbs/imaging/scoring.ipynb #5246fbcb
+# %% ../../nbs/imaging/scoring.ipynb #58eb68bf
 def _worst_views(evaluation: Evaluation, count: int, metric: str) -> list[str]:
     scores, means = evaluation.scores, evaluation.means()
     metric = metric or next(name for name in means if name.startswith("psnr"))
@@ -161,7 +161,7 @@ def _worst_views(evaluation: Evaluation, count: int, metric: str) -> list[str]:
     value = lambda name: sign * scores[name].get(metric, math.nan)
     return sorted(scores, key=lambda name: math.inf if math.isnan(value(name)) else value(name))[:count]
 
-
+# %% ../../nbs/imaging/scoring.ipynb #a1f0dd4c
 def _as_results(evaluation: Evaluation, prefix: str) -> dict[str, Any]:
     means = {f"{prefix}_{name}": value for name, value in evaluation.means().items()}
     own, teacher = means.get(f"{prefix}_psnr_srgb_white_db"), means.get(f"{prefix}_teacher_psnr_srgb_white_db")
@@ -192,16 +192,16 @@ def score_view(frame: RenderedFrame, photo: ViewTarget | None, teacher: Any, lpi
     report = alpha_report(frame.alpha, (photo or teacher).alpha)
     return {**scores, **{name: report[name] for name in ("halo_mean", "haze_mean", "leak_mean") if name in report}}
 
-# %% ../../nbs/imaging/scoring.ipynb #c5a78697
+# %% ../../nbs/imaging/scoring.ipynb #22b48e15
 def _photo_of(view: Any) -> ViewTarget | None:
     if isinstance(view, ViewTarget): return view if view.source == "image" else None
     return targets_from_images([view])[0] if hasattr(view, "rgba_straight") else None
 
-
+# %% ../../nbs/imaging/scoring.ipynb #3a8bfb37
 def _name_and_camera(view: Any) -> tuple[str, PinholeCamera]:
     return view if isinstance(view, tuple) and len(view) == 2 else (view.name, view.camera)
 
-
+# %% ../../nbs/imaging/scoring.ipynb #3369e328
 def _teacher_of(view: Any, teacher: FrameSource | FrameFolder | None) -> Any:
     if teacher is not None: return frame_of_subject(teacher, *_name_and_camera(view))
     return view if isinstance(view, ViewTarget) and view.source == "teacher" else None

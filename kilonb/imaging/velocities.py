@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..core.errors import KiloError
 
-# %% ../../nbs/imaging/velocities.ipynb #019d84e2
+# %% ../../nbs/imaging/velocities.ipynb #7fd367aa
 _GREY = 0.62                          # of what does not move
 
 
-def _hue_colours(hue: Tensor, value: float = 0.95) -> Tensor:
+def _hue_colours(hue: Tensor) -> Tensor:
     """Fully saturated colours [..., 3] of hues [...] in 0..1."""
     offsets = torch.tensor([0.0, 2 / 3, 1 / 3], device=hue.device, dtype=hue.dtype)
-    return value * (((hue[..., None] + offsets) % 1 * 6 - 3).abs() - 1).clamp(0, 1)
+    return 0.95 * (((hue[..., None] + offsets) % 1 * 6 - 3).abs() - 1).clamp(0, 1)
 
 # %% ../../nbs/imaging/velocities.ipynb #327015d1
 def velocity_colours(velocities: Tensor, top: float) -> Tensor:

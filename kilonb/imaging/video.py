@@ -118,7 +118,7 @@ def _write_frames(container: Any, frames: Iterable[Any], fps: float, codec: str,
     container.mux(stream.encode(None))
     return count
 
-# %% ../../nbs/imaging/video.ipynb #f7f0f2b5
+# %% ../../nbs/imaging/video.ipynb #614bd8f8
 def write_video(path: str | os.PathLike, frames: Iterable[Any], fps: float, codec: str = "h264",
                 quality: int = 20) -> Path:
     """Writes frames as a video, atomically; returns its path.
@@ -130,6 +130,8 @@ def write_video(path: str | os.PathLike, frames: Iterable[Any], fps: float, code
     """
     path = Path(path)
     _check_options(path, fps, codec, quality)
+    try: path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error: raise KiloError(f"Cannot write '{path}': {error.strerror or error}.") from None
     options = {"movflags": "+faststart"} if CONTAINERS[path.suffix.lower()] != "matroska" else {}
     with atomic_write(path) as partial:
         name = CONTAINERS[path.suffix.lower()]

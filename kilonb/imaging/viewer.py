@@ -84,21 +84,21 @@ def listed_gaussians(gaussians: Gaussians, camera: PinholeCamera) -> Tensor:
     )
     return counts.repeat_interleave(TILE, 0).repeat_interleave(TILE, 1)[:camera.height, :camera.width]
 
-# %% ../../nbs/imaging/viewer.ipynb #9f6a4a20
+# %% ../../nbs/imaging/viewer.ipynb #4e8d22a1
 def _render_at_once(render: Callable[[PinholeCamera], RenderedView], camera: PinholeCamera, stop: float,
                     rows: int) -> Iterator[RenderedView | None]:
     view = render(camera)
     yield None
     yield view
 
-
+# %% ../../nbs/imaging/viewer.ipynb #3268eaba
 def viewed_gaussians(gaussians: Gaussians, name: str = "gaussians") -> ViewedModel:
     """Gaussians for a viewer; they are rendered in one band."""
     return ViewedModel(name, f"{len(gaussians)} gaussians",
                        partial(_render_at_once, partial(render_gaussians_view, gaussians)),
                        listed=partial(listed_gaussians, gaussians))
 
-# %% ../../nbs/imaging/viewer.ipynb #84f1979f
+# %% ../../nbs/imaging/viewer.ipynb #35640560
 def _render_source(source: FrameSource, camera: PinholeCamera) -> RenderedView:
     began = time.perf_counter()
     rendering = source.render(camera, None)
@@ -107,7 +107,7 @@ def _render_source(source: FrameSource, camera: PinholeCamera) -> RenderedView:
     return RenderedView(torch.minimum(colour.clamp(min=0), alpha[..., None]), alpha, depth, None, camera,
                         1e3 * (time.perf_counter() - began))
 
-
+# %% ../../nbs/imaging/viewer.ipynb #f0192499
 def viewed_model(model: Any, name: str) -> ViewedModel:
     """A model for a viewer under a name: a ViewedModel, gaussians, or anything that `sources.source_of_model`
     accepts."""
@@ -123,12 +123,12 @@ def row_bands(camera: PinholeCamera, rows: int) -> list[PinholeCamera]:
     return [replace(camera, cy=camera.cy - top, height=min(rows, camera.height - top))
             for top in range(0, camera.height, rows)]
 
-# %% ../../nbs/imaging/viewer.ipynb #0b128d91
+# %% ../../nbs/imaging/viewer.ipynb #40218475
 def render_view(model: ViewedModel, camera: PinholeCamera, stop: float = 0.01) -> RenderedView:
     """A view of a model in one piece."""
     return [*model.render(camera, stop, camera.height)][-1]
 
-
+# %% ../../nbs/imaging/viewer.ipynb #e2f45089
 def picture_of_view(model: ViewedModel, view: RenderedView, settings: ViewSettings,
                     other: RenderedView | None = None) -> ChannelPicture:
     """The channel of a view that the settings name; `velocity` and `age` are the colours of the view. other: for the

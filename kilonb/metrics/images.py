@@ -190,7 +190,7 @@ def ssim(prediction: Tensor, target: Tensor) -> float:
     """SSIM as one number (mean over images); see `structural_similarity`. float32 and float64 agree to about 1e-6."""
     return structural_similarity(prediction.detach(), target.detach()).mean().item()
 
-# %% ../../nbs/metrics/images.ipynb #aed0ceea
+# %% ../../nbs/metrics/images.ipynb #36c09fe7
 def masked_psnr_db(prediction: Tensor, target: Tensor, mask: Tensor) -> float | None:
     """PSNR over the pixels of `mask` [H, W] bool, dB, of images [H, W, 3]; None where the mask is empty."""
     check_images(prediction, target)
@@ -198,7 +198,7 @@ def masked_psnr_db(prediction: Tensor, target: Tensor, mask: Tensor) -> float | 
         raise KiloError(f"The mask has shape {list(mask.shape)}; expected {list(target.shape[:-1])}, one per pixel.")
     return psnr_srgb_db(prediction[mask], target[mask]) if mask.any() else None
 
-
+# %% ../../nbs/metrics/images.ipynb #71142960
 def masked_ssim(prediction: Tensor, target: Tensor, mask: Tensor, window_size: int = 11) -> float | None:
     """Mean SSIM of the windows whose centre is in `mask` [H, W] bool, of images [H, W, 3]; None where there is none."""
     check_images(prediction, target)

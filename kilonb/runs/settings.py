@@ -8,7 +8,7 @@ listed.
 __all__ = ['SETTINGS', 'config_paths', 'settings_prefix', 'import_configs', 'settings_rows', 'setting_annotation',
            'typed_settings', 'flat_parameters', 'nested_parameters', 'configure']
 
-# %% ../../nbs/runs/settings.ipynb #2c4fd9b9
+# %% ../../nbs/runs/settings.ipynb #c47d1aab
 import dataclasses
 import importlib
 import re
@@ -17,6 +17,7 @@ from typing import Any
 
 from kilonb.core.configs import (
     apply_settings,
+    check_config,
     check_value,
     list_settings,
     parse_value,
@@ -124,12 +125,13 @@ def nested_parameters(flat: Mapping[str, Any]) -> dict[str, Any]:
     if not dotted: return plain
     return plain | {SETTINGS: dict(plain.get(SETTINGS) or {}) | dotted}
 
-# %% ../../nbs/runs/settings.ipynb #607e878c
+# %% ../../nbs/runs/settings.ipynb #208d0e2b
 def configure(config: Any, settings: Mapping[str, Any]) -> Any:
-    """`config` with those dotted settings that begin with the prefix of its class.
+    """`config` with those dotted settings that begin with the prefix of its class, checked as a whole.
 
-    Raises KiloError: no such field (with the nearest), another type, or what the config's own validation refuses.
+    Raises KiloError: no such field (with the nearest), another type in a setting or in `config` itself, or what the
+    validation of the config or of a part of it refuses.
     """
     prefix = settings_prefix(type(config).__name__)
     own = {name.partition(".")[2]: value for name, value in settings.items() if name.partition(".")[0] == prefix}
-    return apply_settings(config, own, prefix) if own else config
+    return check_config(apply_settings(config, own, prefix) if own else config, prefix)

@@ -11,7 +11,7 @@ __all__ = ['AV2_CATEGORIES', 'MOST_POINTS', 'REACH_M', 'flow_classes', 'Argovers
            'labels_from_boxes', 'FlowPair', 'flow_truth', 'pair_box_flow', 'RecordedSweep', 'write_argoverse2',
            'Argoverse2Frame', 'Argoverse2Log', 'load_argoverse2', 'load_flow_pair']
 
-# %% ../../nbs/scenes/argoverse2.ipynb #a8d542cd
+# %% ../../nbs/scenes/argoverse2.ipynb #b6599935
 import io
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,12 @@ from torch import Tensor
 from ..core.errors import KiloError
 from ..core.files import atomic_folder
 from ..data.feather import read_feather, write_feather
+from ..geometry.box_points import points_in_boxes
 from ..geometry.boxes import Boxes
 from kilonb.geometry.transforms import (
     check_rigid, quat_to_rotmat, rigid, rigid_inverse, rotmat_to_quat, transform_points,
 )
-from ..metrics.flow import DYNAMIC_M, FLOW_CLASSES, FlowTruth, box_rigid_flow, points_in_boxes
+from ..metrics.flow import DYNAMIC_M, FLOW_CLASSES, FlowTruth, box_rigid_flow
 from .datasets import FrameSequence, check_new_folder
 
 # %% ../../nbs/scenes/argoverse2.ipynb #1a42ca3f
@@ -426,7 +427,7 @@ class Argoverse2Frame:
         """Read the points, see `read_argoverse2_sweep`."""
         return read_argoverse2_sweep(self.path)
 
-# %% ../../nbs/scenes/argoverse2.ipynb #3d03483e
+# %% ../../nbs/scenes/argoverse2.ipynb #9b52db1c
 @dataclass(frozen=True)
 class Argoverse2Log(FrameSequence[Argoverse2Frame]):
     """One log. frames: its sweeps in order of time."""
@@ -436,10 +437,6 @@ class Argoverse2Log(FrameSequence[Argoverse2Frame]):
     def calibration(self) -> dict[str, Argoverse2Sensor]:
         """The sensors by name, see `read_argoverse2_calibration`."""
         return read_argoverse2_calibration(self.root / "calibration")
-
-    def pair(self) -> FlowPair:
-        """The labelled pair, see `load_flow_pair`."""
-        return load_flow_pair(self)
 
 # %% ../../nbs/scenes/argoverse2.ipynb #c52260cf
 def load_argoverse2(path: str | Path) -> Argoverse2Log:
@@ -462,7 +459,7 @@ def load_argoverse2(path: str | Path) -> Argoverse2Log:
         Argoverse2Frame(f"{root.name}/{time}", time, file, poses.at(time), cuboids.at(time), cuboids.points_at(time))
         for file, time in zip(sweeps, times.tolist())))
 
-# %% ../../nbs/scenes/argoverse2.ipynb #f9616889
+# %% ../../nbs/scenes/argoverse2.ipynb #0d59850c
 def load_flow_pair(log: Argoverse2Log) -> FlowPair:
     """The first two sweeps with flow_labels.feather and ego_motion.npz. Raises KiloError: a file that is missing or
     damaged, labels of another number of points, an ego motion that differs from the poses by more than 1 cm."""
@@ -472,7 +469,7 @@ def load_flow_pair(log: Argoverse2Log) -> FlowPair:
     apart = (motion - rigid_inverse(second.ego_to_city) @ first.ego_to_city).abs().max().item()
     if apart > .01:
         raise KiloError(f"ego_motion.npz of '{log.root}' differs from the poses of its first two sweeps by "
-                        f"{apart:.3f}: " "they belong to different sweeps.")
+                        f"{apart:.3f}: they belong to different sweeps.")
     points0, points1 = first.sweep().points, second.sweep().points
     labels = read_flow_labels(log.root / "flow_labels.feather", points0, first.boxes, second.boxes)
     dt_s = (second.timestamp_ns - first.timestamp_ns) * 1e-9

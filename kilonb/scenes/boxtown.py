@@ -238,19 +238,19 @@ class Town:
         """All actors at `time` (seconds), by instance."""
         return [self.state(instance, time) for instance in sorted(self.world.by_instance)]
 
-# %% ../../nbs/scenes/boxtown.ipynb #3b921b2a
+# %% ../../nbs/scenes/boxtown.ipynb #4b2c88f6
 def _vehicle_actor(instance: int, kind_name: str, drive: PathMotion | FixedPose, draw: np.random.Generator) -> Actor:
     """A vehicle of a kind, with random paint."""
     kind = VEHICLES[kind_name]
     half, solids = vehicle(kind, PAINTS[int(draw.integers(len(PAINTS)))], int(draw.integers(1, 10_000)))
     return Actor(instance, kind.category, half, solids, drive)
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #b11e4463
 def _footprint(kind_name: str) -> list[float]:
     """Half length and half width of a kind of vehicle, metres."""
     return [.5 * size for size in VEHICLES[kind_name].size[:2]]
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #1207266f
 def _random_speed(turns: Sequence[int], draw: np.random.Generator) -> dict[str, float]:
     """Random speed parameters of a `PathMotion`: slower if it turns at the next two crossings."""
     return {"speed": draw.uniform(3.5, 5.5) if any(turns[:2]) else draw.uniform(5.5, 10),
@@ -467,13 +467,13 @@ def write_pcd(path: Path, points: np.ndarray, intensity: np.ndarray) -> None:
     lines = map("%.7g %.7g %.7g %.9g\n".__mod__, map(tuple, rows.tolist()))
     path.write_text(_PCD_HEAD.format(count=len(rows)) + "".join(lines), encoding="ascii")
 
-# %% ../../nbs/scenes/boxtown.ipynb #c9920f6b
+# %% ../../nbs/scenes/boxtown.ipynb #365dd7e1
 def _write_png(path: Path, pixels: np.ndarray) -> None: Image.fromarray(pixels).save(path, compress_level=4)
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #1aaf6189
 def _to_bytes(rgb_srgb: np.ndarray) -> np.ndarray: return (rgb_srgb * 255 + .5).astype(np.uint8)
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #40ee3fd9
 def _centimetres(z_depth_m: np.ndarray) -> np.ndarray:
     """Z-depth as uint16 centimetres, 1 to 65534; `NO_DEPTH` for the sky."""
     centimetres = np.clip(np.rint(100 * z_depth_m.clip(0, 1e4)), 1, NO_DEPTH - 1)
@@ -722,13 +722,13 @@ def _write_lidar_frame(folder: Path, k: int, town: Town, own: int, lidars: Seque
     write_table(folder / "annotations" / "cuboids" / f"{k:02d}.pkl.gz",
                 {name: np.array([row[name] for row in rows], dtype=_CUBOID_TYPES.get(name, object)) for name in names})
 
-# %% ../../nbs/scenes/boxtown.ipynb #82c5802f
+# %% ../../nbs/scenes/boxtown.ipynb #5b767d71
 def _write_json(path: Path, value: Any) -> None:
     """Write a JSON file, creating its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(dumps(value) + "\n", encoding="utf-8")
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #f05933ff
 def _gps_entry(state: ActorState, origin: np.ndarray) -> dict[str, float]:
     """An entry of gps.json: the origin is in San Francisco, y is north."""
     north, east = state.pose.y - origin[1], state.pose.x - origin[0]
@@ -757,7 +757,7 @@ def _write_camera_files(folder: Path, rigs: Sequence[dict[str, tuple[PinholeCame
                     [_pose_entry(rig[name][0].camera_to_world.double().numpy(), origin) for rig in rigs])
         _write_json(target / "timestamps.json", [rig[name][1] - CLOCK + START_S for rig in rigs])
 
-# %% ../../nbs/scenes/boxtown.ipynb #ac1df5ab
+# %% ../../nbs/scenes/boxtown.ipynb #3ee8c45a
 def _chosen_cameras(rig: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """The entries of `rig` with these names; all where there are none. Raises KiloError for a name that is not in
     it."""
@@ -765,7 +765,7 @@ def _chosen_cameras(rig: Mapping[str, Any], names: Sequence[str]) -> dict[str, A
         if name not in rig: raise unknown_name("camera", name, rig)
     return {name: rig[name] for name in names or rig}
 
-
+# %% ../../nbs/scenes/boxtown.ipynb #689814dc
 def write_pandaset(folder: str | Path, town: Town, frames: int = 80, width: int = 480, height: int = 270,
                    sequence: str = "001", vehicle: int = 0, channels: int = 32, steps: int = 900,
                    samples: int = 4, cameras: Sequence[str] = ()) -> Path:

@@ -27,7 +27,7 @@ from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import forward_to_opencv, rigid
 from .datasets import FrameSequence
 
-# %% ../../nbs/scenes/surround.ipynb #d2a11120
+# %% ../../nbs/scenes/surround.ipynb #96510dfc
 @dataclass(frozen=True)
 class Problem:
     """One item of a dataset that could not be read or is inconsistent. frame: name of the frame. message: the
@@ -35,7 +35,7 @@ class Problem:
     frame: str
     message: str
 
-
+# %% ../../nbs/scenes/surround.ipynb #c1f6e1ef
 def add_problem(problems: list[Problem], frame: str, message: str) -> None:
     """Append a problem unless the list already holds it: a frame may be read more than once."""
     problem = Problem(frame, message)
@@ -91,7 +91,7 @@ def read_z_depth(path: str | Path) -> Tensor:
                         "metres are expected")
     return torch.from_numpy(np.maximum(depth.astype(np.float32), 0))
 
-# %% ../../nbs/scenes/surround.ipynb #f2fd9ad9
+# %% ../../nbs/scenes/surround.ipynb #69cb5a4a
 @dataclass(frozen=True)
 class CameraImage:
     """One camera of a frame with its decoded image. rgb_srgb: [H, W, 3] in 0..1. z_depth: [H, W] metres (0 unknown,
@@ -101,7 +101,7 @@ class CameraImage:
     rgb_srgb: Tensor
     z_depth: Tensor | None
 
-
+# %% ../../nbs/scenes/surround.ipynb #7fc96890
 def no_boxes() -> Boxes:
     """An empty set of boxes."""
     return upright_boxes(torch.zeros(0, 3), torch.zeros(0, 3), torch.zeros(0))
@@ -185,7 +185,7 @@ class SurroundScene(FrameSequence[SurroundFrame]):
     frames: Sequence[SurroundFrame]
     problems: list[Problem] = field(default_factory=list)
 
-# %% ../../nbs/scenes/surround.ipynb #2d0896f6
+# %% ../../nbs/scenes/surround.ipynb #51a0d772
 class CameraRig(Protocol):
     """The attributes of a frame that `panorama_pose` needs; a `SurroundFrame` has them."""
     name: str
@@ -193,7 +193,7 @@ class CameraRig(Protocol):
     vehicle_to_world: Tensor
     origin_height_m: float
 
-
+# %% ../../nbs/scenes/surround.ipynb #e02c01a9
 def camera_height_m(frame: CameraRig) -> float:
     """Mean height of the frame's cameras above the ground under the vehicle, metres."""
     up, origin = frame.vehicle_to_world[:3, 2], frame.vehicle_to_world[:3, 3]
