@@ -307,7 +307,7 @@ def test_the_clip_script_in_the_readme_runs(tmp_path):
     _, script = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     make_pandaset(tmp_path / "town", frames=16, width=128, height=72, channels=16, steps=360, samples=1,
                   cameras=["front_camera"])
-    for setting, small in (('kilonb.resolve_data("boxtown_pandaset").path', repr(str(tmp_path / "town"))),
+    for setting, small in (('kilonb.resolve_data("boxtown_clip").path', repr(str(tmp_path / "town"))),
                            ("steps=300", "steps=10")):
         assert script.count(setting) == 1
         script = script.replace(setting, small)

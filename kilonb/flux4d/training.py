@@ -30,13 +30,13 @@ from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World
 
-# %% ../../nbs/flux4d/training.ipynb #7195bde7
+# %% ../../nbs/flux4d/training.ipynb #eb7f173f
 @dataclass(frozen=True)
 class ReconstructionTraining:
     """Settings of `train_reconstruction`.
 
     steps, learning_rate, weight_decay, warmup (share of the steps), gradient_clip: of AdamW. clips: accumulated per
-    step. views: frames drawn per clip and step. supervise: which frames. fixed_target: position of the only frame; -1:
+    step, over all processes. views: frames drawn per clip and step. supervise: which frames. fixed_target: position of the only frame; -1:
     off. gradient_views: input frames of the gradient that refinements see. teacher: weight of the voxel flow's
     velocities, per m/s. keep_every_steps: of kept checkpoints; 0: none. time_limit_s: of training; 0: none.
     """
@@ -145,13 +145,14 @@ def teacher_error(gaussians: MovingGaussians, example: ClipExample) -> Tensor:
     parts = [error[group].mean() for group in (moving, ~moving) if group.any()]
     return torch.stack(parts).mean()
 
-# %% ../../nbs/flux4d/training.ipynb #b3722b88
+# %% ../../nbs/flux4d/training.ipynb #308b5ad6
 def draw_step(examples: Sequence[ClipExample], step: int, config: ReconstructionTraining,
               world: World = ALONE) -> list[int]:
-    """The clips of a step on this rank: rounds over all clips, each a permutation drawn from the seed."""
-    count, chosen = len(examples), []
-    for k in range(config.clips * world.size):
-        chosen.append(view_order(step * config.clips * world.size + k, count, config.seed))
+    """The clips of a step on this rank: rounds over all clips, each a permutation drawn from the seed. The clips of all
+    ranks together are those of one process; KiloError where `config.clips` cannot be divided by the number of ranks."""
+    if config.clips % world.size:
+        raise KiloError(f"clips is {config.clips}; with {world.size} processes it must be a multiple of {world.size}.")
+    chosen = [view_order(step * config.clips + k, len(examples), config.seed) for k in range(config.clips)]
     return chosen[world.rank::world.size]
 
 # %% ../../nbs/flux4d/training.ipynb #8cccaf5f
