@@ -30,15 +30,16 @@ from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World
 
-# %% ../../nbs/flux4d/training.ipynb #eb7f173f
+# %% ../../nbs/flux4d/training.ipynb #f8a97012
 @dataclass(frozen=True)
 class ReconstructionTraining:
     """Settings of `train_reconstruction`.
 
     steps, learning_rate, weight_decay, warmup (share of the steps), gradient_clip: of AdamW. clips: accumulated per
-    step, over all processes. views: frames drawn per clip and step. supervise: which frames. fixed_target: position of the only frame; -1:
-    off. gradient_views: input frames of the gradient that refinements see. teacher: weight of the voxel flow's
-    velocities, per m/s. keep_every_steps: of kept checkpoints; 0: none. time_limit_s: of training; 0: none.
+    step, over all processes. views: frames drawn per clip and step. supervise: which frames. fixed_target: position of
+    the only frame; -1: off. gradient_views: input frames of the gradient that refinements see. teacher: weight of the
+    voxel flow's velocities, per m/s. keep_every_steps: of kept checkpoints; 0: none. time_limit_s: of training; 0:
+    none.
     """
     steps: int = 300
     learning_rate: float = 3e-3
