@@ -30,7 +30,18 @@ from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World
 
-# %% ../../nbs/flux4d/training.ipynb #f8a97012
+# %% ../../nbs/flux4d/training.ipynb #06a64557
+def _check_training(config: "ReconstructionTraining") -> None:
+    """Raise KiloError for counts below 1, negative weights or a share outside 0..1."""
+    for name in ("steps", "clips", "views", "gradient_views", "log_every_steps"):
+        if getattr(config, name) < 1: raise KiloError(f"{name} is {getattr(config, name)}; expected 1 or more.")
+    if not config.learning_rate > 0: raise KiloError(f"learning_rate is {config.learning_rate}; expected above 0.")
+    if config.fixed_target < -1: raise KiloError(f"fixed_target is {config.fixed_target}; expected a position, or -1.")
+    if not 0 <= config.warmup < 1: raise KiloError(f"warmup is {config.warmup}; expected a share of the steps, 0..1.")
+    for name in ("teacher", "keep_every_steps", "time_limit_s", "weight_decay"):
+        if getattr(config, name) < 0: raise KiloError(f"{name} is {getattr(config, name)}; expected 0 or more.")
+
+# %% ../../nbs/flux4d/training.ipynb #56e75bbd
 @dataclass(frozen=True)
 class ReconstructionTraining:
     """Settings of `train_reconstruction`.
@@ -61,13 +72,7 @@ class ReconstructionTraining:
 
     def validate(self) -> None:
         """Raise KiloError for counts below 1 or a share outside 0..1."""
-        for name in ("steps", "clips", "views", "gradient_views", "log_every_steps"):
-            if getattr(self, name) < 1: raise KiloError(f"{name} is {getattr(self, name)}; expected 1 or more.")
-        if not self.learning_rate > 0: raise KiloError(f"learning_rate is {self.learning_rate}; expected above 0.")
-        if self.fixed_target < -1: raise KiloError(f"fixed_target is {self.fixed_target}; expected a position, or -1.")
-        if not 0 <= self.warmup < 1: raise KiloError(f"warmup is {self.warmup}; expected a share of the steps, 0..1.")
-        for name in ("teacher", "keep_every_steps", "time_limit_s", "weight_decay"):
-            if getattr(self, name) < 0: raise KiloError(f"{name} is {getattr(self, name)}; expected 0 or more.")
+        _check_training(self)
 
     def loop(self) -> LoopConfig:
         """Settings of `training.loop.train`."""
