@@ -164,6 +164,16 @@ def test_an_interrupted_training_ends_with_the_same_weights(examples, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
 
 
+def test_a_training_that_a_time_limit_stopped_goes_on_with_another_limit(examples, tmp_path):
+    config = ReconstructionTraining(steps=3, views=1, model=replace(TINY, refinements=0), log_every_steps=1,
+                                    time_limit_s=1e-4)
+    model = make_reconstruction(examples, config)
+    assert train_reconstruction(model, examples, config, tmp_path, quiet=True).steps == 1
+    longer = replace(config, time_limit_s=0.0, keep_every_steps=2)
+    result = train_reconstruction(model, examples, longer, tmp_path, resume=True, quiet=True)
+    assert (result.resumed_from, result.steps) == (1, 3)
+
+
 def test_a_checkpoint_starts_a_model_without_its_optimiser(examples, tmp_path):
     config = ReconstructionTraining(steps=2, views=1, model=TINY, keep_every_steps=2)
     model = make_reconstruction([examples[0]], config)

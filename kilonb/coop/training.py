@@ -131,7 +131,7 @@ def make_step(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamer
 
     return step
 
-# %% ../../nbs/coop/training.ipynb #2dfae2dc
+# %% ../../nbs/coop/training.ipynb #1c7ce66f
 def train_coop(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig,
                folder: str | Path | None = None, resume: bool = False, settings: Mapping[str, Any] | None = None,
                after_step: Callable | None = None, world: World = ALONE, quiet: bool = False) -> TrainingResult:
@@ -143,8 +143,8 @@ def train_coop(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCame
     """
     result = train(make_step(model, samples, camera, config, world), make_optimizer(model, config), config.loop(),
                    model=model, folder=folder, resume=resume,
-                   settings={**(settings or {}), "config": repr(config), "samples": len(samples)},
-                   after_step=after_step, world=world, quiet=quiet)
+                   settings={**(settings or {}), "config": repr(replace(config, time_limit_s=None)),
+                             "samples": len(samples)}, after_step=after_step, world=world, quiet=quiet)
     if result.averaged is not None:
         with torch.no_grad():
             for name, parameter in model.named_parameters(): parameter.copy_(result.averaged.average[name])

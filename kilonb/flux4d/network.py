@@ -116,7 +116,14 @@ def gaussian_gradient(gaussians: MovingGaussians, loss: Callable[[MovingGaussian
     size = table.square().mean(0).sqrt()
     return table / size.clamp(min=max(1e-4 * size.max().item(), 1e-20))
 
-# %% ../../nbs/flux4d/network.ipynb #e7e38c7b
+# %% ../../nbs/flux4d/network.ipynb #ad756fba
+def _run_network(network: GaussianNetwork, clip: NetworkClip, inputs: Tensor, precision: str) -> GaussianUpdate:
+    """One pass of a network in its precision; the output is float32."""
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        update = network(clip.grid, inputs)
+    return GaussianUpdate(update.deltas.float(), update.velocities.float())
+
+# %% ../../nbs/flux4d/network.ipynb #0b07ed54
 class ReconstructionNetwork(nn.Module):
     """The network f of a clip and, with `config.refinements`, the network r."""
 
@@ -135,13 +142,6 @@ class ReconstructionNetwork(nn.Module):
         self.base.fit_inputs(tables)
         if self.refiner is not None: self.refiner.fit_inputs([nn.functional.pad(table, (0, 14)) for table in tables])
 
-    def _pass(self, network: GaussianNetwork, clip: NetworkClip, inputs: Tensor) -> GaussianUpdate:
-        """One network in its precision; the output is float32."""
-        kind = inputs.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=self.config.precision == "bfloat16"):
-            update = network(clip.grid, inputs)
-        return GaussianUpdate(update.deltas.float(), update.velocities.float())
-
     def forward(self, clip: NetworkClip, loss: Callable[[MovingGaussians], Tensor] | None = None
                 ) -> list[MovingGaussians]:
         """The gaussians of a clip after the first pass and after each of `config.refinements` refinements.
@@ -150,12 +150,12 @@ class ReconstructionNetwork(nn.Module):
         where it is missing. Each refinement starts from the detached result before it.
         """
         inputs = network_inputs(clip.gaussians, clip.duration_s)
-        results = [apply_update(clip.gaussians, self._pass(self.base, clip, inputs))]
+        results = [apply_update(clip.gaussians, _run_network(self.base, clip, inputs, self.config.precision))]
         if self.refiner is None: return results
         if loss is None:
             raise KiloError("The model refines by gradients: pass a loss of the gaussians on input frames.")
         for _ in range(self.config.refinements):
             current = results[-1].detach()
             inputs = torch.cat([network_inputs(current, clip.duration_s), gaussian_gradient(current, loss)], 1)
-            results.append(apply_update(current, self._pass(self.refiner, clip, inputs)))
+            results.append(apply_update(current, _run_network(self.refiner, clip, inputs, self.config.precision)))
         return results

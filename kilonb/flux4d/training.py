@@ -9,9 +9,9 @@ __all__ = ['ReconstructionTraining', 'supervised_positions', 'views_loss', 'grad
            'clip_loss', 'teacher_error', 'draw_step', 'make_reconstruction_step', 'checkpoint_at', 'keep_checkpoints',
            'start_from_checkpoint', 'make_reconstruction', 'training_figure', 'train_reconstruction']
 
-# %% ../../nbs/flux4d/training.ipynb #309bb238
+# %% ../../nbs/flux4d/training.ipynb #beb9f2c1
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -228,7 +228,7 @@ def training_figure(records: Sequence[Mapping[str, float]]) -> Any:
         ax.set_title(name, fontsize=8), ax.tick_params(labelsize=6)
     return figure
 
-# %% ../../nbs/flux4d/training.ipynb #b41d9b9a
+# %% ../../nbs/flux4d/training.ipynb #cef64a41
 def train_reconstruction(model: ReconstructionNetwork, examples: Sequence[ClipExample],
                          config: ReconstructionTraining, folder: str | Path | None = None, resume: bool = False,
                          settings: Mapping[str, Any] | None = None, world: World = ALONE,
@@ -236,8 +236,9 @@ def train_reconstruction(model: ReconstructionNetwork, examples: Sequence[ClipEx
     """Train a model on prepared clips; arguments as `training.loop.train`. A resumed run sees the same clips, frames
     and learning rates as an uninterrupted one, to the last bit."""
     config.validate()
+    lasting = replace(config, time_limit_s=0.0, keep_every_steps=0)       # what a resumed run must share
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     return train(make_reconstruction_step(model, examples, config, world), optimizer, config.loop(), model=model,
                  folder=folder, resume=resume, world=world, quiet=quiet,
                  after_step=keep_checkpoints(model, folder, config.keep_every_steps),
-                 settings={**(settings or {}), "training": repr(config), "clips": len(examples)})
+                 settings={**(settings or {}), "training": repr(lasting), "clips": len(examples)})

@@ -46,7 +46,7 @@ def _check_config(config: "VoxelFlowConfig") -> None:
         if not low <= value <= high:
             raise KiloError(f"{name} of the voxel flow is {value}: expected {low} to {high}.")
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #a9e4c2e9
+# %% ../../nbs/flux4d/voxel_flow.ipynb #594f002b
 @dataclass(frozen=True)
 class VoxelFlowConfig:
     """Settings of the voxel flow; lengths in metres, speeds in m/s. KiloError for values outside their range.
@@ -56,9 +56,8 @@ class VoxelFlowConfig:
     cell_m, truncation_m: of the distance transforms. grid_m: of the flow vectors. max_speed, search_step: of the
     search lattice. neighbours: frames used on each side. search_points, fit_points: sampled per cluster. eps_m,
     min_points: of DBSCAN. steps, lr: of Adam. consistency: weight of rigid clusters. fit_truncation_m: tau in the fit.
-    noise_m, min_gain, evidence: when motion is believed. lost: fraction of the
-    truncation above which a target does not see a cluster. adopt_m: reach of a moving cluster to single points.
-    time_cell_m: of the maps of capture times.
+    noise_m, min_gain, evidence: when motion is accepted. lost: fraction of the truncation above which a target does not
+    see a cluster. adopt_m: reach of a moving cluster to single points. time_cell_m: of the maps of capture times.
     """
     range_m: float = 80.0
     height_m: float = 4.0

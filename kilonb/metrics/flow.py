@@ -74,10 +74,10 @@ def _check_truth(truth: "FlowTruth") -> None:
                         "points out.")
     if not truth.interval_s > 0: raise KiloError(f"interval_s of labelled flow is {truth.interval_s}: expected > 0.")
 
-# %% ../../nbs/metrics/flow.ipynb #e9c05cc7
+# %% ../../nbs/metrics/flow.ipynb #2ba4e46a
 FLOW_CLASSES = ("BG", "CAR", "WVRU", "VEH", "PED", "OTHER")   # OTHER: foreground that the bucketed score leaves out
 
-
+# %% ../../nbs/metrics/flow.ipynb #bcbf0d92
 @dataclass(frozen=True, eq=False)
 class FlowTruth:
     """Labelled scene flow of N points over `interval_s` seconds.

@@ -86,7 +86,7 @@ class BoxState(NamedTuple):
     size: Tensor
     velocity: Tensor
 
-# %% ../../nbs/scenes/tracks.ipynb #b8cf12cc
+# %% ../../nbs/scenes/tracks.ipynb #1b13cf89
 @dataclass(frozen=True, eq=False)
 class Track:
     """One object over a sequence.
@@ -122,10 +122,8 @@ class Track:
         return _velocities(self)
 
     def state_at(self, time_s: float, sensor: int = 0) -> BoxState | None:
-        """The box at a time (float64 since 1970), interpolated between the annotations of a sensor.
-
-        None more than .1 s before the first or after the last annotation, and in a gap of more than `LARGEST_GAP_S`.
-        """
+        """The box at a time (float64 since 1970), interpolated between the annotations of a sensor. None more
+        than .1 s before the first or after the last annotation, and in a gap of more than `LARGEST_GAP_S`."""
         return _state_at(self, time_s, sensor)
 
 # %% ../../nbs/scenes/tracks.ipynb #7b3418bf

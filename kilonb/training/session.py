@@ -186,16 +186,16 @@ def configure_session(session: Session, config: Any) -> Any:
     if session.run is not None: write_json(session.folder / "config.json", session.configs)
     return changed
 
-# %% ../../nbs/training/session.ipynb #adc23fc7
+# %% ../../nbs/training/session.ipynb #77055a90
 def fixed_parameters(session: Session, free: Iterable[str] = ()) -> dict[str, Any]:
     """The parameters and settings that a resumed run must share with its earlier part, flat: name -> value.
 
-    Left out: run_dir, resume, device, the parameters `free`, and dotted settings that end in a name of
+    Left out: run_dir, resume, device, the parameters `free`, and parameters and dotted settings that end in a name of
     `training.loop.FREE_SETTINGS` (how often to save, how long to train at most).
     """
     left_out = {"run_dir", "resume", "device", *free}
-    settings = {name: value for name, value in session.settings.items() if name.rpartition(".")[2] not in FREE_SETTINGS}
-    return {name: value for name, value in {**session.parameters, **settings}.items() if name not in left_out}
+    return {name: value for name, value in {**session.parameters, **session.settings}.items()
+            if name not in left_out and name.rpartition(".")[2] not in FREE_SETTINGS}
 
 # %% ../../nbs/training/session.ipynb #ba13e2dc
 def leave_group(session: Session) -> None:
