@@ -109,7 +109,7 @@ def scene_optimizer(scene: SceneGaussians) -> torch.optim.Adam:
     if not groups: raise KiloError("All rates of the scene fit are 0: nothing would change.")
     return torch.optim.Adam(groups, lr=1.0, eps=1e-15, fused=True)
 
-# %% ../../nbs/flux4d/scene_fit.ipynb #5fdbf6ec
+# %% ../../nbs/flux4d/scene_fit.ipynb #e7fc092f
 def fit_scene(gaussians: MovingGaussians, data: ClipData, config: SceneFitConfig | None = None,
               positions: Sequence[int] | None = None, folder: str | Path | None = None, resume: bool = False,
               settings: Mapping[str, Any] | None = None, quiet: bool = False) -> tuple[MovingGaussians, TrainingResult]:
@@ -135,5 +135,6 @@ def fit_scene(gaussians: MovingGaussians, data: ClipData, config: SceneFitConfig
         return terms
 
     result = train(step, scene_optimizer(scene), config.loop(), model=scene, folder=folder, resume=resume,
-                   settings={**(settings or {}), "scene_fit": repr(replace(config, time_limit_s=0.0)), "clip": data.clip.name}, quiet=quiet)
+                   settings={**(settings or {}), "scene_fit": repr(replace(config, time_limit_s=0.0)),
+                             "clip": data.clip.name}, quiet=quiet)
     return scene.gaussians().detach(), result
