@@ -82,17 +82,14 @@ def test_a_failing_run_a_killed_worker_and_ctrl_c_leave_the_sweep_resumable(tmp_
     folder."""
     write_notebook(tmp_path, PARAMETERS, OPEN, TRAIN, FINISH)
     rates = [1, 2, 3, 4, 5, -1, 7, 8, 9, 10, 11, 12]
-    file = write_sweep(tmp_path, f"parameters: {{pause_s: 0.15}}\ngrid: {{rate: {rates}}}\nseeds: 2\n")
+    file = write_sweep(tmp_path, f"parameters: {{pause_s: 0.25}}\ngrid: {{rate: {rates}}}\nseeds: 2\n")
     sweep = tmp_path / "outputs/sweeps/study"
     command = [*KILONB, "sweep", str(file), "--workers", "2"]
     first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     def in_the_middle(status):
-        return any(run["status"] == "running"
-                   and ((run["progress"] or {}).get("stage") or {}).get("step", 0) in (2, 3, 4)
-                   for run in status["runs"][4:])
-    status = wait_for(tmp_path, in_the_middle, first)
-    victim = next(run["name"] for run in status["runs"][4:] if run["status"] == "running" and run["progress"]
-                  and run["progress"]["stage"])
+        return [run["name"] for run in status["runs"][4:] if run["status"] == "running"
+                and ((run["progress"] or {}).get("stage") or {}).get("step", 0) in (1, 2, 3)]
+    victim = in_the_middle(wait_for(tmp_path, in_the_middle, first))[0]
     token = next(path for path in (sweep / ".attempts").iterdir() if path.name.startswith(victim))
     os.kill(json.loads(token.read_text())["pid"], signal.SIGKILL)
     wait_for(tmp_path,
