@@ -12,8 +12,9 @@ import torch
 
 from helpers import real_data
 from kilonb.core.errors import KiloError
-from kilonb.imaging import video
-from kilonb.imaging.video import frame_times, pictures_in_row, read_video, video_info, video_sheet, write_video
+from kilonb.data import video
+from kilonb.data.video import frame_times, read_video, video_info, write_video
+from kilonb.imaging.video import pictures_in_row, video_sheet
 
 
 def moving_frame(k: int, width: int = 96, height: int = 64) -> np.ndarray:

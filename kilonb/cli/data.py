@@ -40,14 +40,37 @@ def _print_missing(names: list[str], where: str) -> bool:
     if names: print(f"missing in {where}: {', '.join(names[:40])}{more}", flush=True)
     return not names
 
-# %% ../../nbs/cli/data.ipynb #61539e26
+# %% ../../nbs/cli/data.ipynb #ded80f8f
+def _is_multiview(folder: Path) -> bool:
+    from kilonb.scenes.multiview import recognise_layout
+
+    try: return bool(recognise_layout(folder))
+    except KiloError: return False
+
+
+def _verify_multiview(folder: Path) -> bool:
+    """Prints the first fault of a recording by several cameras. Returns whether there is none."""
+    from kilonb.scenes.multiview import check_recording, read_recording
+
+    try:
+        recording = read_recording(folder)
+        check_recording(recording)
+    except KiloError as error:
+        print(f"'{folder}': {error}", flush=True)
+        return False
+    print(f"'{folder}': {len(recording.names)} calibrated cameras, frames of each: {recording.frames}.", flush=True)
+    return True
+
+# %% ../../nbs/cli/data.ipynb #c95bcbac
 def _verify_folder(folder: Path, report: Any) -> bool:
-    """Prints a comparison with checksums (None: there are none) and the gaps of recordings. Returns whether all is
-    there."""
+    """Prints a comparison with checksums (None: there are none), and the gaps or faults of recordings. Returns whether
+    all is there."""
     from kilonb.scenes.pandaset import missing_recording_files, recording_folders
 
     listed = [] if report is None else list(report.missing)
     if report is not None: print(report.summary(), flush=True)
+    if _is_multiview(folder):
+        return _verify_multiview(folder) and _print_missing(listed, str(folder)) and (report is None or report.ok)
     gaps = missing_recording_files(folder) if report is None or recording_folders(folder) else []
     whole = _print_missing(list(dict.fromkeys([*(listed if len(listed) > 3 else []), *gaps])), str(folder))
     if whole and report is None: print(f"'{folder}' has no MANIFEST.json; its recordings have no gap.")

@@ -22,15 +22,17 @@ from ..core.configs import build_config
 from ..core.errors import KiloError, unknown_name
 from .registry import MAKERS, READERS, check_name
 
-# %% ../../nbs/data/manifests.ipynb #cf16bff3
+# %% ../../nbs/data/manifests.ipynb #9104472e
 KINDS = {"blender": "a folder with transforms_<split>.json and RGBA images",
          "ply": "a PLY file of gaussians in the INRIA layout", "pandaset": "a PandaSet sequence, or a folder of them",
          "argoverse2": "a folder of one Argoverse 2 log",
          "opv2v": "a folder in OPV2V's layout (splits, a split or a scenario), or one vehicle's "
          "pictures with their rig in a MANIFEST.json",
          "v2xsim": "a folder of one instant's surround pictures and depth from V2X-Sim",
-         "dannce": "a folder of synchronised calibrated videos",
-         "middlebury": "a folder of calibrated Middlebury multi-view images", "weights": "a folder of trained weights"}
+         "dannce": "a folder of synchronised calibrated videos in DANNCE's layout",
+         "anipose": "a folder of synchronised videos with Anipose's calibration.toml",
+         "middlebury": "a folder of calibrated Middlebury multi-view images",
+         "colmap": "a folder of pictures with a COLMAP model", "weights": "a folder of trained weights"}
 FILE_KINDS = frozenset({"ply"})
 
 # %% ../../nbs/data/manifests.ipynb #c8b79c87

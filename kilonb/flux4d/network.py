@@ -8,7 +8,7 @@ gradients.
 __all__ = ['PARTS', 'OUTPUT_SCALES', 'VELOCITY_SCALE', 'gaussian_table', 'network_inputs', 'apply_update',
            'ReconstructionConfig', 'NetworkClip', 'network_clip', 'gaussian_gradient', 'ReconstructionNetwork']
 
-# %% ../../nbs/flux4d/network.ipynb #7d9aebcb
+# %% ../../nbs/flux4d/network.ipynb #fdaeb955
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.errors import KiloError
 from .motion import MovingGaussians
 from .unet import GaussianNetwork, GaussianUpdate, SparseUNetConfig
-from .voxels import VoxelGrid, voxel_grid
+from .voxels import SparseVoxels, voxel_grid
 
 # %% ../../nbs/flux4d/network.ipynb #7679f49c
 PARTS = {"means": 3, "quats": 4, "log_scales": 3, "logit_opacities": 1, "logit_colors": 3}
@@ -88,12 +88,12 @@ class ReconstructionConfig:
                                 backend=self.backend, hidden=self.hidden,
                                 velocities=self.order if velocities is None else velocities)
 
-# %% ../../nbs/flux4d/network.ipynb #f58c31cc
+# %% ../../nbs/flux4d/network.ipynb #9cd089b8
 @dataclass(frozen=True, eq=False)
 class NetworkClip:
     """What a network sees of a clip: initial gaussians, their voxels (built once), and the clip's length in seconds."""
     gaussians: MovingGaussians
-    grid: VoxelGrid = field(repr=False)
+    grid: SparseVoxels = field(repr=False)
     duration_s: float
 
 # %% ../../nbs/flux4d/network.ipynb #45fb2046

@@ -8,7 +8,7 @@ time-lapse video.
 __all__ = ['depth_picture', 'image_velocity_picture', 'alignment_figure', 'birds_eye_figure', 'render_clip',
            'flow_sanity_figure', 'weight_figure', 'comparison_figure', 'time_lapse_frames', 'write_time_lapse']
 
-# %% ../../nbs/flux4d/pictures.ipynb #6b3c9c59
+# %% ../../nbs/flux4d/pictures.ipynb #e6bb7e1e
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import KiloError
+from ..data.video import write_video
 from .clip_data import points_in_picture
 from .motion import MovingGaussians
 from .render import MovingRender, render_at
@@ -25,7 +26,7 @@ from ..geometry.boxes import Boxes
 from ..geometry.cameras import PinholeCamera
 from ..imaging.channels import apply_colormap
 from ..imaging.velocities import velocity_colours, velocity_wheel
-from ..imaging.video import pictures_in_row, write_video
+from ..imaging.video import pictures_in_row
 from ..metrics.images import psnr_srgb_db
 
 # %% ../../nbs/flux4d/pictures.ipynb #72e935f1
@@ -228,13 +229,13 @@ def time_lapse_frames(gaussians: MovingGaussians, cameras: Sequence[PinholeCamer
                     f"image velocity, up to {top_px:g} px": image_velocity_picture(render.velocity, top_px)}
         yield pictures_in_row({**(columns if some else {}), **pictures}, height)
 
-# %% ../../nbs/flux4d/pictures.ipynb #2b17aa6a
+# %% ../../nbs/flux4d/pictures.ipynb #461a4a09
 def write_time_lapse(path: str | Path, gaussians: MovingGaussians, cameras: Sequence[PinholeCamera],
                      times_s: Sequence[float], targets: Sequence[Tensor | None] = (), fps: float = 10.0,
                      fixed_pose: bool = False, top_px: float = 8.0, height: int = 270, quality: int = 23) -> Path:
     """Write a video of `time_lapse_frames`, one frame per instant, atomically; returns its path.
 
-    fps: frames a second of the video; 10 is real time for instants .1 s apart. quality: see `imaging.video`.
+    fps: frames a second of the video; 10 is real time for instants .1 s apart. quality: see `data.video`.
     """
     frames = time_lapse_frames(gaussians, cameras, times_s, targets, fixed_pose, top_px, height)
     return write_video(path, frames, fps, quality=quality)

@@ -7,7 +7,7 @@ with its gradient, and the plain-torch reference.
 # %% auto #0
 __all__ = ['point_mlp_reference', 'PointMLP', 'point_mlp']
 
-# %% ../../nbs/flux4d/point_mlp.ipynb #0e977a8e
+# %% ../../nbs/flux4d/point_mlp.ipynb #6eb5f368
 import numpy as np
 import torch
 from numba import njit
@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from .row_products import PRODUCT_COLUMNS, PRODUCT_ROWS, add_outer_products, add_row_products
-from .voxels import GatherVoxels, VoxelGrid
+from .voxels import GatherVoxels, SparseVoxels
 from ..splats.work_queue import parallel_for, queued_jobs
 
-# %% ../../nbs/flux4d/point_mlp.ipynb #58b6b12d
-def point_mlp_reference(grid: VoxelGrid, term: Tensor, first: Tensor, second: Tensor, weights: tuple[Tensor, ...],
+# %% ../../nbs/flux4d/point_mlp.ipynb #09eb6856
+def point_mlp_reference(grid: SparseVoxels, term: Tensor, first: Tensor, second: Tensor, weights: tuple[Tensor, ...],
                         slope: float) -> Tensor:
     """[N, O] outputs. term: [M, H] per voxel. first [N, A], second [N, B]: the points' own numbers. weights: matrices
     and offsets W1 [H, A + B], c1, W2 [H, H], c2, W3 [O, H], c3, as nn.Linear has them. slope: of the leaky ReLU."""
@@ -167,8 +167,8 @@ def _layout(weight: Tensor, padded: bool = False) -> np.ndarray:
 def _padded_vector(values: Tensor) -> np.ndarray:
     return nn.functional.pad(values.detach(), (0, -len(values) % PRODUCT_COLUMNS)).numpy()
 
-# %% ../../nbs/flux4d/point_mlp.ipynb #36a63062
-def _point_order(grid: VoxelGrid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+# %% ../../nbs/flux4d/point_mlp.ipynb #a9794c73
+def _point_order(grid: SparseVoxels) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All points, those of voxel 0 first, those outside last; the voxel of each point; and where chunks start, each
     with whole voxels and about 2,048 points. Kept in the grid's cache."""
     if "point order" not in grid.cache:
@@ -181,8 +181,8 @@ def _point_order(grid: VoxelGrid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         grid.cache["point order"] = order.int().numpy(), grid.point_to_voxel.int().numpy(), starts.numpy()
     return grid.cache["point order"]
 
-# %% ../../nbs/flux4d/point_mlp.ipynb #fdfc2c3b
-def _mlp_gradients(grid: VoxelGrid, term: Tensor, first: Tensor, second: Tensor, slope: float, weights: list[Tensor],
+# %% ../../nbs/flux4d/point_mlp.ipynb #baa66bd1
+def _mlp_gradients(grid: SparseVoxels, term: Tensor, first: Tensor, second: Tensor, slope: float, weights: list[Tensor],
                    gradient: Tensor, to_hidden: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Gradients of the voxels' term and of the weights. to_hidden: [N, H], filled with the gradient of the first layer
     before its activation, in the order of `_point_order`; or without rows."""
@@ -199,7 +199,7 @@ def _mlp_gradients(grid: VoxelGrid, term: Tensor, first: Tensor, second: Tensor,
     sums = [total.sum(0) for total in totals]
     return to_term, [sums[0].T, sums[1], sums[2].T, sums[3], sums[4][:, :len(w3)].T, sums[5][:len(c3)]]
 
-# %% ../../nbs/flux4d/point_mlp.ipynb #427b2014
+# %% ../../nbs/flux4d/point_mlp.ipynb #790ce5aa
 class PointMLP(torch.autograd.Function):
     """Compiled `point_mlp_reference`: `apply(grid, term, first, second, slope, *weights)`; `second` gets no gradient.
 
@@ -207,7 +207,7 @@ class PointMLP(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, grid: VoxelGrid, term: Tensor, first: Tensor, second: Tensor, slope: float, *weights: Tensor):
+    def forward(ctx, grid: SparseVoxels, term: Tensor, first: Tensor, second: Tensor, slope: float, *weights: Tensor):
         ctx.save_for_backward(term, first, second, *weights)
         ctx.grid, ctx.slope = grid, slope
         w1, c1, w2, c2, w3, c3 = weights
@@ -229,8 +229,8 @@ class PointMLP(torch.autograd.Function):
             to_first = torch.empty_like(first).index_copy_(0, order, to_hidden @ weights[0][:, :first.shape[1]])
         return None, to_term, to_first, None, None, *sums
 
-# %% ../../nbs/flux4d/point_mlp.ipynb #014a8433
-def point_mlp(grid: VoxelGrid, term: Tensor, first: Tensor, second: Tensor, weights: tuple[Tensor, ...],
+# %% ../../nbs/flux4d/point_mlp.ipynb #2c2b629e
+def point_mlp(grid: SparseVoxels, term: Tensor, first: Tensor, second: Tensor, weights: tuple[Tensor, ...],
               slope: float) -> Tensor:
     """As `point_mlp_reference`, compiled where that is possible: float32 on a CPU, H a multiple of 32."""
     floats = all(x.dtype == torch.float32 and x.device.type == "cpu" for x in (term, first, second, *weights))

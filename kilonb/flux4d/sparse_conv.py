@@ -8,7 +8,7 @@ with the same weights.
 __all__ = ['BACKENDS', 'KernelMap', 'submanifold_map', 'VoxelLevel', 'voxel_levels', 'convolve_reference',
            'ConvolveVoxels', 'choose_backend', 'convolve']
 
-# %% ../../nbs/flux4d/sparse_conv.ipynb #d068317f
+# %% ../../nbs/flux4d/sparse_conv.ipynb #0cb86c3a
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from ..core.errors import KiloError
 from .row_products import PRODUCT_COLUMNS, PRODUCT_ROWS, add_outer_products, add_row_products
-from .voxels import VoxelGrid, find_keys, voxel_keys
+from .voxels import SparseVoxels, find_keys, voxel_keys
 from ..splats.work_queue import parallel_for, queued_jobs
 
 # %% ../../nbs/flux4d/sparse_conv.ipynb #ff9acbde
@@ -108,8 +108,8 @@ class VoxelLevel:
 
     def __len__(self) -> int: return len(self.coordinates)
 
-# %% ../../nbs/flux4d/sparse_conv.ipynb #8e71d661
-def voxel_levels(grid: VoxelGrid, count: int) -> tuple[VoxelLevel, ...]:
+# %% ../../nbs/flux4d/sparse_conv.ipynb #14455cb0
+def voxel_levels(grid: SparseVoxels, count: int) -> tuple[VoxelLevel, ...]:
     """`count` levels of the grid, from its own voxels to those 2^(count - 1) times as large, with their kernel maps.
 
     Built once per grid and kept in its cache: all layers and all training steps use the same maps.

@@ -8,7 +8,7 @@ velocities of gaussians.
 __all__ = ['SparseUNetConfig', 'SparseConv', 'ChannelBias', 'SparseBlock', 'SparseUNet', 'offset_features',
            'GaussianUpdate', 'GaussianHeads', 'GaussianNetwork', 'calibrate_norms']
 
-# %% ../../nbs/flux4d/unet.ipynb #43a354e2
+# %% ../../nbs/flux4d/unet.ipynb #ebbed247
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..core.errors import KiloError
 from .point_mlp import point_mlp
 from .sparse_conv import BACKENDS, KernelMap, convolve, voxel_levels
-from .voxels import VoxelGrid, pool
+from .voxels import SparseVoxels, pool
 
 # %% ../../nbs/flux4d/unet.ipynb #5d964580
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class SparseBlock(nn.Module):
     def forward(self, features: Tensor, kernel_map: KernelMap) -> Tensor:
         return nn.functional.leaky_relu_(self.norm(self.conv(features, kernel_map)), self.slope)
 
-# %% ../../nbs/flux4d/unet.ipynb #6ce1eb31
+# %% ../../nbs/flux4d/unet.ipynb #e0d7698c
 class SparseUNet(nn.Module):
     """U-Net over the levels of a voxel grid: features [M, inputs] to [M, channels[0]]."""
 
@@ -123,7 +123,7 @@ class SparseUNet(nn.Module):
         self.up = nn.ModuleList(SparseBlock(config, coarse, fine, 2, 1) for fine, coarse in pairs)
         self.decoder = nn.ModuleList(blocks(2 * fine, fine) for fine, _ in pairs)
 
-    def forward(self, grid: VoxelGrid, features: Tensor) -> Tensor:
+    def forward(self, grid: SparseVoxels, features: Tensor) -> Tensor:
         levels, skips = voxel_levels(grid, len(self.config.channels)), []
         if self.training and self.config.norm == "batch" and len(levels[-1]) < 2:
             raise KiloError("Batch norm needs at least two voxels at the coarsest level in training, but there is one: "
@@ -152,7 +152,7 @@ class GaussianUpdate(NamedTuple):
     deltas: Tensor
     velocities: Tensor
 
-# %% ../../nbs/flux4d/unet.ipynb #f439a0c4
+# %% ../../nbs/flux4d/unet.ipynb #469a8eaf
 class GaussianHeads(nn.Module):
     """Point-wise MLP from a voxel's feature, the point's own inputs and its offset in the voxel to a `GaussianUpdate`.
 
@@ -170,19 +170,19 @@ class GaussianHeads(nn.Module):
         nn.init.normal_(self.out.weight, std=config.head_scale)
         nn.init.zeros_(self.out.bias)
 
-    def _offset_features(self, grid: VoxelGrid) -> Tensor:
+    def _offset_features(self, grid: SparseVoxels) -> Tensor:
         """Those of the grid's points, computed once per grid."""
         key = "offset features", self.config.octaves
         if key not in grid.cache: grid.cache[key] = offset_features(grid.offsets, self.config.octaves)
         return grid.cache[key]
 
-    def forward(self, grid: VoxelGrid, voxel_features: Tensor, inputs: Tensor) -> GaussianUpdate:
+    def forward(self, grid: SparseVoxels, voxel_features: Tensor, inputs: Tensor) -> GaussianUpdate:
         weights = tuple(values for layer in (self.point, self.hidden, self.out)
                         for values in (layer.weight, layer.bias))
         x = point_mlp(grid, self.voxel(voxel_features), inputs, self._offset_features(grid), weights, self.config.slope)
         return GaussianUpdate(x[:, :self.config.deltas], x[:, self.config.deltas:].unflatten(1, (-1, 3)))
 
-# %% ../../nbs/flux4d/unet.ipynb #5a57fbf8
+# %% ../../nbs/flux4d/unet.ipynb #c8d25e16
 class GaussianNetwork(nn.Module):
     """Sparse U-Net and heads: a grid of N points and their inputs [N, inputs] to a `GaussianUpdate`.
 
@@ -204,19 +204,19 @@ class GaussianNetwork(nn.Module):
         self.input_mean.copy_(rows.mean(0))
         self.input_std.copy_(torch.where(std > 1e-7 * rows.abs().amax(0), std, 1.0))
 
-    def features(self, grid: VoxelGrid, inputs: Tensor) -> Tensor:
+    def features(self, grid: SparseVoxels, inputs: Tensor) -> Tensor:
         """[M, channels[0]] features of the voxels, of standardised inputs."""
         return self.unet(grid, pool(grid, inputs))
 
-    def forward(self, grid: VoxelGrid, inputs: Tensor) -> GaussianUpdate:
+    def forward(self, grid: SparseVoxels, inputs: Tensor) -> GaussianUpdate:
         if inputs.ndim != 2 or inputs.shape[1] != self.config.inputs:
             raise KiloError(f"inputs have shape {list(inputs.shape)}; this network takes [N, {self.config.inputs}].")
         inputs = (inputs - self.input_mean) / self.input_std
         return self.heads(grid, self.features(grid, inputs), inputs)
 
-# %% ../../nbs/flux4d/unet.ipynb #f4989e44
+# %% ../../nbs/flux4d/unet.ipynb #e76eb13a
 @torch.no_grad()
-def calibrate_norms(network: nn.Module, examples: Iterable[tuple[VoxelGrid, Tensor]]) -> None:
+def calibrate_norms(network: nn.Module, examples: Iterable[tuple[SparseVoxels, Tensor]]) -> None:
     """Set the running averages of every batch norm to the mean over `examples`, (grid, inputs) of clips; at least one.
 
     Nothing else changes. Does nothing in a network without batch norm.
