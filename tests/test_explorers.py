@@ -108,6 +108,7 @@ def small(name: str, outputs: Path) -> dict:
     if name in ("run_browser", "sweep_explorer"): return {"outputs": str(outputs)}
     if name == "flux4d":
         return {"run": str(write_moving_run(outputs)), "width": 128, "height": 72, "drag_width": 64, "page_points": 500}
+    if name == "pose": return {"outputs": str(outputs)}
     if name != "orbit": return {}
     from kilonb.scenes.brickyard import build_brickyard
     from kilonb.splats.ply import write_ply
@@ -249,7 +250,22 @@ def react_clip(notebook: Notebook, outputs: Path) -> None:
     notebook.wait_for_idle()
 
 
-REACTIONS = {"run_browser": react_runs, "sweep_explorer": react_sweeps, "orbit": react_orbit, "flux4d": react_clip}
+def react_pose(notebook: Notebook, outputs: Path) -> None:
+    """The slider changes the picture; a free camera has its own."""
+    page = notebook.page
+    shown = "() => document.querySelector('.kilonb-pose img')?.src ?? ''"
+    notebook.wait_until(f"() => ({shown})() !== ''")
+    before = page.evaluate(shown)
+    notebook.move_slider(".kilonb-frame", 1)
+    notebook.wait_until(f"before => ({shown})() !== before", before)
+    before = page.evaluate(shown)
+    page.locator(".kilonb-pose .kilonb-camera select").select_option("free camera")
+    notebook.wait_until(f"before => ({shown})() !== before", before)
+    notebook.wait_until("() => document.querySelector('.kilonb-pose .kilonb-note').innerText.includes('free camera')")
+
+
+REACTIONS = {"run_browser": react_runs, "sweep_explorer": react_sweeps, "orbit": react_orbit, "flux4d": react_clip,
+             "pose": react_pose}
 
 
 @needs_chromium

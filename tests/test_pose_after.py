@@ -1,4 +1,4 @@
-"""What comes after the training of an animal: scores, renders, gaussians, figures, pages, resources and the explorer."""
+"""After the training of an animal: scores, renders, gaussians, figures, pages, resources and the explorer."""
 import json
 import math
 import re
@@ -41,13 +41,14 @@ HOSTILE = '"><script>alert(1)</script><img src=x onerror=alert(2)>'
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
-    """Three frames of five cameras; the mask of the third camera is empty in the second frame, and names are hostile."""
-    return write_toy_recording(tmp_path_factory.mktemp("pose") / "toy.zarr", 3, hidden=[(1, 2)], name=HOSTILE,
-                               names=["a", HOSTILE, "c$x", "d", "e"])
+    """Three frames of five cameras; the third camera's mask is empty in the second frame; names are hostile."""
+    return write_toy_recording(tmp_path_factory.mktemp("pose") / "toy.zarr", 3, hidden=[(1, 2)], name=HOSTILE, width=96,
+                               height=72, resolution=32, names=["a", HOSTILE, "c$x", "d", "e"])
 
 
 @pytest.fixture(scope="module")
-def rows(prepared): return score_recording(carved_gaussians, prepared, range(3), variants=[CarvingVariant(prepared.grid, 0)])
+def rows(prepared):
+    return score_recording(carved_gaussians, prepared, range(3), variants=[CarvingVariant(prepared.grid, 0)])
 
 
 def test_l1_is_the_sum_of_differences_over_pixels_and_channels_divided_by_the_mask():
@@ -91,15 +92,15 @@ def test_held_out_cameras_are_never_given_to_the_predictor_and_each_is_held_out_
     def spy(recording, i, inputs):
         asked.append((i, tuple(inputs)))
         return carved_gaussians(recording, i, inputs)
-    rows = score_recording(spy, prepared, [0, 2], variants=[CarvingVariant(prepared.grid, 0)])
-    assert len(asked) == 10 == len(rows)
+    rows = score_recording(spy, prepared, [2], variants=[CarvingVariant(prepared.grid, 0)])
+    assert len(asked) == 5 == len(rows)
     for row, (_, inputs) in zip(rows, asked):
         assert row["held_out"] and prepared.names.index(row["camera"]) not in inputs and len(inputs) == 4
     assert {row["camera"] for row in rows} == set(prepared.names)
 
 
 def test_carving_beside_the_model_is_the_best_of_the_ways_to_carve(prepared):
-    ways = carving_variants(prepared.grid, 64)
+    ways = carving_variants(prepared.grid, 48)
     rows = score_recording(carved_gaussians, prepared, [0], variants=ways)
     means = [torch.stack([intersection_over_union(draw_carving(prepared, 0, [c for c in range(5) if c != k], [k], [way])
                                                   [0][1][0], prepared.pictures(0)[1][k]) for k in range(5)]).mean()
@@ -118,7 +119,7 @@ def test_views_with_an_empty_mask_have_no_score_and_are_counted(rows):
 
 def test_half_written_or_damaged_renders_are_refused(prepared, tmp_path):
     renders = write_pose_renders(tmp_path / "renders.h5", carved_gaussians, prepared, [0, 2])
-    assert renders.shape == (2, 5, 96, 128) and not renders.given.diagonal().any()
+    assert renders.shape == (2, 5, 72, 96) and not renders.given.diagonal().any()
     whole = renders.path.read_bytes()
     for length in (0, 100, len(whole) // 2, len(whole) - 1):
         (tmp_path / "cut.h5").write_bytes(whole[:length])
@@ -162,8 +163,9 @@ def test_errors_appear_at_the_part_of_the_body_that_is_drawn_wrongly(prepared, t
         ahead = torch.stack([heading.cos(), heading.sin(), torch.tensor(0.0)])
         return cloud.subset((cloud.means - recording.centres[i]) @ ahead > -.015)
     renders = write_pose_renders(tmp_path / "rear.h5", without_rear, prepared, [0, 2])
-    thirds = body_errors(prepared, renders).thirds()
-    assert thirds["rear"] > 3 * thirds["front"] and thirds["rear"] > 3 * thirds["middle"]
+    complete = write_pose_renders(tmp_path / "whole.h5", carved_gaussians, prepared, [0, 2])
+    whole, thirds = body_errors(prepared, complete).thirds(), body_errors(prepared, renders).thirds()
+    assert thirds["rear"] > 2 * whole["rear"] and thirds["front"] < 1.2 * whole["front"]
     assert len(prediction_sheet(prepared, renders, 0, CarvingVariant(prepared.grid, 0)).axes) == 21
 
 

@@ -109,7 +109,7 @@ def test_the_scores_of_a_run_are_those_of_its_saved_model(tmp_path):
                            PrepareConfig(every=1, downsample=1.0, resolution=32, margin=.03, coarse=32,
                                          validation=False), tmp_path / "outputs/data/pose")
     model = load_pose(tmp_path / "first")
-    rows = score_recording(animal_predictor(model, RefineConfig(steps=2)), prepared, list(prepared.split("test"))[::2],
+    rows = score_recording(animal_predictor(model), prepared, list(prepared.split("test"))[::2],
                            variants=[CarvingVariant(prepared.grid, 0)])
     again = summarise_scores(rows)
     assert all(again[name] == pytest.approx(results[name], abs=1e-6) for name in ("heldout_iou", "heldout_l1"))

@@ -73,7 +73,7 @@ class ColmapModel:
     colours: np.ndarray
     errors: np.ndarray
 
-# %% ../../nbs/geometry/colmap.ipynb #464383f6
+# %% ../../nbs/geometry/colmap.ipynb #ea8fd561
 class _Pose(NamedTuple):
     """A picture's pose and the number of its camera. values: quaternion w x y z, translation, world to camera."""
     name: str
@@ -88,7 +88,7 @@ def _camera_of(pose: _Pose, cameras: dict[int, _Intrinsics], what: str) -> Pinho
     quat, position = torch.tensor(pose.values, dtype=torch.float64).split([4, 3])
     if not (quat.isfinite().all() and position.isfinite().all() and quat.norm() > 1e-9):
         raise KiloError(f"Picture {pose.name} in {what} has the pose {pose.values}; expected a quaternion "
-                        "with a length " "and finite numbers.")
+                        "with a length and finite numbers.")
     to_camera = rigid(quat_to_rotmat(quat / quat.norm()), position)
     width, height, (fx, fy, cx, cy, *distortion) = cameras[pose.camera]
     values = rigid_inverse(to_camera).float(), fx, fy, cx, cy, width, height
@@ -159,7 +159,7 @@ def _cameras_text(path: Path) -> dict[int, _Intrinsics]:
     _check_announced(path, lines, len(found))
     return found
 
-# %% ../../nbs/geometry/colmap.ipynb #30c91a93
+# %% ../../nbs/geometry/colmap.ipynb #fe57ee4a
 def _poses_text(path: Path) -> list[_Pose]:
     """Two lines for each picture; the second, its observations, may be blank and is skipped."""
     lines, found = _text_lines(path), []
@@ -170,7 +170,7 @@ def _poses_text(path: Path) -> list[_Pose]:
         found.append(_Pose(name, _numbers(words[8:9], int, str(path))[0], _numbers(words[1:8], float, str(path))))
         if len(next(rest, "").split()) % 3:
             raise KiloError(f"{path} continues wrongly after {name}; expected a line of observations, three "
-                            "fields each, " "or a blank one.")
+                            "fields each, or a blank one.")
     _check_announced(path, lines, len(found))
     return found
 
@@ -184,7 +184,7 @@ def _points_text(path: Path) -> np.ndarray:
         raise KiloError(f"{path} has colours that are not whole numbers from 0 to 255.")
     return points
 
-# %% ../../nbs/geometry/colmap.ipynb #eb217af0
+# %% ../../nbs/geometry/colmap.ipynb #1d93cc86
 class _Bytes:
     """A position in the bytes of a file; every step is checked against the file's end."""
 
@@ -218,7 +218,7 @@ class _Bytes:
 
     def cut(self) -> KiloError:
         return KiloError(f"{self.path} ends after {len(self.data)} bytes within a record: it was cut short, "
-                         "or it is no " "binary model; copy it again.")
+                         "or it is no binary model; copy it again.")
 
 # %% ../../nbs/geometry/colmap.ipynb #dcc80153
 _CAMERA, _IMAGE, _POINT = struct.Struct("<iiQQ"), struct.Struct("<i7di"), struct.Struct("<Q3d3BdQ")

@@ -319,7 +319,7 @@ def _march_kernel(volume, colours, origins, directions, step, distances, pixels)
                 break
             t += step
 
-# %% ../../nbs/pose/carve.ipynb #e8a3066c
+# %% ../../nbs/pose/carve.ipynb #38dc9846
 class HullPicture(NamedTuple):
     """A hull seen by a camera. mask: [H, W] bool. rgb: [H, W, 3] sRGB on white. distance: [H, W] along the ray, metres;
     infinite where the hull is not hit."""
@@ -327,7 +327,7 @@ class HullPicture(NamedTuple):
     rgb: Tensor
     distance: Tensor
 
-
+# %% ../../nbs/pose/carve.ipynb #4c3bbaaa
 def draw_hull(volume: CarvedVolume, camera: Camera, missing: int = 0, step: float = .5) -> HullPicture:
     """Silhouette, colours and distances of a hull. missing: 0 or 1, as `CarvedVolume.occupied`. step: voxels."""
     rays, voxel = camera.rays(), volume.grid.voxel_m

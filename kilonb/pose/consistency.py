@@ -8,7 +8,7 @@ baseline.
 __all__ = ['CLIP', 'RigState', 'rig_state', 'world_rays', 'camera_pairs', 'outline_rays', 'animal_sizes',
            'tangent_errors', 'mean_error', 'error_matrix']
 
-# %% ../../nbs/pose/consistency.ipynb #4de79dec
+# %% ../../nbs/pose/consistency.ipynb #e8b74192
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,15 +17,15 @@ import numpy as np
 from numba import njit
 
 from ..core.errors import KiloError
-from .outlines import DIRECTIONS, Outlines
+from .outlines import Outlines
 
-# %% ../../nbs/pose/consistency.ipynb #4f0c6ab1
+# %% ../../nbs/pose/consistency.ipynb #b6b0e66a
 @dataclass(frozen=True, eq=False)
 class RigState:
-    """Calibrations and outlines of C cameras as they are assumed to be; a hypothesis about a fault changes some of them.
+    """Calibrations and outlines of C cameras as they are assumed to be; hypotheses about faults change some of them.
 
-    K, R: [C, 3, 3], t: [C, 3] metres, x_camera = R X + t. distortion: [C, 8] k1 k2 p1 p2 k3 k4 k5 k6. sizes: [C, 2] width and
-    height, pixels. points: [C, F, 64, 2] pixels, inside: [C, F, 64], known: [C, F] bool; area: [C, F] pixels.
+    K, R: [C, 3, 3], t: [C, 3] metres, x_camera = R X + t. distortion: [C, 8] k1 k2 p1 p2 k3 k4 k5 k6. sizes: [C, 2]
+    width and height, pixels. points: [C, F, 64, 2] pixels, inside: [C, F, 64], known: [C, F] bool; area: [C, F] pixels.
     """
     names: tuple[str, ...]
     frames: np.ndarray
@@ -71,7 +71,7 @@ def rig_state(calibrations: dict[str, Any], outlines: Outlines) -> RigState:
     return RigState(outlines.names, outlines.frames, K, R, t, distortion, sizes, outlines.points, outlines.inside,
                     outlines.known, outlines.area)
 
-# %% ../../nbs/pose/consistency.ipynb #dbf05853
+# %% ../../nbs/pose/consistency.ipynb #3d2e4bbf
 @njit(cache=True, error_model="numpy")
 def _rays(points: np.ndarray, K: np.ndarray, R: np.ndarray, distortion: np.ndarray) -> np.ndarray:
     """Unit viewing directions [N, 3] in the world through pixels [N, 2] (first pixel's centre is 0, 0)."""
@@ -91,14 +91,14 @@ def _rays(points: np.ndarray, K: np.ndarray, R: np.ndarray, distortion: np.ndarr
         for k in range(3): out[n, k] = (R[0, k] * x + R[1, k] * y + R[2, k]) / length
     return out
 
-
+# %% ../../nbs/pose/consistency.ipynb #fe7d1e71
 def world_rays(state: RigState, camera: int, pixels: np.ndarray) -> np.ndarray:
     """Unit viewing directions [..., 3] in the world through `pixels` [..., 2] of camera number `camera`."""
     flat = np.ascontiguousarray(pixels, float).reshape(-1, 2)
     rays = _rays(flat, state.K[camera], state.R[camera], state.distortion[camera])
     return rays.reshape(*pixels.shape[:-1], 3)
 
-# %% ../../nbs/pose/consistency.ipynb #067bdc18
+# %% ../../nbs/pose/consistency.ipynb #e1ddf021
 @njit(cache=True, error_model="numpy")
 def _bundle(rays: np.ndarray, b: np.ndarray, e1: np.ndarray, e2: np.ndarray, middle: float) -> tuple:
     """Tangent planes of rays [D, 3] in the bundle about the baseline b: (lowest angle, its ray, highest angle, its
@@ -116,11 +116,11 @@ def _bundle(rays: np.ndarray, b: np.ndarray, e1: np.ndarray, e2: np.ndarray, mid
         if angle > high: high, at_high = angle, k
     return low, at_low, high, at_high
 
-
+# %% ../../nbs/pose/consistency.ipynb #32527715
 @njit(cache=True)
 def _dot(a: np.ndarray, b: np.ndarray) -> float: return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
-
+# %% ../../nbs/pose/consistency.ipynb #15515dfc
 @njit(cache=True)
 def _sine(ray: np.ndarray, b: np.ndarray) -> float:
     """Sine of the angle between unit vectors."""
@@ -178,18 +178,18 @@ def _pair_errors(pairs: np.ndarray, rays: np.ndarray, centres: np.ndarray, insid
             else: out[p, f, 0], out[p, f, 1] = min(abs(low), CLIP), min(abs(high), CLIP)
     return out
 
-# %% ../../nbs/pose/consistency.ipynb #7f279219
+# %% ../../nbs/pose/consistency.ipynb #a0bbfb96
 def camera_pairs(count: int, camera: int | None = None) -> np.ndarray:
     """[P, 2] pairs i < j of `count` cameras; only those with `camera`, if one is given."""
     pairs = [(i, j) for i in range(count) for j in range(i + 1, count) if camera in (None, i, j)]
     return np.array(pairs, int).reshape(-1, 2)
 
-
+# %% ../../nbs/pose/consistency.ipynb #4e9f7e96
 def outline_rays(state: RigState) -> np.ndarray:
     """[C, F, 64, 3] unit viewing directions of all outlines in the world."""
     return np.stack([world_rays(state, camera, state.points[camera]) for camera in range(len(state))])
 
-# %% ../../nbs/pose/consistency.ipynb #96d7f376
+# %% ../../nbs/pose/consistency.ipynb #7da2ada9
 def animal_sizes(state: RigState) -> np.ndarray:
     """[C, F] angular size of the animal, radians: square root of the mask's area over the focal length, at least a
     third of the camera's median, so that an animal that is cut by the border does not enlarge errors."""
@@ -198,7 +198,7 @@ def animal_sizes(state: RigState) -> np.ndarray:
     typical = [np.median(row[known]) if known.any() else 1.0 for row, known in zip(sizes, state.known)]
     return np.maximum(sizes, np.array(typical)[:, None] / 3)
 
-
+# %% ../../nbs/pose/consistency.ipynb #f83897a9
 def tangent_errors(state: RigState, pairs: np.ndarray | None = None, rays: np.ndarray | None = None,
                    signed: bool = False) -> np.ndarray:
     """[P, F, 2] distances of the two common tangents of camera pairs [P, 2] (default: all), in sizes of the animal.
@@ -211,14 +211,14 @@ def tangent_errors(state: RigState, pairs: np.ndarray | None = None, rays: np.nd
     rays = outline_rays(state) if rays is None else rays
     return _pair_errors(pairs, rays, state.centres, state.inside, state.known, animal_sizes(state), signed)
 
-# %% ../../nbs/pose/consistency.ipynb #071c5cf0
+# %% ../../nbs/pose/consistency.ipynb #2d20b706
 def mean_error(errors: np.ndarray) -> float:
     """Mean tangent error of pairs [P, F, 2]: over tangents and frames of a pair, then over pairs; NaN without any."""
     rows = errors.reshape(len(errors), math.prod(errors.shape[1:]))
     counted = np.isfinite(rows).any(1)
     return float(np.nanmean(rows[counted], 1).mean()) if counted.any() else math.nan
 
-
+# %% ../../nbs/pose/consistency.ipynb #080a05f7
 def error_matrix(state: RigState) -> np.ndarray:
     """[C, C] mean tangent error of each pair, symmetric, NaN on the diagonal and where nothing is known."""
     matrix, pairs = np.full((len(state), len(state)), np.nan), camera_pairs(len(state))

@@ -8,11 +8,11 @@ check.
 __all__ = ['SHIFTS', 'DoctorOptions', 'mask_frames', 'check_masks', 'with_subtracted_masks', 'with_rotations',
            'explanation_finding', 'least_consistent', 'check_consistency', 'DistortionFit', 'fit_distortion',
            'check_distortion', 'shift_curves', 'check_time', 'ViewShares', 'view_shares', 'check_view', 'check_units',
-           'CameraSamples', 'sample_pictures', 'check_edges', 'HullCheck', 'predict_silhouettes', 'MaskReader',
-           'check_hulls', 'keypoint_shares', 'check_keypoints', 'has_neighbours', 'liveliest_run',
+           'CameraSamples', 'sample_pictures', 'check_edges', 'without_excess', 'HullCheck', 'predict_silhouettes',
+           'MaskReader', 'check_hulls', 'keypoint_shares', 'check_keypoints', 'has_neighbours', 'liveliest_run',
            'time_by_subtraction', 'Examination', 'examine']
 
-# %% ../../nbs/pose/doctor.ipynb #19548886
+# %% ../../nbs/pose/doctor.ipynb #40e6344e
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,24 +23,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..core.errors import KiloError
-from ..core.text import format_duration
 from .consistency import RigState, camera_pairs, error_matrix, mean_error, rig_state, tangent_errors
 from .findings import Finding, FindingList
 from kilonb.pose.hypotheses import (
-    ExplainOptions, Explanation, Hypothesis, find_explanations, flip_axes, set_distortion, shift_in_time,
+    ExplainOptions, Explanation, find_explanations, flip_axes, shift_in_time,
 )
 from .mask_edges import MaskExcess, mask_excess, reduce_pictures
-from .outlines import Outlines, collect_outlines, frames_to_examine
+from .outlines import OUTLINE_AXES, Outlines, collect_outlines, frames_to_examine
 from kilonb.pose.rig_checks import (
-    VideoFacts, check_cameras, check_lengths, check_rotations, check_sizes, check_videos, read_video_facts,
-    rotation_errors, size_factors,
+    VideoFacts, check_cameras, check_video_lengths, check_rotations, check_sizes, check_videos, read_video_facts,
+    size_factors,
 )
 from ..scenes.foreground import background_of, foreground_mask
 from kilonb.pose.rig_hulls import (
     PredictedSilhouette, animal_extents, animal_positions, predict_silhouette, project_positions,
 )
 
-# %% ../../nbs/pose/doctor.ipynb #5cfde6df
+# %% ../../nbs/pose/doctor.ipynb #e4523d15
 @dataclass(frozen=True)
 class DoctorOptions:
     """Limits of an examination and bounds of its checks.
@@ -50,7 +49,8 @@ class DoctorOptions:
     hulls. explain: of the search for faults. error_warning, error_fault: tangent error, in sizes of the animal.
     out_of_view, empty, cut, slight: shares of the frames; from `slight` on a warning. smallest_m, largest_m: of the
     animal. excess_fault, excess_warning, lacking_warning: shares of the masks' area. least_k1, least_k1_share,
-    least_k1_z: distortion, the part of the squared error that it explains, and its significance.
+    least_k1_share_one, least_k1_z, least_k1_pixels: distortion, the part of the squared error that it explains if all
+    cameras or only one have it, its significance, and its effect on tangents in pixels of the masks.
     """
     frames: int = 360
     subtracted_frames: int = 90
@@ -70,7 +70,9 @@ class DoctorOptions:
     lacking_warning: float = .05
     least_k1: float = .08
     least_k1_share: float = .05
+    least_k1_share_one: float = .25
     least_k1_z: float = 8.0
+    least_k1_pixels: float = .11
     coverage_warning: float = .85
 
     def __post_init__(self) -> None:
@@ -80,7 +82,7 @@ class DoctorOptions:
             raise KiloError(f"smallest_m is {self.smallest_m} and largest_m {self.largest_m}; expected 0 < smallest < "
                             "largest.")
 
-# %% ../../nbs/pose/doctor.ipynb #a00a1bec
+# %% ../../nbs/pose/doctor.ipynb #0955ac9f
 def mask_frames(recording: Any, facts: VideoFacts, most: int) -> list[int]:
     """Frame numbers to examine: of the masks, as far as all videos reach."""
     with_masks = [set(files) for files in recording.mask_files.values() if files]
@@ -88,7 +90,7 @@ def mask_frames(recording: Any, facts: VideoFacts, most: int) -> list[int]:
     end = min(facts.counts.values(), default=0)
     return frames_to_examine([frame for frame in set.union(*with_masks) if frame < end], most)
 
-
+# %% ../../nbs/pose/doctor.ipynb #5cff3ee2
 def check_masks(outlines: Outlines) -> Finding:
     """Whether all cameras have masks that can be read."""
     without = tuple(name for name, present in zip(outlines.names, outlines.present) if not present.any())
@@ -158,7 +160,7 @@ def explanation_finding(names: Sequence[str], one: Explanation) -> Finding:
     return Finding(_CHECKS.get(fault, "orientation"), "fault", fault, cameras, one.decrease.before, one.decrease.after,
                    "tangent error, given and corrected", said)
 
-# %% ../../nbs/pose/doctor.ipynb #a0929707
+# %% ../../nbs/pose/doctor.ipynb #c34eb423
 def least_consistent(state: RigState) -> tuple[int, float]:
     """(camera, median tangent error of its pairs) of the camera that contradicts the others most; (-1, NaN) without
     any pair."""
@@ -169,7 +171,7 @@ def least_consistent(state: RigState) -> tuple[int, float]:
     medians[known] = np.nanmedian(matrix[known], 1)
     return int(medians.argmax()), float(medians.max())
 
-
+# %% ../../nbs/pose/doctor.ipynb #77827f86
 def check_consistency(state: RigState, options: DoctorOptions) -> Finding:
     """What is left of the contradictions after the corrections."""
     camera, error = least_consistent(state)
@@ -184,13 +186,15 @@ def check_consistency(state: RigState, options: DoctorOptions) -> Finding:
                    f"The silhouettes of {name} miss those of the others by {error:.2f} of the animal's size, and no "
                    "known fault explains it: look at its masks, then at its calibration.")
 
-# %% ../../nbs/pose/doctor.ipynb #79c19dc0
+# %% ../../nbs/pose/doctor.ipynb #0da811ce
 class DistortionFit(NamedTuple):
     """Radial distortion that signed tangent errors ask for. k1: to be added to the calibration's. z: in standard
-    errors. share: part of the squared error that it explains. blocks: of frames, that were seen."""
+    errors. share: part of the squared error that it explains. pixels: the root mean square of what it explains. blocks:
+    of frames, that were seen."""
     k1: float
     z: float
     share: float
+    pixels: float
     blocks: int
 
 
@@ -199,7 +203,7 @@ def _added_k1(state: RigState, cameras: Sequence[int], k1: float) -> RigState:
     changed[list(cameras), 0] += k1
     return replace(state, distortion=changed)
 
-
+# %% ../../nbs/pose/doctor.ipynb #8bc12c3f
 def _huber_slope(g: np.ndarray, r: np.ndarray, rounds: int = 5) -> tuple[float, np.ndarray]:
     """(slope of r on g, Huber weights)."""
     weights = np.ones_like(r)
@@ -209,7 +213,7 @@ def _huber_slope(g: np.ndarray, r: np.ndarray, rounds: int = 5) -> tuple[float, 
         weights = 1 / np.maximum(1, rest / max(2.2 * np.median(rest), 1e-12))
     return float(slope), weights
 
-# %% ../../nbs/pose/doctor.ipynb #500e641a
+# %% ../../nbs/pose/doctor.ipynb #2f69ba5a
 def fit_distortion(state: RigState, cameras: Sequence[int], step: float = .02) -> DistortionFit:
     """The distortion of `cameras`, in common, that explains the signed tangent errors of their pairs."""
     pairs = camera_pairs(len(state))
@@ -219,15 +223,17 @@ def fit_distortion(state: RigState, cameras: Sequence[int], step: float = .02) -
     gradient = (signed(_added_k1(state, cameras, step)) - signed(_added_k1(state, cameras, -step))) / (2 * step)
     used = np.isfinite(errors) & np.isfinite(gradient) & (np.abs(errors) < .15)
     block = np.unique(np.broadcast_to((state.frames // 8)[None, :, None], errors.shape)[used], return_inverse=True)[1]
-    if not len(block): return DistortionFit(0.0, 0.0, 0.0, 0)
+    if not len(block): return DistortionFit(0.0, 0.0, 0.0, 0.0, 0)
     r, g = -errors[used], gradient[used]
     slope, weights = _huber_slope(g, r)
     scores = np.bincount(block, weights * g * (r - slope * g))
     deviation = np.sqrt((scores ** 2).sum()) / max((weights * g * g).sum(), 1e-30)
     share = 1 - (weights * (r - slope * g) ** 2).sum() / max((weights * r * r).sum(), 1e-30)
-    return DistortionFit(slope, slope / max(deviation, 1e-12), float(share), len(scores))
+    typical = np.sqrt(np.median(state.area[state.known]))
+    pixels = typical * np.sqrt(np.average((slope * g) ** 2, weights=weights))
+    return DistortionFit(slope, float(slope / max(deviation, 1e-12)), float(share), float(pixels), len(scores))
 
-# %% ../../nbs/pose/doctor.ipynb #16f13d84
+# %% ../../nbs/pose/doctor.ipynb #2f9376e2
 _LARGEST_K1 = .8
 
 
@@ -239,8 +245,10 @@ def check_distortion(state: RigState, options: DoctorOptions) -> tuple[list[Find
     fits = [(fit_distortion(state, group), group) for group in groups]
     fits = [(fit, group) for fit, group in fits if fit.blocks >= 4 and abs(fit.k1) < _LARGEST_K1]
     if not fits: return [Finding("distortion", "not_run", sentence="Too few frames show two silhouettes.")], state
+    least = lambda group: options.least_k1_share if len(group) > 1 else options.least_k1_share_one
     strong = [(fit, group) for fit, group in fits if abs(fit.k1) >= options.least_k1
-              and fit.share >= options.least_k1_share and abs(fit.z) >= options.least_k1_z]
+              and fit.share >= least(group) and abs(fit.z) >= options.least_k1_z
+              and fit.pixels >= options.least_k1_pixels]
     if not strong:
         fit = fits[0][0]
         return [Finding("distortion", "ok", "", (), fit.share, options.least_k1_share, "part of the squared error",
@@ -254,14 +262,14 @@ def check_distortion(state: RigState, options: DoctorOptions) -> tuple[list[Find
     return [Finding("distortion", "fault", "distortion", names, fit.k1, options.least_k1, "k1", sentence)], _added_k1(
         state, group, fit.k1)
 
-
+# %% ../../nbs/pose/doctor.ipynb #f860affb
 def _explained(state: RigState, fit: DistortionFit, group: Sequence[int]) -> float:
     """By how much a fitted distortion lowers the mean tangent error of the rig."""
     return mean_error(tangent_errors(state)) - mean_error(tangent_errors(_added_k1(state, group, fit.k1)))
 
-# %% ../../nbs/pose/doctor.ipynb #7cd5a53f
+# %% ../../nbs/pose/doctor.ipynb #b7aecf16
 SHIFTS = tuple(range(-6, 7))
-_LEAST_RISE = 1.1
+_LEAST_RISE, _LOWER = 1.1, .8
 
 
 def shift_curves(state: RigState) -> np.ndarray:
@@ -275,7 +283,7 @@ def shift_curves(state: RigState) -> np.ndarray:
             if shifted.known[camera].sum() >= 6: curves[camera, k] = mean_error(tangent_errors(shifted, pairs))
     return curves
 
-
+# %% ../../nbs/pose/doctor.ipynb #b72447cd
 def check_time(state: RigState, curves: np.ndarray) -> Finding:
     """Whether shifts can be told apart, for cameras whose offset was not named."""
     zero = SHIFTS.index(0)
@@ -284,16 +292,20 @@ def check_time(state: RigState, curves: np.ndarray) -> Finding:
     if not decided.any():
         return Finding("time", "not_run",
                        sentence="There are no masks in neighbouring frames: shifts in time cannot be " "compared.")
-    lowest = float(rise[decided].min())
+    lowest, unit = float(rise[decided].min()), "error at +-1 over that at 0"
+    name = state.names[int(np.where(decided, rise, np.inf).argmin())]
+    if lowest < _LOWER:
+        return Finding("time", "warning", "time_offset", (name,), lowest, _LOWER, unit,
+                       f"The silhouettes of {name} fit better a frame earlier or later, but not clearly so: examine a "
+                       "part in which the animal moves more.")
     if lowest < _LEAST_RISE:
-        name = state.names[int(np.where(decided, rise, np.inf).argmin())]
-        return Finding("time", "not_run", number=lowest, bound=_LEAST_RISE, unit="error at +-1 over that at 0",
-                       sentence=f"Shifts of {name} cannot be told apart: the animal moves too little there, or the "
-                       "masks are too rough.")
-    return Finding("time", "ok", number=lowest, bound=_LEAST_RISE, unit="error at +-1 over that at 0",
+        return Finding("time", "not_run", number=lowest, bound=_LEAST_RISE, unit=unit,
+                       sentence=f"Shifts of {name} cannot be told apart: the animal moves too little there, "
+                       "or the masks " "are too rough.")
+    return Finding("time", "ok", number=lowest, bound=_LEAST_RISE, unit=unit,
                    sentence="All videos are in step, with the corrections that other findings name.")
 
-# %% ../../nbs/pose/doctor.ipynb #be291c6a
+# %% ../../nbs/pose/doctor.ipynb #736c6725
 class ViewShares(NamedTuple):
     """Shares [C] of the frames in which the animal's place is known from other cameras: outside the picture; inside it
     although the mask is empty; with a mask that touches the border. frames: [C] of them."""
@@ -302,19 +314,19 @@ class ViewShares(NamedTuple):
     cut: np.ndarray
     frames: np.ndarray
 
-
+# %% ../../nbs/pose/doctor.ipynb #6901642e
 def view_shares(state: RigState, outlines: Outlines, positions: np.ndarray) -> ViewShares:
     """Where the animal's place [F, 3] is in each picture, against its masks."""
     pixels = project_positions(state, positions)
     located = np.isfinite(positions).all(-1)
     inside = (np.isfinite(pixels) & (pixels >= 0) & (pixels <= state.sizes[:, None] - 1)).all(-1)
     count = np.maximum(located.sum(), 1)
-    blank = outlines.present & ~state.known & located
+    blank = outlines.present & (state.area == 0) & located
     touching = (state.known & ~state.inside.all(-1)).sum(1) / np.maximum(state.known.sum(1), 1)
     return ViewShares((~inside & ~state.known & located).sum(1) / count, (blank & inside).sum(1) / count, touching,
                       np.full(len(state), located.sum()))
 
-# %% ../../nbs/pose/doctor.ipynb #3080b7eb
+# %% ../../nbs/pose/doctor.ipynb #f15cffb4
 def _share_finding(check: str, fault: str, names: Sequence[str], shares: np.ndarray, bound: float, slight: float,
                    said: str) -> list[Finding]:
     """Findings for the cameras whose share reaches `bound` (a fault) or only `slight` (a warning)."""
@@ -328,7 +340,7 @@ def _share_finding(check: str, fault: str, names: Sequence[str], shares: np.ndar
     return found or [Finding(check, "ok", "", (), float(np.max(shares)), slight, "share of frames",
                              "Nothing of the kind in more than a few frames.")]
 
-
+# %% ../../nbs/pose/doctor.ipynb #ac64ff3f
 def check_view(state: RigState, outlines: Outlines, positions: np.ndarray, options: DoctorOptions) -> list[Finding]:
     """Cameras that do not see the animal, empty masks, and an animal cut by the border (a warning)."""
     shares = view_shares(state, outlines, positions)
@@ -357,7 +369,7 @@ def check_units(state: RigState, positions: np.ndarray, options: DoctorOptions) 
                    f"{'millimetres and were read as metres' if large else 'metres and were read as millimetres'}; "
                    "correct cameras.json or give the unit.")
 
-# %% ../../nbs/pose/doctor.ipynb #6747f43f
+# %% ../../nbs/pose/doctor.ipynb #3c1d6dfc
 class CameraSamples(NamedTuple):
     """Pictures [N, h, w, 3] and masks [N, h, w] of one camera in `frames`, 1/factor of their size."""
     frames: list[int]
@@ -365,7 +377,7 @@ class CameraSamples(NamedTuple):
     masks: np.ndarray
     factor: int
 
-
+# %% ../../nbs/pose/doctor.ipynb #5cd054d9
 def sample_pictures(recording: Any, outlines: Outlines, name: str, most: int,
                     longest: int = 640) -> CameraSamples | None:
     """Up to `most` frames in which the camera has an outline, spread over the examined ones; None where there are none
@@ -402,14 +414,27 @@ def check_edges(excesses: Mapping[str, MaskExcess | None], options: DoctorOption
     return found or [Finding("bleeding", "ok", "", (), max(known.values()), options.excess_fault, unit,
                              "The masks end where the animal ends.")]
 
-# %% ../../nbs/pose/doctor.ipynb #4821a217
+# %% ../../nbs/pose/doctor.ipynb #a480cda0
+def without_excess(state: RigState, excesses: Mapping[str, MaskExcess | None], least: float) -> RigState:
+    """The state with the outlines of cameras whose masks have an excess of `least` or more drawn in: by the excess area
+    over the outline's length."""
+    points = state.points.copy()
+    for camera, name in enumerate(state.names):
+        found = excesses.get(name)
+        if found is None or found.excess < least: continue
+        length = np.linalg.norm(np.diff(points[camera], axis=1, append=points[camera][:, :1]), axis=-1).sum(1)
+        by = found.excess * state.area[camera] / np.maximum(length, 1)
+        points[camera] -= np.minimum(by, 5)[:, None, None] * OUTLINE_AXES
+    return replace(state, points=points)
+
+# %% ../../nbs/pose/doctor.ipynb #fb3979d5
 class HullCheck(NamedTuple):
     """Predicted silhouettes by camera and frame. coverage, iou: [C] medians over the frames, NaN without any."""
     silhouettes: dict[str, list[PredictedSilhouette]]
     coverage: np.ndarray
     iou: np.ndarray
 
-
+# %% ../../nbs/pose/doctor.ipynb #22c46b33
 def predict_silhouettes(recording: Any, state: RigState, positions: np.ndarray, frames: int,
                         change: Callable[[int, int], np.ndarray]) -> HullCheck:
     """The silhouettes that the hull of the other cameras predicts for each camera, in `frames` frames that most cameras
@@ -461,7 +486,7 @@ def check_hulls(names: Sequence[str], hulls: HullCheck, options: DoctorOptions) 
     if poor: return Finding("hull", "warning", "inconsistent", poor, low, options.coverage_warning, "coverage", said)
     return Finding("hull", "ok", "", (), low, options.coverage_warning, "coverage", said)
 
-# %% ../../nbs/pose/doctor.ipynb #a44c999d
+# %% ../../nbs/pose/doctor.ipynb #358c7a67
 def keypoint_shares(recording: Any, state: RigState, outlines: Outlines, most: int = 12) -> dict[str, float]:
     """Camera -> share of the 3D keypoints that project into the mask or within a tenth of the animal's size of it."""
     from scipy import ndimage
@@ -484,7 +509,7 @@ def keypoint_shares(recording: Any, state: RigState, outlines: Outlines, most: i
             if known.any(): shares.setdefault(name, []).append(float(hit[known].mean()))
     return {name: float(np.mean(values)) for name, values in shares.items()}
 
-
+# %% ../../nbs/pose/doctor.ipynb #ccd2148b
 def check_keypoints(shares: Mapping[str, float], least: float = .6) -> Finding:
     """Whether labelled points project onto the animal in the pictures: a small reprojection error does not say so."""
     if not shares: return Finding("keypoints", "not_run", sentence="No keypoints are labelled in the examined frames.")
@@ -496,7 +521,7 @@ def check_keypoints(shares: Mapping[str, float], least: float = .6) -> Finding:
                    f"Only {worst:.0%} of the keypoints project onto the animal in "
                    f"{min(low, key=low.get)}: they belong to " "another calibration, another unit or other frames.")
 
-# %% ../../nbs/pose/doctor.ipynb #aea1d228
+# %% ../../nbs/pose/doctor.ipynb #5175b749
 def has_neighbours(frames: np.ndarray, least: int = 12) -> bool:
     """Whether at least `least` of the frame numbers [F] follow on each other."""
     return int((np.diff(frames) == 1).sum()) >= least
@@ -514,7 +539,7 @@ def liveliest_run(state: RigState, end: int, count: int) -> range:
     first = min(max(middle - count // 2, 0), max(end - count, 0))
     return range(first, min(first + count, end))
 
-
+# %% ../../nbs/pose/doctor.ipynb #afb85e44
 def time_by_subtraction(recording: Any, facts: VideoFacts, explanations: Sequence[Explanation], state: RigState,
                         options: DoctorOptions) -> tuple[list[Finding], np.ndarray | None]:
     """(findings, error curves over shifts) from masks of a run of frames, made for it. state: the rig
@@ -565,13 +590,15 @@ def _merged(findings: Sequence[Finding]) -> list[Finding]:
     weaker = lambda one: one.verdict == "ok" or one.fault == "principal_point"
     return [one for one in joined.values() if not (one.check in faulty and weaker(one))]
 
-# %% ../../nbs/pose/doctor.ipynb #d2f4af0b
-def _examine_rig(recording: Any, facts: VideoFacts, outlines: Outlines, options: DoctorOptions) -> tuple[list, dict]:
+# %% ../../nbs/pose/doctor.ipynb #f2eb8a87
+def _examine_rig(recording: Any, facts: VideoFacts, outlines: Outlines, excesses: Mapping[str, MaskExcess | None],
+                 options: DoctorOptions) -> tuple[list, dict]:
     """(findings, what the pictures need) of a recording with masks."""
     given = rig_state(recording.calibrations, outlines)
     factors = list(dict.fromkeys(size_factors(recording.calibrations, facts.sizes).values()))
     differences = {a - b for a in facts.counts.values() for b in facts.counts.values()}
-    found = find_explanations(start := with_rotations(given), factors, sorted(differences), options.explain)
+    start = with_rotations(without_excess(given, excesses, options.excess_warning))
+    found = find_explanations(start, factors, sorted(differences), options.explain)
     findings = [explanation_finding(given.names, one) for one in found]
     state = found[-1].state if found else start
     more, state = check_distortion(state, options)
@@ -591,25 +618,25 @@ def _examine_rig(recording: Any, facts: VideoFacts, outlines: Outlines, options:
     return findings, {"outlines": outlines, "given": given, "corrected": state, "explanations": tuple(found),
                       "curves": curves, "positions": positions, "hulls": hulls}
 
-# %% ../../nbs/pose/doctor.ipynb #ddbe0c02
+# %% ../../nbs/pose/doctor.ipynb #30cbdaad
 def _examine_edges(recording: Any, outlines: Outlines, options: DoctorOptions) -> tuple[list, dict]:
     """(findings, samples and excesses) of masks against pictures."""
     samples = {name: sample_pictures(recording, outlines, name, options.edge_frames) for name in outlines.names}
     excesses = {name: one and mask_excess(one.pictures, one.masks) for name, one in samples.items()}
     return check_edges(excesses, options), {"samples": samples, "excesses": excesses}
 
-
+# %% ../../nbs/pose/doctor.ipynb #c20a0d09
 def _for_made_masks(options: DoctorOptions) -> DoctorOptions:
     """Bounds for masks by background subtraction: contradictions that nothing explains are their own."""
     return replace(options, error_fault=np.inf, least_k1=2 * options.least_k1,
                    least_k1_share=2 * options.least_k1_share)
 
-
+# %% ../../nbs/pose/doctor.ipynb #2131d204
 def _without_masks(recording: Any, facts: VideoFacts, findings: list, why: str, began: float) -> Examination:
     findings += [Finding(check, "not_run", sentence=why) for check in ("masks", "consistency", "time", "bleeding")]
     return Examination(recording.name, recording.names, tuple(findings), facts, seconds=time.perf_counter() - began)
 
-# %% ../../nbs/pose/doctor.ipynb #870c2f24
+# %% ../../nbs/pose/doctor.ipynb #d0299601
 def _masks_to_examine(recording: Any, facts: VideoFacts, options: DoctorOptions) -> tuple[Any, list[int], bool]:
     """(recording, frames, whether masks were made by subtraction). Raises KiloError where there are none to be had."""
     if frames := mask_frames(recording, facts, options.frames): return recording, frames, False
@@ -619,7 +646,7 @@ def _masks_to_examine(recording: Any, facts: VideoFacts, options: DoctorOptions)
     frames = frames_to_examine(range(end), options.subtracted_frames)
     return with_subtracted_masks(recording, facts, frames), frames, True
 
-
+# %% ../../nbs/pose/doctor.ipynb #9a2d0df5
 def examine(recording: Any, options: DoctorOptions = DoctorOptions()) -> Examination:
     """Examines a `scenes.multiview.Recording`; nothing that is wrong with it raises an error.
 
@@ -627,14 +654,14 @@ def examine(recording: Any, options: DoctorOptions = DoctorOptions()) -> Examina
     """
     began = time.perf_counter()
     facts = read_video_facts(recording)
-    findings = [check_cameras(recording.names), *check_videos(facts), *check_lengths(facts),
+    findings = [check_cameras(recording.names), *check_videos(facts), *check_video_lengths(facts),
                 *check_sizes(recording.calibrations, facts.sizes), *check_rotations(recording.calibrations)]
     if len(recording.names) < 2: return _without_masks(recording, facts, findings, "There is only one camera.", began)
     try: recording, frames, made = _masks_to_examine(recording, facts, options)
     except KiloError as error: return _without_masks(recording, facts, findings, str(error), began)
     outlines, options = collect_outlines(recording, frames), _for_made_masks(options) if made else options
-    of_rig, rig = _examine_rig(recording, facts, outlines, options)
     of_edges, edges = ([], {}) if made else _examine_edges(recording, outlines, options)
+    of_rig, rig = _examine_rig(recording, facts, outlines, edges.get("excesses", {}), options)
     findings = _merged([*findings, check_masks(outlines), *of_rig, *of_edges])
     return Examination(recording.name, recording.names, tuple(findings), facts, **rig, **edges,
                        seconds=time.perf_counter() - began)

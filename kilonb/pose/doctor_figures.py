@@ -17,13 +17,13 @@ from .consistency import error_matrix
 from .doctor import SHIFTS, Examination
 from .findings import Finding
 
-# %% ../../nbs/pose/doctor_figures.ipynb #32d9613e
+# %% ../../nbs/pose/doctor_figures.ipynb #60f80a96
 def _axes(width: float = 6.0, height: float = 2.4, columns: int = 1, rows: int = 1) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False)
 
-
+# %% ../../nbs/pose/doctor_figures.ipynb #9b88a692
 def lengths_figure(examination: Examination) -> Any:
     """Frames of each video."""
     figure, ((ax,),) = _axes()
@@ -52,7 +52,7 @@ def layout_figure(examination: Examination) -> Any:
     ax.set_aspect("equal", "datalim")
     return figure
 
-# %% ../../nbs/pose/doctor_figures.ipynb #43992402
+# %% ../../nbs/pose/doctor_figures.ipynb #4f15efba
 def _matrix(ax: Any, matrix: np.ndarray, names: tuple[str, ...], title: str) -> None:
     image = ax.imshow(matrix, vmin=0, vmax=max(.05, np.nanmax(matrix, initial=0)), cmap="magma")
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
@@ -60,7 +60,7 @@ def _matrix(ax: Any, matrix: np.ndarray, names: tuple[str, ...], title: str) -> 
     ax.set_title(title, fontsize=9)
     ax.figure.colorbar(image, ax=ax, shrink=.8)
 
-
+# %% ../../nbs/pose/doctor_figures.ipynb #4ef83f5d
 def consistency_figure(examination: Examination) -> Any:
     """Tangent errors of all pairs of cameras, as given and with the corrections, in sizes of the animal."""
     figure, ((first, second),) = _axes(8, 3.2, 2)
@@ -68,12 +68,12 @@ def consistency_figure(examination: Examination) -> Any:
         if state is not None: _matrix(ax, error_matrix(state), state.names, f"Tangent errors, {title}")
     return figure
 
-# %% ../../nbs/pose/doctor_figures.ipynb #fabb0839
+# %% ../../nbs/pose/doctor_figures.ipynb #5afeb1a1
 def _label(names: tuple[str, ...], fault: str, cameras: tuple[int, ...], value: float) -> str:
     who = "all" if len(cameras) == len(names) else ", ".join(names[k] for k in cameras)
     return f"{fault} {who}" + ("" if np.isnan(value) else f" {value:.3g}")
 
-
+# %% ../../nbs/pose/doctor_figures.ipynb #9ba40a60
 def explanation_figure(examination: Examination, finding: Finding) -> Any:
     """Tangent error of the rig under the best hypotheses, for the explanation that a finding reports."""
     names = examination.names
@@ -88,7 +88,7 @@ def explanation_figure(examination: Examination, finding: Finding) -> Any:
             return figure
     return consistency_figure(examination)
 
-# %% ../../nbs/pose/doctor_figures.ipynb #efcca3ff
+# %% ../../nbs/pose/doctor_figures.ipynb #b56ccfd0
 def time_figure(examination: Examination) -> Any:
     """Tangent error of each camera over shifts of its video."""
     figure, ((ax,),) = _axes()
@@ -98,7 +98,7 @@ def time_figure(examination: Examination) -> Any:
     if ax.lines: ax.legend(fontsize=7, ncol=2)
     return figure
 
-
+# %% ../../nbs/pose/doctor_figures.ipynb #e7d0b36f
 def view_figure(examination: Examination) -> Any:
     """For each camera and frame: no mask file, an empty mask, a mask cut by the border, a whole one."""
     from matplotlib.colors import ListedColormap
@@ -113,7 +113,7 @@ def view_figure(examination: Examination) -> Any:
     ax.set(xlabel="examined frame", title="grey: no mask; red: empty; orange: cut by the border; green: whole")
     return figure
 
-# %% ../../nbs/pose/doctor_figures.ipynb #3e6fff6d
+# %% ../../nbs/pose/doctor_figures.ipynb #08c196f3
 def _outlined(ax: Any, picture: np.ndarray, mask: np.ndarray, margin: int = 12) -> None:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     if len(rows):
@@ -124,7 +124,7 @@ def _outlined(ax: Any, picture: np.ndarray, mask: np.ndarray, margin: int = 12) 
     if len(rows): ax.contour(mask, [.5], colors="cyan", linewidths=.8)
     ax.axis("off")
 
-
+# %% ../../nbs/pose/doctor_figures.ipynb #f3ecc180
 def edges_figure(examination: Examination) -> Any:
     """A picture of each camera with its mask's border, over the difference from the background across that border."""
     count = max(len(examination.names), 1)
@@ -155,7 +155,7 @@ def hull_figure(examination: Examination) -> Any:
         ax.set_title(f"{name}\ncoverage {hulls.coverage[column]:.2f}, IoU {hulls.iou[column]:.2f}", fontsize=7)
     return figure
 
-# %% ../../nbs/pose/doctor_figures.ipynb #0edb2a51
+# %% ../../nbs/pose/doctor_figures.ipynb #13de1096
 _BY_CHECK: dict[str, Callable[[Examination], Any]] = {
     "cameras": layout_figure, "videos": lengths_figure, "lengths": lengths_figure, "rotations": layout_figure,
     "handedness": layout_figure, "masks": view_figure, "view": view_figure, "empty masks": view_figure,
@@ -171,7 +171,7 @@ def finding_figure(examination: Examination, finding: Finding) -> Any:
         return explanation_figure(examination, finding)
     return _BY_CHECK[finding.check](examination)
 
-
+# %% ../../nbs/pose/doctor_figures.ipynb #8b9edb6c
 def examination_figures(examination: Examination) -> dict[str, Any]:
     """Name -> figure: one for each kind of evidence, and one for each fault (`fault_NAME_k`)."""
     figures = {function.__name__.removesuffix("_figure"): function(examination)

@@ -7,12 +7,13 @@ heading removed by regression or by adversarial components, fitted on training f
 # %% auto #0
 __all__ = ['REMOVALS', 'EmbeddingConfig', 'principal_components', 'heading_terms', 'heading_weights', 'PoseEmbedding',
            'embed_magnitudes', 'fit_embedding', 'load_embedding', 'recording_coefficients', 'held_out_embedding',
-           'embedding_scores']
+           'embedding_scores', 'read_truth', 'later_r2', 'embedding_rows']
 
-# %% ../../nbs/pose/embedding.ipynb #2f469a42
+# %% ../../nbs/pose/embedding.ipynb #99f0c55d
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,13 @@ import torch
 from torch import Tensor
 
 from ..core.errors import KiloError, unknown_name
-from ..metrics.probes import PROBES, angle_targets, cross_validated_r2
+from ..metrics.probes import PROBES, angle_targets, cross_validated_r2, make_probe, r_squared
 from .view_features import ViewFeatures, frame_coefficients
 from .view_sphere import ViewSphere
 from ..splats.gaussians import Gaussians
 from ..training.checkpoints import read_checkpoint, write_checkpoint
 
-# %% ../../nbs/pose/embedding.ipynb #e7e726af
+# %% ../../nbs/pose/embedding.ipynb #e3b8e15b
 REMOVALS = ("none", "regression", "adversarial")
 
 
@@ -43,7 +44,7 @@ class EmbeddingConfig:
 
     components: int = 50
     removal: str = "adversarial"
-    orders: tuple[int, ...] = (1, 8)
+    orders: tuple[int, ...] = (1,)
     strength: float = 20.0
     blocks: int = 5
 
@@ -260,3 +261,28 @@ def embedding_scores(magnitudes: Tensor, headings: Tensor, phase: np.ndarray | N
         scores |= {f"{name}_r2_{probe}": value for probe, value in found.items()}
         scores[f"{name}_r2"] = max(found.values())
     return scores
+
+# %% ../../nbs/pose/embedding.ipynb #5e94fee9
+def read_truth(folder: str | Path, frames: np.ndarray,
+               names: Sequence[str] = ("phase", "speed")) -> dict[str, np.ndarray]:
+    """Known quantities [F] of the recording's `frames` by name, from `truth.npz` of a procedural animal; {} without
+    such a file."""
+    path = Path(folder) / "truth.npz"
+    if not path.is_file(): return {}
+    with np.load(path) as file: return {name: file[name][frames] for name in names if name in file}
+
+
+def later_r2(points: np.ndarray, angles: np.ndarray, known: np.ndarray, judged: np.ndarray) -> float:
+    """R^2 of an angle [F], radians, in the frames `judged`, read from embeddings [F, E] by a ridge regression that is
+    fitted on the frames `known`."""
+    target = angle_targets(angles)
+    return r_squared(make_probe("ridge").fit(points[known], target[known]).predict(points[judged]), target[judged])
+
+# %% ../../nbs/pose/embedding.ipynb #df5e22b9
+def embedding_rows(frames: np.ndarray, headings: Tensor, points: np.ndarray,
+                   truth: Mapping[str, np.ndarray]) -> list[dict[str, float]]:
+    """Rows of a table: frame (number in the recording), heading_rad, what is known, and e0, e1, ... of the embedding
+    [F, E]."""
+    return [{"frame": int(frame), "heading_rad": float(heading), **{name: float(truth[name][k]) for name in truth},
+             **{f"e{j}": float(value) for j, value in enumerate(points[k])}}
+            for k, (frame, heading) in enumerate(zip(frames, headings))]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PictureChange', 'FAULTS', 'OFFSETS', 'RecordingCopy', 'copy_of', 'write_copy', 'mirrored_video',
            'swapped_cameras', 'time_offset', 'unequal_lengths', 'resampled', 'out_of_view', 'distortion', 'widened',
-           'empty_masks', 'bleeding_masks', 'units', 'handedness', 'inverted_pose', 'picture_size', 'usual_cameras',
-           'InjectedFault', 'inject_fault', 'all_faults']
+           'empty_masks', 'bleeding_masks', 'units', 'handedness', 'inverted_pose', 'scaled_intrinsics',
+           'usual_cameras', 'InjectedFault', 'inject_fault', 'all_faults']
 
-# %% ../../nbs/pose/faults.ipynb #c82d212a
+# %% ../../nbs/pose/faults.ipynb #3aa9d1d0
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from ..geometry.cameras import Lens
 from ..scenes.datasets import check_new_folder
 from ..scenes.multiview import Calibration, Recording, read_recording
 
-# %% ../../nbs/pose/faults.ipynb #1b26ce54
+# %% ../../nbs/pose/faults.ipynb #c6b6a765
 PictureChange = Callable[[np.ndarray], np.ndarray]
 
 
@@ -42,24 +42,24 @@ class RecordingCopy:
     pictures: dict[str, PictureChange] = field(default_factory=dict)
     masks: dict[str, PictureChange] = field(default_factory=dict)
 
-
+# %% ../../nbs/pose/faults.ipynb #70c377e2
 def copy_of(recording: Recording) -> RecordingCopy:
     """An unchanged copy, to be given a fault. Raises KiloError for another layout than DANNCE's, or fewer than three
     cameras."""
     if recording.layout != "dannce":
         raise KiloError(f"{recording.name} has the layout {recording.layout}; expected dannce.")
     if len(recording.names) < 3:
-        raise KiloError(f"{recording.name} has {len(recording.names)} cameras; a fault needs three or more to be found.")
+        raise KiloError(f"{recording.name} has {len(recording.names)} cameras; expected three or more.")
     return RecordingCopy(recording, dict(recording.calibrations), {name: name for name in recording.names})
 
-# %% ../../nbs/pose/faults.ipynb #730ca97d
+# %% ../../nbs/pose/faults.ipynb #a05be1cc
 def _entry(name: str, calibration: Calibration, unit_m: float) -> dict:
     """One camera of cameras.json."""
     return {"camera": name, "video": f"videos/{name}.mp4", "width": calibration.width, "height": calibration.height,
             "K": calibration.K.tolist(), "R": calibration.R.tolist(), "t": (calibration.t / unit_m).tolist(),
             "dist_k1k2p1p2": [*calibration.distortion, *[0.0] * max(4 - len(calibration.distortion), 0)]}
 
-
+# %% ../../nbs/pose/faults.ipynb #21387600
 def _write_masks(copy: RecordingCopy, name: str, folder: Path) -> None:
     files, change = copy.recording.mask_files.get(copy.sources[name], {}), copy.masks.get(name)
     for number, frame in enumerate(copy.frames.get(name, range(max(files, default=-1) + 1))):
@@ -70,7 +70,7 @@ def _write_masks(copy: RecordingCopy, name: str, folder: Path) -> None:
             mask = change(copy.recording.mask_reader(files[frame]))
             Image.fromarray(mask.astype(np.uint8) * 255).save(target, compress_level=1)
 
-# %% ../../nbs/pose/faults.ipynb #025bad7b
+# %% ../../nbs/pose/faults.ipynb #645df1f2
 def _write_video(copy: RecordingCopy, name: str, folder: Path, quality: int) -> None:
     recording, source, change = copy.recording, copy.sources[name], copy.pictures.get(name)
     if name not in copy.frames and change is None:
@@ -80,7 +80,7 @@ def _write_video(copy: RecordingCopy, name: str, folder: Path, quality: int) -> 
     write_video(folder / f"{name}.mp4", map(change or (lambda picture: picture), _in_order(recording, source, frames)),
                 recording.fps or 25.0, quality=quality)
 
-
+# %% ../../nbs/pose/faults.ipynb #0fb6ac11
 def _in_order(recording: Recording, name: str, frames: Sequence[int]) -> Iterator[np.ndarray]:
     """Pictures at any frame numbers: increasing runs are decoded in one pass each."""
     start = 0
@@ -89,7 +89,7 @@ def _in_order(recording: Recording, name: str, frames: Sequence[int]) -> Iterato
         yield from recording.pictures(name, frames[start:end])
         start = end
 
-
+# %% ../../nbs/pose/faults.ipynb #9d93f46e
 def write_copy(copy: RecordingCopy, folder: str | Path, quality: int = 8) -> None:
     """Writes the copy into `folder`, new or empty, atomically. quality: of videos that are encoded again."""
     recording = copy.recording
@@ -101,13 +101,13 @@ def write_copy(copy: RecordingCopy, folder: str | Path, quality: int = 8) -> Non
         write_json(partial / "cameras.json", {"convention": "OpenCV, world to camera", "masks": recording.mask_source,
                    "cameras": [_entry(name, one, recording.unit_m) for name, one in copy.calibrations.items()]})
 
-# %% ../../nbs/pose/faults.ipynb #e78e1e6a
+# %% ../../nbs/pose/faults.ipynb #1b9c7964
 def _changed(copy: RecordingCopy, names: Sequence[str], change: PictureChange,
              of_masks: PictureChange | None = None) -> RecordingCopy:
     return replace(copy, pictures=copy.pictures | dict.fromkeys(names, change),
                    masks=copy.masks | dict.fromkeys(names, of_masks or change))
 
-
+# %% ../../nbs/pose/faults.ipynb #3fee0a20
 def mirrored_video(copy: RecordingCopy, names: Sequence[str]) -> RecordingCopy:
     """Pictures and masks of `names` mirrored left to right."""
     return _changed(copy, names, lambda picture: np.ascontiguousarray(picture[:, ::-1]))
@@ -125,7 +125,7 @@ def time_offset(copy: RecordingCopy, names: Sequence[str], frames: int = 1) -> R
             for name in names}
     return replace(copy, frames=copy.frames | late)
 
-
+# %% ../../nbs/pose/faults.ipynb #4c11995b
 def unequal_lengths(copy: RecordingCopy, names: Sequence[str], frames: int = 41) -> RecordingCopy:
     """Videos of `names` that go on for `frames` after the others have ended."""
     longer = {}
@@ -154,7 +154,7 @@ def _sample(picture: np.ndarray, columns: np.ndarray, rows: np.ndarray, nearest:
                 out[v, u, c] = int((1 - b) * above + b * below + .5)
     return out
 
-# %% ../../nbs/pose/faults.ipynb #f96c8148
+# %% ../../nbs/pose/faults.ipynb #99bcd272
 def _undistorted(calibration: Calibration, pixels: np.ndarray) -> np.ndarray:
     """[..., 2] positions on the plane z = 1 of pixels, by 40 steps of a fixed-point iteration."""
     import torch
@@ -165,11 +165,11 @@ def _undistorted(calibration: Calibration, pixels: np.ndarray) -> np.ndarray:
         plane += .8 * (seen - lens.distort(torch.from_numpy(plane.reshape(-1, 2))).numpy().reshape(plane.shape))
     return plane
 
-
+# %% ../../nbs/pose/faults.ipynb #8d88a563
 def resampled(source: Calibration, target: Calibration) -> tuple[PictureChange, PictureChange]:
     """(change of pictures, change of masks) from those of `source` to those of `target`, at the same place."""
     pixels = np.stack(np.meshgrid(np.arange(target.width), np.arange(target.height)), -1).astype(float)
-    plane = _undistorted(target, pixels).reshape(-1, 2)
+    plane = np.nan_to_num(_undistorted(target, pixels).reshape(-1, 2), nan=1e3, posinf=1e3, neginf=-1e3)
     rays = np.concatenate([plane, np.ones((len(plane), 1))], 1) @ target.R
     centre = -source.R.T @ source.t
     where = source.project(centre + rays)[0].reshape(target.height, target.width, 2)
@@ -179,7 +179,7 @@ def resampled(source: Calibration, target: Calibration) -> tuple[PictureChange, 
     mask = lambda one: _sample(one[..., None].astype(np.uint8), columns, rows, True)[..., 0].astype(bool) & inside
     return picture, mask
 
-# %% ../../nbs/pose/faults.ipynb #1799b4ed
+# %% ../../nbs/pose/faults.ipynb #b6b958a2
 def out_of_view(copy: RecordingCopy, names: Sequence[str]) -> RecordingCopy:
     """Cameras `names` turned to the side until the middle of their old view is outside the picture, calibration and
     pictures alike."""
@@ -191,7 +191,7 @@ def out_of_view(copy: RecordingCopy, names: Sequence[str]) -> RecordingCopy:
         copy = _changed(replace(copy, calibrations=copy.calibrations | {name: new}), [name], *resampled(old, new))
     return copy
 
-
+# %% ../../nbs/pose/faults.ipynb #e13b7c31
 def distortion(copy: RecordingCopy, names: Sequence[str], k1: float = -.2) -> RecordingCopy:
     """Pictures of `names` as a lens with the radial coefficient `k1` takes them, and a calibration without distortion;
     the pictures stay as they are where the calibration has such a lens."""
@@ -202,7 +202,7 @@ def distortion(copy: RecordingCopy, names: Sequence[str], k1: float = -.2) -> Re
         copy = replace(copy, calibrations=copy.calibrations | {name: replace(old, distortion=())})
     return copy
 
-# %% ../../nbs/pose/faults.ipynb #47ae2665
+# %% ../../nbs/pose/faults.ipynb #2a8741c7
 def widened(mask: np.ndarray, share: float) -> np.ndarray:
     """A mask with `share` of its area more, by the pixels nearest to it."""
     if not mask.any(): return mask
@@ -218,17 +218,17 @@ def empty_masks(copy: RecordingCopy, names: Sequence[str]) -> RecordingCopy:
     """Black masks of `names`."""
     return replace(copy, masks=copy.masks | dict.fromkeys(names, np.zeros_like))
 
-
+# %% ../../nbs/pose/faults.ipynb #a081fc6c
 def bleeding_masks(copy: RecordingCopy, names: Sequence[str], share: float = .1) -> RecordingCopy:
     """Masks of `names` that reach beyond the animal by `share` of its area."""
     return replace(copy, masks=copy.masks | dict.fromkeys(names, lambda mask: widened(mask, share)))
 
-# %% ../../nbs/pose/faults.ipynb #cf36e7ad
+# %% ../../nbs/pose/faults.ipynb #671273c3
 def _recalibrated(copy: RecordingCopy, names: Sequence[str], change: Callable[[Calibration], Calibration]
                   ) -> RecordingCopy:
     return replace(copy, calibrations=copy.calibrations | {name: change(copy.calibrations[name]) for name in names})
 
-
+# %% ../../nbs/pose/faults.ipynb #951d8f23
 def units(copy: RecordingCopy, names: Sequence[str], factor: float = 1000.0) -> RecordingCopy:
     """Translations of `names` in another unit."""
     return _recalibrated(copy, names, lambda c: replace(c, t=c.t * factor))
@@ -243,8 +243,9 @@ def inverted_pose(copy: RecordingCopy, names: Sequence[str]) -> RecordingCopy:
     """Poses of `names` from camera to world."""
     return _recalibrated(copy, names, lambda c: replace(c, R=c.R.T, t=-c.R.T @ c.t))
 
-
-def picture_size(copy: RecordingCopy, names: Sequence[str], factor: float = 2.0, stated: bool = False) -> RecordingCopy:
+# %% ../../nbs/pose/faults.ipynb #282ee7e1
+def scaled_intrinsics(copy: RecordingCopy, names: Sequence[str], factor: float = 2.0,
+                      stated: bool = False) -> RecordingCopy:
     """Intrinsics of `names` for pictures of `factor` times the size. stated: the calibration's size is theirs too."""
     def scaled(c: Calibration) -> Calibration:
         K = c.K * np.array([[factor], [factor], [1.0]])
@@ -253,12 +254,12 @@ def picture_size(copy: RecordingCopy, names: Sequence[str], factor: float = 2.0,
         return replace(c, K=K, **size)
     return _recalibrated(copy, names, scaled)
 
-# %% ../../nbs/pose/faults.ipynb #a8e5f28d
+# %% ../../nbs/pose/faults.ipynb #280961d6
 FAULTS: dict[str, Callable[..., RecordingCopy]] = {
     "mirrored_video": mirrored_video, "swapped_cameras": swapped_cameras, "units": units, "time_offset": time_offset,
     "unequal_lengths": unequal_lengths, "out_of_view": out_of_view, "empty_masks": empty_masks,
     "bleeding_masks": bleeding_masks, "distortion": distortion, "handedness": handedness,
-    "inverted_pose": inverted_pose, "picture_size": picture_size}
+    "inverted_pose": inverted_pose, "picture_size": scaled_intrinsics}
 OFFSETS = (1, 2, 5)
 _OF_ALL = ("units", "bleeding_masks", "distortion", "handedness", "picture_size")
 
@@ -270,7 +271,7 @@ def usual_cameras(fault: str, names: Sequence[str], seed: int = 0) -> tuple[str,
     chosen = np.random.default_rng([seed, sorted(FAULTS).index(fault)]).choice(len(names), count, replace=False)
     return tuple(names[k] for k in sorted(chosen))
 
-# %% ../../nbs/pose/faults.ipynb #ffe0c9d0
+# %% ../../nbs/pose/faults.ipynb #72b51ff5
 @dataclass(frozen=True)
 class InjectedFault:
     """A fault that a recording was given. amount: frames or factor, None for the usual one."""
@@ -278,7 +279,7 @@ class InjectedFault:
     cameras: tuple[str, ...]
     amount: float | None = None
 
-
+# %% ../../nbs/pose/faults.ipynb #fc487d7a
 def inject_fault(source: str | Path, folder: str | Path, fault: str, cameras: Sequence[str] = (),
                  amount: float | None = None, seed: int = 0) -> InjectedFault:
     """Writes a copy of the recording in `source` (DANNCE's layout) with a fault into `folder`, new or empty.

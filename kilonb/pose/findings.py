@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from ..core.errors import KiloError, unknown_name
 from ..core.text import format_value, html_table, text_table
 
-# %% ../../nbs/pose/findings.ipynb #709ee4a3
+# %% ../../nbs/pose/findings.ipynb #33de7e5c
 VERDICTS = ("ok", "warning", "fault", "not_run")
 FAULT_NAMES = {
-    "one_camera": "fewer than two cameras are calibrated", "unreadable_video": "a video is missing, damaged or cut short",
+    "one_camera": "fewer than two cameras are calibrated",
+    "unreadable_video": "a video is missing, damaged or cut short",
     "unequal_lengths": "videos of different length", "picture_size": "intrinsics of pictures of another size",
     "principal_point": "a principal point far from the middle of the pictures",
     "handedness": "a left-handed calibration", "not_a_rotation": "a rotation matrix that is none",
@@ -32,7 +33,7 @@ FAULT_NAMES = {
     "inconsistent": "silhouettes that contradict each other for no known reason",
     "keypoints_off": "keypoints that do not project onto the animal"}
 
-
+# %% ../../nbs/pose/findings.ipynb #2783ad05
 @dataclass(frozen=True)
 class Finding:
     """The result of one check.

@@ -22,7 +22,7 @@ import numpy as np
 from ..core.errors import KiloError
 from .consistency import RigState, camera_pairs, mean_error, outline_rays, tangent_errors, world_rays
 
-# %% ../../nbs/pose/hypotheses.ipynb #88c776ac
+# %% ../../nbs/pose/hypotheses.ipynb #75a13224
 def _changed(state: RigState, cameras: Sequence[int], **functions: Callable) -> RigState:
     """The state with `functions[name](array, camera)` in place of the arrays of `cameras`."""
     new = {}
@@ -31,7 +31,7 @@ def _changed(state: RigState, cameras: Sequence[int], **functions: Callable) -> 
         for camera in cameras: new[name][camera] = function(new[name][camera], camera)
     return replace(state, **new)
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #ad8d6ded
 def mirror_pictures(state: RigState, cameras: Sequence[int], axes: Sequence[int] = (0,)) -> RigState:
     """The state with the pictures of `cameras` mirrored: left-right (axis 0), up-down (axis 1), or both."""
     def mirrored(points: np.ndarray, camera: int) -> np.ndarray:
@@ -39,7 +39,7 @@ def mirror_pictures(state: RigState, cameras: Sequence[int], axes: Sequence[int]
         return points
     return _changed(state, cameras, points=mirrored)
 
-# %% ../../nbs/pose/hypotheses.ipynb #527021a2
+# %% ../../nbs/pose/hypotheses.ipynb #e72e5a6a
 _PICTURE_ARRAYS = ("points", "inside", "known", "area", "sizes")
 
 
@@ -49,7 +49,7 @@ def swap_pictures(state: RigState, first: int, second: int) -> RigState:
     order[[first, second]] = second, first
     return replace(state, **{name: getattr(state, name)[order] for name in _PICTURE_ARRAYS})
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #33554e89
 def shift_in_time(state: RigState, camera: int, frames: int) -> RigState:
     """The state with the pictures of a camera taken from `frames` later; unknown where those were not read."""
     index = np.searchsorted(state.frames, state.frames + frames).clip(max=len(state.frames) - 1)
@@ -59,7 +59,7 @@ def shift_in_time(state: RigState, camera: int, frames: int) -> RigState:
     moved.known[camera] &= there
     return moved
 
-# %% ../../nbs/pose/hypotheses.ipynb #634e0720
+# %% ../../nbs/pose/hypotheses.ipynb #5a456458
 def invert_poses(state: RigState, cameras: Sequence[int]) -> RigState:
     """The state with the poses of `cameras` inverted: what was given is taken as camera to world."""
     inverse = {camera: -state.R[camera].T @ state.t[camera] for camera in cameras}
@@ -78,12 +78,12 @@ def flip_axes(state: RigState, cameras: Sequence[int], signs: Sequence[int] = (1
     if world: return _changed(state, cameras, R=lambda R, _: R * signs)
     return _changed(state, cameras, R=lambda R, _: R * signs[:, None], t=lambda t, _: t * signs)
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #a406c930
 def scale_translations(state: RigState, cameras: Sequence[int], factor: float) -> RigState:
     """The state with the translations of `cameras` in another unit."""
     return _changed(state, cameras, t=lambda t, _: t * factor)
 
-# %% ../../nbs/pose/hypotheses.ipynb #e4fea408
+# %% ../../nbs/pose/hypotheses.ipynb #a1371f30
 def scale_intrinsics(state: RigState, cameras: Sequence[int], x: float, y: float | None = None) -> RigState:
     """The state with the intrinsics of `cameras` for pictures `x` times as wide and `y` (default: `x`) as high."""
     factors = np.array([x, x if y is None else y])
@@ -94,7 +94,7 @@ def scale_intrinsics(state: RigState, cameras: Sequence[int], x: float, y: float
         return K
     return _changed(state, cameras, K=scaled)
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #6cdd812f
 def set_distortion(state: RigState, cameras: Sequence[int], k1: float) -> RigState:
     """The state with the radial coefficient `k1`, and no other, for `cameras`."""
     return _changed(state, cameras, distortion=lambda _, __: np.array([k1, *[0.0] * 7]))
@@ -128,7 +128,7 @@ def _of_cameras(cameras: Sequence[int], factors: Sequence[tuple[float, float]]) 
     for k1 in K1_GRID: yield make("distortion", k1, set_distortion, k1)
     yield make("distortion", 0.0, set_distortion, 0.0)
 
-# %% ../../nbs/pose/hypotheses.ipynb #544a60dc
+# %% ../../nbs/pose/hypotheses.ipynb #ee15c23e
 def _of_one(state: RigState, camera: int, shifts: Sequence[int]) -> Iterator[Hypothesis]:
     """Hypotheses that hold for single cameras only."""
     for factor in (1e-3, 1e3):
@@ -137,7 +137,7 @@ def _of_one(state: RigState, camera: int, shifts: Sequence[int]) -> Iterator[Hyp
     for shift in shifts:
         yield Hypothesis("time_offset", (camera,), -float(shift), partial(shift_in_time, camera=camera, frames=shift))
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #def79ceb
 def hypotheses(state: RigState, shifts: Sequence[int] = (), factors: Sequence[tuple[float, float]] = ()
                ) -> list[Hypothesis]:
     """All hypotheses about a rig with at least two cameras that see the animal.
@@ -154,12 +154,12 @@ def hypotheses(state: RigState, shifts: Sequence[int] = (), factors: Sequence[tu
     return found + [Hypothesis("swapped_cameras", (a, b), math.nan, partial(swap_pictures, first=a, second=b))
                     for k, a in enumerate(seen) for b in seen[k + 1:] if same(a, b)]
 
-# %% ../../nbs/pose/hypotheses.ipynb #20b7fbba
+# %% ../../nbs/pose/hypotheses.ipynb #289daf6b
 def _touching(count: int, cameras: Sequence[int]) -> np.ndarray:
     """[P] bool, pairs of `count` cameras with at least one of `cameras`."""
     return np.isin(camera_pairs(count), cameras).any(1)
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #ef9f7d5f
 def corrected_errors(state: RigState, hypothesis: Hypothesis, rays: np.ndarray, frames: np.ndarray
                      ) -> tuple[np.ndarray, np.ndarray]:
     """(pairs that the hypothesis touches, [P] bool over all pairs; their errors [p, F, 2] with the correction, in the
@@ -169,13 +169,13 @@ def corrected_errors(state: RigState, hypothesis: Hypothesis, rays: np.ndarray, 
     for camera in hypothesis.cameras: new[camera] = world_rays(corrected, camera, corrected.points[camera])
     return touched, tangent_errors(corrected, camera_pairs(len(state))[touched], new)
 
-# %% ../../nbs/pose/hypotheses.ipynb #396ca9cb
+# %% ../../nbs/pose/hypotheses.ipynb #301e6f33
 def _seen_share(errors: np.ndarray, before: np.ndarray) -> float:
     """Share of the pairs and frames with an error before that still have one."""
     had = np.isfinite(before).any(-1)
     return float((np.isfinite(errors).any(-1) & had).sum() / max(had.sum(), 1))
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #e4dab89c
 def rank_hypotheses(state: RigState, listed: Sequence[Hypothesis], most_frames: int = 40
                     ) -> list[tuple[float, Hypothesis]]:
     """(mean tangent error of the whole rig with the correction, hypothesis), best first; hypotheses that leave less
@@ -193,7 +193,7 @@ def rank_hypotheses(state: RigState, listed: Sequence[Hypothesis], most_frames: 
         rows.append((mean_error(after), hypothesis))
     return sorted(rows, key=lambda row: row[0])
 
-# %% ../../nbs/pose/hypotheses.ipynb #f15f7923
+# %% ../../nbs/pose/hypotheses.ipynb #618f94ae
 class Decrease(NamedTuple):
     """Tangent errors without and with a correction. before, after: mean over the pairs it touches. z: the decrease in
     standard errors of its mean over blocks of neighbouring frames."""
@@ -206,7 +206,7 @@ class Decrease(NamedTuple):
         """Part of the error that the correction removes."""
         return 1 - self.after / self.before if self.before > 0 else 0.0
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #4353a67e
 _BLOCK = 8
 
 
@@ -232,7 +232,7 @@ def measure_decrease(state: RigState, hypothesis: Hypothesis) -> Decrease:
     spread = np.std(blocks, ddof=1) / math.sqrt(len(blocks)) if len(blocks) > 1 else math.inf
     return Decrease(mean_error(before), mean_error(after), float(np.mean(blocks) / max(spread, 1e-12)))
 
-# %% ../../nbs/pose/hypotheses.ipynb #bdd65301
+# %% ../../nbs/pose/hypotheses.ipynb #71993416
 @dataclass(frozen=True, eq=False)
 class Explanation:
     """A fault that explains contradictions between silhouettes. ranking: (error of the whole rig, fault, cameras,
@@ -242,14 +242,17 @@ class Explanation:
     ranking: list[tuple[float, str, tuple[int, ...], float]]
     state: RigState
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #df65ef03
 @dataclass(frozen=True)
 class ExplainOptions:
     """Bounds of the search. least_share, least_z: part of the error of the touched pairs that a correction has to
-    remove, and its significance. longest_shift: frames. least_k1: smaller distortions are no fault. least_error:
-    tangent error of the touched pairs below which nothing needs an explanation. rounds: of faults at most."""
+    remove, and its significance; large_share, large_share_z: a larger part needs less. longest_shift: frames. least_k1:
+    smaller distortions are no fault. least_error: tangent error of the touched pairs below which nothing needs an
+    explanation. rounds: of faults at most."""
     least_share: float = .15
     least_z: float = 5.0
+    large_share: float = .4
+    large_share_z: float = 2.5
     longest_shift: int = 60
     least_k1: float = .04
     least_error: float = .004
@@ -259,7 +262,7 @@ class ExplainOptions:
         if not 0 < self.least_share < 1: raise KiloError(f"least_share is {self.least_share}; expected 0 to 1.")
         if self.rounds < 1: raise KiloError(f"rounds is {self.rounds}; expected 1 or more.")
 
-# %% ../../nbs/pose/hypotheses.ipynb #61b5e45e
+# %% ../../nbs/pose/hypotheses.ipynb #54319221
 def _refined(state: RigState, best: Hypothesis) -> Hypothesis:
     """A distortion between two values of the grid, by a finer one."""
     if best.fault != "distortion" or best.value == 0: return best
@@ -268,22 +271,23 @@ def _refined(state: RigState, best: Hypothesis) -> Hypothesis:
               for k1 in finer]
     return rank_hypotheses(state, listed, 120)[0][1]
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #d8d6a976
 def _acceptable(hypothesis: Hypothesis, decrease: Decrease, state: RigState, options: ExplainOptions) -> bool:
-    if not (decrease.share >= options.least_share and decrease.z >= options.least_z): return False
+    clear = decrease.share >= options.least_share and decrease.z >= options.least_z
+    if not (clear or (decrease.share >= options.large_share and decrease.z >= options.large_share_z)): return False
     if decrease.before < options.least_error: return False
     if hypothesis.fault != "distortion": return True
     given = state.distortion[list(hypothesis.cameras), 0]
     return bool((np.abs(given - hypothesis.value) >= options.least_k1).any())
 
-# %% ../../nbs/pose/hypotheses.ipynb #734fa50d
+# %% ../../nbs/pose/hypotheses.ipynb #6f5bca89
 def _one_per_fault(rows: Sequence[tuple[float, Hypothesis]]) -> list[tuple[float, Hypothesis]]:
     """The best row of each fault and cameras, best first."""
     kept: dict[tuple, tuple[float, Hypothesis]] = {}
     for error, one in rows: kept.setdefault((one.fault, one.cameras), (error, one))
     return list(kept.values())
 
-
+# %% ../../nbs/pose/hypotheses.ipynb #96c2587c
 def find_explanations(state: RigState, factors: Sequence[tuple[float, float]] = (), shifts: Sequence[int] = (),
                       options: ExplainOptions = ExplainOptions(), faults: Sequence[str] = ()) -> list[Explanation]:
     """The faults that explain the contradictions between the silhouettes of a rig, the strongest first; [] where there
@@ -292,7 +296,7 @@ def find_explanations(state: RigState, factors: Sequence[tuple[float, float]] = 
     factors: (width, height) factors of the intrinsics that sizes suggest. shifts: further shifts in time to try.
     faults: names to which the search is restricted; empty: all.
     """
-    longest = min(options.longest_shift, len(state.frames) // 3)
+    longest = min(options.longest_shift, len(state.frames) // 2)
     shifts = sorted({*range(-longest, longest + 1), *shifts} - {0})
     found: list[Explanation] = []
     while len(found) < options.rounds and (state.known.sum(0) >= 2).any():

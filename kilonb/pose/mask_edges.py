@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from ..core.errors import KiloError
 
-# %% ../../nbs/pose/mask_edges.ipynb #9d6914d7
+# %% ../../nbs/pose/mask_edges.ipynb #fbdfd403
 def reduce_pictures(pictures: np.ndarray, factor: int) -> np.ndarray:
     """Pictures [N, H, W, ...] of 1/factor the size, by the mean over blocks (masks: the majority)."""
     if factor == 1: return pictures
@@ -22,7 +22,7 @@ def reduce_pictures(pictures: np.ndarray, factor: int) -> np.ndarray:
     mean = cut.reshape(n, rows, factor, columns, factor, *pictures.shape[3:]).mean((2, 4))
     return mean > .5 if pictures.dtype == bool else mean
 
-
+# %% ../../nbs/pose/mask_edges.ipynb #9389983b
 def background_estimate(pictures: np.ndarray, masks: np.ndarray, margin: int = 3) -> tuple[np.ndarray, np.ndarray]:
     """(background [H, W, 3] float32, [H, W] bool where it is known) of pictures [N, H, W, 3] with masks [N, H, W]: the
     mean of what no mask covers, `margin` pixels wider; known where two or more pictures show it."""
@@ -32,7 +32,7 @@ def background_estimate(pictures: np.ndarray, masks: np.ndarray, margin: int = 3
     count = clear.sum(0)
     return total / np.maximum(count, 1)[..., None], count >= 2
 
-# %% ../../nbs/pose/mask_edges.ipynb #4c76847a
+# %% ../../nbs/pose/mask_edges.ipynb #42620b3e
 _REACH = 4
 _THRESHOLD = .35
 
@@ -45,13 +45,13 @@ class MaskExcess(NamedTuple):
     profile: np.ndarray
     contrast: float
 
-
+# %% ../../nbs/pose/mask_edges.ipynb #629a23bc
 def _crop(mask: np.ndarray, margin: int = 16) -> tuple[slice, slice]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return (slice(max(rows[0] - margin, 0), rows[-1] + margin + 1),
             slice(max(columns[0] - margin, 0), columns[-1] + margin + 1))
 
-# %% ../../nbs/pose/mask_edges.ipynb #d17d37b7
+# %% ../../nbs/pose/mask_edges.ipynb #415a6ae1
 def _local_mean(values: np.ndarray, where: np.ndarray, size: int = 9) -> np.ndarray:
     """Mean of `values` over the pixels of `where` nearby; their median where there are none."""
     weights = ndimage.uniform_filter(where.astype(np.float32), size)
@@ -59,7 +59,7 @@ def _local_mean(values: np.ndarray, where: np.ndarray, size: int = 9) -> np.ndar
     typical = np.median(values[where]) if where.any() else 0.0
     return np.where(weights > 1e-3, sums / np.maximum(weights, 1e-3), typical)
 
-
+# %% ../../nbs/pose/mask_edges.ipynb #cafaabef
 def _count_excess(difference: np.ndarray, mask: np.ndarray, known: np.ndarray) -> tuple[int, np.ndarray, np.ndarray]:
     """(pixels of a mask beyond the animal, sums and counts of the difference by distance from its border)."""
     inward = ndimage.distance_transform_edt(np.pad(mask, 1, mode="edge"))[1:-1, 1:-1]

@@ -76,7 +76,8 @@ class PoseConfig:
         """Every side of the volume must be a multiple of this number of voxels."""
         return self.fold * 2 ** (len(self.widths) - 1)
 
-# %% ../../nbs/pose/model.ipynb #9709c5a0
+# %% ../../nbs/pose/model.ipynb #7025da23
+# the sizes of the paper: filters 8 to 128 at full resolution
 PUBLISHED = dict(widths=(8, 16, 32, 64, 128), bottleneck=512, fold=1)
 
 # %% ../../nbs/pose/model.ipynb #01b7fd04
@@ -86,14 +87,14 @@ def volume_features(volume: CarvedVolume) -> Tensor:
     coverage = torch.stack([volume.lowest, volume.second]) * 2 - 1
     return torch.cat([coverage, volume.rgb.permute(3, 0, 1, 2) - .4, (volume.visible.float() / 3).clamp(max=1)[None]])
 
-# %% ../../nbs/pose/model.ipynb #f12b69c9
+# %% ../../nbs/pose/model.ipynb #4ff03b09
 def fold_voxels(x: Tensor, by: int) -> Tensor:
     """[B, C, X, Y, Z] as [B, C by^3, X / by, Y / by, Z / by]: blocks of voxels as channels."""
     b, c, *sides = x.shape
     split = x.reshape(b, c, *(n for side in sides for n in (side // by, by)))
     return split.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, c * by ** 3, *(side // by for side in sides))
 
-
+# %% ../../nbs/pose/model.ipynb #297a26b3
 def unfold_voxels(x: Tensor, by: int) -> Tensor:
     """Inverse of `fold_voxels`."""
     b, c, *sides = x.shape
@@ -168,20 +169,22 @@ class VolumeStack(nn.Module):
             x = torch.cat([x, change[:, x.shape[1]:]], 1) if overwrites else x + change
         return x[0]
 
-# %% ../../nbs/pose/model.ipynb #3d6cb5ce
+# %% ../../nbs/pose/model.ipynb #b7b50379
 def occupancy(features: Tensor) -> Tensor:
     """Probability [X, Y, Z] that a voxel is occupied, from the first two channels of the stack's output."""
     return torch.sigmoid(4 * features[0] + 2 * features[1])
 
-
+# %% ../../nbs/pose/model.ipynb #26e36f13
 def choose_voxels(probability: Tensor, config: PoseConfig) -> Tensor:
-    """Mask [X, Y, Z] of the voxels above `config.occupied`, or above the threshold that keeps the limits on their
-    number."""
-    values, threshold = probability.detach().flatten(), config.occupied
-    count = int((values > threshold).sum())
-    limit = min(max(count, config.min_gaussians), config.max_gaussians, len(values) - 1)
-    if limit != count: threshold = float(values.topk(limit + 1).values[-1])
-    return probability.detach() > threshold
+    """Mask [X, Y, Z] of the voxels above `config.occupied`; where they are more or fewer than the limits allow, of the
+    most probable ones up to the limit."""
+    values, chosen = probability.detach().flatten(), probability.detach() > config.occupied
+    count = int(chosen.sum())
+    limit = min(max(count, config.min_gaussians), config.max_gaussians, len(values))
+    if limit == count: return chosen
+    chosen = torch.zeros_like(values, dtype=torch.bool)
+    chosen[values.topk(limit).indices] = True
+    return chosen.view_as(probability)
 
 # %% ../../nbs/pose/model.ipynb #b73c4a62
 class PoseModel(nn.Module):
@@ -205,13 +208,13 @@ class PoseModel(nn.Module):
         """Gaussians in the world, with gradients; see `gaussians_of`."""
         return gaussians_of(self, volume)
 
-# %% ../../nbs/pose/model.ipynb #fc50e527
+# %% ../../nbs/pose/model.ipynb #aca90db8
 def _precision(model: PoseModel) -> contextlib.AbstractContextManager:
     """bfloat16 for the U-Nets where the config asks for it, float32 otherwise."""
     if model.config.precision == "float32": return contextlib.nullcontext()
     return torch.autocast(model.centres.device.type, torch.bfloat16)
 
-
+# %% ../../nbs/pose/model.ipynb #8249b832
 def local_gaussians(model: PoseModel, features: Tensor, volume: Tensor, chosen: Tensor,
                     mirror: bool = False) -> Gaussians:
     """Gaussians in the animal's frame of the voxels `chosen` [X, Y, Z] bool.
@@ -230,7 +233,7 @@ def local_gaussians(model: PoseModel, features: Tensor, volume: Tensor, chosen: 
     return Gaussians(means, F.normalize(quats, dim=-1), log_scales, torch.logit(opacity, eps=1e-6),
                      rgb_to_sh0(colours)[:, None])
 
-# %% ../../nbs/pose/model.ipynb #8332b534
+# %% ../../nbs/pose/model.ipynb #193b1f1b
 def move_gaussians(gaussians: Gaussians, pose: Tensor) -> Gaussians:
     """Gaussians after a rigid motion `pose` [4, 4]; of degree 0, whose colours do not depend on the direction."""
     pose = pose.to(gaussians.means)
@@ -238,7 +241,7 @@ def move_gaussians(gaussians: Gaussians, pose: Tensor) -> Gaussians:
     return Gaussians(gaussians.means @ pose[:3, :3].T + pose[:3, 3], quat_multiply(turn, gaussians.quats),
                      gaussians.log_scales, gaussians.logit_opacities, gaussians.sh)
 
-
+# %% ../../nbs/pose/model.ipynb #f20c072a
 def gaussians_of(model: PoseModel, volume: CarvedVolume, mirror: bool = False) -> Gaussians:
     """The model's gaussians of one volume, in the world. mirror: the network sees the volume mirrored left to right,
     and its gaussians are mirrored back. Raises KiloError for a volume of another grid."""
@@ -250,7 +253,7 @@ def gaussians_of(model: PoseModel, volume: CarvedVolume, mirror: bool = False) -
     chosen = choose_voxels(occupancy(features), model.config)
     return move_gaussians(local_gaussians(model, features, inputs, chosen, mirror), volume.pose)
 
-# %% ../../nbs/pose/model.ipynb #fb0a3399
+# %% ../../nbs/pose/model.ipynb #ff1fea57
 def draw_animals(gaussians: Gaussians, cameras: Sequence[PinholeCamera]) -> tuple[Tensor, Tensor]:
     """Pictures [C, H, W, 3] on white and alpha [C, H, W] of gaussians in cameras of one size; differentiable."""
     views = torch.stack([camera.world_to_camera for camera in cameras]).to(gaussians.means)
@@ -261,7 +264,7 @@ def draw_animals(gaussians: Gaussians, cameras: Sequence[PinholeCamera]) -> tupl
                               backgrounds=white)
     return rgb, alpha[..., 0]
 
-
+# %% ../../nbs/pose/model.ipynb #da72f9ca
 def draw_animal(gaussians: Gaussians, camera: PinholeCamera) -> tuple[Tensor, Tensor]:
     """Picture [H, W, 3] on white and alpha [H, W] of gaussians in one camera."""
     rgb, alpha = draw_animals(gaussians, [camera])

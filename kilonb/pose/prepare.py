@@ -8,7 +8,7 @@ masks, hulls, up direction, track, voxel grid, Zarr.
 __all__ = ['PrepareConfig', 'MaskChoice', 'choose_masks', 'Hulls', 'find_hulls', 'AnimalTrack', 'find_track', 'prepare',
            'TrackErrors', 'track_errors', 'prepared_of']
 
-# %% ../../nbs/pose/prepare.ipynb #281797e7
+# %% ../../nbs/pose/prepare.ipynb #d8ee2d96
 import fcntl
 import hashlib
 import io
@@ -31,14 +31,14 @@ from ..core.errors import KiloError
 from ..core.files import atomic_write, dumps
 from ..core.hashing import cached_hash
 from ..data.manifests import data_folder
-from ..geometry.cameras import Camera, PinholeCamera
+from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import transform_points
 from .carve import VoxelGrid
-from .hulls import FrameSkipped, coarse_hull, fit_grid, locate_animal, to_animal
+from .hulls import FrameSkipped, coarse_hulls, fit_grid, locate_animal, to_animal
 from .images import ImageFile
 from .prepare_figures import cameras_figure, crop_figure, masks_figure, track_figure
 from .prepared import FORMAT, PreparedRecording, read_prepared, split_frames, write_prepared
-from .resampling import PictureResampler
+from .resampling import PictureResampler, prepared_cameras
 from .steps import StepLog
 from .tracking import HullShape, TrackingConfig, hull_shape, score_headings, track_headings
 from .upright import UpDirection, find_up, reorient, up_of_ground
@@ -46,7 +46,7 @@ from ..runs.figures import write_figure
 from ..scenes.foreground import background_of, foreground_mask
 from ..scenes.multiview import Recording, check_recording, read_recording
 
-# %% ../../nbs/pose/prepare.ipynb #ecc94bd1
+# %% ../../nbs/pose/prepare.ipynb #26421183
 @dataclass(frozen=True)
 class PrepareConfig:
     """How a recording is prepared.
@@ -56,8 +56,7 @@ class PrepareConfig:
     "auto" (files where all frames have them). up: see `pose.upright.find_up`. side_m: of the cube of voxels, metres, 0
     for the animal's size. resolution: voxels per side, a multiple of 16. coarse: voxels per side of the hulls that
     locate the animal. missing: cameras that may lack a voxel there, 0 or 1. margin: around the hulls, shares of the
-    cube.
-    validation: train on a third and validate on one; else train on two thirds. workers: cameras at a time.
+    cube. validation: train on a third and validate on one; else train on two thirds. workers: cameras at a time.
     """
     first: int = 0
     last: int = -1
@@ -69,7 +68,7 @@ class PrepareConfig:
     resolution: int = 112
     coarse: int = 48
     missing: Literal[0, 1] = 1
-    margin: float = .05
+    margin: float = .03
     validation: bool = True
     workers: int = 2
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
@@ -135,21 +134,12 @@ def _fill_camera(recording: Recording, images: ImageFile, camera: int, resampler
         images.write(i, camera, resampler.picture(picture), resampler.mask(mask_of(frame, picture)))
     return len(pending)
 
-# %% ../../nbs/pose/prepare.ipynb #1def4bda
-def _resamplers(recording: Recording, cameras: Sequence[Camera], downsample: float) -> list[PictureResampler]:
-    found = [PictureResampler(camera, downsample) for camera in cameras]
-    sizes = {(one.target.width, one.target.height) for one in found}
-    if len(sizes) > 1:
-        raise KiloError(f"The cameras of {recording.name} have pictures of different sizes after the reduction: "
-                        f"{sorted(sizes)}; expected one size.")
-    return found
-
-
+# %% ../../nbs/pose/prepare.ipynb #13d0d7b1
 @contextmanager
 def _filled_images(path: Path, recording: Recording, choice: MaskChoice, config: PrepareConfig, identity: str,
                    log: StepLog) -> Iterator[ImageFile]:
     """The file of pictures and masks with all frames of all cameras."""
-    resamplers = _resamplers(recording, list(recording.cameras.values()), config.downsample)
+    resamplers = [PictureResampler(camera, config.downsample) for camera in recording.cameras.values()]
     target = resamplers[0].target
     with ImageFile(path, identity, choice.frames, recording.names, target.height, target.width) as images:
         with log.step("images") as kept, ThreadPoolExecutor(config.workers) as pool:
@@ -170,7 +160,7 @@ class Hulls(NamedTuple):
     voxel_m: float
     skipped: list[dict[str, Any]]
 
-# %% ../../nbs/pose/prepare.ipynb #bbb6fe15
+# %% ../../nbs/pose/prepare.ipynb #32d5bccf
 def find_hulls(masks: Callable[[int], Tensor], frames: Sequence[int], cameras: Sequence[PinholeCamera],
                config: PrepareConfig) -> Hulls:
     """Coarse hulls of all frames. masks: from an index to [C, H, W] in 0..1. frames: numbers, for the record."""
@@ -182,12 +172,11 @@ def find_hulls(masks: Callable[[int], Tensor], frames: Sequence[int], cameras: S
     side = config.side_m or (4 / 3 * float(np.quantile(extents, .9)) if extents else 1.0)
     rows, points = [], []
     for i, location in located.items():
-        try: found = [coarse_hull(masks(i), cameras, location, side, config.coarse, config.missing, share).float()
-                      for share in (.5, .05)]
+        try: found = coarse_hulls(masks(i), cameras, location, side, config.coarse, config.missing, (.5, .05))
         except FrameSkipped as why: skipped.append({"frame": int(frames[i]), "kind": why.kind, "reason": str(why)})
         else:
             rows.append(i)
-            points.append(found)
+            points.append([hull.float() for hull in found])
     skipped.sort(key=lambda one: one["frame"])
     return Hulls(rows, *(map(list, zip(*points)) if points else ([], [])), side / config.coarse, skipped)
 
@@ -225,8 +214,8 @@ class AnimalTrack(NamedTuple):
         """[F, 3] float64 metres."""
         return torch.stack([shape.centre for shape in self.shapes])
 
-# %% ../../nbs/pose/prepare.ipynb #97570704
-def _levelled(hulls: Hulls, up: UpDirection, world: Tensor) -> tuple[UpDirection, Tensor]:
+# %% ../../nbs/pose/prepare.ipynb #6759c02d
+def _levelled(hulls: Hulls, world: Tensor) -> tuple[UpDirection, Tensor]:
     """The up direction from the ground plane under the hulls, and the pose [4, 4] of the calibration's world with
     it."""
     low = torch.stack([hull_shape(points).lowest for points in hulls.points])
@@ -243,7 +232,7 @@ def find_track(hulls: Hulls, times: Sequence[float], up: UpDirection, world: Ten
     times: of all chosen frames, seconds. Raises KiloError where the ground plane cannot be found.
     """
     before = world
-    if config.up == "ground plane": up, world = _levelled(hulls, up, world)
+    if config.up == "ground plane": up, world = _levelled(hulls, world)
     turn = world @ before.inverse()
     shapes = [hull_shape(transform_points(turn, points.double())) for points in hulls.points]
     length = float(np.median([shape.length_m for shape in shapes]))
@@ -276,14 +265,13 @@ def _outside_share(local: Sequence[Tensor], grid: VoxelGrid) -> float:
     high = low + torch.tensor(grid.shape) * grid.voxel_m
     return float((~((points >= low) & (points <= high)).all(1)).double().mean())
 
-# %% ../../nbs/pose/prepare.ipynb #2f13b9a8
+# %% ../../nbs/pose/prepare.ipynb #918187b4
 def _track_step(folder: Path, hulls: Hulls, choice: MaskChoice, recording: Recording, up: UpDirection, world: Tensor,
                 config: PrepareConfig, log: StepLog) -> tuple[AnimalTrack, list[PinholeCamera], VoxelGrid]:
     """The track, cameras in the prepared world and grid, logged and drawn."""
     with log.step("track") as kept:
         track = find_track(hulls, _times(recording, choice, config), up, world, config)
-        cameras = [one.target.moved(track.world)
-                   for one in _resamplers(recording, list(recording.cameras.values()), config.downsample)]
+        cameras = [one.moved(track.world) for one in prepared_cameras(recording.cameras, config.downsample)]
         local = _hulls_in_animal(hulls, track, track.world @ world.inverse())
         rows = _training_rows(len(local), config)
         grid = fit_grid([local[row] for row in rows], config.resolution, config.side_m, config.margin)
@@ -349,12 +337,12 @@ def _draw(prepared: PreparedRecording, folder: Path) -> None:
     for name, figure in (("masks", masks_figure), ("track", track_figure)):
         if not (folder / f"{name}.png").exists(): write_figure(figure(prepared), folder / f"{name}.png")
 
-# %% ../../nbs/pose/prepare.ipynb #d5e50b49
+# %% ../../nbs/pose/prepare.ipynb #ea22f2fb
 def _run_steps(recording: Recording, folder: Path, config: PrepareConfig, source: str, log: StepLog) -> None:
     with log.step("check") as kept:
         check_recording(recording)
         choice = choose_masks(recording, config)
-        targets = [one.target for one in _resamplers(recording, list(recording.cameras.values()), config.downsample)]
+        targets = prepared_cameras(recording.cameras, config.downsample)
         up = find_up(targets, config.up)
         cameras, world = reorient(targets, up)
         kept |= {"cameras": len(targets), "frames": len(choice.frames), "of": recording.frames,
@@ -417,7 +405,7 @@ def track_errors(prepared: PreparedRecording, centres: Tensor, headings: Tensor)
     return TrackErrors(float(distance.mean()), float(distance.max()), tuple(local.mean(0).tolist()), score.mean_deg,
                        score.worst_deg, score.flipped_share, true, angles)
 
-# %% ../../nbs/pose/prepare.ipynb #8d6bd5bc
+# %% ../../nbs/pose/prepare.ipynb #56b8ac49
 def prepared_of(path: str | Path, config: PrepareConfig | None = None, cache: str | Path | None = None,
                 sha256: str = "", quiet: bool = False) -> PreparedRecording:
     """The prepared recording of the data at `path`, prepared once per content and configuration.
@@ -429,5 +417,8 @@ def prepared_of(path: str | Path, config: PrepareConfig | None = None, cache: st
     text = dumps({"format": FORMAT, "source": sha256, "config": to_dict(replace(config, workers=1))})
     name = f"{Path(path).name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
     finished = cache / name / "recording.zarr"
-    if finished.exists(): return read_prepared(finished)
+    if finished.exists():
+        prepared = read_prepared(finished)
+        _draw(prepared, cache / name / "figures")
+        return prepared
     return prepare(read_recording(path), cache / name, config, sha256, quiet)

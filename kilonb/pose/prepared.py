@@ -174,13 +174,13 @@ def package_versions(names: Sequence[str] = ("kilonb", "zarr", "h5py", "av", "to
         with suppress(PackageNotFoundError): found[name] = version(name)
     return found
 
-# %% ../../nbs/pose/prepared.ipynb #cc5b0243
+# %% ../../nbs/pose/prepared.ipynb #92f9bd38
 def _add_array(group: zarr.Group, name: str, shape: tuple[int, ...], kind: Any, chunks: tuple[int, ...]) -> zarr.Array:
     """A compressed array with checksums; chunks of zeros are written like others."""
     return group.create_array(name, shape=shape, dtype=kind, chunks=chunks, fill_value=0,
                               compressors=[ZstdCodec(level=1), Crc32cCodec()], config={"write_empty_chunks": True})
 
-
+# %% ../../nbs/pose/prepared.ipynb #d297c6a8
 def write_prepared(path: str | Path, *, name: str, names: Sequence[str], cameras: Sequence[PinholeCamera],
                    frames: Sequence[int], centres: Tensor, headings: Tensor, grid: VoxelGrid, mask_source: str,
                    skipped: Sequence[Mapping[str, Any]], fps: float | None, validation: bool,
@@ -188,7 +188,7 @@ def write_prepared(path: str | Path, *, name: str, names: Sequence[str], cameras
     """Write a prepared recording beside `path` and move it there when it is whole; returns it as read again.
 
     The fields are those of `PreparedRecording`. images: yields (pictures [C, H, W, 3], masks [C, H, W]), uint8, of each
-    frame. extra: further attributes, plain values. Raises KiloError where `path` exists.
+    frame. extra: further attributes, plain values. Raises KiloError where `path` exists, or for too few images.
     """
     path, count = Path(path), len(frames)
     if path.exists(): raise KiloError(f"'{path}' exists: remove it before it is written again.")
@@ -202,7 +202,11 @@ def write_prepared(path: str | Path, *, name: str, names: Sequence[str], cameras
         group = zarr.create_group(partial, attributes=json.loads(json.dumps(kept)))
         pictures = _add_array(group, "images", (*size, 3), "uint8", (1, *size[1:], 3))
         masks = _add_array(group, "masks", size, "uint8", (1, *size[1:]))
-        for i, (rgb, mask) in enumerate(images): pictures[i], masks[i] = rgb, mask
+        written = 0
+        for rgb, mask in images:
+            pictures[written], masks[written] = rgb, mask
+            written += 1
+        if written < count: raise KiloError(f"'{path}' has {written} of {count} frames; expected a picture for each.")
         for key, values in {"frames": np.asarray(frames, np.int64), "centres": centres.double().cpu().numpy(),
                             "headings": headings.double().cpu().numpy()}.items():
             _add_array(group, key, values.shape, values.dtype, values.shape)[:] = values

@@ -15,7 +15,7 @@ from numba import njit
 from ..core.errors import KiloError
 from .consistency import RigState, animal_sizes, outline_rays, world_rays
 
-# %% ../../nbs/pose/rig_hulls.ipynb #d0e6e013
+# %% ../../nbs/pose/rig_hulls.ipynb #c4a79da7
 def _nearest_points(centres: np.ndarray, rays: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """[F, 3] points with the least weighted squared distance to rays [C, F, 3] from centres [C, 3]; NaN with fewer
     than two rays."""
@@ -26,7 +26,7 @@ def _nearest_points(centres: np.ndarray, rays: np.ndarray, weights: np.ndarray) 
     total += 1e-12 * np.trace(total, axis1=1, axis2=2)[:, None, None] * np.eye(3)
     return np.where(solvable[:, None], np.linalg.solve(total, right[..., None])[..., 0], np.nan)
 
-
+# %% ../../nbs/pose/rig_hulls.ipynb #ba69de66
 def animal_positions(state: RigState, rays: np.ndarray | None = None) -> np.ndarray:
     """[F, 3] metres: the point nearest to the mean viewing rays of the silhouettes that are not cut by the border, by
     iterated least squares; NaN where fewer than two cameras see the animal."""
@@ -41,20 +41,20 @@ def animal_positions(state: RigState, rays: np.ndarray | None = None) -> np.ndar
         points = _nearest_points(state.centres, means, weights / (1 + (np.nan_to_num(off) / .02) ** 2))
     return points
 
-# %% ../../nbs/pose/rig_hulls.ipynb #8146e971
+# %% ../../nbs/pose/rig_hulls.ipynb #1fc429f9
 def animal_extents(state: RigState, positions: np.ndarray) -> np.ndarray:
     """[C, F] metres: square root of the silhouette's area at the animal's distance; NaN where either is unknown."""
     distance = np.linalg.norm(positions - state.centres[:, None], axis=-1)
     return np.where(state.known, distance * animal_sizes(state), np.nan)
 
-
+# %% ../../nbs/pose/rig_hulls.ipynb #56c67ca2
 def project_positions(state: RigState, positions: np.ndarray) -> np.ndarray:
     """[C, F, 2] pixels of positions [F, 3], without lens distortion, NaN behind a camera."""
     seen = np.einsum("cij,fj->cfi", state.R, positions) + state.t[:, None]
     plane = seen[..., :2] / np.where(seen[..., 2:] > 0, seen[..., 2:], np.nan)
     return np.einsum("cij,cfj->cfi", state.K[:, :2, :2], plane) + state.K[:, None, :2, 2]
 
-# %% ../../nbs/pose/rig_hulls.ipynb #3eeab61c
+# %% ../../nbs/pose/rig_hulls.ipynb #dfda4ad3
 @njit(cache=True, error_model="numpy")
 def _pixel(x: float, y: float, K: np.ndarray, k: np.ndarray) -> tuple[int, int]:
     """(column, row) of a point on the plane z = 1, with K [3, 3] and the eight coefficients k of a lens."""
@@ -65,7 +65,7 @@ def _pixel(x: float, y: float, K: np.ndarray, k: np.ndarray) -> tuple[int, int]:
                 y * radial + k[2] * (r2 + 2 * y * y) + 2 * k[3] * x * y)
     return int(np.floor(K[0, 0] * x + K[0, 1] * y + K[0, 2] + .5)), int(np.floor(K[1, 1] * y + K[1, 2] + .5))
 
-
+# %% ../../nbs/pose/rig_hulls.ipynb #cbb292e3
 @njit(cache=True, error_model="numpy")
 def _inside_masks(distance: float, start: np.ndarray, ray: np.ndarray, K: np.ndarray, lenses: np.ndarray,
                   masks: np.ndarray, sizes: np.ndarray) -> bool:
@@ -95,7 +95,7 @@ def _march(starts: np.ndarray, rays: np.ndarray, near: float, far: float, steps:
                 break
     return out
 
-# %% ../../nbs/pose/rig_hulls.ipynb #242b611d
+# %% ../../nbs/pose/rig_hulls.ipynb #8b8e0d0f
 class PredictedSilhouette(NamedTuple):
     """The silhouette that other cameras allow. hull, mask: [h, w] bool, every `stride`-th pixel of a window whose first
     pixel is `corner` (column, row). coverage, iou: 0 to 1."""
@@ -106,7 +106,7 @@ class PredictedSilhouette(NamedTuple):
     coverage: float
     iou: float
 
-
+# %% ../../nbs/pose/rig_hulls.ipynb #9c4ea12c
 def _window(mask: np.ndarray, pixel: np.ndarray, reach: float) -> tuple[slice, slice]:
     """Rows and columns of the window around a mask, or around `pixel` where it is empty, wider by `reach` pixels."""
     rows, columns = np.nonzero(mask)

@@ -7,7 +7,8 @@ out, beside the visual hull and an empty picture.
 # %% auto #0
 __all__ = ['Predict', 'SCORES', 'Inputs', 'over_white', 'foreground_box', 'animal_scores', 'input_sets', 'input_label',
            'CarvingVariant', 'refined_grid', 'carving_variants', 'draw_hull_window', 'draw_carving', 'draw_prediction',
-           'score_recording', 'summarise_scores', 'score_table', 'write_score_table']
+           'score_recording', 'summarise_scores', 'score_counts', 'summarise_counts', 'score_table',
+           'write_score_table']
 
 # %% ../../nbs/pose/scores.ipynb #1f57028a
 import time
@@ -273,6 +274,29 @@ def summarise_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if own: results |= _group_means(own, kind)
     ways = list(dict.fromkeys(row["carving"] for row in rows))
     return results | {"predict_s": median(row["predict_s"] for row in rows), "carving": "; ".join(ways)}
+
+# %% ../../nbs/pose/scores.ipynb #419130fc
+def score_counts(predict: Predict, prepared: PreparedRecording, frames: Sequence[int],
+                 counts: Sequence[int] = ()) -> dict[int, list[dict[str, Any]]]:
+    """Rows of `score_recording` by the number of input cameras: all of them, and each of `counts`, which are by default
+    one, two and three fewer, down to three (two of three)."""
+    total = len(prepared.cameras)
+    numbers = counts or [k for k in (total - 1, total - 2, total - 3) if k >= min(3, total - 1)]
+    return {k: score_recording(predict, prepared, frames, int(k)) for k in dict.fromkeys((total, *numbers))}
+
+
+def summarise_counts(rows: Mapping[int, Sequence[Mapping[str, Any]]], total: int) -> dict[str, Any]:
+    """Results from `score_counts` of a recording with `total` cameras: those of `summarise_scores` for the most input
+    cameras below `total`, "input_cameras"; the same names with _from_K for fewer; ceiling_iou, the hull of all
+    cameras."""
+    nearest = max((k for k in rows if k < total), default=total)
+    results = summarise_scores([*rows[total], *(rows[nearest] if nearest != total else ())])
+    for k in rows:
+        if k in (total, nearest): continue
+        fewer = summarise_scores(rows[k])
+        for name in ("heldout_iou", "heldout_l1", "heldout_psnr_foreground_db"):
+            results |= {f"{name}_from_{k}": fewer[name], f"carving_{name}_from_{k}": fewer[f"carving_{name}"]}
+    return results | {"ceiling_iou": results["carving_seen_iou"], "input_cameras": nearest}
 
 # %% ../../nbs/pose/scores.ipynb #2b48fad3
 def score_table(results: Mapping[str, Any], kinds: Sequence[str] = ("heldout", "seen")) -> str:

@@ -87,21 +87,20 @@ def ray_through(camera: Camera, pixel: Tensor) -> tuple[Tensor, Tensor]:
     direction = camera.directions(pixel[None].to(camera.camera_to_world))[0]
     return camera.position.double().cpu(), direction.double().cpu()
 
-# %% ../../nbs/pose/tracking.ipynb #e4ac0389
+# %% ../../nbs/pose/tracking.ipynb #8f6520e9
 class HullShape(NamedTuple):
     """Moments of a visual hull. centre: [3] float64 mean, metres. covariance: [3, 3]. lowest: [3] mean of its lowest
     twentieth. axis: angle of the principal axis on the floor, radians in 0..pi. elongation: 0 (round) to 1 (a line).
-    length_m: 4 standard deviations along the principal axis, about the length of the body. volume_m3."""
+    length_m: 4 standard deviations along the principal axis, about the length of the body."""
     centre: Tensor
     covariance: Tensor
     lowest: Tensor
     axis: float
     elongation: float
     length_m: float
-    volume_m3: float
 
-# %% ../../nbs/pose/tracking.ipynb #a1f5ebc2
-def hull_shape(points: Tensor, volume_m3: float = 0.0) -> HullShape:
+# %% ../../nbs/pose/tracking.ipynb #8c36ded0
+def hull_shape(points: Tensor) -> HullShape:
     """Moments of the voxel centres [N, 3] of a hull, in a world with z up; N at least 8."""
     points = points.double().cpu()
     if len(points) < 8: raise KiloError(f"The hull has {len(points)} voxels; expected 8 or more.")
@@ -111,7 +110,7 @@ def hull_shape(points: Tensor, volume_m3: float = 0.0) -> HullShape:
     low = points[points[:, 2] <= torch.quantile(points[:, 2], .05)].mean(0)
     length = 4 * float(torch.linalg.eigvalsh(covariance)[-1].clamp(min=0).sqrt())
     return HullShape(centre, covariance, low, math.atan2(axes[1, 1], axes[0, 1]) % math.pi,
-                     1 - float(sizes[0].clamp(min=0) / sizes[1].clamp(min=1e-18)), length, volume_m3)
+                     1 - float(sizes[0].clamp(min=0) / sizes[1].clamp(min=1e-18)), length)
 
 # %% ../../nbs/pose/tracking.ipynb #d2d6c912
 def angle_between(first: Tensor, second: Tensor) -> Tensor:

@@ -57,11 +57,11 @@ def recording_of_run(folder: str | Path) -> PreparedRecording:
     reference = resolve_data(data)
     return prepared_of(reference.path, build_config(PrepareConfig, values), data_folder() / "pose", reference.sha256)
 
-# %% ../../nbs/pose/trained_runs.ipynb #8b2c829d
+# %% ../../nbs/pose/trained_runs.ipynb #bee8781e
 @dataclass(frozen=True, eq=False)
 class TrainedAnimal:
-    """A trained model with its recording. predict: (prepared, frame index, input cameras) -> gaussians, refined as in
-    the run. data: name of the run's data."""
+    """A trained model with its recording. predict: (prepared, frame index, input cameras) -> gaussians. data: name of
+    the run's data."""
     folder: Path
     model: PoseModel
     prepared: PreparedRecording
@@ -70,7 +70,7 @@ class TrainedAnimal:
     data: str
 
 
-def open_trained(name: str | Path, device: torch.device | str = "cpu", refine_steps: int = -1) -> TrainedAnimal:
+def open_trained(name: str | Path, device: torch.device | str = "cpu", refine_steps: int = 0) -> TrainedAnimal:
     """The model of a finished training, see `find_trained`. refine_steps: of the predictions; -1: those of the run.
 
     Raises KiloError: no model, no recording, or a recording of another grid.

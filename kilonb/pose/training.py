@@ -6,8 +6,8 @@ validation by epochs, resumption, and continuation by further epochs.
 
 # %% auto #0
 __all__ = ['VARIANTS', 'MODEL_FILE', 'PoseTraining', 'training_variant', 'FrameStore', 'input_volume', 'soft_iou',
-           'drawing_loss', 'StepDraw', 'make_pose_step', 'reconstruct', 'validation_loss', 'make_pose_model',
-           'PoseResult', 'train_pose', 'save_pose', 'load_pose', 'continue_from']
+           'drawing_loss', 'StepDraw', 'make_pose_model', 'make_pose_step', 'reconstruct', 'validation_loss',
+           'check_frames', 'PoseResult', 'train_pose', 'save_pose', 'load_pose', 'continue_from']
 
 # %% ../../nbs/pose/training.ipynb #c1f7c87d
 import math
@@ -137,14 +137,14 @@ def input_volume(prepared: PreparedRecording, frames: FrameStore, i: int, inputs
     return carve(rgb[inputs], masks[inputs], [prepared.cameras[c] for c in inputs], grid, centre,
                  float(prepared.headings[i]) + turn)
 
-# %% ../../nbs/pose/training.ipynb #17c7b52a
+# %% ../../nbs/pose/training.ipynb #972acd1d
 def soft_iou(alpha: Tensor, masks: Tensor) -> Tensor:
     """Intersection over union [...] of alpha and masks [..., H, W] in 0..1, by products; 1 where both are empty."""
     shared = (alpha * masks).sum((-1, -2))
     union = (alpha + masks).sum((-1, -2)) - shared
     return torch.where(union > 0, shared / union.clamp(min=1e-6), 1.0)
 
-
+# %% ../../nbs/pose/training.ipynb #5a22d6a0
 def drawing_loss(rgb: Tensor, alpha: Tensor, target: Tensor, masks: Tensor, config: PoseTraining) -> dict[str, Tensor]:
     """Means over views of the terms and their weighted sum "loss".
 
@@ -159,7 +159,7 @@ def drawing_loss(rgb: Tensor, alpha: Tensor, target: Tensor, masks: Tensor, conf
         terms["ssim"] = 1 - torch.stack([structural_similarity(a, b).mean() for a, b in zip(rgb, target)]).mean()
     return terms | {"loss": sum(getattr(config, name) * value for name, value in terms.items())}
 
-# %% ../../nbs/pose/training.ipynb #659278ca
+# %% ../../nbs/pose/training.ipynb #10dc1b42
 class StepDraw:
     """What is random in a step: cameras left out and drawn, shift and turn of the animal's frame, mirroring.
 
@@ -169,8 +169,8 @@ class StepDraw:
 
     def __init__(self, count: int, config: PoseTraining, generator: torch.Generator):
         draw = dict(generator=generator, device=generator.device)
-        dropped = int(torch.multinomial(torch.tensor(config.dropped, dtype=torch.float32,
-                                                            device=generator.device), 1, generator=generator))
+        shares = torch.tensor(config.dropped, dtype=torch.float32, device=generator.device)
+        dropped = int(torch.multinomial(shares, 1, generator=generator))
         order = torch.randperm(count, **draw).tolist()
         dropped = max(0, min(dropped, count - 2))
         self.inputs = sorted(order[dropped:])
@@ -178,6 +178,13 @@ class StepDraw:
         self.shift = (torch.randn(3, **draw) * config.jitter_m).cpu()
         self.turn = float(torch.randn(1, **draw)) * math.radians(config.jitter_deg)
         self.mirror = float(torch.rand(1, **draw)) < config.mirror
+
+# %% ../../nbs/pose/training.ipynb #448d29d7
+def make_pose_model(prepared: PreparedRecording, config: PoseTraining,
+                    device: torch.device | str = "cpu") -> PoseModel:
+    """A freshly initialised model for a prepared recording's grid; its weights depend on `config.seed` only."""
+    torch.manual_seed(config.seed)
+    return PoseModel(config.model, prepared.grid).to(device)
 
 # %% ../../nbs/pose/training.ipynb #f2ea18e5
 def make_pose_step(model: PoseModel, prepared: PreparedRecording, rows: Sequence[int], config: PoseTraining,
@@ -195,12 +202,12 @@ def make_pose_step(model: PoseModel, prepared: PreparedRecording, rows: Sequence
         return drawing_loss(rgb, alpha, target, masks, config) | {"gaussians": float(len(gaussians))}
     return step
 
-# %% ../../nbs/pose/training.ipynb #4f5fa721
+# %% ../../nbs/pose/training.ipynb #9c513640
 def reconstruct(model: PoseModel, prepared: PreparedRecording, i: int, inputs: Sequence[int] | None = None,
                 frames: FrameStore | None = None) -> Gaussians:
     """Gaussians of frame i (an index) in the prepared world, from the cameras `inputs` (indices; None: all), detached.
 
-    Raises KiloError for fewer than two cameras.
+    frames: pictures that are kept in memory; None: they are read. Raises KiloError for fewer than two cameras.
     """
     inputs = list(range(len(prepared.cameras))) if inputs is None else list(inputs)
     mode = model.training
@@ -210,31 +217,39 @@ def reconstruct(model: PoseModel, prepared: PreparedRecording, i: int, inputs: S
             return gaussians_of(model, input_volume(prepared, frames or FrameStore(prepared), i, inputs, model.grid))
     finally: model.train(mode)
 
-# %% ../../nbs/pose/training.ipynb #048963e7
+# %% ../../nbs/pose/training.ipynb #2c934bf7
 def validation_loss(model: PoseModel, prepared: PreparedRecording, rows: Sequence[int], config: PoseTraining,
                     frames: FrameStore | None = None) -> dict[str, float]:
-    """Means of the terms of the loss over frames `rows`, each without one camera (in turn), drawn in that camera."""
+    """Means of the terms of the loss over frames `rows`, each without one camera (in turn), drawn in that camera; with
+    two cameras none is left out. Empty without rows."""
     frames, totals = frames or FrameStore(prepared), []
     count = len(prepared.cameras)
     for k, i in enumerate(rows):
         held = k % count
-        gaussians = reconstruct(model, prepared, i, [c for c in range(count) if c != held], frames)
+        inputs = [c for c in range(count) if c != held or count < 3]
+        gaussians = reconstruct(model, prepared, i, inputs, frames)
         rgb, alpha = draw_animals(gaussians, [prepared.cameras[held]])
         target, masks = (each[held:held + 1].to(rgb) for each in frames[i])
         totals.append({name: float(value) for name, value in drawing_loss(rgb, alpha, target, masks, config).items()})
     return {name: sum(row[name] for row in totals) / len(totals) for name in totals[0]} if totals else {}
 
-# %% ../../nbs/pose/training.ipynb #00b3d760
-def make_pose_model(prepared: PreparedRecording, config: PoseTraining,
-                    device: torch.device | str = "cpu") -> PoseModel:
-    """A freshly initialised model for a prepared recording's grid. On a CPU that does not multiply bfloat16, that
-    precision is an error of the config."""
-    torch.manual_seed(config.seed)
-    return PoseModel(config.model, prepared.grid).to(device)
+# %% ../../nbs/pose/training.ipynb #fdd5a533
+def check_frames(prepared: PreparedRecording) -> None:
+    """KiloError unless a model can be trained on a prepared recording and scored in cameras that are left out: a frame
+    for training and one for testing, and three cameras."""
+    counts = {name: len(prepared.split(name)) for name in ("train", "test")}
+    if not all(counts.values()):
+        raise KiloError(f"'{prepared.name}' has {len(prepared)} prepared frames, "
+                        f"{counts['train']} of them for training "
+                        f"and {counts['test']} for testing; expected one or more of each: use " "more frames.")
+    if len(prepared.cameras) < 3:
+        raise KiloError(f"'{prepared.name}' has {len(prepared.cameras)} cameras; expected 3 or more: one is "
+                        "left out and " "two are given.")
 
-# %% ../../nbs/pose/training.ipynb #22fce98a
+# %% ../../nbs/pose/training.ipynb #b8029b45
 class _Epochs:
-    """Validation at the end of each epoch, for the loop's `after_step`, with its records as state."""
+    """Validation at the end of each epoch and after the last step, for the loop's `after_step`, with its records as
+    state."""
 
     def __init__(self, model: PoseModel, prepared: PreparedRecording, config: PoseTraining, world: World):
         self.model, self.prepared, self.config, self.records = model, prepared, config, []
@@ -244,23 +259,24 @@ class _Epochs:
         self.first, self.frames = world.first, FrameStore(prepared)
 
     def __call__(self, step: int, records: list[dict[str, float]]) -> None:
-        if (step + 1) % self.length or not self.first: return
+        done = step + 1
+        if (done % self.length and done < self.config.steps) or not self.first: return
         row = validation_loss(self.model, self.prepared, self.rows, self.config, self.frames)
-        self.records.append({"epoch": (step + 1) // self.length, "step": step + 1, **row})
+        self.records.append({"epoch": done / self.length, "step": done, **row})
 
     def state_dict(self) -> dict[str, Any]: return {"records": self.records}
     def load_state_dict(self, state: Mapping[str, Any]) -> None: self.records = list(state["records"])
 
-# %% ../../nbs/pose/training.ipynb #5a60ac0a
+# %% ../../nbs/pose/training.ipynb #f117aa6a
 @dataclass(frozen=True, eq=False)
 class PoseResult:
-    """Result of `train_pose`. training: of the loop. validation: terms of the loss at each epoch's end; with no
-    validation frames they are of training frames (`validates` False)."""
+    """Result of `train_pose`. training: of the loop. validation: terms of the loss at each epoch's end and at the end
+    of training; with no validation frames they are of training frames (`validates` False)."""
     training: TrainingResult
     validation: list[dict[str, float]]
     validates: bool
 
-
+# %% ../../nbs/pose/training.ipynb #29b431cf
 def train_pose(model: PoseModel, prepared: PreparedRecording, config: PoseTraining, folder: str | Path | None = None,
                resume: bool = False, settings: Mapping[str, Any] | None = None, world: World = ALONE,
                quiet: bool = False) -> PoseResult:
@@ -281,7 +297,7 @@ def train_pose(model: PoseModel, prepared: PreparedRecording, config: PoseTraini
     if result.averaged is not None: model.load_state_dict({**model.state_dict(), **result.averaged.average})
     return PoseResult(result, epochs.records, bool(prepared.split("valid")))
 
-# %% ../../nbs/pose/training.ipynb #8cd2dc5d
+# %% ../../nbs/pose/training.ipynb #c1da13b9
 MODEL_FILE = "pose.pt"
 
 
@@ -293,7 +309,7 @@ def save_pose(path: str | Path, model: PoseModel, details: Mapping[str, Any] | N
                                      "high": list(grid.high)}, "model": model.state_dict()})
     return path
 
-
+# %% ../../nbs/pose/training.ipynb #04dd1b89
 def load_pose(path: str | Path, device: torch.device | str = "cpu") -> PoseModel:
     """The model of a file, or of a run's folder. KiloError where there is none, or where the file is of another
     kind."""

@@ -94,7 +94,7 @@ def up_of_ground(points: Tensor, guess: Tensor, iterations: int = 20) -> UpDirec
     return UpDirection(axes[2] * torch.sign(axes[2] @ guess), "ground plane",
                        degrees(torch.atan2(scale, extent[:2].norm()).item()))
 
-# %% ../../nbs/pose/upright.ipynb #5ae8a865
+# %% ../../nbs/pose/upright.ipynb #0fa8ff02
 UP_METHODS = ("auto", "camera axes", "camera ring", "ground plane")
 
 
@@ -105,7 +105,7 @@ def up_of_vector(text: str) -> UpDirection:
     except ValueError: vector = torch.zeros(0)
     if vector.shape != (3,) or not 0 < vector.norm() < float("inf"):
         raise KiloError(f"The up direction '{text}' is not known; expected {', '.join(UP_METHODS)}, or a "
-                        "vector such as " "0,0,1 or -y.")
+                        "vector such as 0,0,1 or -y.")
     return UpDirection(vector / vector.norm(), "given")
 
 # %% ../../nbs/pose/upright.ipynb #104b2c43

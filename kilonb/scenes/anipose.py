@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_TOML_BYTES', 'read_anipose_calibration', 'read_anipose']
 
-# %% ../../nbs/scenes/anipose.ipynb #6e5539e4
+# %% ../../nbs/scenes/anipose.ipynb #4bae026b
 import re
 import tomllib
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from ..core.errors import KiloError
-from ..data.video import READABLE
+from ..data.video import is_video_name
 from .dannce import find_masks, video_rate
 from .multiview import Calibration, Recording
 
@@ -76,11 +76,11 @@ def read_anipose_calibration(path: str | Path, unit_m: float = 0.001) -> dict[st
         cameras[name] = _calibration_of(table, what, unit_m)
     return cameras
 
-# %% ../../nbs/scenes/anipose.ipynb #40febb56
+# %% ../../nbs/scenes/anipose.ipynb #8f73edde
 def _videos_of(folders: list[Path], names: list[str]) -> dict[str, Path]:
     """Camera -> video whose stem ends in its name, for those that have one; KiloError where it has several."""
     files = sorted({path.resolve(): path for folder in folders for path in folder.glob("*")
-                    if path.suffix.lower()[1:] in (*READABLE, "mkv", "m4v")}.values())
+                    if is_video_name(path)}.values())
     found = {}
     for name in names:
         own = [path for path in files if re.search(rf"(^|[-_. ]|cam){re.escape(name)}$", path.stem)]

@@ -8,7 +8,7 @@ labelled keypoints.
 __all__ = ['FIRST_PIXEL_MATLAB', 'MAX_JSON_BYTES', 'read_mat_calibration', 'find_video', 'video_rate', 'find_masks',
            'read_labels', 'read_dannce']
 
-# %% ../../nbs/scenes/dannce.ipynb #cc5d7669
+# %% ../../nbs/scenes/dannce.ipynb #5c49470c
 import json
 import re
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core.errors import KiloError
 from ..data.matlab import read_mat
-from ..data.video import READABLE, video_info
+from ..data.video import is_video_name, video_info
 from .multiview import Calibration, Keypoints, Recording
 
 # %% ../../nbs/scenes/dannce.ipynb #63ee5ce9
@@ -95,7 +95,7 @@ def _json_calibration(entry: Mapping[str, Any], what: str, unit_m: float) -> Cal
                        _matrix(entry["t"], (3,), f"t of {what}") * unit_m,
                        tuple(_matrix(distortion, (len(distortion),), f"dist_k1k2p1p2 of {what}").tolist()), *size)
 
-# %% ../../nbs/scenes/dannce.ipynb #501d262f
+# %% ../../nbs/scenes/dannce.ipynb #54512a53
 def find_video(folder: Path, name: str, inside: str | None = None) -> Path | None:
     """The video of a camera: `inside`, a path below the folder; else the only one at videos/<name>[_...] or in
     videos/<name>/; None where there is none. Raises KiloError for several, or for a path that leaves the folder."""
@@ -106,7 +106,7 @@ def find_video(folder: Path, name: str, inside: str | None = None) -> Path | Non
     own = re.compile(rf"{re.escape(name)}([_.-].*)?")
     found = sorted(path for path in (folder / "videos").glob("*") if own.fullmatch(path.name))
     files = [file for path in found for file in (sorted(path.iterdir()) if path.is_dir() else [path])
-             if file.suffix.lower()[1:] in (*READABLE, "mkv", "m4v")]
+             if is_video_name(file)]
     if len(files) > 1:
         raise KiloError(f"Camera {name} has {len(files)} videos in {folder} ({files[0].name}, {files[1].name}, ...); "
                         "expected one: join the parts.")
@@ -130,7 +130,7 @@ def find_masks(folder: Path) -> dict[str, dict[int, Path]]:
         files[frame] = path
     return found
 
-# %% ../../nbs/scenes/dannce.ipynb #b2422dfd
+# %% ../../nbs/scenes/dannce.ipynb #58ab4c93
 def _first_frame(video: Path | None) -> int:
     """The number in the session of a video's first frame: the digits at the end of its name, 0 without."""
     match = re.search(r"(?:^|_)(\d{1,9})$", video.stem) if video else None
@@ -142,9 +142,9 @@ def _rows_of_points(values: np.ndarray, width: int, what: str) -> np.ndarray:
     if values.ndim == 2 and values.shape[1] and values.shape[1] % width == 0:
         return values.reshape(len(values), -1, width)
     raise KiloError(f"{what} has shape {list(values.shape)}; expected a row for each frame with {width} "
-                    "numbers for each " "point.")
+                    "numbers for each point.")
 
-# %% ../../nbs/scenes/dannce.ipynb #271df47c
+# %% ../../nbs/scenes/dannce.ipynb #5db32dbb
 def read_labels(paths: Mapping[str, Path], first_frame: int = 0, unit_m: float = 0.001) -> Keypoints:
     """The keypoints in DANNCE's label files.
 
@@ -160,7 +160,7 @@ def read_labels(paths: Mapping[str, Path], first_frame: int = 0, unit_m: float =
         if not (np.array_equal(points, here, equal_nan=True) and np.array_equal(frames, read["data_frame"].ravel())
                 and pixels[name].shape[:2] == points.shape[:2] == (len(frames), points.shape[1])):
             raise KiloError(f"{path} labels other frames or points than {next(iter(paths.values()))}: use "
-                            "the labels of " "one session.")
+                            "the labels of one session.")
     names = tuple(f"point_{k}" for k in range(points.shape[1]))
     return Keypoints(names, frames.astype(np.int64) - first_frame, points, pixels)
 

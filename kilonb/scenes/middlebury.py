@@ -61,7 +61,7 @@ def _parse_view(line: str, what: str) -> tuple[str, np.ndarray]:
         raise KiloError(f"{what} is '{line[:60]}'; expected a picture's name and 21 numbers: K, R and t.")
     return name, numbers
 
-# %% ../../nbs/scenes/middlebury.ipynb #947159e2
+# %% ../../nbs/scenes/middlebury.ipynb #4f090bcc
 def read_par(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Picture's name -> (K [3, 3], R [3, 3], t [3]) in the order of a `_par.txt`.
 
@@ -71,7 +71,7 @@ def read_par(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.nda
     count, *lines = _lines(path) or [""]
     if count != str(len(lines)):
         raise KiloError(f"{path} announces '{count[:20]}' views and has {len(lines)} lines of them: it was "
-                        "cut short or " "edited; fetch it again.")
+                        "cut short or edited; fetch it again.")
     views = dict(_parse_view(line, f"Line {number} of {path}") for number, line in enumerate(lines, 2))
     if len(views) < len(lines): raise KiloError(f"{path} names a picture twice.")
     return {name: (values[:9].reshape(3, 3), values[9:18].reshape(3, 3), values[18:]) for name, values in views.items()}

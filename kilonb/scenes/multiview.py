@@ -132,7 +132,7 @@ def _mask(recording: "Recording", name: str, frame: int) -> np.ndarray:
     raise KiloError(f"The mask {path} has {mask.shape[1]} x {mask.shape[0]} pixels; expected {calibration.width} x "
                     f"{calibration.height}, as camera {name}.")
 
-# %% ../../nbs/scenes/multiview.ipynb #6228e8a7
+# %% ../../nbs/scenes/multiview.ipynb #6dd4e057
 @dataclass(frozen=True, eq=False)
 class Recording:
     """One scene seen by several cameras at the same instants.
@@ -155,7 +155,6 @@ class Recording:
 
     @property
     def names(self) -> tuple[str, ...]: return tuple(self.calibrations)
-
     @cached_property
     def cameras(self) -> dict[str, Camera]:
         """The cameras by name. Raises KiloError where a calibration is wrong."""
@@ -175,9 +174,7 @@ class Recording:
         """Yields the pictures [H, W, 3] uint8, sRGB, of one camera at increasing frame numbers, in one pass."""
         return _pictures(self, name, list(frames))
 
-    def picture(self, name: str, frame: int) -> np.ndarray:
-        return next(self.pictures(name, [frame]))
-
+    def picture(self, name: str, frame: int) -> np.ndarray: return next(self.pictures(name, [frame]))
     def mask(self, name: str, frame: int) -> np.ndarray:
         """The mask [H, W] bool, True on the object. Raises KiloError where there is no file or it has another size."""
         return _mask(self, name, frame)
