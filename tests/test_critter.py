@@ -9,7 +9,7 @@ from kilonb.core.errors import KiloError
 from kilonb.scenes.critter import CritterConfig, critter_cameras, write_critter
 from kilonb.scenes.critter_body import pose_critter
 from kilonb.scenes.critter_motion import wander
-from kilonb.scenes.foreground import masks_of
+from kilonb.imaging.foreground import masks_of
 from kilonb.scenes.multiview import check_recording, read_recording
 
 SMALL = CritterConfig(frames=40, fps=8, cameras=3, width=192, height=144)

@@ -12,7 +12,7 @@ __all__ = ['SHIFTS', 'DoctorOptions', 'mask_frames', 'check_masks', 'with_subtra
            'MaskReader', 'check_hulls', 'keypoint_shares', 'check_keypoints', 'has_neighbours', 'liveliest_run',
            'time_by_subtraction', 'Examination', 'examine']
 
-# %% ../../nbs/pose/doctor.ipynb #40e6344e
+# %% ../../nbs/pose/doctor.ipynb #cd260494
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,7 +34,7 @@ from kilonb.pose.rig_checks import (
     VideoFacts, check_cameras, check_video_lengths, check_rotations, check_sizes, check_videos, read_video_facts,
     size_factors,
 )
-from ..scenes.foreground import background_of, foreground_mask
+from ..imaging.foreground import background_of, foreground_mask
 from kilonb.pose.rig_hulls import (
     PredictedSilhouette, animal_extents, animal_positions, predict_silhouette, project_positions,
 )

@@ -8,7 +8,7 @@ masks, hulls, up direction, track, voxel grid, Zarr.
 __all__ = ['PrepareConfig', 'MaskChoice', 'choose_masks', 'Hulls', 'find_hulls', 'AnimalTrack', 'find_track', 'prepare',
            'TrackErrors', 'track_errors', 'prepared_of']
 
-# %% ../../nbs/pose/prepare.ipynb #d8ee2d96
+# %% ../../nbs/pose/prepare.ipynb #77f86451
 import fcntl
 import hashlib
 import io
@@ -43,7 +43,7 @@ from .steps import StepLog
 from .tracking import HullShape, TrackingConfig, hull_shape, score_headings, track_headings
 from .upright import UpDirection, find_up, reorient, up_of_ground
 from ..runs.figures import write_figure
-from ..scenes.foreground import background_of, foreground_mask
+from ..imaging.foreground import background_of, foreground_mask
 from ..scenes.multiview import Recording, check_recording, read_recording
 
 # %% ../../nbs/pose/prepare.ipynb #26421183
