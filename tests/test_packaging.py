@@ -286,7 +286,7 @@ def test_commands_in_the_readme_exist(tmp_path):
 
 def test_the_script_in_the_readme_runs(tmp_path):
     """End to end on a tiny scene, with its settings made small: which data, how many steps, how many rays in each."""
-    script, _ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    script, *_ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     kilonb.write_brickyard(tmp_path / "tiny", width=48, height=48, train=6, test=1, count=4000)
     for setting, small in (('"brickyard"', repr(f"blender:{tmp_path / 'tiny'}")), ("steps=2000", "steps=60"),
                            ("rays=4096", "rays=512")):
@@ -304,7 +304,7 @@ def test_the_script_in_the_readme_runs(tmp_path):
 
 def test_the_clip_script_in_the_readme_runs(tmp_path):
     """End to end on one small clip of a procedural town."""
-    _, script = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    _, script, _ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     make_pandaset(tmp_path / "town", frames=16, width=128, height=72, channels=16, steps=360, samples=1,
                   cameras=["front_camera"])
     for setting, small in (('kilonb.resolve_data("boxtown_clip").path', repr(str(tmp_path / "town"))),
@@ -367,3 +367,12 @@ def test_kept_runs_in_the_checkout_hold_no_path():
 def test_a_public_name_of_0_1_that_changed_fails_with_the_new_name(old, new):
     with pytest.raises(AttributeError, match=f"kilonb.{old} of 0.1 is now called kilonb.{new}"): getattr(kilonb, old)
     assert callable(getattr(kilonb, new)) and old not in dir(kilonb)
+
+
+def test_the_animal_script_in_the_readme_runs(tmp_path):
+    """As written: a small recording is made, prepared, trained on for a few steps and drawn."""
+    *_, script = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", f"import kilonb\n{script}\nassert len(gaussians) >= 1024"], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, "KILONB_OUTPUTS": str(tmp_path / "outputs")})
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "pose.pt").is_file()
