@@ -372,7 +372,8 @@ def test_a_public_name_of_0_1_that_changed_fails_with_the_new_name(old, new):
 def test_the_animal_script_in_the_readme_runs(tmp_path):
     """As written: a small recording is made, prepared, trained on for a few steps and drawn."""
     *_, script = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", f"import kilonb\n{script}\nassert len(gaussians) >= 1024"], cwd=tmp_path,
-                          capture_output=True, text=True, env={**os.environ, "KILONB_OUTPUTS": str(tmp_path / "outputs")})
+    script = f"import kilonb\n{script}\nassert len(gaussians) >= 1024"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "KILONB_OUTPUTS": str(tmp_path / "outputs")})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pose.pt").is_file()
