@@ -39,7 +39,15 @@ from kilonb.pose.rig_hulls import (
     PredictedSilhouette, animal_extents, animal_positions, predict_silhouette, project_positions,
 )
 
-# %% ../../nbs/pose/doctor.ipynb #e4523d15
+# %% ../../nbs/pose/doctor.ipynb #9af5292e
+def _check_doctor_options(options: "DoctorOptions") -> None:
+    if min(options.frames, options.edge_frames, options.hull_frames) < 1:
+        raise KiloError("frames, edge_frames and hull_frames must be 1 or more.")
+    if not 0 < options.smallest_m < options.largest_m:
+        raise KiloError(f"smallest_m is {options.smallest_m} and largest_m {options.largest_m}; expected 0 < smallest "
+                        "< largest.")
+
+# %% ../../nbs/pose/doctor.ipynb #25ea0016
 @dataclass(frozen=True)
 class DoctorOptions:
     """Limits of an examination and bounds of its checks.
@@ -75,12 +83,7 @@ class DoctorOptions:
     least_k1_pixels: float = .11
     coverage_warning: float = .85
 
-    def __post_init__(self) -> None:
-        if min(self.frames, self.edge_frames, self.hull_frames) < 1:
-            raise KiloError("frames, edge_frames and hull_frames must be 1 or more.")
-        if not 0 < self.smallest_m < self.largest_m:
-            raise KiloError(f"smallest_m is {self.smallest_m} and largest_m {self.largest_m}; expected 0 < smallest < "
-                            "largest.")
+    def __post_init__(self) -> None: _check_doctor_options(self)
 
 # %% ../../nbs/pose/doctor.ipynb #0955ac9f
 def mask_frames(recording: Any, facts: VideoFacts, most: int) -> list[int]:

@@ -68,7 +68,10 @@ class Finding:
         return {"check": self.check, "verdict": self.verdict, "fault": self.fault, "camera": self.camera,
                 "number": self.number, "bound": self.bound, "unit": self.unit, "sentence": self.sentence}
 
-# %% ../../nbs/pose/findings.ipynb #a058e528
+# %% ../../nbs/pose/findings.ipynb #54ed21f8
+_HEADINGS = ("check", "verdict", "fault", "camera", "number", "bound", "unit")
+
+# %% ../../nbs/pose/findings.ipynb #2349376b
 @dataclass(frozen=True)
 class FindingList:
     """The findings about one recording. name: of the recording. names: its cameras."""
@@ -106,6 +109,3 @@ class FindingList:
     def __str__(self) -> str: return text_table(_HEADINGS, self._cells())
 
     def _repr_html_(self) -> str: return html_table(_HEADINGS, self._cells())
-
-
-_HEADINGS = ("check", "verdict", "fault", "camera", "number", "bound", "unit")

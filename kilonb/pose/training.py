@@ -46,7 +46,7 @@ def _check_pose_training(config: "PoseTraining") -> None:
             raise KiloError(f"{name} is {getattr(config, name)}; expected a share from 0 to below 1.")
     config.model.validate()
 
-# %% ../../nbs/pose/training.ipynb #7f4fd8e3
+# %% ../../nbs/pose/training.ipynb #36bd86c3
 @dataclass(frozen=True)
 class PoseTraining:
     """Settings of `train_pose`.
@@ -78,9 +78,7 @@ class PoseTraining:
     seed: int = 0
     model: PoseConfig = field(default_factory=PoseConfig)
 
-    def validate(self) -> None:
-        """Raise KiloError for values out of range."""
-        _check_pose_training(self)
+    def validate(self) -> None: _check_pose_training(self)
 
     def loop(self) -> LoopConfig:
         """Settings of `training.loop.train`."""
@@ -186,11 +184,11 @@ def make_pose_model(prepared: PreparedRecording, config: PoseTraining,
     torch.manual_seed(config.seed)
     return PoseModel(config.model, prepared.grid).to(device)
 
-# %% ../../nbs/pose/training.ipynb #f2ea18e5
+# %% ../../nbs/pose/training.ipynb #c682b2d1
 def make_pose_step(model: PoseModel, prepared: PreparedRecording, rows: Sequence[int], config: PoseTraining,
-                   world: World = ALONE) -> Callable:
+                   world: World = ALONE, frames: FrameStore | None = None) -> Callable:
     """Step function for `training.loop.train` over the frames `rows`: rounds over all of them, each in a new order."""
-    frames, device = FrameStore(prepared), model.centres.device
+    frames, device = frames or FrameStore(prepared), model.centres.device
 
     def step(number: int, generator: torch.Generator) -> dict[str, Tensor]:
         i = rows[view_order(number * world.size + world.rank, len(rows), config.seed)]
@@ -246,17 +244,18 @@ def check_frames(prepared: PreparedRecording) -> None:
         raise KiloError(f"'{prepared.name}' has {len(prepared.cameras)} cameras; expected 3 or more: one is "
                         "left out and " "two are given.")
 
-# %% ../../nbs/pose/training.ipynb #b8029b45
+# %% ../../nbs/pose/training.ipynb #0478ff2b
 class _Epochs:
     """Validation at the end of each epoch and after the last step, for the loop's `after_step`, with its records as
     state."""
 
-    def __init__(self, model: PoseModel, prepared: PreparedRecording, config: PoseTraining, world: World):
+    def __init__(self, model: PoseModel, prepared: PreparedRecording, config: PoseTraining, world: World,
+                 frames: FrameStore):
         self.model, self.prepared, self.config, self.records = model, prepared, config, []
         self.length = max(1, len(prepared.split("train")) // world.size)
         rows = prepared.split("valid") or prepared.split("train")
         self.rows = list(rows)[::max(1, math.ceil(len(rows) / config.validation_frames))]
-        self.first, self.frames = world.first, FrameStore(prepared)
+        self.first, self.frames = world.first, frames
 
     def __call__(self, step: int, records: list[dict[str, float]]) -> None:
         done = step + 1
@@ -276,7 +275,7 @@ class PoseResult:
     validation: list[dict[str, float]]
     validates: bool
 
-# %% ../../nbs/pose/training.ipynb #29b431cf
+# %% ../../nbs/pose/training.ipynb #244e86f1
 def train_pose(model: PoseModel, prepared: PreparedRecording, config: PoseTraining, folder: str | Path | None = None,
                resume: bool = False, settings: Mapping[str, Any] | None = None, world: World = ALONE,
                quiet: bool = False) -> PoseResult:
@@ -288,10 +287,11 @@ def train_pose(model: PoseModel, prepared: PreparedRecording, config: PoseTraini
     config.validate()
     rows = list(prepared.split("train"))
     if not rows: raise KiloError(f"'{prepared.name}' has {len(prepared)} frames, none of them for training.")
-    epochs = _Epochs(model, prepared, config, world)
+    frames = FrameStore(prepared)
+    epochs = _Epochs(model, prepared, config, world, frames)
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
     lasting = replace(config, time_limit_s=0.0)
-    result = train(make_pose_step(model, prepared, rows, config, world), optimizer, config.loop(), model=model,
+    result = train(make_pose_step(model, prepared, rows, config, world, frames), optimizer, config.loop(), model=model,
                    folder=folder, resume=resume, world=world, quiet=quiet, after_step=epochs,
                    stateful={"epochs": epochs}, settings={**(settings or {}), "training": repr(lasting)})
     if result.averaged is not None: model.load_state_dict({**model.state_dict(), **result.averaged.average})
