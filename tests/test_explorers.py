@@ -264,8 +264,22 @@ def react_pose(notebook: Notebook, outputs: Path) -> None:
     notebook.wait_until("() => document.querySelector('.kilonb-pose .kilonb-note').innerText.includes('free camera')")
 
 
+def react_episodes(notebook: Notebook, outputs: Path) -> None:
+    """The slider changes the frame; an action's button changes the strip."""
+    page = notebook.page
+    shown = "() => document.querySelector('.kilonb-episode img')?.src ?? ''"
+    notebook.wait_until(f"() => ({shown})() !== ''")
+    before = page.evaluate(shown)
+    notebook.move_slider(".kilonb-frame", 2)
+    notebook.wait_until(f"before => ({shown})() !== before", before)
+    notebook.wait_until("() => document.querySelector('.kilonb-note').innerText.includes('frame 32')")
+    before = page.evaluate(shown)
+    page.locator(".kilonb-action-down").click()
+    notebook.wait_until(f"before => ({shown})() !== before", before)
+
+
 REACTIONS = {"run_browser": react_runs, "sweep_explorer": react_sweeps, "orbit": react_orbit, "flux4d": react_clip,
-             "pose": react_pose}
+             "pose": react_pose, "dream": react_episodes}
 
 
 @needs_chromium

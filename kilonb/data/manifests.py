@@ -22,7 +22,7 @@ from ..core.configs import build_config
 from ..core.errors import KiloError, unknown_name
 from .registry import MAKERS, READERS, check_name
 
-# %% ../../nbs/data/manifests.ipynb #9104472e
+# %% ../../nbs/data/manifests.ipynb #ea1a7529
 KINDS = {"blender": "a folder with transforms_<split>.json and RGBA images",
          "ply": "a PLY file of gaussians in the INRIA layout", "pandaset": "a PandaSet sequence, or a folder of them",
          "argoverse2": "a folder of one Argoverse 2 log",
@@ -31,6 +31,7 @@ KINDS = {"blender": "a folder with transforms_<split>.json and RGBA images",
          "v2xsim": "a folder of one instant's surround pictures and depth from V2X-Sim",
          "dannce": "a folder of synchronised calibrated videos in DANNCE's layout",
          "anipose": "a folder of synchronised videos with Anipose's calibration.toml",
+         "episodes": "a folder of recorded Pin Pad episodes (episodes.json, train, test)",
          "middlebury": "a folder of calibrated Middlebury multi-view images",
          "colmap": "a folder of pictures with a COLMAP model", "weights": "a folder of trained weights"}
 FILE_KINDS = frozenset({"ply"})

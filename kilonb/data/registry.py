@@ -11,17 +11,19 @@ from collections.abc import Callable, Mapping
 
 from ..core.errors import KiloError, unknown_name
 
-# %% ../../nbs/data/registry.ipynb #6120517a
+# %% ../../nbs/data/registry.ipynb #614e02d1
 MAKERS = {"boxtown_argoverse2": "kilonb.scenes.boxtown_argoverse2:make_argoverse2",
           "boxtown_opv2v": "kilonb.scenes.boxtown:make_opv2v",
           "boxtown_pandaset": "kilonb.scenes.boxtown:make_pandaset",
           "brickyard": "kilonb.scenes.brickyard:write_brickyard",
-          "critter": "kilonb.scenes.critter:make_critter"}
+          "critter": "kilonb.scenes.critter:make_critter",
+          "pinpad": "kilonb.dream.episodes:make_pinpad"}
 READERS = {"anipose": "kilonb.scenes.anipose:read_anipose",
            "argoverse2": "kilonb.scenes.argoverse2:load_argoverse2",
            "blender": "kilonb.scenes.blender:load_blender",
            "colmap": "kilonb.scenes.colmap:read_colmap_recording",
            "dannce": "kilonb.scenes.dannce:read_dannce",
+           "episodes": "kilonb.dream.episodes:read_recording_info",
            "middlebury": "kilonb.scenes.middlebury:read_middlebury",
            "opv2v": "kilonb.scenes.opv2v:load_opv2v",
            "pandaset": "kilonb.scenes.pandaset:load_pandaset",

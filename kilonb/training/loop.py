@@ -8,7 +8,7 @@ bit-exact resumption, on one or several processes.
 __all__ = ['FREE_SETTINGS', 'LoopConfig', 'LoopState', 'TrainingResult', 'optimizer_step', 'deferred_interrupt',
            'TrainingRun', 'start_run', 'train']
 
-# %% ../../nbs/training/loop.ipynb #64707d55
+# %% ../../nbs/training/loop.ipynb #08ce9188
 import math
 import signal
 import threading
@@ -27,7 +27,7 @@ from ..core.signals import signal_handlers
 from .averaging import Average, choose_average, upgraded_weights
 from .checkpoints import (check_same_settings, keep_final, latest_path, random_state, read_checkpoint,
                                          restore_random_state, write_checkpoint)
-from .guards import FiniteGuard, TrainingStopped
+from .guards import FiniteGuard, SkipGuard, TrainingStopped
 from .parallel import (ALONE, World, agree, average_gradients, broadcast_from_first, check_in_step,
                                       from_first, gather_values, mark_agreed, together)
 from .progress import Progress
@@ -140,25 +140,30 @@ def _optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """The optimiser's current parameters (densification replaces them)."""
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-# %% ../../nbs/training/loop.ipynb #a28b5231
+# %% ../../nbs/training/loop.ipynb #45104c94
 def optimizer_step(values: dict[str, Tensor | float], optimizer: torch.optim.Optimizer, gradient_clip: float | None,
-                   world: World = ALONE) -> dict[str, Tensor | float]:
+                   world: World = ALONE, skip: SkipGuard | None = None) -> dict[str, Tensor | float]:
     """Backward pass, mean of the gradients over the ranks, clip, optimiser step.
 
-    values: of the step function. gradient_clip: largest norm, or None.
+    values: of the step function. gradient_clip: largest norm, or None. skip: counts steps whose gradient is not finite,
+    which then change nothing; None: they are taken.
     Returns the values, detached, with "gradient_norm" (before the clip) where there is a clip.
     """
     optimizer.zero_grad(set_to_none=True)
     values["loss"].backward()
-    average_gradients(_optimizer_parameters(optimizer), world, values.get("share"))
-    norm = (
-        {}
-        if gradient_clip is None
-        else {"gradient_norm": nn.utils.clip_grad_norm_(_optimizer_parameters(optimizer), gradient_clip)}
-    )
+    parameters = _optimizer_parameters(optimizer)
+    average_gradients(parameters, world, values.get("share"))
+    if skip is not None and not _finite_gradients(parameters): return skip.skip(values)
+    norm = {} if gradient_clip is None else {"gradient_norm": nn.utils.clip_grad_norm_(parameters, gradient_clip)}
     optimizer.step()
     return {name: value.detach() if isinstance(value, Tensor) else float(value) for name,
             value in {**values, **norm}.items()}
+
+
+def _finite_gradients(parameters: Sequence[Tensor]) -> bool:
+    """Whether all gradients are finite, with one transfer from the device."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    return not gradients or bool(torch.isfinite(torch.stack([g.sum(dtype=torch.float64) for g in gradients])).all())
 
 # %% ../../nbs/training/loop.ipynb #e92827c6
 @contextmanager
@@ -210,13 +215,14 @@ def start_run(optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Mo
                generator=torch.Generator(device=parameters[0].device if parameters else "cpu").manual_seed(config.seed),
                averaged=choose_average(model, config.ema_decay, config.swa_from, config.steps), world=world)
 
-# %% ../../nbs/training/loop.ipynb #f338cc89
+# %% ../../nbs/training/loop.ipynb #a2bed7c4
 def _take_step(run: TrainingRun, step_function: Callable) -> None:
     """One optimiser step at the schedule's rate, then an update of the average."""
     state = run.state
     rate = set_learning_rates(run.optimizer, run.config.learning_rate, run.schedule.factor(state.step))
     values = optimizer_step(_checked_values(step_function(state.step, run.generator)), run.optimizer,
-                            run.config.gradient_clip, run.world)
+                            run.config.gradient_clip, run.world,
+                            next((guard for guard in run.guards if isinstance(guard, SkipGuard)), None))
     weight = values.pop("share", 1 / run.world.size)
     if run.averaged is not None: run.averaged.update(run.model)
     state.step += 1
@@ -235,7 +241,7 @@ def _mean_over_ranks(interval: Mapping[int, Mapping[str, float]], world: World) 
             merged.setdefault(step, {})[name] = known[0][1] if all(value == known[0][1] for _, value in known) else mean
     return merged
 
-# %% ../../nbs/training/loop.ipynb #3d0adc16
+# %% ../../nbs/training/loop.ipynb #04522bdc
 def _make_record(run: TrainingRun) -> None:
     """Append a record with the means since the last one, log it and check it by the guards."""
     state = run.state
@@ -245,7 +251,8 @@ def _make_record(run: TrainingRun) -> None:
     state.records.append(record)
     state.pending = {}
     if run.log is not None: run.log.log(state.step, record, elapsed_s=state.elapsed_s)
-    if not record["loss"] >= state.best.get("loss", math.inf): state.best = {"loss": record["loss"], "step": state.step}
+    if not record.get("loss", math.inf) >= state.best.get("loss", math.inf):
+        state.best = {"loss": record["loss"], "step": state.step}
     for guard in run.guards: guard.check(record, interval)
 
 # %% ../../nbs/training/loop.ipynb #7c3d1bdf
@@ -352,7 +359,7 @@ def _run_tensors(run: TrainingRun) -> list[Tensor]:
     average = [] if run.averaged is None else list(run.averaged.average.values())
     return list({id(tensor): tensor for tensor in (*_optimizer_parameters(run.optimizer), *model, *average)}.values())
 
-# %% ../../nbs/training/loop.ipynb #1e7d6671
+# %% ../../nbs/training/loop.ipynb #0694696e
 def _run_steps(run: TrainingRun, step_function: Callable, after_step: Callable | None, progress: Progress) -> None:
     """Step until the configured steps or the time limit are reached; KeyboardInterrupt, after a checkpoint, on
     SIGINT."""
@@ -368,7 +375,8 @@ def _run_steps(run: TrainingRun, step_function: Callable, after_step: Callable |
             if after_step is not None: after_step(state.step - 1, state.records)
             if state.step % config.log_every_steps == 0 or state.step == config.steps: _make_record(run)
             progress.update(state.step,
-                            {name: state.records[-1][name] for name in ("loss", "learning_rate") if state.records})
+                            {name: state.records[-1][name] for name in ("loss", "learning_rate")
+                             if name in (state.records or [{}])[-1]})
             due = _checkpoint_due(config, state.step, time.perf_counter() - saved_at)
             replaced = world.size > 1 and list(map(id, held)) != list(map(id, _optimizer_parameters(run.optimizer)))
             stop, over, due, replaced = agree(world, f"the end of step {state.step}", requested.is_set(), late(),
