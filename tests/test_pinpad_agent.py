@@ -86,7 +86,8 @@ def test_action_repeat_holds_an_action_and_counts_every_environment_step(tmp_pat
     config = agent_config(action_repeat=3)
     _, _, result = trained(tmp_path, config)
     assert result.records[0]["environment_steps"] >= 1200
-    with pytest.raises(KiloError, match="action_repeat is 7"): trained(tmp_path / "seven", agent_config(action_repeat=7))
+    with pytest.raises(KiloError, match="action_repeat is 7"):
+        trained(tmp_path / "seven", agent_config(action_repeat=7))
 
 
 def test_prefill_and_pretraining_are_as_long_as_asked(tmp_path):

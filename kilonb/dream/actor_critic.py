@@ -8,11 +8,10 @@ normalisation, a slow critic and an entropy bonus.
 __all__ = ['ActorCriticConfig', 'lambda_returns', 'ReturnRange', 'ActorCritic', 'Rollout', 'imagine_rollout',
            'actor_critic_loss']
 
-# %% ../../nbs/dream/actor_critic.ipynb #f478c6be
+# %% ../../nbs/dream/actor_critic.ipynb #df6748de
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..core.errors import KiloError
@@ -21,14 +20,15 @@ from .networks import MLP
 from .rssm import LatentState
 from .world_model import WorldModel
 
-# %% ../../nbs/dream/actor_critic.ipynb #b0265216
+# %% ../../nbs/dream/actor_critic.ipynb #46e181af
 @dataclass(frozen=True)
 class ActorCriticConfig:
     """Settings of `ActorCritic`.
 
     units, layers: of both perceptrons. horizon: imagined steps. gamma: discount. lam: lambda of the returns. entropy:
-    weight of the policy's entropy. unimix: uniform share of the policy. slow: rate of the slow critic, per step. slow_weight:
-    of the pull towards it. range_rate: of the running range of returns, per step. learning_rate, gradient_clip: of both.
+    weight of the policy's entropy. unimix: uniform share of the policy. slow: rate of the slow critic, per step.
+    slow_weight: of the pull towards it. range_rate: of the running range of returns, per step. learning_rate,
+    gradient_clip: of both.
     """
     units: int = 128
     layers: int = 2
@@ -125,10 +125,11 @@ class Rollout:
     discounts: Tensor
     weights: Tensor
 
-# %% ../../nbs/dream/actor_critic.ipynb #e89d52ff
+# %% ../../nbs/dream/actor_critic.ipynb #104f077c
 @torch.no_grad()
 def imagine_rollout(model: WorldModel, agent: ActorCritic, start: LatentState, going_on: Tensor) -> Rollout:
-    """Rollouts of the policy in the world model from states [N]. going_on: [N], 0 where the state is an episode's end."""
+    """Rollouts of the policy in the world model from states [N]. going_on: [N], 0 where the state is an episode's
+    end."""
     features, actions, state = [start.features], [], start
     with model.autocast():
         for _ in range(agent.config.horizon):
@@ -136,12 +137,12 @@ def imagine_rollout(model: WorldModel, agent: ActorCritic, start: LatentState, g
             state = model.rssm.step(state, actions[-1])
             features.append(state.features)
         features = torch.stack(features, 1)
-        rewards, continues = two_hot_mean(model.reward(features)), torch.sigmoid(model.goes_on(features).float())[..., 0]
-    discounts = torch.cat([going_on.float()[:, None], continues[:, 1:]], 1) * agent.config.gamma
+        rewards, continues = two_hot_mean(model.reward(features)), torch.sigmoid(model.goes_on(features).float())
+    discounts = torch.cat([going_on.float()[:, None], continues[:, 1:, 0]], 1) * agent.config.gamma
     weights = torch.cumprod(discounts, 1) / agent.config.gamma
     return Rollout(features, torch.stack(actions, 1), rewards, discounts, weights)
 
-# %% ../../nbs/dream/actor_critic.ipynb #fa464692
+# %% ../../nbs/dream/actor_critic.ipynb #87df639d
 def actor_critic_loss(agent: ActorCritic, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
     """(loss, terms for the log) of rollouts. The gradients of actor and critic do not mix."""
     config, features = agent.config, rollout.features
@@ -158,5 +159,6 @@ def actor_critic_loss(agent: ActorCritic, rollout: Rollout) -> tuple[Tensor, dic
     if config.slow_weight:
         critic = critic + config.slow_weight * two_hot_loss(logits[:, :-1], two_hot_mean(agent.slow(features[:, :-1])))
     critic = (weights * critic).mean()
-    return actor + critic, {"actor": actor, "critic": critic, "entropy": entropy.mean(), "imagined_return":
-                            returns.mean(), "imagined_reward": rollout.rewards[:, 1:].mean(), "range": agent.range.scale}
+    terms = {"actor": actor, "critic": critic, "entropy": entropy.mean(), "imagined_return": returns.mean(),
+             "imagined_reward": rollout.rewards[:, 1:].mean(), "range": agent.range.scale}
+    return actor + critic, terms

@@ -7,7 +7,7 @@ scores in fresh environments.
 # %% auto #0
 __all__ = ['AGENT_FILE', 'AgentTraining', 'save_agent', 'load_agent', 'train_agent']
 
-# %% ../../nbs/dream/agent.ipynb #fd074e26
+# %% ../../nbs/dream/agent.ipynb #b91466b2
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from ..core.configs import build_config, to_dict
 from ..core.errors import KiloError
 from .actor_critic import ActorCritic, ActorCriticConfig, actor_critic_loss, imagine_rollout
-from .collection import Collector, play_episodes
+from .collection import Collector
 from .replay import Replay
 from .training import (ClippedAdam, WorldModelTraining, centre_on_replay, compile_model, sequence_generator,
                                    to_device)
-from .world_model import WORLD_MODEL_FILE, WorldModel, load_world_model, save_world_model, world_model_loss
+from .world_model import WorldModel, load_world_model, save_world_model, world_model_loss
 from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.loop import TrainingResult, train
 

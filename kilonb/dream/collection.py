@@ -47,7 +47,7 @@ def _chunk_of(columns: Mapping[str, np.ndarray]) -> Episode:
     return Episode(**plain, events={name: columns[name] for name in EVENTS}, positions=columns["position"],
                    sequences=columns["sequence"].astype(np.int8))
 
-# %% ../../nbs/dream/collection.ipynb #ed47b2d4
+# %% ../../nbs/dream/collection.ipynb #d6f3ffc4
 class Collector:
     """Plays `count` environments of one layout and writes chunks of `chunk` steps into a replay.
 
@@ -58,8 +58,8 @@ class Collector:
     def __init__(self, replay: Replay, layout: str, count: int = 16, length: int = 2000, chunk: int = 500,
                  action_repeat: int = 1, seed: int = 0):
         if action_repeat < 1 or length % action_repeat:
-            raise KiloError(f"action_repeat is {action_repeat}; expected 1 or more, and a divisor of the {length} steps "
-                            "of an episode.")
+            raise KiloError(f"action_repeat is {action_repeat}; expected 1 or more, and a divisor of the {length} "
+                            "steps of an episode.")
         self.replay, self.repeat, self.rng = replay, action_repeat, np.random.default_rng((seed, 2))
         self.vector, self.chunks = PinPadVector(layout, count, length), _Chunks(count, chunk)
         self.rewards, self.steps, self.latent = [], 0, None

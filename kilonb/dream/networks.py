@@ -7,8 +7,7 @@ laptop's to the published one.
 # %% auto #0
 __all__ = ['ChannelNorm', 'MLP', 'scaled_picture', 'ImageEncoder', 'ImageDecoder', 'centre_pictures']
 
-# %% ../../nbs/dream/networks.ipynb #5743df8e
-import math
+# %% ../../nbs/dream/networks.ipynb #a0a95811
 from collections.abc import Sequence
 
 import torch
@@ -51,11 +50,12 @@ class MLP(nn.Module):
         x = self.hidden(x)
         return x if self.out is None else self.out(x)
 
-# %% ../../nbs/dream/networks.ipynb #da60a11b
+# %% ../../nbs/dream/networks.ipynb #cea065fb
 def _grid_after(size: int, patch: int, count: int) -> int:
     grid = size // patch // 2 ** (count - 1)
     if patch < 1 or patch % 2 * (patch > 1) or size % (patch * 2 ** (count - 1)) or grid < 1:
-        raise KiloError(f"A picture of {size} pixels cannot be cut into patches of {patch} and halved {count - 1} times.")
+        raise KiloError(f"A picture of {size} pixels cannot be cut into patches of {patch} and halved {count - 1} "
+                        "times.")
     return grid
 
 # %% ../../nbs/dream/networks.ipynb #2a113cd5

@@ -27,9 +27,10 @@ def cell_colours(images: Tensor) -> Tensor:
     scale = 255 if images.dtype == torch.uint8 else 1
     return images.float().div(scale).unflatten(-3, (16, 4)).unflatten(-2, (16, 4)).mean((-4, -2))
 
-# %% ../../nbs/dream/readout.ipynb #a305945d
+# %% ../../nbs/dream/readout.ipynb #de050c56
 def read_position(images: Tensor) -> Tensor:
-    """Cell (x, y) [..., 2] int64 of the player in pictures [..., 64, 64, 3]: the darkest of the room's 14 x 12 cells."""
+    """Cell (x, y) [..., 2] int64 of the player in pictures [..., 64, 64, 3]: the darkest of the room's 14 x 12
+    cells."""
     room = cell_colours(images)[..., 1:13, 1:15, :].sum(-1).flatten(-2)
     place = room.argmin(-1)
     return torch.stack([place % 14 + 1, place // 14 + 1], -1)

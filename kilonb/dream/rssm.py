@@ -63,7 +63,7 @@ class NormGRU(nn.Module):
         update = torch.sigmoid(update - 1)
         return torch.lerp(h, torch.tanh(torch.sigmoid(reset) * candidate).to(h.dtype), update.to(h.dtype))
 
-# %% ../../nbs/dream/rssm.ipynb #bf4001c3
+# %% ../../nbs/dream/rssm.ipynb #71c3154a
 class RSSM(nn.Module):
     """Recurrent state-space model.
 
@@ -72,8 +72,8 @@ class RSSM(nn.Module):
     `sharpness`: of samples, 1; below it they are mixed with the probabilities, as at the beginning of training.
     """
 
-    def __init__(self, actions: int, embed: int, deter: int = 128, groups: int = 16, classes: int = 16, units: int = 128,
-                 unimix: float = .01):
+    def __init__(self, actions: int, embed: int, deter: int = 128, groups: int = 16, classes: int = 16,
+                 units: int = 128, unimix: float = .01):
         super().__init__()
         self.actions, self.deter, self.groups, self.classes, self.unimix = actions, deter, groups, classes, unimix
         self.sharpness = 1.0
@@ -117,7 +117,8 @@ class RSSM(nn.Module):
         logs = self.prior(deter)
         return LatentState(deter, self.sample(logs), logs)
 
-    def observe(self, embed: Tensor, actions: Tensor, is_first: Tensor, state: LatentState | None = None) -> LatentState:
+    def observe(self, embed: Tensor, actions: Tensor, is_first: Tensor,
+                state: LatentState | None = None) -> LatentState:
         """Filter pictures: posterior states [B, T] of features [B, T, E], actions [B, T] and starts of episodes [B, T].
 
         actions[:, t] led to picture t. state: before the first step; None: zeros.

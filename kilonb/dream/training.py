@@ -24,16 +24,16 @@ from .replay import Replay
 from .world_model import WorldModel, WorldModelConfig, world_model_loss
 from ..training.loop import LoopConfig, TrainingResult, train
 
-# %% ../../nbs/dream/training.ipynb #e8f96b3c
+# %% ../../nbs/dream/training.ipynb #25e230c6
 @dataclass(frozen=True)
 class WorldModelTraining:
     """Settings of `train_world_model`.
 
     batch, sequence: sequences per step and frames of each. learning_rate, warmup (steps), gradient_clip: of Adam.
     sharpen: steps, at most a third of the run, over which latents turn from probabilities into samples (they are
-    probabilities in the first fifth of them). average: decay of the averaged weights, which are the result; 0: none.
-    rewarded: share of sequences that contain a reward. compile: compile encoder, decoder and heads (needs a C++ compiler on a CPU). time_limit_s: of training; 0:
-    none.
+    probabilities in the first fifth of them). average: decay of the averaged weights, which are the result; 0:
+    none. rewarded: share of sequences that contain a reward. compile: compile encoder, decoder and heads (needs a
+    C++ compiler on a CPU). time_limit_s: of training; 0: none.
     """
     steps: int = 6000
     batch: int = 32

@@ -53,18 +53,15 @@ def _check_vta(config: "VTAConfig") -> None:
         if not 0 < getattr(config, name) < 1:
             raise KiloError(f"{name} is {getattr(config, name)}; expected a number between 0 and 1.")
 
-# %% ../../nbs/dream/vta.ipynb #dba2610e
+# %% ../../nbs/dream/vta.ipynb #f4b997fd
 @dataclass(frozen=True)
 class VTAConfig:
     """Settings of a `VTA`.
 
     belief, abstraction, hidden, state: widths of c, z, h, s. components: of linear pictures; 0: convolutions. actions:
-    condition on actions. heads: reward and continuation. max_segment, force_scale, max_segments (0: no limit): above.
-    temperature: factor of the schedule. boundary_rate, boundary_scale: r, w. image_sigma: of colours 0..1. kl_*:
-    weights. read_price: of a boundary, nats. analytic_boundary_kl: of Bernoulli variables. estimator, ahead: see
-    "Loss".
-    free_nats: of KL(s). state_cost: "prior", or "unit": KL(s) from N(0, 1), p(s | h) follows. threshold: above which
-    the model fires. start_rate: of boundaries, untrained.
+    condition on them. temperature: factor of the schedule. boundary_rate, boundary_scale: r, w. read_price: nats.
+    analytic_boundary_kl: not sampled. state_cost: "prior", or "unit": KL(s) from N(0, 1), p(s | h) follows. threshold:
+    above which the model fires. start_rate: of boundaries, untrained. The others are explained on this page.
     """
     belief: int = 64
     abstraction: int = 16
@@ -241,12 +238,9 @@ def _add_heads(model: nn.Module, config: VTAConfig) -> None:
     model.reward = MLP(features, 255, config.units, 1, zero=True) if config.heads else None
     model.goes_on = MLP(features, 1, config.units, 1) if config.heads else None
 
-# %% ../../nbs/dream/vta.ipynb #0f347673
+# %% ../../nbs/dream/vta.ipynb #7cb476cc
 class VTA(nn.Module):
-    """Model of variational temporal abstraction of pictures [size, size, 3]; see the top of this page.
-
-    Its methods `observe`, `decode`, `predict` and `imagine` are those of `world_model.WorldModel`.
-    """
+    """Variational temporal abstraction of pictures [size, size, 3], with the methods of `world_model.WorldModel`."""
 
     def __init__(self, config: VTAConfig = VTAConfig()):
         super().__init__()

@@ -8,9 +8,9 @@ under given actions, and the loss that trains them.
 __all__ = ['SIZES', 'PRECISIONS', 'WORLD_MODEL_FILE', 'Size', 'WorldModelConfig', 'Imagined', 'WorldModel',
            'world_model_loss', 'save_world_model', 'load_world_model']
 
-# %% ../../nbs/dream/world_model.ipynb #d2f3a167
+# %% ../../nbs/dream/world_model.ipynb #6a9b93ce
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ class Imagined:
     continues: Tensor
     states: LatentState
 
-# %% ../../nbs/dream/world_model.ipynb #7833dc41
+# %% ../../nbs/dream/world_model.ipynb #37795109
 class WorldModel(nn.Module):
     """World model of pictures [64, 64, 3], discrete actions, rewards and continuation."""
 
@@ -118,7 +118,8 @@ class WorldModel(nn.Module):
         dtype = PRECISIONS[self.config.precision]
         return torch.autocast(self.rssm.memory.linear.weight.device.type, dtype, enabled=dtype is not None)
 
-    def observe(self, images: Tensor, actions: Tensor, is_first: Tensor, state: LatentState | None = None) -> LatentState:
+    def observe(self, images: Tensor, actions: Tensor, is_first: Tensor,
+                state: LatentState | None = None) -> LatentState:
         """Filtered states [B, T] of pictures [B, T, 64, 64, 3] (uint8 or 0..1), the actions [B, T] that led to them and
         the starts of episodes [B, T]."""
         with self.autocast(): return self.rssm.observe(self.encoder(images), actions, is_first, state)
