@@ -7,7 +7,7 @@ scores in fresh environments.
 # %% auto #0
 __all__ = ['AGENT_FILE', 'AgentTraining', 'save_agent', 'load_agent', 'train_agent']
 
-# %% ../../nbs/dream/agent.ipynb #b91466b2
+# %% ../../nbs/dream/agent.ipynb #f6afad63
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from ..core.configs import build_config, to_dict
 from ..core.errors import KiloError
 from .actor_critic import ActorCritic, ActorCriticConfig, actor_critic_loss, imagine_rollout
-from .collection import Collector
-from .replay import Replay
+from .collection import Collector, play_policy, play_random
+from .replay import Replay, keep_chunks
 from .training import (ClippedAdam, WorldModelTraining, centre_on_replay, compile_model, sequence_generator,
                                    to_device)
 from .world_model import WorldModel, load_world_model, save_world_model, world_model_loss
@@ -93,7 +93,7 @@ def load_agent(folder: str | Path, device: torch.device | str = "cpu") -> tuple[
                         f"({str(error).splitlines()[-1].strip()[:120]}).") from None
     return model, agent.to(device).eval()
 
-# %% ../../nbs/dream/agent.ipynb #8e8e5a1f
+# %% ../../nbs/dream/agent.ipynb #b15a254f
 class _Steps:
     """The step function of `train_agent`: play, world model, policy."""
 
@@ -128,13 +128,9 @@ class _Steps:
         self.owed += self.config.plays_per_step
         steps, self.owed = int(self.owed), self.owed - int(self.owed)
         if not steps: return {}
-        self.collector.play(self.model, self.agent, steps)
+        play_policy(self.collector, self.model, self.agent, steps)
         per_episode = self.config.length / self.config.action_repeat
         return {"return_played": per_episode * float(np.mean(self.collector.take_rewards()))}
-
-    def after(self, number: int, records: list[dict[str, float]]) -> None:
-        """Follow the critic after a step."""
-        if number >= self.config.pretrain: self.agent.follow()
 
     def state_dict(self) -> dict[str, Any]: return {"owed": self.owed, **self.collector.state_dict()}
 
@@ -142,11 +138,11 @@ class _Steps:
         self.owed = state["owed"]
         self.collector.load_state_dict(state)
 
-# %% ../../nbs/dream/agent.ipynb #725e6a71
+# %% ../../nbs/dream/agent.ipynb #69d17c60
 def _prefill(collector: Collector, config: AgentTraining) -> None:
     """Random experience, from nothing: chunks of a run that was killed before its first checkpoint are removed."""
-    collector.replay.keep(0)
-    collector.play_random(config.prefill // (config.environments * config.action_repeat))
+    keep_chunks(collector.replay, 0)
+    play_random(collector, config.prefill // (config.environments * config.action_repeat))
     collector.take_rewards()
 
 
@@ -172,7 +168,7 @@ def train_agent(model: WorldModel, agent: ActorCritic, layout: str, config: Agen
                               "lr": config.policy.learning_rate}], world.learning_rate)
 
     def after(number: int, records: list[dict[str, float]]) -> None:
-        steps.after(number, records)
+        if number >= config.pretrain: agent.follow()
         if number + 1 == config.early_step: save_agent(folder, model, agent, name="agent_early.pt")
     lasting = replace(config, world=replace(world, time_limit_s=0.0))
     return train(steps, optimizer, world.loop(), model=nn.ModuleDict({"world": model, "agent": agent}), folder=folder,
