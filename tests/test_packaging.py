@@ -304,7 +304,7 @@ def test_the_script_in_the_readme_runs(tmp_path):
 
 def test_the_clip_script_in_the_readme_runs(tmp_path):
     """End to end on one small clip of a procedural town."""
-    _, script, _ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    _, script, *_ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     make_pandaset(tmp_path / "town", frames=16, width=128, height=72, channels=16, steps=360, samples=1,
                   cameras=["front_camera"])
     for setting, small in (('kilonb.resolve_data("boxtown_clip").path', repr(str(tmp_path / "town"))),
@@ -371,9 +371,17 @@ def test_a_public_name_of_0_1_that_changed_fails_with_the_new_name(old, new):
 
 def test_the_animal_script_in_the_readme_runs(tmp_path):
     """As written: a small recording is made, prepared, trained on for a few steps and drawn."""
-    *_, script = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    *_, script, _ = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     script = f"import kilonb\n{script}\nassert len(gaussians) >= 1024"
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
                           env={**os.environ, "KILONB_OUTPUTS": str(tmp_path / "outputs")})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "pose.pt").is_file()
+
+
+def test_the_pin_pad_script_in_the_readme_runs(tmp_path):
+    *_, script = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    script = f"import kilonb\n{script}\nassert replay.steps == 4 * 101 and kilonb.load_world_model('world_model.pt')"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "KILONB_OUTPUTS": str(tmp_path)}, timeout=120)
+    assert done.returncode == 0, done.stderr
