@@ -7,8 +7,7 @@ scores in fresh environments.
 # %% auto #0
 __all__ = ['AGENT_FILE', 'AgentTraining', 'save_agent', 'load_agent', 'train_agent']
 
-# %% ../../nbs/dream/agent.ipynb #f6afad63
-import time
+# %% ../../nbs/dream/agent.ipynb #2d45baf4
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,8 +22,8 @@ from ..core.errors import KiloError
 from .actor_critic import ActorCritic, ActorCriticConfig, actor_critic_loss, imagine_rollout
 from .collection import Collector, play_policy, play_random
 from .replay import Replay, keep_chunks
-from .training import (ClippedAdam, WorldModelTraining, centre_on_replay, compile_model, sequence_generator,
-                                   to_device)
+from .training import (ClippedAdam, FrameRate, WorldModelTraining, centre_on_replay, compile_model,
+                                   sequence_generator, to_device)
 from .world_model import WorldModel, load_world_model, save_world_model, world_model_loss
 from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.loop import TrainingResult, train
@@ -93,17 +92,17 @@ def load_agent(folder: str | Path, device: torch.device | str = "cpu") -> tuple[
                         f"({str(error).splitlines()[-1].strip()[:120]}).") from None
     return model, agent.to(device).eval()
 
-# %% ../../nbs/dream/agent.ipynb #b15a254f
+# %% ../../nbs/dream/agent.ipynb #1108c0de
 class _Steps:
     """The step function of `train_agent`: play, world model, policy."""
 
     def __init__(self, model: WorldModel, agent: ActorCritic, collector: Collector, config: AgentTraining):
         self.model, self.agent, self.collector, self.config = model, agent, collector, config
-        self.owed = 0.0
+        self.owed, self.rate = 0.0, FrameRate()
         self.device = model.rssm.memory.linear.weight.device
 
     def __call__(self, number: int, generator: torch.Generator) -> dict[str, Tensor | float]:
-        began, config, world = time.perf_counter(), self.config, self.config.world
+        config, world = self.config, self.config.world
         if number == 0:
             _prefill(self.collector, config)
             centre_on_replay(self.model, self.collector.replay, world)
@@ -122,7 +121,7 @@ class _Steps:
                 self.agent, imagine_rollout(self.model, self.agent, flat.at(chosen), going_on))
             loss, terms = loss + policy_loss, terms | policy_terms
         terms["environment_steps"] = float(self.collector.steps * config.action_repeat)
-        return {"loss": loss, **terms, "step_s": time.perf_counter() - began}
+        return {"loss": loss, **terms, **self.rate(world.batch * world.sequence)}
 
     def _play(self) -> dict[str, float]:
         self.owed += self.config.plays_per_step
@@ -138,7 +137,7 @@ class _Steps:
         self.owed = state["owed"]
         self.collector.load_state_dict(state)
 
-# %% ../../nbs/dream/agent.ipynb #69d17c60
+# %% ../../nbs/dream/agent.ipynb #b57a6477
 def _prefill(collector: Collector, config: AgentTraining) -> None:
     """Random experience, from nothing: chunks of a run that was killed before its first checkpoint are removed."""
     keep_chunks(collector.replay, 0)
@@ -153,7 +152,7 @@ def train_agent(model: WorldModel, agent: ActorCritic, layout: str, config: Agen
 
     folder: of logs, checkpoints and the replay (`replay/`). extra: recorded episodes that are sampled beside the
     agent's own. The records hold the terms of both losses, `return_played` (reward per episode of the policy that
-    plays) and `environment_steps`.
+    plays), `environment_steps` and `frames_per_s` (trained on).
     """
     config.validate()
     world, folder = config.world, Path(folder)
