@@ -93,7 +93,7 @@ class Collector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: _restore_collector(self, state)
 
-# %% ../../nbs/dream/collection.ipynb #a1c91aad
+# %% ../../nbs/dream/collection.ipynb #5a998733
 def play_random(collector: Collector, steps: int) -> None:
     """`steps` of random actions in each environment: uniform in one half, sticky in the other."""
     half, sticky = np.arange(collector.vector.count) % 2 == 0, Sticky()
@@ -110,7 +110,8 @@ def play_policy(collector: Collector, model: WorldModel, agent: ActorCritic, ste
         first = collector.states["is_first"]
         arrays = collector.vector.images, np.where(first, 0, collector.actions), first
         tensors = (torch.from_numpy(array).to(device)[:, None] for array in arrays)
-        collector.latent = model.observe(*tensors, collector.latent).at((slice(None), 0))
+        latent = None if collector.latent is None else collector.latent.to(device)
+        collector.latent = model.observe(*tensors, latent).at((slice(None), 0))
         collector.advance(agent.act(collector.latent.features).cpu().numpy())
 
 # %% ../../nbs/dream/collection.ipynb #aa05e0c7

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .distributions import categorical_kl, mix_uniform, sample_one_hot, straight_through
 from .networks import MLP
 
-# %% ../../nbs/dream/rssm.ipynb #ecba56b7
+# %% ../../nbs/dream/rssm.ipynb #fa7ee6a6
 @dataclass(frozen=True, eq=False)
 class LatentState:
     """State of the model at one or more steps, any leading shape.
@@ -36,6 +36,10 @@ class LatentState:
     def at(self, index) -> "LatentState":
         """The state at an index of the leading axes."""
         return LatentState(self.deter[index], self.stoch[index], self.logs[index])
+
+    def to(self, device: torch.device | str) -> "LatentState":
+        """The state on a device."""
+        return LatentState(self.deter.to(device), self.stoch.to(device), self.logs.to(device))
 
     def flat(self) -> "LatentState":
         """All steps of [B, T, ...] as one batch [B T, ...], without gradient."""
