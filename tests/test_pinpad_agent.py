@@ -18,6 +18,7 @@ from kilonb.dream.readout import imagination_scores
 from kilonb.dream.replay import Replay, replay_files
 from kilonb.dream.training import WorldModelTraining
 from kilonb.dream.world_model import WorldModel, WorldModelConfig, load_world_model
+from kilonb.training.guards import TrainingStopped
 
 TINY = WorldModelConfig("tiny", precision="float32", free_nats=0.0)
 SMALL = ["-p", "size=tiny", "-p", "batch=4", "-p", "device=cpu", "-p", "precision=float32"]
@@ -72,6 +73,32 @@ def test_training_changes_every_weight_of_model_actor_and_critic(tmp_path, monke
                 if torch.equal(a, b)]
         assert not same
     assert result.records[-1]["environment_steps"] > result.records[0]["environment_steps"]
+
+
+@pytest.mark.incident(12)
+def test_an_agent_skips_steps_that_are_not_finite_and_stops_past_a_limit(tmp_path, monkeypatch):
+    """A NaN reward in a batch, and a NaN return in imagination, which must stay neither in weights nor in the range."""
+    from kilonb.dream import agent as module
+    whole, imagine, calls = Replay.sample, module.imagine_rollout, []
+
+    def sample(self, *args):
+        batch = whole(self, *args)
+        calls.append(1)
+        if len(calls) in bad: batch["rewards"][0, 0] = torch.nan
+        return batch
+
+    def rollout(*args):
+        own = imagine(*args)
+        if len(calls) == 7: own.rewards.fill_(torch.nan)
+        return own
+    monkeypatch.setattr(Replay, "sample", sample), monkeypatch.setattr(module, "imagine_rollout", rollout)
+    bad = {4}
+    model, agent, result = trained(tmp_path / "few", agent_config(steps=12))
+    assert result.records[-1].get("loss") and max(row.get("skipped_steps", 0) for row in result.records) == 2
+    for own in (model, agent): assert all(value.isfinite().all() for value in own.state_dict().values())
+    calls, bad = calls[:0], set(range(2, 100))
+    with pytest.raises(TrainingStopped, match="not finite and were skipped"):
+        trained(tmp_path / "many", agent_config(steps=40))
 
 
 def test_an_early_checkpoint_is_there_before_the_end(tmp_path):

@@ -63,7 +63,7 @@ def lambda_returns(rewards: Tensor, discounts: Tensor, values: Tensor, lam: floa
         out.append(following)
     return torch.stack(out[::-1], 1)
 
-# %% ../../nbs/dream/actor_critic.ipynb #e8ef75cb
+# %% ../../nbs/dream/actor_critic.ipynb #ae212ba5
 class ReturnRange(nn.Module):
     """Running average of the range between two percentiles (5 and 95) of returns; `scale` is at least 1."""
 
@@ -73,9 +73,10 @@ class ReturnRange(nn.Module):
         self.register_buffer("low", torch.zeros(())), self.register_buffer("high", torch.zeros(()))
 
     def update(self, returns: Tensor) -> None:
-        """Move towards the percentiles of `returns`, any shape."""
-        low, high = torch.quantile(returns.detach().float().flatten(), returns.new_tensor([.05, .95]))
-        self.low.lerp_(low, self.rate), self.high.lerp_(high, self.rate)
+        """Move towards the percentiles of `returns`, any shape; where these are not finite, stay."""
+        ends = torch.quantile(returns.detach().float().flatten(), returns.new_tensor([.05, .95]))
+        for kept, end in zip((self.low, self.high), ends):
+            kept.lerp_(torch.where(ends.isfinite().all(), end, kept), self.rate)
 
     @property
     def scale(self) -> Tensor:

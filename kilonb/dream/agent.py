@@ -7,7 +7,7 @@ scores in fresh environments.
 # %% auto #0
 __all__ = ['AGENT_FILE', 'AgentTraining', 'save_agent', 'load_agent', 'train_agent']
 
-# %% ../../nbs/dream/agent.ipynb #2d45baf4
+# %% ../../nbs/dream/agent.ipynb #95030622
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from .training import (ClippedAdam, FrameRate, WorldModelTraining, centre_on_rep
                                    sequence_generator, to_device)
 from .world_model import WorldModel, load_world_model, save_world_model, world_model_loss
 from ..training.checkpoints import read_checkpoint, write_checkpoint
+from ..training.guards import SkipGuard
 from ..training.loop import TrainingResult, train
 
 # %% ../../nbs/dream/agent.ipynb #d4c76f41
@@ -65,7 +66,7 @@ class AgentTraining:
         """Steps of the vector of environments per training step."""
         return self.world.batch * self.world.sequence / (self.train_ratio * self.environments * self.action_repeat)
 
-# %% ../../nbs/dream/agent.ipynb #b24dfe25
+# %% ../../nbs/dream/agent.ipynb #3ca1d61a
 AGENT_FILE = "agent.pt"
 
 
@@ -82,8 +83,10 @@ def save_agent(folder: str | Path, model: WorldModel, agent: ActorCritic, detail
 
 def load_agent(folder: str | Path, device: torch.device | str = "cpu") -> tuple[WorldModel, ActorCritic]:
     """(world model, policy) of a pinpad_agent run. KiloError where the folder has none."""
-    content = read_checkpoint(Path(folder) / AGENT_FILE)
-    if content.get("kind") != "agent": raise KiloError(f"'{folder}' holds no agent: give the folder of an agent's run.")
+    file = Path(folder) / AGENT_FILE
+    content = read_checkpoint(file) if file.is_file() else {}
+    if content.get("kind") != "agent":
+        raise KiloError(f"'{folder}' holds no agent: give the folder of a finished pinpad_agent run.")
     model = load_world_model(folder, device)
     agent = ActorCritic(model.rssm.outputs, content["actions"], build_config(ActorCriticConfig, content["config"]))
     try: agent.load_state_dict(content["agent"])
@@ -137,7 +140,7 @@ class _Steps:
         self.owed = state["owed"]
         self.collector.load_state_dict(state)
 
-# %% ../../nbs/dream/agent.ipynb #b57a6477
+# %% ../../nbs/dream/agent.ipynb #107ce65b
 def _prefill(collector: Collector, config: AgentTraining) -> None:
     """Random experience, from nothing: chunks of a run that was killed before its first checkpoint are removed."""
     keep_chunks(collector.replay, 0)
@@ -152,7 +155,8 @@ def train_agent(model: WorldModel, agent: ActorCritic, layout: str, config: Agen
 
     folder: of logs, checkpoints and the replay (`replay/`). extra: recorded episodes that are sampled beside the
     agent's own. The records hold the terms of both losses, `return_played` (reward per episode of the policy that
-    plays), `environment_steps` and `frames_per_s` (trained on).
+    plays), `environment_steps` and `frames_per_s` (trained on). Steps whose gradients are not finite are skipped and
+    counted (`skipped_steps`); more than 20 stop the run.
     """
     config.validate()
     world, folder = config.world, Path(folder)
@@ -171,5 +175,5 @@ def train_agent(model: WorldModel, agent: ActorCritic, layout: str, config: Agen
         if number + 1 == config.early_step: save_agent(folder, model, agent, name="agent_early.pt")
     lasting = replace(config, world=replace(world, time_limit_s=0.0))
     return train(steps, optimizer, world.loop(), model=nn.ModuleDict({"world": model, "agent": agent}), folder=folder,
-                 resume=resume, quiet=quiet, after_step=after, stateful={"steps": steps},
+                 resume=resume, quiet=quiet, after_step=after, stateful={"steps": steps}, guards=[SkipGuard()],
                  settings={**(settings or {}), "training": repr(lasting)})

@@ -67,12 +67,12 @@ def scalar_bins(device: torch.device | str | None = None) -> Tensor:
     """The 255 bins of a two-hot scalar, on the symlog scale -20 ... 20, float32."""
     return (torch.arange(BINS, device=device) - BINS // 2) * (2 * _LIMIT / (BINS - 1))
 
-# %% ../../nbs/dream/distributions.ipynb #57d0e121
+# %% ../../nbs/dream/distributions.ipynb #4c74b620
 def two_hot(x: Tensor) -> Tensor:
     """The two-hot distribution [..., 255] of scalars x [...]: mass on the two bins around symlog(x), so that its mean
-    on that scale is symlog(x). Values beyond the last bins are taken as those."""
+    on that scale is symlog(x). Values beyond the last bins are taken as those; NaN gives a distribution with NaN."""
     place = (symlog(x.float()).clamp(-_LIMIT, _LIMIT) + _LIMIT) * ((BINS - 1) / (2 * _LIMIT))
-    low = place.floor().clamp(max=BINS - 2)
+    low = place.nan_to_num(0.0).floor().clamp(max=BINS - 2)              # an index of NaN is a device-side assert
     share = (place - low).unsqueeze(-1)
     index = low.long().unsqueeze(-1)
     out = torch.zeros(*x.shape, BINS, device=x.device)

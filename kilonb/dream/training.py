@@ -8,7 +8,7 @@ their own for model and policy, compilation.
 __all__ = ['WorldModelTraining', 'ClippedAdam', 'compile_model', 'sequence_generator', 'FrameRate', 'to_device',
            'centre_on_replay', 'train_world_model']
 
-# %% ../../nbs/dream/training.ipynb #400cd099
+# %% ../../nbs/dream/training.ipynb #ed0e1643
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..core.errors import KiloError
 from .replay import Replay
 from .world_model import WorldModel, WorldModelConfig, world_model_loss
+from ..training.guards import SkipGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 
 # %% ../../nbs/dream/training.ipynb #25e230c6
@@ -106,7 +107,7 @@ class FrameRate:
         self.before = now
         return {} if before is None else {"frames_per_s": frames / max(now - before, 1e-9)}
 
-# %% ../../nbs/dream/training.ipynb #32cb9bfd
+# %% ../../nbs/dream/training.ipynb #899384d3
 def to_device(batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
     """A batch of tensors on a device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -124,7 +125,8 @@ def train_world_model(model: WorldModel, replay: Replay, config: WorldModelTrain
     """Train a world model on the sequences of a replay; arguments as `training.loop.train`.
 
     The records hold the terms of the loss, the PSNR of the filtered pictures and `frames_per_s`, frames trained on per
-    second. Raises KiloError where no episode is as long as a sequence.
+    second. Steps whose gradients are not finite are skipped and counted (`skipped_steps`); more than 20 stop the run.
+    Raises KiloError where no episode is as long as a sequence.
     """
     config.validate()
     device = model.rssm.memory.linear.weight.device
@@ -140,6 +142,7 @@ def train_world_model(model: WorldModel, replay: Replay, config: WorldModelTrain
 
     optimizer = ClippedAdam([{"params": model.parameters(), "clip": config.gradient_clip}], config.learning_rate)
     result = train(step, optimizer, config.loop(), model=model, folder=folder, resume=resume, quiet=quiet,
+                   guards=[SkipGuard()],
                    settings={**(settings or {}), "training": repr(replace(config, time_limit_s=0.0))})
     if result.averaged is not None: model.load_state_dict({**model.state_dict(), **result.averaged.average})
     model.rssm.sharpness = 1.0

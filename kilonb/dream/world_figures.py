@@ -25,11 +25,12 @@ def terms_figure(records: Sequence[Mapping[str, float]], names: Sequence[str]) -
         ax.set(title=name, xlabel="step")
     return figure
 
-# %% ../../nbs/dream/world_figures.ipynb #3be231bd
+# %% ../../nbs/dream/world_figures.ipynb #7746ace1
 def horizon_figure(curves: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """PSNR, and shares of frames with the right position and sequence, by the number of imagined steps.
 
-    curves: policy of the episodes -> curves of `readout.imagination_scores`. Dashed: the last frame repeated.
+    curves: policy of the episodes -> curves of `readout.imagination_scores`, of steps before a respawn. Dashed: the
+    last frame repeated.
     """
     figure = Figure(figsize=(9, 2.6), layout="tight")
     for ax, name in zip(figure.subplots(1, 3), ("psnr_db", "position_right", "sequence_right")):

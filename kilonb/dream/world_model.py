@@ -49,14 +49,15 @@ SIZES = {
     "published": Size((32, 64, 128, 256), (256, 128, 64, 32), 2, True, 0, 512, 32, 32, 512, 2),
 }
 
-# %% ../../nbs/dream/world_model.ipynb #900e9d40
+# %% ../../nbs/dream/world_model.ipynb #cdb0fe83
 @dataclass(frozen=True)
 class WorldModelConfig:
     """Settings of a `WorldModel`.
 
     size: a name of `SIZES`. actions: number of discrete actions. image: weight of the squared error summed over a
     picture (1/2 is a unit normal's). dynamics, representation: weights of the two divergences. free_nats: below which
-    they have no gradient. unimix: uniform share of the categoricals. precision: of the networks, float32 or bfloat16.
+    they have no gradient. unimix: uniform share of the categoricals. precision: of the networks, of PRECISIONS;
+    gradients are not scaled, which float16 may need.
     """
     size: str = "small"
     actions: int = 5
@@ -165,7 +166,7 @@ def world_model_loss(model: WorldModel, batch: Mapping[str, Tensor]) -> tuple[Te
     terms["psnr_db"] = -10 * torch.log10(squared.detach().mean() / images[0, 0].numel())
     return loss, terms, states
 
-# %% ../../nbs/dream/world_model.ipynb #5ef0e251
+# %% ../../nbs/dream/world_model.ipynb #5df18999
 WORLD_MODEL_FILE = "world_model.pt"
 
 
@@ -180,10 +181,11 @@ def save_world_model(path: str | Path, model: WorldModel, details: Mapping[str, 
 def load_world_model(path: str | Path, device: torch.device | str = "cpu") -> WorldModel:
     """The world model of a file, or of a run's folder. KiloError where there is none or the file is of another kind."""
     path = Path(path)
-    content = read_checkpoint(path / WORLD_MODEL_FILE if path.is_dir() else path)
+    file = path / WORLD_MODEL_FILE if path.is_dir() else path
+    content = read_checkpoint(file) if file.is_file() else {}
     if content.get("kind") != "world_model":
-        raise KiloError(f"'{path}' holds no world model: give the folder of a pinpad_world_model or pinpad_agent run, "
-                        f"or its {WORLD_MODEL_FILE}.")
+        raise KiloError(f"'{path}' holds no world model: give the folder of a finished pinpad_world_model or "
+                        "pinpad_agent " f"run, or its {WORLD_MODEL_FILE}.")
     model = WorldModel(build_config(WorldModelConfig, content["config"]))
     try: model.load_state_dict(content["model"])
     except RuntimeError as error:
