@@ -208,3 +208,19 @@ def test_the_agent_experiment_survives_a_kill_and_goes_on(tmp_path):
     results = json.loads((folder / "results.json").read_text())["results"]
     assert results["steps"] == 60 and results["random_return"] >= 0 and "agent_return" in results
     load_agent(folder)
+
+
+def test_a_float16_step_has_the_gradients_of_a_float32_one_without_scaling_of_the_loss():
+    """The loss is a sum over pixels, so its gradients are far above the smallest number of float16."""
+    from kilonb.dream.world_model import world_model_loss
+    batch = {"images": torch.randint(0, 256, (16, 3, 64, 64, 3), dtype=torch.uint8), "rewards": torch.rand(16, 3),
+             "actions": torch.zeros(16, 3, dtype=torch.long), "is_first": torch.zeros(16, 3, dtype=torch.bool),
+             "is_terminal": torch.zeros(16, 3, dtype=torch.bool)}
+    gradients = {}
+    for precision in ("float32", "float16"):
+        torch.manual_seed(0)
+        model = WorldModel(WorldModelConfig("tiny", precision=precision, free_nats=0.0))
+        model.rssm.sharpness = 0.0              # without sampled choices, which may differ
+        world_model_loss(model, batch)[0].backward()
+        gradients[precision] = [weight.grad for weight in model.parameters()]
+    for one, two in zip(*gradients.values(), strict=True): assert (one - two).norm() <= .01 * one.norm()

@@ -9,7 +9,8 @@ from kilonb.core.errors import KiloError
 from kilonb.dream.components import fit_components
 from kilonb.dream.concrete import binary_log_density, gumbel_noise, logistic_noise, sample_binary, sampled_kl
 from kilonb.dream.episodes import collect
-from kilonb.dream.vta import CONDITIONS, VTA, VTAConfig, _abstractions, boundary_record, segment, vta_loss
+from kilonb.dream.vta import (CONDITIONS, VTA, VTAConfig, _abstractions, boundary_record, load_vta, save_vta, segment,
+                              vta_loss)
 from kilonb.dream.vta_training import VTATraining, make_vta, train_vta
 from kilonb.training.guards import SkipGuard, TrainingStopped
 from kilonb.training.loop import LoopConfig, train
@@ -154,3 +155,29 @@ def test_forced_boundaries_are_flagged_and_the_probability_is_that_before_forcin
 def test_episodes_shorter_than_a_sequence_are_named(episodes, tiny):
     with pytest.raises(KiloError, match="No episode has 99 frames"):
         train_vta(make_vta(episodes, tiny), episodes, replace(tiny, sequence=99), quiet=True)
+
+
+def test_a_state_of_places_trains_imagines_and_reloads(episodes, tiny, tmp_path):
+    config = replace(tiny, model=replace(tiny.model, state_kind="place", decoder=16))
+    model = make_vta(episodes, config)
+    for head in (model.reward, model.goes_on): torch.nn.init.normal_(head.out.weight)
+    loss, _, found = vta_loss(model, _batch(episodes))
+    loss.backward()
+    dead = [key for key, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert set(dead) <= {"state_posterior.score.2.bias"}, "only the softmax over places does not depend on it"
+    assert (found.states.state.sum(-1) - 1).abs().max() < 1e-5 and found.states.state.shape[-1] == 256
+    train_vta(model, episodes, config, quiet=True)
+    again = load_vta(save_vta(tmp_path / "vta.pt", model))
+    records = [boundary_record(own, episodes[0]) for own in (model, again)]
+    assert np.array_equal(records[0].probability, records[1].probability)
+    start = again.observe(*(_batch(episodes)[name] for name in ("images", "actions", "is_first"))).at((slice(None), -1))
+    imagined = again.imagine(start, torch.ones(2, 5, dtype=torch.int64), sample=True)
+    assert set(imagined.states.state.unique().tolist()) == {0, 1} and imagined.images.isfinite().all()
+
+
+def test_probabilities_near_one_keep_their_rank(episodes, tiny):
+    model = make_vta(episodes, tiny)
+    torch.nn.init.constant_(model.boundary_posterior.out.bias, 25.0)
+    probability = boundary_record(model, episodes[0]).probability
+    assert probability.dtype == np.float64 and probability.min() > 1 - 1e-9
+    assert len(np.unique(probability)) > len(np.unique(probability.astype(np.float32)))

@@ -7,7 +7,8 @@ episodes, with thresholds chosen on other episodes and baselines beside.
 # %% auto #0
 __all__ = ['SEMANTIC_EVENTS', 'THRESHOLD_RULES', 'BoundaryRecord', 'forced_share', 'semantic_events', 'frame_deltas',
            'pixel_events', 'delta_record', 'rate_matched_threshold', 'f1_threshold', 'choose_threshold', 'check_pairs',
-           'BoundaryScoring', 'BoundaryScores', 'score_boundaries', 'evaluate_boundaries']
+           'BoundaryScoring', 'BoundaryScores', 'score_boundaries', 'evaluate_boundaries', 'chosen_f1',
+           'margin_over_baselines']
 
 # %% ../../nbs/dream/boundaries.ipynb #d15e34b1
 from collections.abc import Mapping, Sequence
@@ -316,3 +317,23 @@ def evaluate_boundaries(records: Sequence[BoundaryRecord], episodes: Sequence[Ep
                         others: Mapping[str, Sequence[np.ndarray]] | None = None) -> dict[str, Any]:
     """The flat results of `score_boundaries`, whose arguments these are."""
     return score_boundaries(records, episodes, chosen_on, config, others).results()
+
+# %% ../../nbs/dream/boundaries.ipynb #6bc381cb
+def chosen_f1(records: Sequence[BoundaryRecord], episodes: Sequence[Episode], threshold: float,
+              config: BoundaryScoring = BoundaryScoring()) -> float | None:
+    """F1 of a threshold on the episodes on which it was chosen, against semantic events; None where undefined."""
+    check_pairs(records, episodes)
+    counts = [event_counts(EventEpisode(own.above(threshold), semantic_events(episode, config.events),
+                                        valid_frames(episode.is_first)), config.tolerance)
+              for own, episode in zip(records, episodes)]
+    value = event_ratios(sum(counts))["f1"]
+    return None if value is None or np.isnan(value) else float(value)
+
+
+def margin_over_baselines(scores: BoundaryScores) -> float | None:
+    """Lower end of the model's F1 interval less the highest upper end of the periodic, forced-length and change-point
+    detectors that have one; None where the model's is undefined, or none of theirs is defined."""
+    results, beaten = scores.results(), ("periodic", "forced_length", "change_point")
+    highest = [results[f"{name}_f1_semantic_high"] for name in scores.detectors if name.startswith(beaten)]
+    highest = [value for value in highest if value is not None]
+    return results["f1_semantic_low"] - max(highest) if highest and results["f1_semantic_low"] is not None else None

@@ -25,27 +25,29 @@ from .vta import CONDITIONS, VTA, VTAConfig, vta_loss
 from ..training.guards import SkipGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 
-# %% ../../nbs/dream/vta_training.ipynb #9b379427
+# %% ../../nbs/dream/vta_training.ipynb #302e7f72
 @dataclass(frozen=True)
 class VTATraining:
     """Settings of `train_vta`.
 
     batch, sequence: sequences per step and frames of each. learning_rate, warmup (share of steps), gradient_clip: of
     Adam (amsgrad). warm: share of steps over which the divergences of z and s grow from 0 to their weights. explore:
-    share of steps with boundaries at random, at explore_rate. place: share after
-    that in which only boundaries are trained. fit_frames: on which components are fitted. skip_limit:
-    steps with gradients that are not finite that are skipped before the run stops. time_limit_s: of training; 0: none.
+    share of steps with boundaries at random, at explore_rate in its first half and explore_rate_end in its second.
+    place: share after that in which only boundaries are trained. fit_frames: on which components are fitted.
+    skip_limit: steps with gradients that are not finite that are skipped before the run stops. time_limit_s: of
+    training; 0: none.
     """
     steps: int = 4000
     batch: int = 16
-    sequence: int = 50
-    learning_rate: float = 4e-3
+    sequence: int = 20
+    learning_rate: float = 3e-3
     warmup: float = 0.02
     gradient_clip: float = 10.0
     warm: float = 0.1
-    explore: float = 0.5
-    place: float = 0.3
-    explore_rate: float = 0.5
+    explore: float = 0.6
+    place: float = 0.4
+    explore_rate: float = 0.2
+    explore_rate_end: float = 0.9
     fit_frames: int = 2000
     skip_limit: int = 20
     log_every_steps: int = 20
@@ -61,15 +63,16 @@ class VTATraining:
                           gradient_clip=self.gradient_clip, seed=self.seed, log_every_steps=self.log_every_steps,
                           time_limit_s=self.time_limit_s or None)
 
-# %% ../../nbs/dream/vta_training.ipynb #a19f491e
+# %% ../../nbs/dream/vta_training.ipynb #b6d579fe
 def _check_vta_training(config: VTATraining) -> None:
     for name in ("steps", "batch", "sequence", "log_every_steps", "fit_frames"):
         if getattr(config, name) < 1: raise KiloError(f"{name} is {getattr(config, name)}; expected 1 or more.")
     for name in ("warm", "explore", "place", "warmup"):
         if not 0 <= getattr(config, name) <= 1:
             raise KiloError(f"{name} is {getattr(config, name)}; expected a share of the steps from 0 to 1.")
-    if not 0 < config.explore_rate < 1:
-        raise KiloError(f"explore_rate is {config.explore_rate}; expected a rate between 0 and 1.")
+    for name in ("explore_rate", "explore_rate_end"):
+        if not 0 < getattr(config, name) < 1:
+            raise KiloError(f"{name} is {getattr(config, name)}; expected a rate between 0 and 1.")
     config.model.validate()
 
 
@@ -137,7 +140,13 @@ def train_only_boundaries(model: VTA, only: bool) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not only or name.startswith("boundary_"))
 
-# %% ../../nbs/dream/vta_training.ipynb #0bcc4acd
+# %% ../../nbs/dream/vta_training.ipynb #c0fc3aa1
+def _explore_rate(config: VTATraining, done: float) -> float:
+    """Rate of random boundaries at a share of the steps, 0 after exploration."""
+    if done >= config.explore: return 0.0
+    return config.explore_rate if 2 * done < config.explore else config.explore_rate_end
+
+
 def make_vta_step(model: VTA, data: EncodedEpisodes, config: VTATraining) -> Callable:
     """Step function for `training.loop.train`; its values are the terms of the loss, the shares of boundaries and of
     forced ones, and the temperature."""
@@ -146,7 +155,7 @@ def make_vta_step(model: VTA, data: EncodedEpisodes, config: VTATraining) -> Cal
         done = number / config.steps
         temperature = boundary_temperature(number, config.steps, config.model.temperature)
         warm = min(1.0, done / config.warm) if config.warm else 1.0
-        explore = config.explore_rate if done < config.explore else 0.0
+        explore = _explore_rate(config, done)
         train_only_boundaries(model, config.explore <= done < config.explore + config.place)
         loss, terms, _ = vta_loss(model, data.sample(config.batch, config.seed, number), temperature, warm, explore)
         return {"loss": loss, **terms, "temperature": temperature}
