@@ -67,14 +67,22 @@ class NormGRU(nn.Module):
         update = torch.sigmoid(update - 1)
         return torch.lerp(h, torch.tanh(torch.sigmoid(reset) * candidate).to(h.dtype), update.to(h.dtype))
 
-# %% ../../nbs/dream/rssm.ipynb #c52f2157
+# %% ../../nbs/dream/rssm.ipynb #f660b455
+def _classes(logs: Tensor, sharpness: float | None) -> Tensor:
+    """One-hot classes [..., G, K] of log-probabilities: samples, or the most probable ones where sharpness is None."""
+    if sharpness is None: return F.one_hot(logs.argmax(-1), logs.shape[-1]).float()
+    return straight_through(sample_one_hot(logs), logs, sharpness)
+
+# %% ../../nbs/dream/rssm.ipynb #b7f8b04a
 class RSSM(nn.Module):
     """Recurrent state-space model.
 
-    actions: number of discrete actions. embed: width of the encoder's features. deter: width of the memory.
-    groups, classes: categorical variables and their classes. units: width of the layers between. unimix: uniform share.
+    actions: number of discrete actions. embed: width of the encoder's features. deter: width of the memory. groups,
+    classes: categorical variables and their classes. units: width of the layers between. unimix: uniform share.
     `sharpness`: of samples, 1; below it they are mixed with the probabilities, as at the beginning of training.
-    `outputs`: width of `LatentState.features`. `sample(logs)`: samples [..., G, K] with straight-through gradient.
+    `prior(h)`: log-probabilities [..., G, K] of the prior, from the memory alone. `outputs`: width of
+    `LatentState.features`. `sample(logs)`: samples [..., G, K] with straight-through gradient; in evaluation the
+    most probable classes, since the uniform share alone redraws one of 16 variables every seventh step.
     """
 
     def __init__(self, actions: int, embed: int, deter: int = 128, groups: int = 16, classes: int = 16,
@@ -92,16 +100,14 @@ class RSSM(nn.Module):
         """Log-probabilities [..., G, K], float32, of a head's output [..., G K], with the uniform share."""
         return mix_uniform(logits.unflatten(-1, (self.groups, self.classes)), self.unimix)
 
-    def sample(self, logs: Tensor) -> Tensor: return straight_through(sample_one_hot(logs), logs, self.sharpness)
+    def sample(self, logs: Tensor) -> Tensor: return _classes(logs, self.sharpness if self.training else None)
 
     def remember(self, state: LatentState, action: Tensor) -> Tensor:
         """The memory [B, D] after an action [B] (int64) from a state."""
         x = torch.cat([state.stoch.flatten(1), F.one_hot(action, self.actions).float()], -1)
         return self.memory(self.inputs(x), state.deter)
 
-    def prior(self, deter: Tensor) -> Tensor:
-        """Log-probabilities [..., G, K] of the prior, from the memory alone."""
-        return self.logs(self.prior_head(deter))
+    def prior(self, deter: Tensor) -> Tensor: return self.logs(self.prior_head(deter))
 
     def step(self, state: LatentState, action: Tensor) -> LatentState:
         """One step of imagination: memory, then a sample of the prior with straight-through gradient."""
