@@ -141,7 +141,7 @@ def _open_run(experiment: str, parameters: Mapping[str, Any], reference: Any, wo
     folder, resumed = from_first((str(run.folder), run.resumed) if run else None, world)
     return run, Path(folder), resumed
 
-# %% ../../nbs/training/session.ipynb #b9c0660a
+# %% ../../nbs/training/session.ipynb #c21ab3dc
 def open_session(experiment: str, parameters: Mapping[str, Any] | None = None, *, kinds: Sequence[str] = (),
                  data: Any = None, devices: Sequence[str] = DEVICES, check: Callable[[Any], Any] | None = None,
                  outputs: str | None = None, timeout_s: float = 600.0) -> Session:
@@ -149,8 +149,8 @@ def open_session(experiment: str, parameters: Mapping[str, Any] | None = None, *
 
     parameters: name -> value; None reads the annotated variables of the caller's module or notebook. Those with a
     meaning here, all optional: `data`, `run_dir`, `resume`, `seed`, `device`, `settings`.
-    kinds: which kinds of data the experiment reads; empty: any. data: references that the notebook resolved itself, in
-    place of the parameter's. devices: which device types it can compute on.
+    kinds: which kinds of data the experiment reads; empty: any. data: references that the notebook resolved itself
+    (`()`: none), in place of the parameter's. devices: which device types it can compute on.
     check: called with the references before a folder is taken; raises KiloError to refuse the run.
     outputs: where fresh folders are made (default `outputs_root()`). timeout_s: seconds to wait for other ranks.
     Raises KiloError: unknown setting or device, bad data, a folder in use, a rank that does not come.
