@@ -650,7 +650,7 @@ def boundary_record(model: VTA, episode: Episode, device: torch.device | str = "
             torch.sigmoid(found.prior_logits.double()))
     return BoundaryRecord(*(row[0].cpu().numpy() for row in rows), model.config.threshold)
 
-# %% ../../nbs/dream/vta.ipynb #d7d89658
+# %% ../../nbs/dream/vta.ipynb #b6903822
 VTA_FILE = "vta.pt"
 
 
@@ -665,7 +665,8 @@ def save_vta(path: str | Path, model: VTA, details: Mapping[str, Any] | None = N
 def load_vta(path: str | Path, device: torch.device | str = "cpu") -> VTA:
     """The model of a file, or of a run's folder. KiloError where there is none or the file is of another kind."""
     path = Path(path)
-    content = read_checkpoint(path / VTA_FILE if path.is_dir() else path)
+    file = path / VTA_FILE if path.is_dir() else path
+    content = read_checkpoint(file) if file.is_file() else {}
     if content.get("kind") != "vta":
         raise KiloError(f"'{path}' holds no temporal-abstraction model: give the folder of a pinpad_vta run, or its "
                         f"{VTA_FILE}.")
