@@ -1,4 +1,5 @@
 """The world model and the agent of Pin Pad as a user meets them: experiments by command, kills, resumption, files."""
+import contextlib
 import json
 import os
 import signal
@@ -6,6 +7,7 @@ import subprocess
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers import KILONB
@@ -200,8 +202,11 @@ def test_the_agent_experiment_survives_a_kill_and_goes_on(tmp_path):
     while not (folder / "metrics.csv").exists() or not replay_files(folder / "replay"):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(.2)
-    os.killpg(process.pid, signal.SIGKILL)
+    kernel = json.loads((folder / "status.json").read_text())["process"]["pid"]    # of the notebook, in its own session
+    for kill, number in ((os.killpg, process.pid), (os.kill, kernel)):
+        with contextlib.suppress(ProcessLookupError): kill(number, signal.SIGKILL)
     process.wait()
+    while psutil.pid_exists(kernel) and time.monotonic() < deadline: time.sleep(.05)
     assert Replay(folder / "replay").steps > 0, "every chunk that a killed run left can be read"
     done = run(tmp_path, "pinpad_agent", *options, "-p", "steps=60", "--resume")
     assert done.returncode == 0, done.stderr[-2000:]
