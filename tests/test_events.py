@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from kilonb.core.errors import KiloError
-from kilonb.dream.boundaries import (BoundaryRecord, BoundaryScoring, choose_threshold, evaluate_boundaries,
-                                     frame_deltas, pixel_events, score_boundaries, semantic_events)
+from kilonb.dream.boundaries import (BoundaryRecord, BoundaryScoring, choose_threshold, frame_deltas,
+                                     pixel_events, score_boundaries, semantic_events)
 from kilonb.dream.boundary_figures import boundary_grid, boundary_timeline, f1_bars
 from kilonb.dream.change_points import cell_features, fit_change_points, fit_deltas
 from kilonb.dream.episodes import collect
@@ -36,8 +36,8 @@ def records(episodes):
 def evaluate(records, episodes, **settings):
     """Scores of the second half, thresholds from the first."""
     half = len(episodes) // 2
-    return evaluate_boundaries(records[half:], episodes[half:], (records[:half], episodes[:half]),
-                               BoundaryScoring(**settings))
+    return score_boundaries(records[half:], episodes[half:], (records[:half], episodes[:half]),
+                            BoundaryScoring(**settings)).results()
 
 
 @pytest.mark.incident(13)

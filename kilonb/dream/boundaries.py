@@ -7,8 +7,7 @@ episodes, with thresholds chosen on other episodes and baselines beside.
 # %% auto #0
 __all__ = ['SEMANTIC_EVENTS', 'THRESHOLD_RULES', 'BoundaryRecord', 'forced_share', 'semantic_events', 'frame_deltas',
            'pixel_events', 'delta_record', 'rate_matched_threshold', 'f1_threshold', 'choose_threshold', 'check_pairs',
-           'BoundaryScoring', 'BoundaryScores', 'score_boundaries', 'evaluate_boundaries', 'chosen_f1',
-           'margin_over_baselines']
+           'BoundaryScoring', 'BoundaryScores', 'score_boundaries', 'chosen_f1', 'margin_over_baselines']
 
 # %% ../../nbs/dream/boundaries.ipynb #d15e34b1
 from collections.abc import Mapping, Sequence
@@ -309,14 +308,6 @@ def score_boundaries(records: Sequence[BoundaryRecord], episodes: Sequence[Episo
     details = _details(records, truth, valid, scores, config) | {"threshold": threshold, "pixel_threshold": level,
               "pixel_events": pixels.count, "pixel_events_or_equal": pixels.count_or_equal}
     return BoundaryScores(scores, details, config)
-
-# %% ../../nbs/dream/boundaries.ipynb #5d828ccb
-def evaluate_boundaries(records: Sequence[BoundaryRecord], episodes: Sequence[Episode],
-                        chosen_on: tuple[Sequence[BoundaryRecord], Sequence[Episode]],
-                        config: BoundaryScoring = BoundaryScoring(),
-                        others: Mapping[str, Sequence[np.ndarray]] | None = None) -> dict[str, Any]:
-    """The flat results of `score_boundaries`, whose arguments these are."""
-    return score_boundaries(records, episodes, chosen_on, config, others).results()
 
 # %% ../../nbs/dream/boundaries.ipynb #6bc381cb
 def chosen_f1(records: Sequence[BoundaryRecord], episodes: Sequence[Episode], threshold: float,

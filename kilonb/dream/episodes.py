@@ -132,7 +132,7 @@ def write_episode(path: str | os.PathLike, episode: Episode, level: int = 6) -> 
     with atomic_write(path) as partial:
         partial.write_bytes(b"".join([_MAGIC, len(text).to_bytes(8, "little"), text, block, *frames]))
 
-# %% ../../nbs/dream/episodes.ipynb #9afb11a9
+# %% ../../nbs/dream/episodes.ipynb #73e7e6fd
 _TYPES = frozenset({"<i8", "<f4", "|b1", "|i1"})
 
 
@@ -143,9 +143,26 @@ def _parse_header(text: bytes) -> dict[str, Any]:
     if min(sizes.values()) < 0 or sizes["frames"] < 1: raise ValueError("negative size")
     arrays = [(str(name), str(kind), tuple(map(int, shape))) for name, kind, shape in header["arrays"]]
     if not set(_PLAIN) <= {name for name, _, _ in arrays}: raise ValueError("arrays are missing")
+    shape = tuple(map(int, header["shape"]))
+    if sizes["frames"] > sizes["images"] or not 0 < math.prod(shape) <= 2 ** 24 or min(shape) < 1:
+        raise ValueError("more frames than bytes, or frames of more than 16 MB")
     for _, kind, shape in arrays:
         if kind not in _TYPES or not shape or shape[0] != sizes["frames"] or min(shape) < 0: raise ValueError("arrays")
+        if math.prod(shape[1:]) > 1024: raise ValueError("more than 1,024 values a frame")
     return {**sizes, "shape": tuple(map(int, header["shape"])), "arrays": arrays}
+
+# %% ../../nbs/dream/episodes.ipynb #bf8cddb7
+def _inflate(data: bytes | memoryview, size: int) -> bytes:
+    """zlib data that must be `size` bytes long when decompressed; no more memory than that is taken."""
+    inflater = zlib.decompressobj()
+    out = inflater.decompress(data, size + 1)
+    if len(out) != size or not inflater.eof: raise ValueError(f"expected {size:,} bytes when decompressed")
+    return out
+
+
+def _block_size(header: dict[str, Any]) -> int:
+    arrays = sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in header["arrays"])
+    return arrays + 8 * (header["frames"] + 1)
 
 # %% ../../nbs/dream/episodes.ipynb #b2746a71
 def _split_block(block: bytes, header: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -180,7 +197,7 @@ def _read_blocks(path: Path) -> tuple[dict[str, Any], bytes, int]:
     if zlib.crc32(block) != header["crc32"]: raise _unreadable(path, "the checksum of its arrays is wrong")
     return header, block, at
 
-# %% ../../nbs/dream/episodes.ipynb #ec3c5dc4
+# %% ../../nbs/dream/episodes.ipynb #1d1532ca
 class EpisodeFile:
     """An episode on disk, of which frames are read on demand.
 
@@ -191,7 +208,7 @@ class EpisodeFile:
     def __init__(self, path: str | os.PathLike):
         self.path = Path(path)
         header, block, self._start = _read_blocks(self.path)
-        try: self._arrays, self._places = _split_block(zlib.decompress(block), header)
+        try: self._arrays, self._places = _split_block(_inflate(block, _block_size(header)), header)
         except (ValueError, zlib.error) as error: raise _unreadable(self.path, "its arrays are damaged") from error
         self.shape = header["shape"]
         for name, value in vars(_episode(np.empty(0), self._arrays)).items():
@@ -209,7 +226,9 @@ class EpisodeFile:
             with self.path.open("rb") as file:
                 file.seek(self._start + places[0])
                 data = memoryview(file.read(places[-1] - places[0]))
-            images = bytearray().join(zlib.decompress(data[a - places[0]:b - places[0]]) for a, b in pairwise(places))
+            size = math.prod(self.shape)
+            parts = (_inflate(data[a - places[0]:b - places[0]], size) for a, b in pairwise(places))
+            images = bytearray().join(parts)
             return np.frombuffer(images, np.uint8).reshape(count, *self.shape)
         except (OSError, ValueError, zlib.error) as error:
             raise _unreadable(self.path, f"a frame is damaged ({error})") from error

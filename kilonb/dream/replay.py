@@ -28,7 +28,7 @@ def _rewarded_places(chunks: list[EpisodeFile]) -> np.ndarray:
     places = [(i, t) for i, chunk in enumerate(chunks) for t in np.flatnonzero(chunk.rewards)]
     return np.array(places, np.int64).reshape(-1, 2)
 
-# %% ../../nbs/dream/replay.ipynb #49ccb5ce
+# %% ../../nbs/dream/replay.ipynb #cfeff3c0
 class Replay:
     """Chunks of experience, from which sequences are drawn.
 
@@ -41,23 +41,16 @@ class Replay:
                  capacity: int = 10_000_000):
         self.folder, self.capacity = None if folder is None else Path(folder), capacity
         self.chunks: list[EpisodeFile] = []
-        self.written = 0
-        self._index()
+        self.written, self.steps, self._indexed = 0, 0, False
         for path in files: self._hold(open_episode(path))
         for path in replay_files(folder) if folder is not None else (): self._hold(open_episode(path), written=True)
 
     def _hold(self, chunk: EpisodeFile, written: bool = False) -> None:
         self.chunks.append(chunk)
         self.written += written
-        while len(self.chunks) > 1 and self.steps > self.capacity: self.chunks.pop(0)
-        self._index()
-
-    def _index(self) -> None:
-        self._lengths = np.array([len(chunk) for chunk in self.chunks], np.int64)
-        self._rewarded = _rewarded_places(self.chunks)
-
-    @property
-    def steps(self) -> int: return sum(map(len, self.chunks))
+        self.steps += len(chunk)
+        while len(self.chunks) > 1 and self.steps > self.capacity: self.steps -= len(self.chunks.pop(0))
+        self._indexed = False
 
     def add(self, chunk: Episode) -> None:
         """Write a chunk to the folder and hold it. KiloError without a folder."""
@@ -74,17 +67,25 @@ class Replay:
         Returns images uint8 [B, T, 64, 64, 3], actions int64, rewards float32, is_first, is_last, is_terminal bool
         [B, T]. KiloError where no chunk is as long as a sequence.
         """
+        _index_chunks(self)
         places = _draw_places(self, batch, length, rng, rewarded, recent, recent_chunks)
         return stack_sequences(self.chunks, places, length)
 
-# %% ../../nbs/dream/replay.ipynb #d0b4d34d
+# %% ../../nbs/dream/replay.ipynb #3918d020
+def _index_chunks(replay: Replay) -> None:
+    """Lengths and places of rewards of the chunks, once after they have changed."""
+    if replay._indexed: return
+    replay._lengths = np.array([len(chunk) for chunk in replay.chunks], np.int64)
+    replay._rewarded, replay._indexed = _rewarded_places(replay.chunks), True
+
+
 def keep_chunks(replay: Replay, count: int) -> None:
     """Forget and delete the chunks of a replay's folder beyond the first `count`: those that a resumed run has yet to
     play."""
     for path in replay_files(replay.folder)[count:]: path.unlink()
     replay.chunks = [chunk for chunk in replay.chunks if chunk.path.exists()]
-    replay.written = min(replay.written, count)
-    replay._index()
+    replay.written, replay.steps = min(replay.written, count), sum(map(len, replay.chunks))
+    replay._indexed = False
 
 # %% ../../nbs/dream/replay.ipynb #4b61c96c
 def _uniform_places(lengths: np.ndarray, first: int, count: int, length: int, rng: np.random.Generator) -> np.ndarray:
