@@ -269,7 +269,16 @@ def make_pinpad(folder: str | os.PathLike, layout: str = "three", length: int = 
     write_json(folder / "episodes.json", {"format": _VERSION, "layout": layout, "pads": pads, "length": length,
                                           "scripted_noise": noise, "episodes": written})
 
-# %% ../../nbs/dream/episodes.ipynb #12416f38
+# %% ../../nbs/dream/episodes.ipynb #7052db18
+def _check_entry(entry: Any, path: Path) -> None:
+    """KiloError where an entry lacks a name, or its file does not lie in the folder."""
+    names = [entry.get(name) for name in ("split", "policy", "file")] if isinstance(entry, dict) else [None]
+    if not all(isinstance(name, str) and name for name in names):
+        raise KiloError(f"An entry of '{path}' has no split, policy and file: {str(entry)[:80]}.")
+    if Path(names[2]).is_absolute() or ".." in Path(names[2]).parts:
+        raise KiloError(f"'{path}' names the file '{names[2][:80]}', which is not in its folder.")
+
+# %% ../../nbs/dream/episodes.ipynb #d5b1afc7
 def read_recording_info(folder: str | os.PathLike) -> dict[str, Any]:
     """The content of `episodes.json`: layout, pads, length, scripted_noise, and episodes with split, policy, seed,
     file.
@@ -283,6 +292,7 @@ def read_recording_info(folder: str | os.PathLike) -> dict[str, Any]:
     except ValueError as error: raise KiloError(f"'{path}' is not JSON: {error}.") from error
     if not isinstance(info, dict) or info.get("format") != _VERSION or not isinstance(info.get("episodes"), list):
         raise KiloError(f"'{path}' is not a list of recorded episodes of format {_VERSION}.")
+    for entry in info["episodes"]: _check_entry(entry, path)
     pad_count(info.get("layout"))
     return info
 
