@@ -4,6 +4,7 @@
 # make export  notebooks -> modules and README.md, outputs removed
 # make readme  nbs/index.ipynb -> README.md
 # make bench   speed of the rasteriser
+# make endure  mutated inputs for every reader, and commands killed at random moments: hours; ARGS="--out DIR --resume" continues
 # make lint-js eslint over the JavaScript in kilonb/*/assets; needs Node.js
 # make clean   remove the environment and caches; runs and data under outputs/ stay
 #
@@ -23,7 +24,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.complete
 
-.PHONY: demo test lab export readme bench lint-js clean help
+.PHONY: demo test lab export readme bench endure lint-js clean help
 
 demo: $(READY)
 	@$(BIN)/kilonb run single_view_overfit $(ARGS)
@@ -46,6 +47,9 @@ readme: $(READY)
 
 bench: $(READY)
 	@$(BIN)/kilonb bench rasterize $(ARGS)
+
+endure: $(READY)
+	@$(BIN)/kilonb run endurance -p inputs=100_000 -p kills=500 $(ARGS)
 
 lint-js:
 	@$(PYTHON) tools/lint_assets.py

@@ -10,6 +10,9 @@ __version__ = "0.1.0"
 # already set in the environment stays.
 _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# numba raises at import where it can write no cache of compiled functions.
+_import("kilonb.core.caches").ensure_numba_cache(__path__[0])
+
 _NAMES = {
     "geometry.boxes": "Boxes",
     "geometry.cameras": (

@@ -328,8 +328,8 @@ def test_the_command_builds_an_index_inspects_it_and_names_what_is_missing(copy,
 
 @pytest.mark.parametrize("arguments, message", [
     (("clips", "no_such_drive"), "Unknown dataset"), (("clips", "brickyard"), "kind blender"),
-    (("clips", "gone.json"), "Cannot read"), (("clips", "pandaset:/no/drive"), "is not there"),
-    (("verify", "gone.json"), "Cannot read")])
+    (("clips", "gone.json"), "there is no such file"), (("clips", "pandaset:/no/drive"), "is not there"),
+    (("verify", "gone.json"), "there is no such file")])
 def test_bad_input_of_the_commands_is_one_sentence(capfd, arguments, message, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     code, out, errors = command(capfd, "data", *arguments)

@@ -212,7 +212,7 @@ def test_a_checkpoint_of_another_config_is_refused(data, result, tmp_path):
     content = read_checkpoint(tmp_path / "student.pt")
     content["config"]["hidden"] = 16
     write_checkpoint(tmp_path / "other.pt", content)
-    with pytest.raises(KiloError, match="does not fit its own config"): load_student(tmp_path / "other.pt")
+    with pytest.raises(KiloError, match="does not fit its own settings"): load_student(tmp_path / "other.pt")
 
 
 def test_views_of_different_sizes_are_an_error(brickyard, tmp_path):

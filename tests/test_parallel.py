@@ -550,6 +550,35 @@ def test_a_folder_in_use_is_refused_and_stays_as_it_is(experiment, tmp_path):
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["thesis.txt"]
 
 
+REFUSED = """import os, time
+from kilonb.core.errors import KiloError
+from kilonb.runs.folders import open_run
+run = open_run("toy", run_dir, {}, resume=resume)
+(run.folder / "state.txt").write_text(str(os.getpid()))
+if os.environ.get("REFUSE") and "ranks" not in run_dir:
+    time.sleep(2.0)
+    raise KiloError("It is refused.")
+run.finish({"sum": 1})"""
+
+
+def test_a_refused_resumption_leaves_the_folders_of_all_ranks_as_they_were(tmp_path, monkeypatch):
+    """Rank 1 has gone on in the meantime."""
+    cell = lambda i, source: {"cell_type": "code", "id": f"c{i}", "source": source, "execution_count": None,
+                              "metadata": {"tags": ["parameters", "distributed"]} if i == 0 else {}, "outputs": []}
+    cells = [cell(0, 'run_dir: str = ""\nresume: bool = False'), cell(1, REFUSED)]
+    content = {"cells": cells, "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    (tmp_path / "toy.ipynb").write_text(json.dumps(content))
+    def state():
+        return {str(path): path.read_bytes() if path.is_file() else None for path in (tmp_path / "run").rglob("*")}
+    for name, value in QUIET.items(): monkeypatch.setenv(name, value)
+    launch(str(tmp_path / "toy.ipynb"), {}, 2, run_dir=tmp_path / "run")
+    before = state()
+    monkeypatch.setenv("REFUSE", "1")
+    with pytest.raises(KiloError, match=r"It is refused\."):
+        launch(str(tmp_path / "toy.ipynb"), {}, 2, run_dir=tmp_path / "run", resume=True)
+    assert state() == before
+
+
 def test_a_notebook_that_is_not_tagged_as_distributed_is_refused(tmp_path):
     with pytest.raises(KiloError, match="cannot be shared by several ranks"): launch("teacher", {}, 2, outputs=tmp_path)
     assert not list(tmp_path.iterdir())

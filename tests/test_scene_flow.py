@@ -210,7 +210,8 @@ def test_the_manifests_name_the_reader_and_the_stand_in():
 def test_a_missing_or_truncated_table_is_one_sentence_with_its_name(damaged, name):
     path = damaged / f"{name}.feather"
     whole = path.read_bytes()
-    for data, word in ((whole[: len(whole) // 2], "truncated"), (b"\0" * 40, "not a Feather"), (None, "Cannot read")):
+    faults = ((whole[: len(whole) // 2], "truncated"), (b"\0" * 40, "not a Feather"), (None, "There is no file"))
+    for data, word in faults:
         if data is None: path.unlink()
         else: path.write_bytes(data)
         message = expect_error(lambda: load_flow_pair(load_argoverse2(damaged)))

@@ -78,7 +78,7 @@ BROKEN = {
     "no frames": (lambda f: edit(f, lambda t: t["frames"].clear()), ["no frames"]),
     "no camera": (lambda f: edit(f, lambda t: t.pop("camera_angle_x")), ["camera_angle_x", "fl_x"]),
     "angle is text": (lambda f: edit(f, lambda t: t.update(camera_angle_x="wide")), ["camera_angle_x", "'wide'"]),
-    "angle is NaN": (lambda f: edit(f, lambda t: t.update(camera_angle_x=math.nan)), ["camera_angle_x"]),
+    "angle is NaN": (lambda f: edit(f, lambda t: t.update(camera_angle_x=math.nan)), ["NaN"]),
     "angle in degrees": (lambda f: edit(f, lambda t: t.update(camera_angle_x=39.6)), ["degrees"]),
     "focal length is zero": (lambda f: edit(f, lambda t: t.update(fl_x=0)), ["fl_x"]),
     "size disagrees": (lambda f: edit(f, lambda t: t.update(fl_x=50.0, w=800)), ["'w'", "60x44"]),
@@ -87,7 +87,7 @@ BROKEN = {
     "pose 3x4": (lambda f: edit(f, pose(lambda m: m.pop())), ["frame 2", "4x4"]),
     "pose ragged": (lambda f: edit(f, pose(lambda m: m[1].pop())), ["frame 2", "4x4"]),
     "pose is text": (lambda f: edit(f, pose(lambda m: m[1].__setitem__(0, "x"))), ["frame 2", "4x4"]),
-    "pose NaN": (lambda f: edit(f, pose(lambda m: m[1].__setitem__(3, math.nan))), ["frame 2", "not finite"]),
+    "pose NaN": (lambda f: edit(f, pose(lambda m: m[1].__setitem__(3, math.nan))), ["NaN"]),
     "pose scaled": (lambda f: edit(f, pose(lambda m: m[0].__setitem__(0, 2.0))), ["frame 2", "not rigid"]),
     "pose mirrored": (
         lambda f: edit(f, pose(lambda m: [row.__setitem__(0, -row[0]) for row in m])),

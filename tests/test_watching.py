@@ -309,7 +309,7 @@ def test_tensorboard_shows_the_runs_of_a_sweep_and_ends_with_ctrl_c(tmp_path):
             f"raise SystemExit(serve_tensorboard({str(tmp_path / 'night')!r}))")
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
     try:
-        address = re.search(r"http://127\.0\.0\.1:\d+/", process.stdout.readline())[0]
+        address = re.search(r"http://127\.0\.0\.1:\d+/\S*", process.stdout.readline())[0]
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         for _ in range(100):
             if len(runs := json.loads(direct.open(address + "data/runs", timeout=10).read())) == 2: break

@@ -6,18 +6,19 @@
 # %% auto #0
 __all__ = ['outputs_folder', 'data_root', 'resolve_argument', 'typed_arguments', 'earlier_values']
 
-# %% ../../nbs/batch/arguments.ipynb #5d523d22
+# %% ../../nbs/batch/arguments.ipynb #36a24e66
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import KiloError
+from ..core.files import absolute_path
 from ..runs.settings import SETTINGS
 
-# %% ../../nbs/batch/arguments.ipynb #aadcbe52
+# %% ../../nbs/batch/arguments.ipynb #1a740ea0
 def _folder_of(variable: str) -> Path | None:
-    return Path(os.environ[variable]).expanduser().resolve() if os.environ.get(variable) else None
+    return absolute_path(os.environ[variable], f"folder of {variable}") if os.environ.get(variable) else None
 
 
 def outputs_folder() -> Path | None:
@@ -29,7 +30,7 @@ def data_root() -> Path | None:
     """The folder of real datasets that the environment variable KILONB_DATA names; None where it is not set."""
     return _folder_of("KILONB_DATA")
 
-# %% ../../nbs/batch/arguments.ipynb #6f5c3291
+# %% ../../nbs/batch/arguments.ipynb #de27b05d
 def resolve_argument(text: str, root: Path | None) -> str:
     """The text of `--data` as a notebook's `data`: `kind:absolute path`, or a dataset name that needs no folder.
 
@@ -39,7 +40,7 @@ def resolve_argument(text: str, root: Path | None) -> str:
     from kilonb.data.verification import locate
 
     kind, colon, path = text.partition(":")
-    if colon: return f"{kind}:{Path(path).expanduser().resolve()}" if path else text
+    if colon: return f"{kind}:{absolute_path(path, 'path of --data')}" if path else text
     manifest = load_manifests().get(text)
     folder = locate(manifest, root) if manifest and not manifest.synthetic and root else None
     return text if folder is None else f"{manifest.kind}:{folder / manifest.entry}"

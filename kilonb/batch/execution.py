@@ -8,7 +8,7 @@ status out.
 __all__ = ['TypedTranslator', 'RunLog', 'RunMonitor', 'pass_on_signal', 'interrupt_runs', 'execute', 'RunFailed',
            'RunInterrupted', 'run_notebook']
 
-# %% ../../nbs/batch/execution.ipynb #725ec3b7
+# %% ../../nbs/batch/execution.ipynb #0585b636
 import ast
 import asyncio
 import contextlib
@@ -17,26 +17,28 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from .private import private_folder
 from .states import parse_progress
 from ..core.errors import KiloError
 from ..core.files import write_json
 from ..core.signals import signal_handlers
 from ..runs.folders import prepare_run
 from ..runs.records import RunRecord, read_run
+from ..runs.resuming import check_same_parameters, drop_state, put_back
 from ..runs.status import FAILED, FINISHED, INTERRUPTED, PREPARED, mark_run, read_status
-from ..runs.notebooks import Notebook, count_cells, typed_values, without_address_grammar
+from ..runs.notebooks import Notebook, count_cells, free_parameters, typed_values, without_address_grammar
 from ..runs.settings import flat_parameters
 
-# %% ../../nbs/batch/execution.ipynb #e7114e68
+# %% ../../nbs/batch/execution.ipynb #6eb1c5ac
 with without_address_grammar():
     import papermill
+    from jupyter_client.asynchronous import AsyncKernelClient
     from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
     from jupyter_client.manager import AsyncKernelManager
     from nbclient.exceptions import CellExecutionError, DeadKernelError
@@ -47,21 +49,53 @@ with without_address_grammar():
     from traitlets import Any as AnyTrait
     from traitlets import default
 
-# %% ../../nbs/batch/execution.ipynb #d7119152
+# %% ../../nbs/batch/execution.ipynb #982bf6c3
+_SHORT_INTERRUPT = """
+def _show_interrupt(shell, kind, error, trace, tb_offset=None):
+    import traceback
+    shell._showtraceback(kind, error, traceback.format_exception(kind, error, trace, limit=-5))
+    error.__context__ = error.with_traceback(None).__cause__
+get_ipython().set_custom_exc((KeyboardInterrupt,), _show_interrupt)
+del _show_interrupt
+"""
+
+# %% ../../nbs/batch/execution.ipynb #e350bfb5
 class _ThisInterpreter(KernelSpecManager):
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}",
+                f"--IPKernelApp.exec_lines={_SHORT_INTERRUPT}", "--HistoryManager.enabled=False"]
         return KernelSpec(argv=argv, display_name="the running interpreter", language="python")
 
-# %% ../../nbs/batch/execution.ipynb #bbfb6a41
+# %% ../../nbs/batch/execution.ipynb #bc5d0722
+class _KernelClient(AsyncKernelClient):
+    def start_channels(self, *_: Any, **__: Any) -> None: super().start_channels(stdin=False, hb=False)
+
+# %% ../../nbs/batch/execution.ipynb #d9b40159
 class _KernelManager(AsyncKernelManager):
+    signals = ()
+
     @default("kernel_spec_manager")
     def _this_interpreter(self) -> KernelSpecManager: return _ThisInterpreter()
+
+    @default("client_factory")
+    def _without_heartbeat(self) -> type: return _KernelClient
 
     async def _async_interrupt_kernel(self) -> None:
         if not self.shutting_down: await super()._async_interrupt_kernel()
 
     interrupt_kernel = _async_interrupt_kernel
+
+    async def _async_pre_start_kernel(self, **named: Any) -> tuple[list[str], dict[str, Any]]:
+        if self.signals: raise RuntimeError("It was stopped before it began.")
+        return await super()._async_pre_start_kernel(**named)
+
+    pre_start_kernel = _async_pre_start_kernel
+
+    async def _async_finish_shutdown(self, waittime: float | None = None, pollinterval: float = 0.02,
+                                     restart: bool = False) -> None:
+        await super()._async_finish_shutdown(1.0 if self.signals else waittime, pollinterval, restart)
+
+    finish_shutdown = _async_finish_shutdown
 
 # %% ../../nbs/batch/execution.ipynb #4d7c4f33
 def _kernel_environment(more: Mapping[str, str]) -> dict[str, str]:
@@ -121,27 +155,36 @@ class RunLog:
             self.write_progress(always=True)
             self.file.close()
 
-# %% ../../nbs/batch/execution.ipynb #bf9de9ff
+# %% ../../nbs/batch/execution.ipynb #ecb09c5d
 class RunMonitor:
     """What a running notebook prints, with its headings, on two streams and in a log; and its signal handler.
 
-    stream: where the notebook's standard output goes; errors: its standard error. log: see `RunLog`. environment:
-    variables that its kernel gets in addition.
+    stream: where the notebook's standard output goes; errors: its standard error; one that can no longer be written is
+    given up. log: see `RunLog`. environment: variables that its kernel gets in addition.
+    manager: of the kernel, from before it is started. process: of the kernel, from its first cell on.
     """
 
     def __init__(self, stream: TextIO, errors: TextIO, log: RunLog | None = None,
                  environment: Mapping[str, str] | None = None):
         self.stream, self.errors, self.log, self.environment = stream, errors, log or RunLog(), dict(environment or {})
-        self.process, self.signals, self.error, self._last = None, [], {}, "\n"
+        self.process, self.manager, self.signals, self.error, self._last = None, None, [], {}, "\n"
+        self.ending = False
+
+    def show(self, name: str, text: str = "", flush: bool = False) -> None:
+        """Print on `stream` or `errors`; where that fails (no reader, a closed terminal, a full disk), never again."""
+        try:
+            if text: getattr(self, name).write(text)
+            if flush: getattr(self, name).flush()
+        except (OSError, ValueError, AttributeError): setattr(self, name, None)
 
     def write(self, text: str) -> None:
         """Standard output of the notebook."""
         if not text: return
-        self.stream.write(text)
+        self.show("stream", text)
         self._last = text[-1]
         self.log.write(text)
 
-    def flush(self) -> None: self.stream.flush()
+    def flush(self) -> None: self.show("stream", flush=True)
 
     def print_line(self, line: str) -> None:
         """A line that is not the notebook's, on a line of its own."""
@@ -159,33 +202,55 @@ class RunMonitor:
             self.print_line(f"── {self.log.heading}")
 
     def on_signal(self, number: int, _: Any = None) -> None:
-        """The handler of SIGINT and SIGTERM, see `pass_on_signal`."""
+        """The handler of SIGINT, SIGTERM and SIGHUP, see `pass_on_signal`."""
         pass_on_signal(self, number)
 
-# %% ../../nbs/batch/execution.ipynb #aec8da44
+# %% ../../nbs/batch/execution.ipynb #6d792756
+_UNOPENED_S = 1.0
+
+
+def _signal_group(process: Any, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError): os.killpg(os.getpgid(process.pid), number)
+
+# %% ../../nbs/batch/execution.ipynb #b87f4e1c
+def _kill_unopened(monitor: RunMonitor, process: Any) -> None:
+    """Kill a stopped kernel that still runs where the run in its folder was not opened."""
+    with contextlib.suppress(KiloError, OSError):
+        status = read_status(monitor.log.folder) if monitor.log.folder is not None else None
+        if status and status["status"] == PREPARED and process.poll() is None: _signal_group(process, signal.SIGKILL)
+
+# %% ../../nbs/batch/execution.ipynb #e25d0e6b
 def pass_on_signal(monitor: RunMonitor, number: int) -> None:
-    """Pass a signal on to the kernel's process group: SIGINT the first time, SIGKILL from the second on.
+    """Pass a signal on to the kernel's process group: SIGINT the first time, SIGKILL from the second on. A kernel that
+    has not begun a cell is killed by the first; one that has not opened its run 1 s after it.
 
     Where no kernel is running, the second signal raises KeyboardInterrupt.
     """
     monitor.signals.append(number)
     first, process = len(monitor.signals) == 1, monitor.process
+    kill = not first or process is None
+    if process is None: process = getattr(getattr(monitor.manager, "provisioner", None), "process", None)
     if process is None or process.poll() is not None:
-        if not first and threading.current_thread() is threading.main_thread(): raise KeyboardInterrupt
+        main = threading.current_thread() is threading.main_thread()
+        if not first and main and not monitor.ending: raise KeyboardInterrupt
         return
-    os.killpg(os.getpgid(process.pid), signal.SIGINT if first else signal.SIGKILL)
-    print("\nstopping: the notebook may save its checkpoint; press Ctrl-C again to kill it" if first else "\nkilled",
-          file=monitor.errors, flush=True)
+    _signal_group(process, signal.SIGKILL if kill else signal.SIGINT)
+    if not kill:
+        later = threading.Timer(_UNOPENED_S, _kill_unopened, (monitor, process))
+        later.daemon = True
+        later.start()
+    monitor.show("errors", "\nkilled\n" if kill else
+                 "\nstopping: the notebook may save its checkpoint; press Ctrl-C again to kill it\n", flush=True)
 
-# %% ../../nbs/batch/execution.ipynb #765155fd
+# %% ../../nbs/batch/execution.ipynb #1b110bd8
 class _ErrorStream:
     """Standard error of the notebook: on the monitor's `errors`, and in the log."""
 
     def __init__(self, monitor: RunMonitor): self.monitor = monitor
-    def flush(self) -> None: self.monitor.errors.flush()
+    def flush(self) -> None: self.monitor.show("errors", flush=True)
 
     def write(self, text: str) -> None:
-        self.monitor.errors.write(text)
+        self.monitor.show("errors", text)
         self.monitor.log.write(text)
 
 # %% ../../nbs/batch/execution.ipynb #908fe469
@@ -223,13 +288,15 @@ class _Client(PapermillNotebookClient):
         reply = self.wait_for_reply(self.kc.execute("", silent=True, user_expressions={"answer": expression}))
         return reply["content"].get("user_expressions", {}).get("answer", {}).get("data", {}).get("text/plain", "")
 
-# %% ../../nbs/batch/execution.ipynb #c4998081
+# %% ../../nbs/batch/execution.ipynb #1656d870
 class _Engine(NBClientEngine):
     @classmethod
     def execute_managed_notebook(cls, nb_man: Any, kernel_name: str, monitor: RunMonitor | None = None,
                                  start_timeout: int = 60, **_: Any) -> Any:
-        with tempfile.TemporaryDirectory(prefix="kilonb-") as sockets:
-            manager = _KernelManager(kernel_name="python3", transport="ipc", connection_file=f"{sockets}/kernel.json")
+        with private_folder() as sockets:
+            manager = monitor.manager = _KernelManager(kernel_name="python3", transport="ipc",
+                                                       connection_file=f"{sockets}/kernel.json")
+            manager.signals = monitor.signals
             client = _Client(nb_man, km=manager, monitor=monitor, timeout=None, startup_timeout=start_timeout,
                              stdout_file=monitor, stderr_file=_ErrorStream(monitor), coalesce_streams=True,
                              store_widget_state=False, log=logging.getLogger("papermill"))
@@ -250,12 +317,12 @@ def _cell_error(error: PapermillExecutionError, monitor: RunMonitor) -> KiloErro
     cell = f"in cell [{error.exec_count}]" + (f" under '{heading}'" if heading else "")
     return KiloError(f"{error.ename} {cell}" + (f": {first}" if first else "."))
 
-# %% ../../nbs/batch/execution.ipynb #4d771b93
+# %% ../../nbs/batch/execution.ipynb #bbfe3fbb
 def _kernel_error(error: BaseException, monitor: RunMonitor) -> KiloError:
     code, heading = monitor.process.poll() if monitor.process is not None else None, monitor.log.heading
     under = f" under '{heading}'" if heading else ""
     if code is None and not isinstance(error, DeadKernelError):
-        return KiloError(f"The notebook's kernel did not start: {error}.")
+        return KiloError(f"The notebook's kernel did not start: {str(error).rstrip(chr(46))}.")
     if code == -signal.SIGKILL:
         return KiloError(f"The notebook's kernel was killed{under}: most often because memory ran out.")
     how = f"by signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"with exit code {code}"
@@ -281,7 +348,7 @@ def execute(notebook: Notebook, output: str | os.PathLike, values: Mapping[str, 
         raise _kernel_error(error, monitor) from None
     if monitor.signals: raise KeyboardInterrupt
 
-# %% ../../nbs/batch/execution.ipynb #4f0fd094
+# %% ../../nbs/batch/execution.ipynb #5714566a
 class RunFailed(KiloError):
     """A run that was started and did not reach its end; `folder` holds what it left, `cause` is that of its error."""
 
@@ -289,7 +356,7 @@ class RunFailed(KiloError):
         super().__init__(message)
         self.folder, self.cause = folder, cause
 
-
+# %% ../../nbs/batch/execution.ipynb #dd9f8bc1
 class RunInterrupted(RunFailed):
     """A run that was stopped by Ctrl-C (or SIGTERM: `signal_number` is the signal)."""
 
@@ -297,13 +364,13 @@ class RunInterrupted(RunFailed):
         super().__init__(message, folder)
         self.signal_number = signal_number
 
-# %% ../../nbs/batch/execution.ipynb #991b85ad
+# %% ../../nbs/batch/execution.ipynb #399cd5c7
 def _inputs(notebook: Notebook, values: Mapping[str, Any]) -> dict[str, Any]:
     """Every parameter of a run, flat, defaults included: the contents of `parameters.json`."""
     names = [name for name in notebook.parameters if name not in ("run_dir", "resume")]
     return flat_parameters({name: values.get(name, notebook.parameters[name].default) for name in names})
 
-
+# %% ../../nbs/batch/execution.ipynb #fca4f9cb
 def _kernel_values(notebook: Notebook, values: Mapping[str, Any], folder: Path, resume: bool) -> dict[str, Any]:
     run_dir = {"run_dir": str(folder)} if "run_dir" in notebook.parameters else {}
     return {**values, **run_dir, **({"resume": True} if resume else {})}
@@ -332,7 +399,41 @@ def _failed(folder: Path, error: KiloError | OSError, elapsed_s: float, cause: s
     with contextlib.suppress(OSError): mark_run(folder, FAILED, message, elapsed_s=elapsed_s, cause=cause)
     return RunFailed(message, folder, cause)
 
-# %% ../../nbs/batch/execution.ipynb #e6489fb6
+# %% ../../nbs/batch/execution.ipynb #c867e1f6
+def _is_refused(folder: Path, error: KiloError | OSError, monitor: RunMonitor) -> bool:
+    """Whether the resumption of a run was refused before training went on; then its earlier state is back."""
+    refused = isinstance(error, KiloError) and (monitor.process is None or monitor.error.get("kilonb"))
+    if not refused or monitor.error.get("cause"): return False
+    monitor.log.close()
+    monitor.log = RunLog()
+    return put_back(folder)
+
+# %% ../../nbs/batch/execution.ipynb #2388bcaf
+def _run_in(notebook: Notebook, values: Mapping[str, Any], folder: Path, resume: bool,
+            monitor: RunMonitor) -> RunRecord:
+    """Execute a notebook in its prepared folder; the second half of `run_notebook`."""
+    before, started = read_status(folder)["elapsed_s"], time.monotonic()
+    elapsed = lambda: before + time.monotonic() - started
+    try:
+        write_json(folder / "parameters.json", _inputs(notebook, values))
+        monitor.log, _running[folder] = RunLog(folder, count_cells(notebook)), monitor
+        monitor.print_line(f"{notebook.name} -> {folder}")
+        execute(notebook, folder / "notebook.ipynb", _kernel_values(notebook, values, folder, resume), monitor)
+        _check_finished(notebook, folder, elapsed())
+    except KeyboardInterrupt:
+        monitor.ending = True
+        raise _interrupted(notebook, folder, elapsed(), monitor.signals) from None
+    except (KiloError, OSError) as error:
+        monitor.ending = True
+        if _is_refused(folder, error, monitor): raise KiloError(str(error)) from None
+        raise _failed(folder, error, elapsed(), monitor.error.get("cause", "")) from None
+    finally:
+        _running.pop(folder, None)
+        monitor.log.close()
+        drop_state(folder)
+    return read_run(folder)
+
+# %% ../../nbs/batch/execution.ipynb #41d2c859
 def run_notebook(notebook: Notebook, values: Mapping[str, Any] | None = None, run_dir: str | os.PathLike = "",
                  resume: bool = False, outputs: str | os.PathLike | None = None, command: str = "",
                  stream: TextIO | None = None, errors: TextIO | None = None,
@@ -344,25 +445,14 @@ def run_notebook(notebook: Notebook, values: Mapping[str, Any] | None = None, ru
     stream, errors: where the notebook's standard output and error appear as they come (default: this process's); both
     are kept in `log.txt`.
     environment: variables that the kernel gets in addition. take_over: as in `prepare_run`.
-    Raises KiloError before anything is started for bad values or a folder in use; RunFailed or RunInterrupted after.
+    Raises KiloError before anything is started for bad values or a folder in use, and where the notebook refuses to
+    resume: then the folder is as it was. RunFailed or RunInterrupted after.
     """
     values = typed_values(notebook, values or {})
     if resume and "resume" not in notebook.parameters:
         raise KiloError(f"{notebook.name} cannot be resumed: it has no parameter 'resume'.")
-    folder, started = prepare_run(notebook.name, run_dir, command, resume, outputs, take_over), time.monotonic()
-    before = read_status(folder)["elapsed_s"]
-    elapsed = lambda: before + time.monotonic() - started
-    write_json(folder / "parameters.json", _inputs(notebook, values))
-    log = RunLog(folder, count_cells(notebook))
-    monitor = _running[folder] = RunMonitor(stream or sys.stdout, errors or sys.stderr, log, environment)
-    try:
-        monitor.print_line(f"{notebook.name} -> {folder}")
-        execute(notebook, folder / "notebook.ipynb", _kernel_values(notebook, values, folder, resume), monitor)
-        _check_finished(notebook, folder, elapsed())
-    except KeyboardInterrupt: raise _interrupted(notebook, folder, elapsed(), monitor.signals) from None
-    except (KiloError, OSError) as error:
-        raise _failed(folder, error, elapsed(), monitor.error.get("cause", "")) from None
-    finally:
-        _running.pop(folder, None)
-        log.close()
-    return read_run(folder)
+    monitor = RunMonitor(stream or sys.stdout, errors or sys.stderr, None, environment)
+    with signal_handlers(monitor.on_signal):
+        same = lambda folder: check_same_parameters(folder, _inputs(notebook, values), free_parameters(notebook))
+        folder = prepare_run(notebook.name, run_dir, command, resume, outputs, take_over, same)
+        return _run_in(notebook, values, folder, resume, monitor)

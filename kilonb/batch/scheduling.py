@@ -8,12 +8,12 @@ records its state.
 __all__ = ['WAITING', 'SKIPPED', 'STATES', 'SweepRow', 'open_row', 'time_left', 'SweepRunner', 'sweep_status',
            'record_status', 'run_request', 'submit_run', 'settle_run', 'drive_sweep', 'lock_sweep', 'run_sweep']
 
-# %% ../../nbs/batch/scheduling.ipynb #0e119cbb
+# %% ../../nbs/batch/scheduling.ipynb #a976b9dd
 import contextlib
 import datetime
-import json
 import math
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -21,16 +21,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .clusters import first_line, open_cluster, visible_devices
+from .clusters import (ClusterStart, check_slurm, first_line, open_cluster, scheduler_security,
+                                   visible_devices)
 from .sweeps import DONE, FRESH, RESUMABLE, PlannedRun, SweepPlan, fresh_beside, run_state, write_plan
 from .workers import DIED, interrupt_worker, row_of, run_planned
+from ..core.documents import read_object
 from ..core.errors import KiloError
 from ..core.files import write_json
+from ..core.processes import this_process
 from ..core.signals import signal_handlers
 from ..runs.records import read_run
-from ..runs.status import FAILED, FINISHED, INTERRUPTED, RUNNING, this_process
+from ..runs.status import FAILED, FINISHED, INTERRUPTED, RUNNING
 
-# %% ../../nbs/batch/scheduling.ipynb #ea4ecd46
+# %% ../../nbs/batch/scheduling.ipynb #609c0e90
 WAITING, SKIPPED = "waiting", "skipped"
 STATES = (WAITING, RUNNING, FINISHED, FAILED, SKIPPED, INTERRUPTED)
 
@@ -42,7 +45,7 @@ class SweepRow:
     run: its plan. status: one of `STATES`. resume: whether the next attempt continues from a checkpoint. attempt: how
     often it was begun. answer: the worker's row, once there is one. note: why its folder could not be used.
     token, future, began: of the attempt in progress: its token file, its dask future, what the worker wrote in the
-    token.
+    token. unbegun: how many of the attempts ended before the run began.
     """
 
     run: PlannedRun
@@ -54,6 +57,7 @@ class SweepRow:
     token: Path | None = None
     future: Any = None
     began: dict[str, Any] = field(default_factory=dict)
+    unbegun: int = 0
 
     @property
     def elapsed_s(self) -> float:
@@ -61,7 +65,7 @@ class SweepRow:
         if self.answer: return self.answer.get("elapsed_s", 0.0)
         return max(0.0, time.time() - self.began["began"]) if self.began else 0.0
 
-# %% ../../nbs/batch/scheduling.ipynb #4b2667fe
+# %% ../../nbs/batch/scheduling.ipynb #63daea4d
 def open_row(plan: SweepPlan, run: PlannedRun) -> SweepRow:
     """The row of a run before anything is started: done, to be resumed, or fresh."""
     state, why = run_state(plan, run)
@@ -69,12 +73,11 @@ def open_row(plan: SweepPlan, run: PlannedRun) -> SweepRow:
     usable = run if state in (FRESH, RESUMABLE) else fresh_beside(plan, run)
     return SweepRow(usable, resume=state == RESUMABLE, note=why)
 
-
+# %% ../../nbs/batch/scheduling.ipynb #cb159d74
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a small file; empty where there is none or it is being written."""
-    try: value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
-    return value if isinstance(value, dict) else {}
+    try: return read_object(path, 2**20)
+    except KiloError: return {}
 
 # %% ../../nbs/batch/scheduling.ipynb #d3e8419f
 def time_left(rows: list[SweepRow], workers: int) -> float | None:
@@ -85,7 +88,7 @@ def time_left(rows: list[SweepRow], workers: int) -> float | None:
     return (mean * sum(row.status == WAITING for row in rows)
             + sum(max(0.0, mean - row.elapsed_s) for row in rows if row.status == RUNNING)) / workers
 
-# %% ../../nbs/batch/scheduling.ipynb #e9b89e1e
+# %% ../../nbs/batch/scheduling.ipynb #4d05a824
 def _row_status(plan: SweepPlan, row: SweepRow) -> dict[str, Any]:
     answer, progress = row.answer, _read(plan.folder / row.run.name / "progress.json") if row.status == RUNNING else {}
     return {"name": row.run.name, "varied": row.run.varied, "status": row.status, "ok": answer.get("ok"),
@@ -94,10 +97,10 @@ def _row_status(plan: SweepPlan, row: SweepRow) -> dict[str, Any]:
             "progress": progress or None, "results": answer.get("results", {}),
             "error": answer.get("error", "") or row.note}
 
-
+# %% ../../nbs/batch/scheduling.ipynb #44c3ec11
 def _now() -> str: return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
-# %% ../../nbs/batch/scheduling.ipynb #bbfaa4e2
+# %% ../../nbs/batch/scheduling.ipynb #46ff4ad9
 class SweepRunner:
     """The rows of a sweep while it runs, and its handler of Ctrl-C.
 
@@ -110,6 +113,7 @@ class SweepRunner:
         self.plan, self.command, self.on_status = plan, command, on_status
         self.rows = [open_row(plan, run) for run in plan.runs]
         self.stops, self.scheduler, self.workers, self.devices, self.trouble = 0, "", 0, [], ""
+        self.asking, self.killed, self.start = None, math.inf, ClusterStart()
         self.began, self.seen_worker, self.started = time.monotonic(), time.monotonic(), _now()
 
     @property
@@ -118,15 +122,17 @@ class SweepRunner:
         return [row for row in self.rows if row.status in (WAITING, RUNNING)]
 
     def stop(self, *_: Any) -> None:
-        """The handler of Ctrl-C: the first call lets runs save, the second kills them, the third raises
-        KeyboardInterrupt."""
+        """The handler of Ctrl-C, SIGTERM and SIGHUP: the first call lets runs save, the second kills them, the third
+        raises KeyboardInterrupt."""
         self.stops += 1
         message = {1: "stopping: runs may save their checkpoints; press Ctrl-C again to kill them",
                    2: "killing the runs"}.get(self.stops, "ending without waiting for the runs")
-        print(f"\n{message}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            print(f"\n{message}", file=sys.stderr, flush=True)
+        self.start.give_up()
         if self.stops > 2: raise KeyboardInterrupt
 
-# %% ../../nbs/batch/scheduling.ipynb #d02e1d98
+# %% ../../nbs/batch/scheduling.ipynb #a224a567
 def sweep_status(runner: SweepRunner, state: str) -> dict[str, Any]:
     """The contents of a sweep's `status.json`. state: `running`, `interrupted` or `finished`."""
     return {"kind": "sweep", "sweep": runner.plan.name, "experiment": runner.plan.notebook.name, "status": state,
@@ -136,18 +142,20 @@ def sweep_status(runner: SweepRunner, state: str) -> dict[str, Any]:
             "counts": {name: sum(row.status == name for row in runner.rows) for name in STATES},
             "trouble": runner.trouble, "runs": [_row_status(runner.plan, row) for row in runner.rows]}
 
-
+# %% ../../nbs/batch/scheduling.ipynb #be31d597
 def record_status(runner: SweepRunner, state: str) -> dict[str, Any]:
     """Write the status to `status.json`, pass it to `on_status`, and return it. A file that cannot be written becomes
-    the status's `trouble`."""
+    the status's `trouble`; an `on_status` whose terminal is gone is not called again."""
     status = sweep_status(runner, state)
     try: write_json(runner.plan.folder / "status.json", status)
     except OSError as error:
         runner.trouble = f"Cannot write {runner.plan.folder / 'status.json'}: {error.strerror or error}."
-    if runner.on_status is not None: runner.on_status(status)
+    try:
+        if runner.on_status is not None: runner.on_status(status)
+    except (OSError, ValueError): runner.on_status = None
     return status
 
-# %% ../../nbs/batch/scheduling.ipynb #1b45a377
+# %% ../../nbs/batch/scheduling.ipynb #aff7835c
 def run_request(runner: SweepRunner, row: SweepRow) -> dict[str, Any]:
     """What a worker needs to run a row, see `kilonb.batch.workers.run_planned`. The libraries of a run get as many
     threads as it has cores."""
@@ -159,7 +167,7 @@ def run_request(runner: SweepRunner, row: SweepRow) -> dict[str, Any]:
             "environment": {**threads, "OMP_WAIT_POLICY": "PASSIVE"}, "code": plan.code, "token": str(row.token),
             "gpus": needs.gpus, "devices": runner.devices}
 
-
+# %% ../../nbs/batch/scheduling.ipynb #d259a7cc
 def submit_run(runner: SweepRunner, client: Any, row: SweepRow) -> None:
     """Submit a row's run to the cluster, as its next attempt."""
     plan, needs = runner.plan, runner.plan.file.resources
@@ -188,20 +196,24 @@ def _try_again(runner: SweepRunner, client: Any, row: SweepRow, why: str) -> Non
     row.note = f"{why} It was started again."
     submit_run(runner, client, row)
 
-# %% ../../nbs/batch/scheduling.ipynb #0622138b
+# %% ../../nbs/batch/scheduling.ipynb #0e068c0a
+_UNBEGUN = 5
+
+
 def settle_run(runner: SweepRunner, client: Any, row: SweepRow) -> None:
     """Take the answer of a row's future, where there is one.
 
-    A worker's death is tried again as often as the file's `retries`; a death before the run began does not count.
+    A worker's death is tried again as often as the file's `retries`; a death before the run began as often as
+    `_UNBEGUN`.
     """
     if row.status == WAITING and (began := _read(row.token)): row.status, row.began = RUNNING, began
     if row.future.status not in ("finished", "error", "cancelled", "lost"): return
     answer = _answer(row.future)
     row.future = None
-    if answer["status"] == DIED and not runner.stops and not row.token.exists():
-        row.attempt -= 1
+    if answer["status"] == DIED and not runner.stops and not row.token.exists() and row.unbegun < _UNBEGUN:
+        row.unbegun += 1
         return submit_run(runner, client, row)
-    if answer["status"] == DIED and not runner.stops and row.attempt <= runner.plan.file.retries:
+    if answer["status"] == DIED and not runner.stops and row.attempt - row.unbegun <= runner.plan.file.retries:
         return _try_again(runner, client, row, answer["error"])
     died = answer["status"] == DIED and not runner.stops
     row.status = FAILED if died else INTERRUPTED if answer["status"] == DIED else answer["status"]
@@ -225,7 +237,41 @@ def _count_workers(runner: SweepRunner, client: Any) -> None:
     if without > 30: runner.trouble = f"No worker has come for {without:.0f} s."
     elif not runner.trouble.startswith("Cannot"): runner.trouble = ""
 
-# %% ../../nbs/batch/scheduling.ipynb #b224c4c4
+# %% ../../nbs/batch/scheduling.ipynb #6ef20935
+def _ask_workers(runner: SweepRunner, client: Any) -> None:
+    """Have every worker interrupt its runs, in a thread, because a worker may never answer. What fails becomes the
+    status's `trouble`."""
+    def ask(folder: str, times: int) -> None:
+        try: answers = client.run(interrupt_worker, folder, times, on_error="return")
+        except Exception as error: answers = {"of this sweep": error}
+        for worker, answer in answers.items():
+            if not isinstance(answer, BaseException): continue
+            runner.trouble = f"Cannot stop the runs of the worker {worker}: {first_line(answer)}."
+    if runner.asking is not None and runner.asking.is_alive(): return
+    runner.asking = threading.Thread(target=ask, args=(str(runner.plan.folder), min(runner.stops, 2)), daemon=True)
+    runner.asking.start()
+
+# %% ../../nbs/batch/scheduling.ipynb #168d71a1
+def _stop_runs(runner: SweepRunner, client: Any, handled: int) -> int:
+    """Withdraw what is not begun and interrupt what is; `handled`: how many stops were dealt with before. Runs whose
+    worker has not answered 3 s after the second stop are given up. Returns `runner.stops`."""
+    stops = runner.stops
+    if stops > handled: _withdraw(runner, client)
+    if stops and any(row.future is not None for row in runner.rows): _ask_workers(runner, client)
+    if stops > 1: runner.killed = min(runner.killed, time.monotonic() + 3.0)
+    for row in runner.rows:
+        if row.future is None or time.monotonic() < runner.killed: continue
+        row.future, row.status = None, INTERRUPTED
+        row.answer = {"error": "It was killed.", "elapsed_s": row.elapsed_s}
+    return stops
+
+# %% ../../nbs/batch/scheduling.ipynb #0eeeb969
+def _pause(runner: SweepRunner, seconds: float) -> None:
+    """Wait, until there is a further stop at most."""
+    stops, until = runner.stops, time.monotonic() + seconds
+    while runner.stops == stops and time.monotonic() < until: time.sleep(0.05)
+
+# %% ../../nbs/batch/scheduling.ipynb #e52c3943
 def drive_sweep(runner: SweepRunner, client: Any, every_s: float = 0.5) -> None:
     """Submit the waiting rows, and return when all of them are settled or stopped.
 
@@ -233,20 +279,18 @@ def drive_sweep(runner: SweepRunner, client: Any, every_s: float = 0.5) -> None:
     """
     runner.scheduler = client.scheduler.address
     runner.devices = visible_devices() if client.cluster is not None else []
-    for row in runner.waiting: submit_run(runner, client, row)
+    for row in runner.waiting:
+        if not runner.stops: submit_run(runner, client, row)
     handled = 0
     while under_way := [row for row in runner.rows if row.future is not None]:
         for row in under_way: settle_run(runner, client, row)
         if client.status not in ("running", "connecting"):
             raise KiloError(f"The scheduler at {runner.scheduler} is gone: start the sweep again to continue it.")
-        if runner.stops > handled:
-            handled = runner.stops
-            _withdraw(runner, client)
-        if runner.stops:
-            client.run(interrupt_worker, str(runner.plan.folder), min(runner.stops, 2), wait=False, on_error="ignore")
+        handled = _stop_runs(runner, client, handled)
         _count_workers(runner, client)
         record_status(runner, "running")
-        time.sleep(every_s)
+        if any(row.future is not None for row in runner.rows): _pause(runner, 0.1 if runner.stops else every_s)
+    if runner.asking is not None: runner.asking.join(1.0)
 
 # %% ../../nbs/batch/scheduling.ipynb #408e50ab
 @contextlib.contextmanager
@@ -269,20 +313,27 @@ def lock_sweep(plan: SweepPlan) -> Iterator[None]:
         for token in attempts.iterdir(): token.unlink(missing_ok=True)
         yield
 
-# %% ../../nbs/batch/scheduling.ipynb #e0f7227f
+# %% ../../nbs/batch/scheduling.ipynb #1b49e18b
 def run_sweep(plan: SweepPlan, scheduler: str = "", slurm: bool = False, workers: int | None = None, command: str = "",
-              on_status: Callable[[Mapping[str, Any]], None] | None = None) -> dict[str, Any]:
+              on_status: Callable[[Mapping[str, Any]], None] | None = None,
+              tls: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Run what is not done of a sweep, and return its last status.
 
-    scheduler, slurm, workers: where, see `open_cluster`. on_status: called twice a second with the status
+    scheduler, slurm, workers, tls: where, see `open_cluster`. on_status: called twice a second with the status
     (`sweep_status`). Every worker must see the sweep's folder under the same path.
     Raises KiloError before anything is started where the sweep is already being run, its folder cannot be written, or
     no cluster is there.
     """
+    if scheduler: scheduler_security(scheduler, tls)
+    if slurm: check_slurm(plan)
     with lock_sweep(plan):
         runner = SweepRunner(plan, command, on_status)
         write_plan(replace(plan, runs=tuple(row.run for row in runner.rows)))
         with signal_handlers(runner.stop):
-            if runner.waiting:
-                with open_cluster(plan, scheduler, slurm, workers) as client: drive_sweep(runner, client)
+            try:
+                if runner.waiting:
+                    with open_cluster(plan, scheduler, slurm, workers, tls, runner.start) as client:
+                        drive_sweep(runner, client)
+            except KeyboardInterrupt:
+                if not runner.start.given_up or runner.stops > 2: raise
             return record_status(runner, "interrupted" if runner.stops else "finished")

@@ -6,9 +6,8 @@
 __all__ = ['STATES', 'SHOWN_STATES', 'single_line', 'parse_progress', 'read_progress', 'parse_sweep', 'read_watched',
            'value_texts', 'varied_text', 'describe_state', 'silence_warning', 'describe_changes']
 
-# %% ../../nbs/batch/states.ipynb #a7443a80
+# %% ../../nbs/batch/states.ipynb #11cd64c8
 import datetime
-import json
 import math
 import os
 import platform
@@ -20,6 +19,7 @@ from typing import Any
 from ..core.errors import KiloError
 from ..core.files import number
 from ..core.text import format_duration, format_value
+from ..runs.files import read_part
 from ..runs.gates import GREEN
 from ..runs.records import read_run
 from ..runs.status import ABANDONED, FINISHED, INTERRUPTED, PREPARED, RUNNING, read_status
@@ -85,19 +85,15 @@ def _progress_of(value: Any) -> dict[str, Any] | None:
     return {**texts, "cell": _count_of(value.get("cell")), "cells": _count_of(value.get("cells")),
             "elapsed_s": _float_of(value.get("elapsed_s")), "stage": _stage_of(value.get("stage"))}
 
-# %% ../../nbs/batch/states.ipynb #b519600c
+# %% ../../nbs/batch/states.ipynb #dea7d008
 def read_progress(folder: str | os.PathLike) -> dict[str, Any] | None:
     """The contents of `progress.json` in a run's folder; None where there is no such file.
 
     Returns heading, cell of cells, line, changed, elapsed_s and stage (as `parse_progress` returns it, or None).
     Raises KiloError where the file is damaged.
     """
-    path = Path(folder) / "progress.json"
-    try: value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError: return None
-    except OSError as error: raise KiloError(f"Cannot read {path}: {error.strerror}.") from None
-    except ValueError: value = None
-    if not isinstance(value, dict): raise KiloError(f"{path} is not a JSON object: it was cut short or edited.")
+    value = read_part(folder, "progress")
+    if not value: return None
     return _progress_of(value)
 
 # %% ../../nbs/batch/states.ipynb #6ab0f60e
@@ -128,14 +124,14 @@ def parse_sweep(status: Mapping[str, Any]) -> dict[str, Any]:
     return {"kind": "sweep", **texts, **times, "process": dict(_mapping_of(status.get("process"))),
             "workers": _count_of(status.get("workers")), "counts": counts, "runs": runs}
 
-# %% ../../nbs/batch/states.ipynb #be4e6a60
+# %% ../../nbs/batch/states.ipynb #8eb99629
 def _since(moment: str) -> float | None:
     """Seconds since an ISO 8601 time; None where the text is none."""
     try: then = datetime.datetime.fromisoformat(moment).astimezone()
     except ValueError: return None
     return max(0.0, (datetime.datetime.now().astimezone() - then).total_seconds())
 
-
+# %% ../../nbs/batch/states.ipynb #0fba55bd
 def _elapsed(run: Mapping[str, Any]) -> float | None:
     if run["progress"] and run["progress"]["elapsed_s"] is not None: return run["progress"]["elapsed_s"]
     return _since(run["started"]) if run["status"] in (PREPARED, RUNNING) else run["elapsed_s"]
@@ -172,12 +168,12 @@ def read_watched(path: str | os.PathLike) -> dict[str, Any]:
     if not isinstance(status.get("status"), str): raise damaged
     return parse_sweep(status) if status.get("kind") == "sweep" else _run_state(folder, status)
 
-# %% ../../nbs/batch/states.ipynb #7d51b809
+# %% ../../nbs/batch/states.ipynb #c12cb5c3
 def value_texts(values: Mapping[str, Any], most: int = 4) -> list[str]:
     """`name value` for the first `most` values, numbers with four digits."""
     return [f"{name} {single_line(format_value(number(value)), 40)}" for name, value in list(values.items())[:most]]
 
-
+# %% ../../nbs/batch/states.ipynb #fbc2f3d4
 def varied_text(run: Mapping[str, Any]) -> str:
     """The varied parameters of a sweep's run in a line: `learning_rate 0.01, seed 3`."""
     return ", ".join(value_texts(run["varied"], len(run["varied"])))

@@ -5,14 +5,16 @@
 # %% auto #0
 __all__ = ['event_folders', 'choose_port', 'running_tensorboard', 'serve_tensorboard']
 
-# %% ../../nbs/batch/tensorboard.ipynb #3f44d67f
+# %% ../../nbs/batch/tensorboard.ipynb #2d25bb47
 import os
+import secrets
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import urllib.error
 import urllib.request
 import webbrowser
 from collections.abc import Iterator
@@ -76,25 +78,35 @@ def _end(process: subprocess.Popen, patience_s: float = 5.0) -> None:
         os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired): process.wait(patience_s)
 
-# %% ../../nbs/batch/tensorboard.ipynb #553576bc
+# %% ../../nbs/batch/tensorboard.ipynb #86d36c7f
+_SECRET = "KILONB_TENSORBOARD_SECRET"
+_START = f"""import os, sys
+sys.argv = ["tensorboard", *sys.argv[1:], "--path_prefix", "/" + os.environ.pop({_SECRET!r})]
+from tensorboard.main import run_main
+run_main()"""                                            # not on the command line, which every user can read
+
+
 @contextmanager
 def running_tensorboard(folder: str | os.PathLike, port: int | None = None,
                         timeout_s: float = 120.0) -> Iterator[tuple[str, subprocess.Popen]]:
-    """TensorBoard on a folder for the length of the block: yields its address and its process.
+    """TensorBoard on a folder for the length of the block: yields its address and its process. The address is on
+    loopback and has a secret part, without which other users of this machine get nothing.
 
     port: None chooses a free one. timeout_s: seconds to wait for its first answer.
     Raises KiloError where the folder has no event files, the port is in use, or TensorBoard does not answer.
     """
     event_folders(folder)
     port = choose_port(port)
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(Path(folder).expanduser().resolve()), "--host",
+    secret = secrets.token_urlsafe(16)
+    address = f"http://127.0.0.1:{port}/{secret}/"
+    command = [sys.executable, "-c", _START, "--logdir", str(Path(folder).expanduser().resolve()), "--host",
                "127.0.0.1", "--port", str(port)]
     with tempfile.TemporaryFile() as printed:
         process = subprocess.Popen(command, stdout=printed, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                                   start_new_session=True)
+                                   start_new_session=True, env={**os.environ, _SECRET: secret})
         try:
-            _await(process, f"http://127.0.0.1:{port}/", printed, timeout_s)
-            yield f"http://127.0.0.1:{port}/", process
+            _await(process, address, printed, timeout_s)
+            yield address, process
         finally: _end(process)
 
 # %% ../../nbs/batch/tensorboard.ipynb #501b45e1

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SweepDisplay', 'exit_code', 'watch', 'find_watched']
 
-# %% ../../nbs/batch/watching.ipynb #0627d34a
+# %% ../../nbs/batch/watching.ipynb #6f5a0dbf
+import contextlib
 import os
 import sys
 import time
@@ -35,7 +36,7 @@ def _without_clocks(value: Any) -> Any:
     if not isinstance(value, Mapping): return value
     return {name: _without_clocks(item) for name, item in value.items() if name not in _CLOCKS}
 
-# %% ../../nbs/batch/watching.ipynb #7210f4c7
+# %% ../../nbs/batch/watching.ipynb #69509e7a
 class SweepDisplay:
     """Prints the state of a sweep or a run at each `update`; a context manager.
 
@@ -67,10 +68,12 @@ class SweepDisplay:
         self.before = now
 
     def _print(self, lines: Sequence[str]) -> None:
-        for line in lines: print(line, file=self.stream, flush=True)
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            for line in lines: print(line, file=self.stream, flush=True)
 
     def __exit__(self, *_: Any) -> None:
-        if self.live is not None: self.live.stop()
+        with contextlib.suppress(OSError, ValueError):
+            if self.live is not None: self.live.stop()
 
 # %% ../../nbs/batch/watching.ipynb #e1a9ee2e
 def exit_code(state: Mapping[str, Any]) -> int:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DIED', 'row_of', 'end_remainder', 'run_planned', 'dask_setup', 'interrupt_worker']
 
-# %% ../../nbs/batch/workers.ipynb #375f8681
+# %% ../../nbs/batch/workers.ipynb #6acd8de5
 import contextlib
 import datetime
 import os
@@ -18,11 +18,12 @@ from typing import Any
 
 from ..core.errors import KiloError
 from ..core.files import dumps
+from ..core.signals import STOPPING
 from ..runs.gates import GREEN
 from ..runs.records import RunRecord
 from ..runs.status import FAILED, FINISHED, INTERRUPTED, PREPARED, RUNNING, read_status
 
-# %% ../../nbs/batch/workers.ipynb #ce21266b
+# %% ../../nbs/batch/workers.ipynb #0dffdd39
 DIED = "died"
 
 
@@ -36,7 +37,7 @@ def row_of(record: RunRecord) -> dict[str, Any]:
     return {"status": FINISHED, "ok": record.ok, "gates": gates, "results": shown, "elapsed_s": record.elapsed_s,
             "error": ""}
 
-
+# %% ../../nbs/batch/workers.ipynb #c3a92793
 def _failed_row(error: object, status: str = FAILED) -> dict[str, Any]:
     return {"status": status, "ok": None, "gates": "", "results": {}, "error": str(error)}
 
@@ -61,7 +62,7 @@ def end_remainder(folder: str | os.PathLike, patience_s: float = 5.0) -> bool:
     except (psutil.Error, KeyError): return False
     return True
 
-# %% ../../nbs/batch/workers.ipynb #14c1e20b
+# %% ../../nbs/batch/workers.ipynb #35bafdc5
 def _devices(request: Mapping[str, Any]) -> dict[str, str]:
     if not request.get("gpus") or not request.get("devices"): return {}
     from distributed import get_worker
@@ -69,7 +70,7 @@ def _devices(request: Mapping[str, Any]) -> dict[str, str]:
     first, devices = int(get_worker().name) * request["gpus"], request["devices"]
     return {"CUDA_VISIBLE_DEVICES": ",".join(devices[first:first + request["gpus"]])}
 
-
+# %% ../../nbs/batch/workers.ipynb #3dbd5de7
 def _address() -> str:
     from distributed import get_worker
 
@@ -120,12 +121,17 @@ def run_planned(request: Mapping[str, Any]) -> dict[str, Any]:
     return {**row, "worker_s": round(time.monotonic() - began, 3),
             "ended": datetime.datetime.now().astimezone().isoformat(timespec="seconds")}
 
-# %% ../../nbs/batch/workers.ipynb #587f1212
+# %% ../../nbs/batch/workers.ipynb #a64daa33
+def _pass_over(*_: Any) -> None: """A signal handler that does nothing; unlike SIG_IGN no program inherits it."""
+
+# %% ../../nbs/batch/workers.ipynb #dfe4d466
 def dask_setup(worker: Any) -> None:
-    """Called by dask in each worker of a local cluster before it works: ignore SIGINT."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Called by dask in each worker of a local cluster before it works: the signals that stop a sweep do nothing here,
+    and are no longer blocked. The scheduling process receives them too, and interrupts the runs."""
+    for number in STOPPING: signal.signal(number, _pass_over)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
-
+# %% ../../nbs/batch/workers.ipynb #1f9cd5d9
 def interrupt_worker(folder: str, times: int) -> list[str]:
     """Called in a worker by the scheduling process: interrupt its runs below `folder` until each has received `times`
     signals. Returns their folders."""

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CommandParser', 'add_command', 'positive_integer', 'json_line', 'print_table', 'write_or_warn']
 
-# %% ../../nbs/cli/common.ipynb #c312aaa0
+# %% ../../nbs/cli/common.ipynb #af886e52
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
 
 # %% ../../nbs/cli/common.ipynb #b7bf9329
 class CommandParser(argparse.ArgumentParser):
@@ -35,11 +35,12 @@ def add_command(commands: Any, name: str, action: Callable, summary: str, **opti
     parser.set_defaults(action=action)
     return parser
 
-# %% ../../nbs/cli/common.ipynb #1e0c12d9
+# %% ../../nbs/cli/common.ipynb #cd6a8281
 def positive_integer(text: str) -> int:
     """A whole number above 0 from the text of an option. Raises KiloError for anything else."""
-    if not text.isdigit() or int(text) < 1: raise KiloError(f"'{text}' was given; expected a whole number above 0.")
-    return int(text)
+    number = int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+    if number < 1: raise KiloError(f"{shorten(text)} was given; expected a whole number above 0 and below 10^9.")
+    return number
 
 # %% ../../nbs/cli/common.ipynb #4c3d7e06
 def json_line(folder: str | None, ok: bool, results: Mapping[str, Any], gates: Mapping[str, Any], **more: Any) -> str:
@@ -58,11 +59,12 @@ def print_table(headings: Sequence[str], rows: Sequence[Sequence[str]], as_json:
     print(dumps([dict(zip(headings, row)) for row in rows]) if as_json else text_table(headings, rows) or empty)
     return 0
 
-# %% ../../nbs/cli/common.ipynb #4751edf7
+# %% ../../nbs/cli/common.ipynb #a5e6fb54
 def write_or_warn(write: Callable[[Path], Path], folder: Path, kind: str) -> Path | None:
     """The path that `write(folder)` returns; where it fails, a warning on standard error and None: a page that cannot
     be drawn does not make a finished run fail."""
     try: return write(folder)
     except Exception as error:
-        print(f"The {kind} of {folder} was not written: {type(error).__name__}: {error}", file=sys.stderr)
+        reason = shorten(str(error), 200)[1:-1]
+        print(f"The {kind} of {folder} was not written: {type(error).__name__}: {reason}", file=sys.stderr)
         return None

@@ -6,7 +6,7 @@
 __all__ = ['list_data_command', 'verify_data_command', 'clips_data_command', 'make_data_command', 'get_data_command',
            'add_data_commands']
 
-# %% ../../nbs/cli/data.ipynb #1aa92bf7
+# %% ../../nbs/cli/data.ipynb #d2b4ec47
 import argparse
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from ..batch.arguments import data_root
 from .common import add_command, print_table
 from ..core.errors import KiloError
+from ..core.files import absolute_path
 
 # %% ../../nbs/cli/data.ipynb #edaa4dbb
 def _size(manifest: Any) -> str:
@@ -87,14 +88,15 @@ def _verify_index(path: str, data: str | None) -> bool:
     print(f"{path}: {len(index)} clips, {len(lost)} of them without all their files.", flush=True)
     return _print_missing(list(dict.fromkeys(name for names in lost.values() for name in names)), data)
 
-# %% ../../nbs/cli/data.ipynb #896112e7
+# %% ../../nbs/cli/data.ipynb #a03e91d3
 def _recordings_folder(text: str) -> Path:
     """The folder of recordings that `pandaset:PATH`, a path, or the name of a dataset names; KiloError elsewhere."""
+    from kilonb.data.generation import is_recorded
     from kilonb.data.manifests import data_folder, find_manifest
     from kilonb.data.verification import locate
 
     kind, colon, path = text.partition(":")
-    folder = Path(path if colon and kind == "pandaset" else text).expanduser()
+    folder = absolute_path(path if colon and kind == "pandaset" else text, "folder of recordings")
     if folder.is_dir(): return folder
     if colon or "/" in text or text.endswith(".json"):
         raise KiloError(f"'{text}' is not there: give a folder of PandaSet sequences, a dataset's name or "
@@ -105,9 +107,12 @@ def _recordings_folder(text: str) -> Path:
     if found is None:
         verb = "make" if manifest.synthetic else "get"
         raise KiloError(f"The dataset {text} is not here: kilonb data {verb} {text} gets it.")
+    if manifest.synthetic and not is_recorded(found):
+        raise KiloError(f"'{found}' holds no dataset that its maker wrote here: `kilonb data verify {text}` "
+                        "makes it again " "and compares, or remove the folder.")
     return found
 
-# %% ../../nbs/cli/data.ipynb #a04ccafa
+# %% ../../nbs/cli/data.ipynb #7cb81016
 def verify_data_command(options: argparse.Namespace) -> int:
     """`kilonb data verify`: compare files with their checksums, recordings with their neighbours, and a clip index with
     the data under `--data`. Returns 1 where a file is missing or differs."""
@@ -116,7 +121,7 @@ def verify_data_command(options: argparse.Namespace) -> int:
 
     whole = []
     for name in options.names:
-        folder = Path(name.removeprefix("pandaset:"))
+        folder = absolute_path(name.removeprefix("pandaset:"), "dataset")
         if folder.is_dir(): whole.append(_verify_folder(folder, verify_folder(folder)))
         elif name.endswith(".json"): whole.append(_verify_index(name, getattr(options, "data", None)))
         else:
@@ -125,13 +130,13 @@ def verify_data_command(options: argparse.Namespace) -> int:
             whole.append(_verify_folder(report.folder, report))
     return 0 if all(whole) else 1
 
-# %% ../../nbs/cli/data.ipynb #b59e21f9
+# %% ../../nbs/cli/data.ipynb #50a5efdf
 def clips_data_command(options: argparse.Namespace) -> int:
     """`kilonb data clips`: build the clip index of data, or inspect an index file. Returns 1 where files of an
     inspected index are missing."""
     from kilonb.flux4d.clips import clips_of, inspect_clip_index, missing_clip_files, read_clip_index, write_clip_index
 
-    if options.source.endswith(".json") or Path(options.source).is_file():
+    if options.source.endswith(".json") or absolute_path(options.source, "source").is_file():
         if options.output: raise KiloError("-o writes a new index: give the data that it is built from, not an index.")
         index, root = read_clip_index(options.source), options.data and _recordings_folder(options.data)
         print(inspect_clip_index(index, root or None))

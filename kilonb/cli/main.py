@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['build_parser', 'main']
 
-# %% ../../nbs/cli/main.ipynb #187235d9
+# %% ../../nbs/cli/main.ipynb #741e5fb7
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import kilonb
 from .common import CommandParser, json_line, write_or_warn
@@ -17,7 +18,8 @@ from .run import add_run_commands
 from .runs import VERBS, add_runs_commands
 from .show import add_show_commands
 from .sweep import add_sweep_commands
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
+from ..core.streams import LastingStream, lasting_output
 
 # %% ../../nbs/cli/main.ipynb #b167dbe3
 def build_parser() -> CommandParser:
@@ -33,13 +35,19 @@ def build_parser() -> CommandParser:
         add_commands(commands)
     return parser
 
-# %% ../../nbs/cli/main.ipynb #d6bdd847
-def _report_error(error: KiloError, as_json: bool, code: int = 2) -> int:
+# %% ../../nbs/cli/main.ipynb #a804e0fe
+def _failed_page(folder: Path, stopped: bool) -> Path | str | None:
+    """The page of a run that did not finish; one that was stopped gets none, because whoever stops does not wait."""
+    if stopped: return f"kilonb page {folder}"
     from kilonb.reports.run_page import write_page
 
-    folder = getattr(error, "folder", None)
-    if folder is not None: code = 128 + error.signal_number if hasattr(error, "signal_number") else 1
-    page = write_or_warn(write_page, folder, "page") if folder is not None else None
+    return write_or_warn(write_page, folder, "page")
+
+# %% ../../nbs/cli/main.ipynb #6540fefc
+def _report_error(error: KiloError, as_json: bool, code: int = 2) -> int:
+    folder, stopped = getattr(error, "folder", None), hasattr(error, "signal_number")
+    if folder is not None: code = 128 + error.signal_number if stopped else 1
+    page = None if folder is None else _failed_page(folder, stopped)
     print(f"kilonb: {error}", *((f"notebook  {folder / 'notebook.ipynb'}", f"page      {page}") if page else ()),
           sep="\n", file=sys.stderr, flush=True)
     if as_json: print(json_line(None if folder is None else str(folder), False, {}, {}, error=str(error)), flush=True)
@@ -53,23 +61,53 @@ def _with_verb(arguments: Sequence[str]) -> list[str]:
         return ["runs", "list", *arguments[1:]]
     return list(arguments)
 
-# %% ../../nbs/cli/main.ipynb #b31c14d9
+# %% ../../nbs/cli/main.ipynb #18456600
+def _run_command(arguments: Sequence[str]) -> int:
+    as_json = "--json" in arguments
+    try:
+        options = build_parser().parse_args(arguments)
+        options.arguments = arguments
+        return options.action(options)
+    except KiloError as error: return _report_error(error, as_json)
+    except KeyboardInterrupt: return _report_error(KiloError("Stopped."), as_json, 130)
+    except OSError as error: return _report_error(_system_error(error), as_json)
+    except RuntimeError as error:
+        sentence = next((sentence for words, sentence in _KNOWN_ERRORS.items() if words in str(error)), None)
+        if sentence is None: raise
+        return _report_error(KiloError(sentence), as_json)
+
+
+_KNOWN_ERRORS = {
+    "no locator available": "numba can write its cache of compiled functions nowhere: set NUMBA_CACHE_DIR to a folder "
+                            "that can be written.",
+    "determine home directory": "A path begins with ~ and the name of a user who does not exist or has no home folder: "
+                                "give the whole path.",
+    "Symlink loop": "The links of a path form a loop: give another path.",
+}
+
+
+def _system_error(error: OSError) -> KiloError:
+    """An error of the system, which no command expected, as one sentence: a full disk, a folder without permission."""
+    name = f"{shorten(os.fsdecode(error.filename), 200)[1:-1]}: " if isinstance(error.filename, (str, bytes)) else ""
+    return KiloError(f"{name}{error.strerror or shorten(str(error), 200)[1:-1]}.")
+
+
+def _code_without_reader(code: int, output: LastingStream, arguments: Sequence[str]) -> int:
+    """The exit code where standard output was lost: that of a run stays; a list that nobody has read to its end is 141,
+    as for a process that SIGPIPE ends, and one that a full disk cut is an error."""
+    if code != 0 or output.error is None or list(arguments[:1]) in (["run"], ["bench"], ["sweep"]): return code
+    if not output.full: return 141
+    print(f"kilonb: Standard output was cut: {output.error.strerror}.", file=sys.stderr)
+    return 1
+
+# %% ../../nbs/cli/main.ipynb #630e0339
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 a run or a check failed, 2 bad input, 130 Ctrl-C.
 
     arguments: as on the command line; None: those of this process.
     """
     arguments = _with_verb(sys.argv[1:] if arguments is None else arguments)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
-    try:
-        options = build_parser().parse_args(arguments)
-        options.arguments = arguments
-        code = options.action(options)
-        sys.stdout.flush()
-        return code
-    except KiloError as error: return _report_error(error, "--json" in arguments)
-    except KeyboardInterrupt: return _report_error(KiloError("Stopped."), "--json" in arguments, 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+    with lasting_output() as (output, _):
+        code = _run_command(arguments)
+        output.flush()
+        return _code_without_reader(code, output, arguments)

@@ -41,36 +41,41 @@ def describe_notebook(name: str, folder: str = "experiments", every: bool = Fals
              text_table(("parameter", "type", "default", ""), rows), _settings_text(notebook, every))
     return "\n\n".join(filter(None, parts))
 
-# %% ../../nbs/cli/run.ipynb #52bcb68d
+# %% ../../nbs/cli/run.ipynb #f20ec638
 def _unfinished(experiment: str) -> str:
     """The folder of the newest run of an experiment that did not finish."""
     from kilonb.runs.records import list_runs
-    from kilonb.runs.status import FINISHED
+    from kilonb.runs.status import FINISHED, PREPARED, RUNNING, UNREADABLE
 
     found = [record for record in list_runs(outputs_folder(), experiment)
-             if record.status not in (FINISHED, "unreadable")]
+             if record.status not in (FINISHED, UNREADABLE)
+             and (record.status not in (PREPARED, RUNNING) or record.elsewhere)]
     if not found: raise KiloError(f"No unfinished run of {experiment} to resume: name a run folder by --out.")
     return str(found[-1].folder)
 
-# %% ../../nbs/cli/run.ipynb #cdc243bd
+# %% ../../nbs/cli/run.ipynb #d65bc27d
 def _request(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `run_notebook` from the options of the command."""
     from kilonb.runs.records import read_run
     from kilonb.runs.notebooks import find_notebook, read_notebook
 
+    if options.take_over and not options.resume: raise KiloError("--take-over belongs to --resume.")
     notebook = read_notebook(find_notebook(options.name, options.folder))
     run_dir = options.out or (_unfinished(notebook.name) if options.resume else "")
     earlier = earlier_values(notebook, read_run(run_dir).parameters) if options.resume else {}
     values = typed_arguments(notebook, options.assignments, options.data, earlier)
     return {"notebook": notebook, "values": values, "run_dir": run_dir, "resume": options.resume,
-            "outputs": outputs_folder(), "command": shlex.join(["kilonb", *options.arguments])}
+            "outputs": outputs_folder(), "command": shlex.join(["kilonb", *options.arguments]),
+            "take_over": options.take_over}
 
-# %% ../../nbs/cli/run.ipynb #a5c84c56
+# %% ../../nbs/cli/run.ipynb #f5b4aeb6
 def _execute(processes: int, **request: Any) -> Any:
     from kilonb.batch.execution import run_notebook
     from kilonb.batch.launch import launch
 
     if processes == 1: return run_notebook(**request)
+    if request.pop("take_over"):
+        raise KiloError("--take-over and --processes exclude each other: resume as one process.")
     return launch(request.pop("notebook"), request.pop("values"), processes, **request)
 
 # %% ../../nbs/cli/run.ipynb #70a6da99
@@ -100,7 +105,7 @@ def run_command(options: argparse.Namespace) -> int:
           + (f"\npage      {page}" if page else ""), flush=True)
     return 0
 
-# %% ../../nbs/cli/run.ipynb #dcaef4f2
+# %% ../../nbs/cli/run.ipynb #04a7bee2
 def _add_notebook_command(commands: Any, command: str, folder: str, kind: str, summary: str) -> None:
     parser = add_command(commands, command, run_command, summary, add_help=False,
                          epilog=f"kilonb {command} {kind} --help lists the parameters of one notebook.")
@@ -114,6 +119,8 @@ def _add_notebook_command(commands: Any, command: str, folder: str, kind: str, s
     add("--out", metavar="DIR", help="the run folder, new or empty (default: outputs/<name>/<time>)")
     add("--resume", action="store_true",
         help="continue the run in --out, or the newest unfinished one, with its parameters")
+    add("--take-over", action="store_true", dest="take_over",
+        help="with --resume: the run is marked as running on another host, and you know that it has ended")
     add("--processes", type=positive_integer, default=1, metavar="N",
         help="number of processes of this machine that share each training step (default: 1)")
     add("--json", action="store_true", help="end with one line of JSON: run, ok, results, gates")

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'list_command', 'compare_command', 'archive_command', 'archives_command', 'restore_command',
-           'add_runs_commands']
+           'tidy_command', 'add_runs_commands']
 
-# %% ../../nbs/cli/runs.ipynb #469b3f3f
+# %% ../../nbs/cli/runs.ipynb #43bdab64
 import argparse
+import os
 from typing import Any
 
 from ..batch.arguments import outputs_folder
 from .common import add_command, print_table
-from ..core.errors import KiloError
+from ..core.errors import KiloError, printable
 
 # %% ../../nbs/cli/runs.ipynb #b75d5773
 def _selected(options: argparse.Namespace, names: list[str]) -> list[Any]:
@@ -29,17 +30,18 @@ def list_command(options: argparse.Namespace) -> int:
     return print_table(*run_rows(_selected(options, options.names)), options.json,
                        "No runs yet: `kilonb run EXPERIMENT` makes one.")
 
-# %% ../../nbs/cli/runs.ipynb #1774f301
+# %% ../../nbs/cli/runs.ipynb #53bb1c44
 def compare_command(options: argparse.Namespace) -> int:
     """`kilonb runs compare`: parameters, results and environments; for two runs also sentences on why they differ."""
     from kilonb.runs.comparison import compare_rows, explain_difference
-    from kilonb.runs.records import find_run, read_run
+    from kilonb.runs.records import find_run, read_run_or_error
 
-    records = [read_run(find_run(name, outputs_folder())) for name in options.names]
+    records = [read_run_or_error(find_run(name, outputs_folder())) for name in options.names]
     if len(records) < 2: raise KiloError("Only one run was named; comparing takes at least two runs.")
     print_table(*compare_rows(records), options.json, "They do not differ.")
     if len(records) == 2 and not options.json:
-        print("", *(explain_difference(*records) or ["Nothing that was recorded differs."]), sep="\n")
+        lines = explain_difference(*records) or ["Nothing that was recorded differs."]
+        print("", *map(printable, lines), sep="\n")
     return 0
 
 # %% ../../nbs/cli/runs.ipynb #686c3e25
@@ -71,7 +73,7 @@ def archive_command(options: argparse.Namespace) -> int:
     packed = archive_runs(records, outputs_folder() and outputs_folder() / "archive", options.delete)
     return print_table(*archive_rows(packed), options.json, f"{len(records)} runs deleted.")
 
-# %% ../../nbs/cli/runs.ipynb #9244dd57
+# %% ../../nbs/cli/runs.ipynb #dd340895
 def archives_command(options: argparse.Namespace) -> int:
     """`kilonb runs archives`: a table of the archives."""
     from kilonb.runs.archive import archive_rows, list_archives
@@ -88,11 +90,21 @@ def restore_command(options: argparse.Namespace) -> int:
 
     for name in options.names:
         archived = (outputs_folder() or outputs_root()) / "archive" / name
-        print(restore_run(archived if archived.is_file() else name, outputs_folder()))
+        print(restore_run(archived if os.path.isfile(archived) else name, outputs_folder()))
     return 0
 
-# %% ../../nbs/cli/runs.ipynb #b428d7ff
-VERBS = ("list", "compare", "archive", "archives", "restore")
+
+def tidy_command(options: argparse.Namespace) -> int:
+    """`kilonb runs tidy`: remove temporary files that dead processes of this machine left in the outputs folder."""
+    from kilonb.core.processes import sweep_leftovers
+    from kilonb.runs.folders import outputs_root
+
+    gone = sweep_leftovers(outputs_folder() or outputs_root(), below=True)
+    print(f"{len(gone)} leftovers of dead processes were removed.")
+    return 0
+
+# %% ../../nbs/cli/runs.ipynb #4474d3e1
+VERBS = ("list", "compare", "archive", "archives", "restore", "tidy")
 
 
 def _add_selection(parser: argparse.ArgumentParser) -> None:
@@ -115,7 +127,7 @@ def _add_archive(verbs: Any) -> argparse.ArgumentParser:
     parser.add_argument("--yes", action="store_true", help="do it; without this, only print what would be done")
     return parser
 
-# %% ../../nbs/cli/runs.ipynb #6793bca7
+# %% ../../nbs/cli/runs.ipynb #1fdee777
 def add_runs_commands(commands: Any) -> None:
     """Add `runs` with its verbs to the sub-parsers `commands`."""
     parser = commands.add_parser("runs", help="list, compare, archive and restore runs",
@@ -132,3 +144,4 @@ def add_runs_commands(commands: Any) -> None:
         parser.add_argument("--json", action="store_true", help="print one line of JSON")
     restoring = add_command(verbs, "restore", restore_command, "unpack archived runs to their folders")
     restoring.add_argument("names", nargs="+", metavar="ARCHIVE", help="file names in outputs/archive, or paths")
+    add_command(verbs, "tidy", tidy_command, "remove temporary files that dead processes left in the outputs")

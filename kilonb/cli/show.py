@@ -12,16 +12,17 @@ from typing import Any
 from ..batch.arguments import outputs_folder
 from .common import add_command
 
-# %% ../../nbs/cli/show.ipynb #07fae16c
+# %% ../../nbs/cli/show.ipynb #a8930208
 def show_command(options: argparse.Namespace) -> int:
     """`kilonb show`: one run with gates, results, parameters and environment; several runs as a table."""
     from kilonb.core.files import dumps
     from kilonb.core.text import text_table
     from kilonb.reports.terminal import describe_run
     from kilonb.runs.comparison import compare_runs
-    from kilonb.runs.records import find_run, read_run
+    from kilonb.runs.records import find_run, read_run, read_run_or_error
 
-    records = [read_run(find_run(name, outputs_folder())) for name in options.names]
+    found = [find_run(name, outputs_folder()) for name in options.names]
+    records = [read_run(found[0])] if len(found) == 1 else list(map(read_run_or_error, found))
     if options.json:
         print(dumps([{"run": str(record.folder), "status": record.status, "ok": record.ok, "results": record.results,
                       "gates": record.report.to_dict(), "parameters": record.parameters} for record in records]))

@@ -35,12 +35,22 @@ def _print_end(plan: Any, status: Mapping[str, Any], as_json: bool) -> int:
     if status["status"] == "interrupted": raise KeyboardInterrupt
     return 1 if status["counts"]["failed"] else 0
 
-# %% ../../nbs/cli/sweep.ipynb #54fe83fb
+# %% ../../nbs/cli/sweep.ipynb #94303161
+def _tls(options: argparse.Namespace) -> dict[str, str]:
+    """The certificate files of --scheduler. Raises KiloError where they are given without it."""
+    files = {name: getattr(options, f"tls_{name}", "") for name in ("ca", "cert", "key")}
+    if any(files.values()) and not options.scheduler:
+        raise KiloError("--tls-ca, --tls-cert and --tls-key belong to --scheduler: without it the sweep makes its own "
+                        "certificate.")
+    return files
+
+# %% ../../nbs/cli/sweep.ipynb #b3c7a170
 def sweep_command(options: argparse.Namespace) -> int:
     """`kilonb sweep`: plan a sweep, run what is not done, write its report. Returns 1 where a run failed."""
     from kilonb.batch.sweeps import plan_sweep
 
     if options.scheduler and options.slurm: raise KiloError("--scheduler and --slurm exclude each other: give one.")
+    _tls(options)
     plan = plan_sweep(options.file, outputs_folder(), options.data,
                       resolve=lambda text: resolve_argument(text, data_root()))
     if options.plan: return _print_plan(plan)
@@ -50,7 +60,7 @@ def sweep_command(options: argparse.Namespace) -> int:
     print(f"{plan.name}: {len(plan.runs)} runs of {plan.notebook.name} -> {plan.folder}", flush=True)
     with SweepDisplay() as display:
         status = run_sweep(plan, options.scheduler, options.slurm, options.workers,
-                           shlex.join(["kilonb", *options.arguments]), display.update)
+                           shlex.join(["kilonb", *options.arguments]), display.update, _tls(options))
     return _print_end(plan, status, options.json)
 
 # %% ../../nbs/cli/sweep.ipynb #6d4d5243
@@ -71,7 +81,7 @@ def tensorboard_command(options: argparse.Namespace) -> int:
     folder = find_watched(options.name, outputs_folder()) if options.name else everything
     return serve_tensorboard(folder, options.port)
 
-# %% ../../nbs/cli/sweep.ipynb #ec649b39
+# %% ../../nbs/cli/sweep.ipynb #227d452f
 def _add_sweep(commands: Any) -> None:
     parser = add_command(commands, "sweep", sweep_command, "run the part of a sweep file that is not done yet")
     add = parser.add_argument
@@ -80,7 +90,11 @@ def _add_sweep(commands: Any) -> None:
     add("--workers", type=positive_integer, metavar="N",
         help="number of runs at a time (default: as many as fit on the machine; with --slurm, the file's jobs)")
     add("--scheduler", default="", metavar="ADDRESS",
-        help="address of a running dask scheduler, tcp://host:8786 (default: one on this machine)")
+        help="address of a running dask scheduler, tls://host:8786; whoever reaches one can execute code on its "
+        "workers, so beyond this machine it must speak TLS (default: one on this machine)")
+    for name, what in (("ca", "authority"), ("cert", "certificate"), ("key", "private key")):
+        add(f"--tls-{name}", default="", metavar="FILE",
+            help=f"PEM file of the {what} for --scheduler (default: that of dask's configuration)")
     add("--slurm", action="store_true", help="start the workers as SLURM jobs")
     add("--plan", action="store_true", help="print the planned runs and start nothing")
     add("--json", action="store_true", help="end with one line of JSON: the sweep's status")

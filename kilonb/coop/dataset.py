@@ -7,25 +7,26 @@ __all__ = ['SampleOptions', 'Group', 'choose_groups', 'Sample', 'make_sample', '
            'stitch_all', 'open_splits', 'strided_samples', 'with_fewer_vehicles', 'collate', 'column_rotations',
            'roll_sample', 'roll_randomly', 'dataset_statistics']
 
-# %% ../../nbs/coop/dataset.ipynb #40b9d050
+# %% ../../nbs/coop/dataset.ipynb #7a840abc
 import hashlib
-import json
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.documents import read_object
 from ..core.errors import KiloError
 from ..core.files import write_json
+from ..core.numbers import finite, whole
 from ..geometry.panoramas import PanoramaCamera
-from ..geometry.transforms import rigid_inverse
+from ..geometry.transforms import check_rigid, rigid_inverse
 from kilonb.panoramas.tiles import (
     CLASSES,
     SCENE,
@@ -144,10 +145,21 @@ def _listing_digest(scene: Opv2vScene, options: SampleOptions, code: str) -> str
         digest.update(f"{entry.name} {state}".encode())
     return digest.hexdigest()[:32]
 
-# %% ../../nbs/coop/dataset.ipynb #466244ca
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try: return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
+# %% ../../nbs/coop/dataset.ipynb #29240cbc
+def _known_frames(path: Path, scene: Opv2vScene, instants: Sequence[Instant]) -> list[_UsableFrame] | None:
+    """The usable frames that an earlier run wrote, its problems added to the scene's; None where there is no such file
+    or it is damaged."""
+    try:
+        kept = read_object(path)
+        known = [_UsableFrame(whole(number, "number", 0, len(scene.entries) - 1),
+                              whole(instant, "instant", 0, len(instants) - 1),
+                              check_rigid(torch.from_numpy(finite(pose, "the pose", (4, 4))), "the pose").tolist())
+                 for number, instant, pose in kept["known"]]
+        problems = [(frame, message) for frame, message in kept["problems"]]
+        if not all(isinstance(text, str) for problem in problems for text in problem): return None
+    except (KiloError, KeyError, TypeError, ValueError): return None
+    for frame, message in problems: add_problem(scene.problems, frame, message)
+    return known
 
 # %% ../../nbs/coop/dataset.ipynb #490a1184
 def _find_usable(scene: Opv2vScene, instants: Sequence[Instant], options: SampleOptions) -> list[_UsableFrame]:
@@ -164,14 +176,12 @@ def _find_usable(scene: Opv2vScene, instants: Sequence[Instant], options: Sample
                             f"cameras, {options.fewest_cameras} are wanted")
     return known
 
-# %% ../../nbs/coop/dataset.ipynb #483641f6
+# %% ../../nbs/coop/dataset.ipynb #db35bb89
 def _usable_frames(scene: Opv2vScene, instants: Sequence[Instant], options: SampleOptions, cache: Path | None,
                    code: str) -> list[_UsableFrame]:
     """`_find_usable`, from the cache where it holds a list of these files."""
     path = cache / "poses" / f"{_listing_digest(scene, options, code)}.json" if cache else None
-    if path and (kept := _read_json(path)) is not None:
-        for frame, message in kept["problems"]: add_problem(scene.problems, frame, message)
-        return [_UsableFrame(*values) for values in kept["known"]]
+    if path and (kept := _known_frames(path, scene, instants)) is not None: return kept
     before = len(scene.problems)
     known = _find_usable(scene, instants, options)
     problems: list[Problem] = scene.problems[before:]

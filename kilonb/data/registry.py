@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MAKERS', 'READERS', 'check_name', 'find_maker', 'find_reader']
 
-# %% ../../nbs/data/registry.ipynb #b767d8ec
+# %% ../../nbs/data/registry.ipynb #63aefead
 import importlib
 from collections.abc import Callable, Mapping
 
-from ..core.errors import KiloError, unknown_name
+from ..core.errors import KiloError, shorten, unknown_name
 
 # %% ../../nbs/data/registry.ipynb #614e02d1
 MAKERS = {"boxtown_argoverse2": "kilonb.scenes.boxtown_argoverse2:make_argoverse2",
@@ -30,7 +30,7 @@ READERS = {"anipose": "kilonb.scenes.anipose:read_anipose",
            "ply": "kilonb.splats.ply:read_ply",
            "v2xsim": "kilonb.scenes.v2xsim:load_v2xsim"}
 
-# %% ../../nbs/data/registry.ipynb #2bd4b4e1
+# %% ../../nbs/data/registry.ipynb #b0bf1665
 def check_name(kind: str, name: str, table: Mapping[str, str]) -> None:
     """Raises KiloError where `name` is not in a table of this module.
 
@@ -38,8 +38,8 @@ def check_name(kind: str, name: str, table: Mapping[str, str]) -> None:
     """
     if name in table: return
     if ":" in name:
-        raise KiloError(f"The {kind} '{name}' is given as module:function, which a manifest may not hold: use a name "
-                        f"from kilonb.data.registry ({', '.join(sorted(table))}), or add one there.")
+        raise KiloError(f"The {kind} {shorten(name)} is given as module:function, which a manifest may not hold: use a "
+                        f"name from kilonb.data.registry ({', '.join(sorted(table))}), or add one there.")
     raise unknown_name(kind, name, table)
 
 # %% ../../nbs/data/registry.ipynb #2dc467a7

@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['FRAMES', 'write_table', 'read_table']
 
-# %% ../../nbs/data/tables.ipynb #083dc3e2
+# %% ../../nbs/data/tables.ipynb #113b45d3
 import gzip
 import io
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
 from ..core.files import atomic_write
 from ..core.pickles import ARRAYS, merge_permissions, load_restricted
 
@@ -26,7 +26,7 @@ class _FrameState:
     def __setstate__(self, state: Any) -> None:
         self.manager = state.get("_mgr", state.get("_data")) if isinstance(state, dict) else None
 
-# %% ../../nbs/data/tables.ipynb #2986e1c6
+# %% ../../nbs/data/tables.ipynb #e985b736
 class _ManagerState:
     """The state of a pickled BlockManager: the axes [columns, rows] and the blocks, as arguments (pandas >= 1.3) or as
     a state."""
@@ -34,33 +34,112 @@ class _ManagerState:
     def __init__(self, blocks: Any = (), axes: Any = ()) -> None: self.axes, self.blocks = axes, blocks
 
     def __setstate__(self, state: Any) -> None:
-        kept = next((part["0.14.1"] for part in state if isinstance(part, dict) and "0.14.1" in part), None)
-        self.axes, self.blocks = (kept["axes"], kept["blocks"]) if kept else ((), ())
+        parts = state if isinstance(state, tuple) else ()
+        kept = next((part["0.14.1"] for part in parts if isinstance(part, dict) and "0.14.1" in part), None)
+        self.axes, self.blocks = (kept["axes"], kept["blocks"]) if isinstance(kept, dict) else ((), ())
 
-# %% ../../nbs/data/tables.ipynb #07aa35c6
+# %% ../../nbs/data/tables.ipynb #b8abaf1f
 class _Labels:
     """The labels along an axis; only those of the columns are used."""
 
-    def __init__(self, values: Any) -> None: self.values = values
+    def __init__(self, values: Any = ()) -> None: self.values = values
 
 # %% ../../nbs/data/tables.ipynb #49248554
 def _block_state(values: Any, placement: Any, ndim: int = 2) -> dict[str, Any]:
     """A block of pandas >= 1.3 in the form of the older state."""
     return {"values": values, "mgr_locs": placement}
 
-# %% ../../nbs/data/tables.ipynb #2df173d2
+# %% ../../nbs/data/tables.ipynb #377c7252
 def _labels(kind: Any, state: Mapping[str, Any]) -> _Labels:
-    if "data" in state: return _Labels(list(state["data"]))
-    return _Labels(range(state.get("start", 0), state["stop"], state.get("step", 1)))
+    """An index from its state; the labels of a range are not made."""
+    return _Labels(state.get("data", ()))
 
-# %% ../../nbs/data/tables.ipynb #1fe97481
+# %% ../../nbs/data/tables.ipynb #6d90e2b1
+_OFFSETS = {"string": "<i4", "utf8": "<i4", "large_string": "<i8", "large_utf8": "<i8"}
+
+
+def _offsets(kind: str, buffer: bytes, first: int, count: int, size: int) -> np.ndarray:
+    """[count + 1] offsets of texts in `size` bytes. Raises ValueError where they do not fit."""
+    width = np.dtype(_OFFSETS[kind])
+    if not count: return np.zeros(1, np.int64)
+    places = np.frombuffer(buffer, width, count + 1, first * width.itemsize).astype(np.int64)
+    if places[0] < 0 or places[-1] > size or (np.diff(places) < 0).any(): raise ValueError("offsets beyond the texts")
+    return places
+
+# %% ../../nbs/data/tables.ipynb #5df409bc
+def _valid(buffer: bytes | None, first: int, count: int) -> np.ndarray:
+    """[count] bool: which entries of an Arrow array are there."""
+    if buffer is None: return np.ones(count, bool)
+    if first + count > 8 * len(buffer): raise ValueError("more entries than validity bits")
+    return np.unpackbits(np.frombuffer(buffer, np.uint8), bitorder="little")[first:first + count].astype(bool)
+
+# %% ../../nbs/data/tables.ipynb #5680c77c
+def _arrow_texts(parts: tuple) -> np.ndarray:
+    """[rows] texts of an Arrow array, None where there is none. Raises ValueError, TypeError or KeyError where it is
+    no array of texts."""
+    kind, count, _, first, buffers, *_ = parts
+    if not (isinstance(count, int) and isinstance(first, int) and min(count, first) >= 0 and len(buffers) == 3):
+        raise ValueError("not an array of texts")
+    texts = bytes(buffers[2] or b"")
+    places, there = _offsets(kind, buffers[1] or b"", first, count, len(texts)), _valid(buffers[0], first, count)
+    found = np.empty(count, object)
+    for k in range(count): found[k] = texts[places[k]:places[k + 1]].decode("utf-8") if there[k] else None
+    return found
+
+# %% ../../nbs/data/tables.ipynb #23737dc4
+def _chunked(chunks: Iterable, kind: Any = None) -> np.ndarray:
+    """An Arrow array in several parts, as one."""
+    return np.concatenate([np.empty(0, object), *chunks])
+
+# %% ../../nbs/data/tables.ipynb #ead363e4
+class _TextArray:
+    """A pandas extension array of texts: from Arrow (a state with `_pa_array`), or of objects ((dtype, values) or
+    (values, dtype, ...))."""
+
+    values: Any = ()
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, tuple) and state and isinstance(state[0], dict): state = state[0]
+        parts = state.values() if isinstance(state, dict) else state if isinstance(state, tuple) else ()
+        self.values = next((part for part in parts if isinstance(part, np.ndarray)), ())
+
+# %% ../../nbs/data/tables.ipynb #60054a36
+class _TextKind:
+    """The type of a column of texts; not used."""
+
+    def __init__(self, *arguments: Any) -> None: pass
+
+    def __setstate__(self, state: Any) -> None: pass
+
+# %% ../../nbs/data/tables.ipynb #15b766fc
+def _new_text_array(kind: Any, *arguments: Any) -> _TextArray: return _TextArray()
+
+
+def _type_name(name: Any) -> Any: return name
+
+
+def _buffer_bytes(data: Any = b"", encoding: str = "latin-1") -> bytes:
+    """Bytes as protocol 2 writes them: nothing, a text in latin-1, or bytes. Raises TypeError for anything else."""
+    if isinstance(data, str): return data.encode("latin-1")
+    if isinstance(data, (bytes, bytearray)): return bytes(data)
+    raise TypeError(f"bytes of a {type(data).__name__}")
+
+# %% ../../nbs/data/tables.ipynb #7ee5666a
 FRAMES = merge_permissions(ARRAYS, {
     "pandas.core.frame": ("DataFrame",),
     "pandas.core.internals.managers": ("BlockManager",),
     "pandas._libs.internals": ("_unpickle_block",),
     "pandas.core.indexes.base": ("Index", "_new_Index"),
     "pandas.core.indexes.range": ("RangeIndex",),
-    "pandas.core.indexes.numeric": ("Int64Index",),
+    "pandas.core.indexes.numeric": ("Int64Index", "Float64Index", "UInt64Index"),
+    "pandas": ("DataFrame", "Index", "RangeIndex", "StringDtype", "NA"),
+    "pandas.arrays": ("ArrowStringArray", "StringArray"),
+    "pandas.core.arrays.string_": ("StringArray", "StringDtype"),
+    "pandas.core.arrays.string_arrow": ("ArrowStringArray", "ArrowStringArrayNumpySemantics"),
+    "pandas._libs.arrays": ("__pyx_unpickle_NDArrayBacked",),
+    "pandas._libs.missing": ("NA", "C_NAType"),
+    "pyarrow.lib": ("_restore_array", "chunked_array", "py_buffer", "type_for_alias"),
+    "__builtin__": ("slice", "bytes", "bytearray"),
 })
 _HERE = "kilonb.data.tables"
 _STAND_INS = {"pandas.core.frame:DataFrame": f"{_HERE}:_FrameState",
@@ -69,7 +148,20 @@ _STAND_INS = {"pandas.core.frame:DataFrame": f"{_HERE}:_FrameState",
               "pandas.core.indexes.base:_new_Index": f"{_HERE}:_labels",
               "pandas.core.indexes.base:Index": f"{_HERE}:_Labels",
               "pandas.core.indexes.range:RangeIndex": f"{_HERE}:_Labels",
-              "pandas.core.indexes.numeric:Int64Index": f"{_HERE}:_Labels"}
+              **{f"pandas.core.indexes.numeric:{kind}Index": f"{_HERE}:_Labels"
+                 for kind in ("Int64", "Float64", "UInt64")}, "pandas:DataFrame": f"{_HERE}:_FrameState",
+              "pandas:Index": f"{_HERE}:_Labels", "pandas:RangeIndex": f"{_HERE}:_Labels",
+              "pandas:StringDtype": f"{_HERE}:_TextKind", "pandas:NA": f"{_HERE}:_TextKind",
+              "pandas._libs.missing:NA": f"{_HERE}:_TextKind", "pandas._libs.missing:C_NAType": f"{_HERE}:_TextKind",
+              **{f"{module}:{kind}": f"{_HERE}:_TextArray"
+                 for module in ("pandas.arrays", "pandas.core.arrays.string_", "pandas.core.arrays.string_arrow")
+                 for kind in ("StringArray", "ArrowStringArray", "ArrowStringArrayNumpySemantics")},
+              "pandas.core.arrays.string_:StringDtype": f"{_HERE}:_TextKind",
+              "pandas._libs.arrays:__pyx_unpickle_NDArrayBacked": f"{_HERE}:_new_text_array",
+              "pyarrow.lib:_restore_array": f"{_HERE}:_arrow_texts", "pyarrow.lib:chunked_array": f"{_HERE}:_chunked",
+              "pyarrow.lib:py_buffer": f"{_HERE}:_buffer_bytes", "pyarrow.lib:type_for_alias": f"{_HERE}:_type_name",
+              "__builtin__:slice": "builtins:slice", "__builtin__:bytes": f"{_HERE}:_buffer_bytes",
+              "__builtin__:bytearray": f"{_HERE}:_buffer_bytes"}
 
 # %% ../../nbs/data/tables.ipynb #1a7b5b9f
 class _Global:
@@ -156,16 +248,49 @@ def write_table(path: str | os.PathLike, columns: Mapping[str, Any]) -> None:
     _FramePickler(buffer, protocol=3).dump(frame)
     with atomic_write(path) as partial: partial.write_bytes(gzip.compress(buffer.getvalue(), compresslevel=1, mtime=0))
 
-# %% ../../nbs/data/tables.ipynb #46c8db6c
-def _load_frame(path: str | os.PathLike) -> Any:
-    """The stand-in of the pickled frame; KiloError where the file is not one that can be read."""
-    try: return load_restricted(path, FRAMES, _STAND_INS)
-    except KiloError as error:
-        if "'pandas.DataFrame'" not in str(error): raise
-        raise KiloError(f"'{path}' was pickled by pandas 3, whose tables of text need pyarrow's pickles: save it again "
-                        "with pandas 2 or older.") from None
+# %% ../../nbs/data/tables.ipynb #2d1f7726
+def _column_names(labels: Any) -> list[str]:
+    """The texts along the axis of columns. Raises ValueError where they are no different texts."""
+    values = getattr(labels, "values", ())
+    values = getattr(values, "values", values)
+    names = list(values) if isinstance(values, (np.ndarray, list, tuple)) else []
+    if not names or not all(isinstance(name, str) for name in names): raise ValueError("column names that are no texts")
+    if len(set(names)) < len(names): raise ValueError("two columns of one name")
+    return names
 
-# %% ../../nbs/data/tables.ipynb #456e9ad8
+# %% ../../nbs/data/tables.ipynb #cb662ad4
+def _placement(where: Any, count: int) -> list[int]:
+    """The numbers of a block's columns among `count`. Raises ValueError, TypeError or IndexError elsewhere."""
+    if isinstance(where, slice): return list(range(*where.indices(count)))
+    numbers = np.asarray(where)
+    if numbers.ndim != 1 or numbers.size > count or numbers.dtype.kind not in "iu": raise ValueError("block placement")
+    return [range(count)[number] for number in numbers.tolist()]
+
+# %% ../../nbs/data/tables.ipynb #86d367ee
+def _block_values(block: Any, columns: int) -> np.ndarray:
+    """[columns, rows] of a block. Raises ValueError, TypeError or KeyError where it has no such array."""
+    values = block["values"]
+    values = getattr(values, "values", values)         # of a text array
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "OfiubUSM": raise ValueError("values of a block")
+    values = values[None] if values.ndim == 1 and columns == 1 else values
+    if values.ndim != 2 or len(values) != columns: raise ValueError(f"a block of shape {list(values.shape)}")
+    return values
+
+# %% ../../nbs/data/tables.ipynb #de34d761
+def _columns_of(frame: Any) -> dict[str, np.ndarray]:
+    """The columns of a stand-in frame. Raises ValueError, TypeError, KeyError, IndexError or AttributeError where it is
+    no frame."""
+    columns, _ = frame.manager.axes
+    names, table = _column_names(columns), {}
+    for block in frame.manager.blocks:
+        numbers = _placement(block["mgr_locs"], len(names))
+        for number, values in zip(numbers, _block_values(block, len(numbers))): table[names[number]] = values
+    if len({len(values) for values in table.values()}) > 1: raise ValueError("columns of different lengths")
+    missing = [name for name in names if name not in table]
+    if missing: raise ValueError(f"no values of the column {shorten(missing[0])}")
+    return {name: table[name] for name in names}
+
+# %% ../../nbs/data/tables.ipynb #fa209b80
 def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """The columns of a pickled data frame, gzipped or not: name -> [rows], in the file's order and types (text as
     objects).
@@ -173,17 +298,12 @@ def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> dict[s
     columns: names that must be present. Raises KiloError: no such file, not a whole pickle, not a data frame, or a
     missing column. Nothing in the file is executed.
     """
-    frame = _load_frame(path)
-    manager = getattr(frame, "manager", None)
-    if len(getattr(manager, "axes", ())) != 2:
-        raise KiloError(f"'{path}' is not a pickled pandas table: expected a DataFrame with one BlockManager of two "
-                        "axes.")
-    names, table = list(manager.axes[0].values), {}
-    for block in manager.blocks:
-        where = block["mgr_locs"]
-        numbers = range(*where.indices(len(names))) if isinstance(where, slice) else [int(i) for i in where]
-        for number, values in zip(numbers, np.atleast_2d(block["values"])): table[names[number]] = values
-    missing = [name for name in (*names, *columns) if name not in table]
+    frame = load_restricted(path, FRAMES, _STAND_INS)
+    try: table = _columns_of(frame)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:
+        raise KiloError(f"'{path}' is not a pickled pandas table ({shorten(str(error), 80)}): expected a "
+                        "DataFrame with " "one BlockManager of two axes.") from None
+    missing = [name for name in columns if name not in table]
     if missing:
-        raise KiloError(f"'{path}' has no column '{missing[0]}': it has {', '.join(map(str, table)) or 'none'}.")
-    return {name: table[name] for name in names}
+        raise KiloError(f"'{path}' has no column '{missing[0]}': it has {shorten(', '.join(table), 160)}.")
+    return table

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['locate', 'expected_files', 'Verification', 'verify', 'verify_folder']
 
-# %% ../../nbs/data/verification.ipynb #0f98dc13
-import json
+# %% ../../nbs/data/verification.ipynb #d925eaf5
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..core.errors import KiloError
+from ..core.documents import read_object
+from ..core.errors import KiloError, printable
 from ..core.hashing import hash_files, hash_folder, list_files
-from .generation import generated_name
+from .generation import generated_name, is_recorded, made_again, record_made
 from .manifests import FileRecord, Manifest, data_folder, find_manifest, read_records
 
 # %% ../../nbs/data/verification.ipynb #92c29a22
@@ -28,20 +28,38 @@ def locate(manifest: Manifest, root: str | os.PathLike | None) -> Path | None:
         if any((folder / probe).is_file() for probe in probes): return folder
     return root if _is_dataset(manifest, root) else None
 
-# %% ../../nbs/data/verification.ipynb #8aa5c900
+# %% ../../nbs/data/verification.ipynb #c4f7edea
 def _is_dataset(manifest: Manifest, folder: Path) -> bool:
     if manifest.checksums != "MANIFEST.json" and not manifest.maker:
         return any((folder / path).is_file() for path in manifest.files)
-    try: content = json.loads((folder / "MANIFEST.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError): return False
-    return isinstance(content, dict) and content.get("name") in (manifest.name, manifest.folder)
+    try: name = read_object(folder / "MANIFEST.json").get("name")
+    except KiloError: return False
+    return isinstance(name, str) and name in (manifest.name, manifest.folder)
 
-# %% ../../nbs/data/verification.ipynb #aefcb349
+# %% ../../nbs/data/verification.ipynb #aaf61355
+def _made_records(manifest: Manifest, folder: Path, listed: dict[str, FileRecord]) -> dict[str, FileRecord]:
+    """The files of a synthetic dataset: as listed where its maker wrote the list here, else as the maker writes them
+    now; a list that agrees with the maker is recorded."""
+    if is_recorded(folder): return listed
+    print(f"{manifest.name} in '{folder}' was not made here: making it again to compare", flush=True)
+    records = made_again(manifest, folder)
+    if records == listed and folder.name == generated_name(manifest): record_made(folder)
+    return records
+
+# %% ../../nbs/data/verification.ipynb #4ec7e2da
+def _listed_records(listing: Path) -> dict[str, FileRecord]:
+    """The file records in a MANIFEST.json; KiloError where it is damaged."""
+    content = read_object(listing)
+    if "files" not in content: raise KiloError(f"'{listing}' has no 'files'.")
+    return read_records(content["files"])
+
+# %% ../../nbs/data/verification.ipynb #bf730fb0
 def expected_files(manifest: Manifest, folder: Path) -> dict[str, FileRecord]:
     """All file records of a dataset in `folder`: those of its manifest, and those of the folder's MANIFEST.json where
-    the manifest refers to it.
+    the manifest refers to it, or where the maker of a synthetic dataset wrote it here.
 
-    Raises KiloError where that list is missing, not JSON, or not the one whose SHA-256 the manifest records.
+    The records of any other synthetic dataset come from its maker, which writes it again. Raises KiloError where the
+    list is missing, not JSON, or not the one whose SHA-256 the manifest records.
     """
     if not manifest.synthetic and manifest.checksums != "MANIFEST.json": return dict(manifest.files)
     listing = folder / "MANIFEST.json"
@@ -50,21 +68,15 @@ def expected_files(manifest: Manifest, folder: Path) -> dict[str, FileRecord]:
         raise KiloError(f"'{folder}' has no MANIFEST.json, which lists the checksums of {manifest.name}.")
     if pinned and hash_folder(listing) != pinned.sha256:
         raise KiloError(f"'{listing}' is not the list that the manifest {manifest.name} pins by its sha256.")
-    return _listed_records(listing) | manifest.files
+    listed = _listed_records(listing)
+    return _made_records(manifest, folder, listed) if manifest.synthetic else listed | manifest.files
 
-# %% ../../nbs/data/verification.ipynb #d44b12c9
-def _listed_records(listing: Path) -> dict[str, FileRecord]:
-    """The file records in a MANIFEST.json; KiloError where it is damaged."""
-    try: content = json.loads(listing.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error: raise KiloError(f"'{listing}' is not JSON: {error}.") from None
-    if not isinstance(content, dict) or "files" not in content: raise KiloError(f"'{listing}' has no 'files'.")
-    return read_records(content["files"])
-
-# %% ../../nbs/data/verification.ipynb #e0d10e1b
+# %% ../../nbs/data/verification.ipynb #2acc74ab
 @dataclass(frozen=True)
 class Verification:
     """The result of `verify`: relative paths that are missing, of the wrong size, of the right size with other bytes,
-    or not in the manifest. files, bytes: how much the manifest lists."""
+    or not in the manifest. files, bytes: how much the manifest lists.
+    doubt: why the list of files itself is not to be believed; empty where it is."""
 
     name: str
     folder: Path
@@ -74,20 +86,21 @@ class Verification:
     wrong_size: tuple[str, ...] = ()
     wrong_sha256: tuple[str, ...] = ()
     extra: tuple[str, ...] = ()
+    doubt: str = ""
 
     @property
     def ok(self) -> bool:
-        """Every listed file is there with its bytes."""
-        return not (self.missing or self.wrong_size or self.wrong_sha256)
+        """Every listed file is there with its bytes, and the list can be believed."""
+        return not (self.missing or self.wrong_size or self.wrong_sha256 or self.doubt)
 
     def summary(self) -> str:
         """One sentence, with the first names of each fault."""
         faults = {"missing": self.missing, "of the wrong size": self.wrong_size, "with other bytes": self.wrong_sha256,
                   "not in the manifest": self.extra}
         found = [f"{len(paths)} {fault} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
-                 for fault, paths in faults.items() if paths]
-        return (f"{self.name} in '{self.folder}': {self.files} files, {self.bytes / 1e6:.1f} MB: "
-                f"{'; '.join(found) or 'all as in the manifest'}.")
+                 for fault, paths in faults.items() if paths] + ([self.doubt] if self.doubt else [])
+        return printable(f"{self.name} in '{self.folder}': {self.files} files, {self.bytes / 1e6:.1f} MB: "
+                         f"{'; '.join(found) or 'all as in the manifest'}.")
 
 # %% ../../nbs/data/verification.ipynb #df158576
 def verify(name_or_manifest: str | Manifest, root: str | os.PathLike | None = None,
@@ -120,10 +133,15 @@ def _compare_files(name: str, folder: Path, records: Mapping[str, FileRecord]) -
         extra=tuple(path for path in list_files(folder) if path not in records and path != "MANIFEST.json"),
     )
 
-# %% ../../nbs/data/verification.ipynb #51d620bb
+# %% ../../nbs/data/verification.ipynb #c4abcd44
 def verify_folder(folder: str | os.PathLike) -> Verification | None:
-    """Compares a folder with the checksums in its own MANIFEST.json; None where it has none. Raises KiloError where the
-    MANIFEST.json is damaged."""
-    listing = Path(folder) / "MANIFEST.json"
+    """Compares a folder with the checksums in its own MANIFEST.json; None where it has none.
+
+    The list of a synthetic dataset that was not made here is in doubt. Raises KiloError where the MANIFEST.json is
+    damaged.
+    """
+    folder, listing = Path(folder), Path(folder) / "MANIFEST.json"
     if not listing.is_file(): return None
-    return _compare_files(Path(folder).name, Path(folder), _listed_records(listing))
+    doubtful = "maker" in read_object(listing) and not is_recorded(folder)
+    doubt = "its list of files is its own, not its maker's: verify it by the dataset's name" if doubtful else ""
+    return replace(_compare_files(folder.name, folder, _listed_records(listing)), doubt=doubt)

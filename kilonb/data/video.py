@@ -6,7 +6,7 @@
 __all__ = ['CODECS', 'CONTAINERS', 'READABLE', 'padded_even', 'write_video', 'is_video_name', 'frame_times',
            'VideoInfo', 'video_info', 'TimedFrame', 'read_video_frames', 'read_video']
 
-# %% ../../nbs/data/video.ipynb #ce5c0819
+# %% ../../nbs/data/video.ipynb #ad8fa29d
 import contextlib
 import os
 from bisect import bisect_right
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import av
 import numpy as np
 
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
 from ..core.files import atomic_write
 from .pictures import MAX_SIDE, frame_bytes
 
@@ -137,7 +137,7 @@ def is_video_name(path: Path) -> bool:
     """Whether a file's name ends as one of the formats that are read."""
     return path.suffix.lower() in _VIDEO_ENDINGS
 
-# %% ../../nbs/data/video.ipynb #a2dc728b
+# %% ../../nbs/data/video.ipynb #9f287def
 @contextlib.contextmanager
 def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """(container, its first video stream). KiloError where the file is missing, not a video, damaged or too large."""
@@ -149,9 +149,10 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             stream = container.streams.video[0]
             _check_size(stream.codec_context.width, stream.codec_context.height, str(path))
             yield container, stream
-    except (av.error.FFmpegError, ValueError, UnicodeError) as error:
-        raise KiloError(f"{path} cannot be read as a video ({getattr(error, 'strerror', None) or error}): it is "
-                        f"damaged, cut short, or none of {', '.join(READABLE)}.") from None
+    except (av.error.FFmpegError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        reason = shorten(str(getattr(error, "strerror", None) or error), 80)[1:-1]
+        raise KiloError(f"{path} cannot be read as a video ({reason}): it is damaged, cut short, or none of "
+                        f"{', '.join(READABLE)}.") from None
 
 # %% ../../nbs/data/video.ipynb #2dff1758
 class _Packets(NamedTuple):
@@ -231,7 +232,7 @@ class VideoInfo(NamedTuple):
     codec: str
     pixel_format: str
 
-# %% ../../nbs/data/video.ipynb #204fd4d5
+# %% ../../nbs/data/video.ipynb #764cdcf6
 def video_info(path: str | os.PathLike) -> VideoInfo:
     """Properties of a video, from its time stamps and its first frame.
 
@@ -240,7 +241,8 @@ def video_info(path: str | os.PathLike) -> VideoInfo:
     path = Path(path)
     times = frame_times(path)
     with _open_video(path) as (container, stream):
-        first = next(container.decode(stream))
+        first = next(container.decode(stream), None)
+        if first is None: raise KiloError(f"{path} holds no frame that can be decoded: write it again.")
         turned, context = _upright_turns(first), stream.codec_context
         rate = float(stream.average_rate or stream.guessed_rate or 0)
     step = (times[-1] - times[0]) / (len(times) - 1) if len(times) > 1 else 1 / rate if rate else 0.0
@@ -256,10 +258,11 @@ class TimedFrame(NamedTuple):
     time_s: float
     rgb: np.ndarray
 
-# %% ../../nbs/data/video.ipynb #d85e3cea
+# %% ../../nbs/data/video.ipynb #4f909652
 def _rgb_of(frame: Any, upright: bool) -> np.ndarray:
     """A decoded frame as [H, W, 3] uint8; a frame without a named matrix is taken as BT.709 from 720 rows on, else as
     BT.601, as players do."""
+    _check_size(frame.width, frame.height, "A frame of the video")
     named = int(frame.colorspace) not in (0, 2)                    # 0: already RGB, 2: not specified
     matrix = {} if named else {"src_colorspace": "ITU709" if frame.height >= 720 else "ITU601"}
     rgb = frame.reformat(format="rgb24", interpolation=_EXACT, **matrix).to_ndarray()

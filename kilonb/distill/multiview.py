@@ -7,8 +7,7 @@
 __all__ = ['TermFactory', 'TeachingConfig', 'field_config', 'scene_teaching', 'short_teaching', 'with_steps',
            'space_of_scene', 'DistillationResult', 'teach', 'steps_in', 'teach_for_seconds', 'data_of_view']
 
-# %% ../../nbs/distill/multiview.ipynb #658d911b
-import json
+# %% ../../nbs/distill/multiview.ipynb #6daf02d7
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,8 +16,10 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..core.documents import read_object
 from ..core.errors import KiloError
 from ..core.files import write_json
+from ..core.numbers import whole
 from .data import DistillationData
 from .losses import Term
 from .phases import Phase, PhasePlan, PhaseStart, apply_phases
@@ -290,7 +291,7 @@ def steps_in(seconds: float, data: DistillationData, config: TeachingConfig, *, 
     seconds_per_step = (records[-1]["elapsed_s"] - records[0]["elapsed_s"]) / (records[-1]["step"] - records[0]["step"])
     return max(1, round(seconds / seconds_per_step))
 
-# %% ../../nbs/distill/multiview.ipynb #22d55f51
+# %% ../../nbs/distill/multiview.ipynb #4a2e0b52
 def teach_for_seconds(seconds: float, data: DistillationData, config: TeachingConfig, folder: Path, *,
                       terms: Callable[[int], TermFactory] | None = None, resume: bool = False,
                       quiet: bool = True) -> DistillationResult:
@@ -303,7 +304,7 @@ def teach_for_seconds(seconds: float, data: DistillationData, config: TeachingCo
     if not file.is_file():
         fitting = steps_in(seconds, data, config, terms=terms and terms(30))
         write_json(file, {"steps": min(fitting, config.rays.loop.steps)})
-    steps = json.loads(file.read_text())["steps"]
+    steps = whole(read_object(file).get("steps"), f"steps in {file}", 1)
     result = teach(data, with_steps(config, steps), folder, terms=terms and terms(steps), resume=resume, quiet=quiet)
     save_student(result.student, folder / "student.pt", result.weights)
     return result

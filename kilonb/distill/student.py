@@ -6,8 +6,8 @@
 __all__ = ['FieldConfig', 'Student', 'make_student', 'DistillConfig', 'overlapping', 'gather_render', 'Distillation',
            'distill', 'save_student', 'load_student']
 
-# %% ../../nbs/distill/student.ipynb #ab0b0abe
-from collections.abc import Iterator, Sequence
+# %% ../../nbs/distill/student.ipynb #4c05ab5a
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,12 +25,13 @@ from ..fields.occupancy import OccupancyGrid, VoxelContributions
 from ..fields.rendering import FieldImage, RayRender, render_image, render_rays
 from ..geometry.cameras import PinholeCamera, Rays
 from ..imaging.sources import FrameSource, tensors_digest
-from ..core.configs import build_config
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
+from ..core.numbers import positive
 from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.guards import AlphaGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World, gather_rows, largest_over_ranks, share, smallest_over_ranks
+from ..training.saved_models import check_tensors, restore_model, saved_config
 
 # %% ../../nbs/distill/student.ipynb #02b00c94
 class Student(nn.Module):
@@ -274,7 +275,28 @@ def save_student(student: Student, path: str | Path, weights: str) -> None:
                      {"kind": "student", "field": field.kind, "config": asdict(field.config), "step_m": student.step,
                       "weights": weights, "state": dict(student.state_dict())})
 
-# %% ../../nbs/distill/student.ipynb #277f6b2d
+# %% ../../nbs/distill/student.ipynb #a2639145
+def _saved_grid(state: Mapping[str, Tensor], path: str | Path) -> OccupancyGrid:
+    """The occupied space in a student's tensors; KiloError where they are missing or of other shapes or types."""
+    kinds = {"box": ((2, 3), torch.float32), "occupied": (None, torch.bool), "least_density": (None, torch.float32)}
+    for name, (shape, kind) in kinds.items():
+        tensor = state.get(name)
+        if tensor is None or tensor.dtype != kind or tuple(tensor.shape) != (shape or tuple(state["occupied"].shape)):
+            raise KiloError(f"{path} has no usable tensor '{name}' of the student's occupied space: it is damaged.")
+    if state["occupied"].ndim != 3 or not state["occupied"].numel():
+        raise KiloError(f"{path} has an occupied space of shape {list(state['occupied'].shape)}; expected [X, Y, Z].")
+    return OccupancyGrid(state["box"], state["occupied"], state["least_density"])
+
+# %% ../../nbs/distill/student.ipynb #13c297d9
+def _saved_field(kind: str, config: Any, state: Mapping[str, Tensor], grid: OccupancyGrid) -> nn.Module:
+    """The field of a saved student, with other weights. Raises KeyError or ValueError where its cells are unusable."""
+    if kind != "kilonerf": return (MLPField if kind == "mlp" else HashGridField)(grid.box, config)
+    network = state["field.cells.network"]
+    if network.dtype != torch.int64 or network.ndim != 3 or not network.numel(): raise ValueError("cells of a KiloNeRF")
+    if not -1 <= int(network.min()) <= int(network.max()) < network.numel(): raise ValueError("cells of a KiloNeRF")
+    return KiloNeRF(CellGrid(state["field.cells.lower"], config.cell_size, network), config)
+
+# %% ../../nbs/distill/student.ipynb #3190187a
 def load_student(path: str | Path) -> tuple[Student, str]:
     """(student, "averaged" or "raw": which weights it holds).
 
@@ -283,15 +305,11 @@ def load_student(path: str | Path) -> tuple[Student, str]:
     content, kinds = read_checkpoint(path), {"kilonerf": KiloNeRFConfig, "mlp": MLPConfig, "hashgrid": HashGridConfig}
     if content.get("kind") != "student":
         raise KiloError(f"{path} is not a saved student; give the student.pt of a run.")
-    if content["field"] not in kinds:
-        raise KiloError(f"{path} holds a field of kind '{content['field']}'; known are {', '.join(kinds)}.")
-    state, config = content["state"], build_config(kinds[content["field"]], content["config"])
-    grid = OccupancyGrid(state["box"], state["occupied"], state["least_density"])
-    if content["field"] == "kilonerf":
-        field = KiloNeRF(CellGrid(state["field.cells.lower"], config.cell_size, state["field.cells.network"]), config)
-    else: field = (MLPField if content["field"] == "mlp" else HashGridField)(grid.box, config)
-    student = Student(field, grid, content["step_m"])
-    try: student.load_state_dict(state)
-    except RuntimeError as error:
-        raise KiloError(f"{path} does not fit its own config: {str(error).splitlines()[-1].strip()}") from error
-    return student, content["weights"]
+    kind, weights = content.get("field"), content.get("weights")
+    if not isinstance(kind, str) or kind not in kinds or weights not in ("averaged", "raw"):
+        raise KiloError(f"{path} holds {shorten(weights)} weights of a field of kind {shorten(kind)}; known are "
+                        f"{', '.join(kinds)}, averaged and raw.")
+    state, config = check_tensors(content.get("state"), str(path)), saved_config(content, kinds[kind], path)
+    step = positive(content.get("step_m"), f"step_m in {path}", ())
+    grid = _saved_grid(state, path)
+    return restore_model(lambda: Student(_saved_field(kind, config, state, grid), grid, step), state, path), weights

@@ -7,7 +7,7 @@ scores in fresh environments.
 # %% auto #0
 __all__ = ['AGENT_FILE', 'AgentTraining', 'save_agent', 'load_agent', 'train_agent']
 
-# %% ../../nbs/dream/agent.ipynb #95030622
+# %% ../../nbs/dream/agent.ipynb #f4bb4222
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.configs import build_config, to_dict
+from ..core.configs import to_dict
 from ..core.errors import KiloError
+from ..core.numbers import whole
 from .actor_critic import ActorCritic, ActorCriticConfig, actor_critic_loss, imagine_rollout
 from .collection import Collector, play_policy, play_random
 from .replay import Replay, keep_chunks
@@ -28,6 +29,7 @@ from .world_model import WorldModel, load_world_model, save_world_model, world_m
 from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.guards import SkipGuard
 from ..training.loop import TrainingResult, train
+from ..training.saved_models import restore_model, saved_config
 
 # %% ../../nbs/dream/agent.ipynb #d4c76f41
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ class AgentTraining:
         """Steps of the vector of environments per training step."""
         return self.world.batch * self.world.sequence / (self.train_ratio * self.environments * self.action_repeat)
 
-# %% ../../nbs/dream/agent.ipynb #3ca1d61a
+# %% ../../nbs/dream/agent.ipynb #dad31576
 AGENT_FILE = "agent.pt"
 
 
@@ -88,11 +90,11 @@ def load_agent(folder: str | Path, device: torch.device | str = "cpu") -> tuple[
     if content.get("kind") != "agent":
         raise KiloError(f"'{folder}' holds no agent: give the folder of a finished pinpad_agent run.")
     model = load_world_model(folder, device)
-    agent = ActorCritic(model.rssm.outputs, content["actions"], build_config(ActorCriticConfig, content["config"]))
-    try: agent.load_state_dict(content["agent"])
-    except RuntimeError as error:
-        raise KiloError(f"'{folder}/{AGENT_FILE}' does not fit its own settings: it is damaged "
-                        f"({str(error).splitlines()[-1].strip()[:120]}).") from None
+    config, actions = (
+        saved_config(content, ActorCriticConfig, file),
+        whole(content.get("actions"), f"actions in '{file}'", 1),
+    )
+    agent = restore_model(lambda: ActorCritic(model.rssm.outputs, actions, config), content.get("agent"), file)
     return model, agent.to(device).eval()
 
 # %% ../../nbs/dream/agent.ipynb #1108c0de

@@ -114,7 +114,7 @@ def play_policy(collector: Collector, model: WorldModel, agent: ActorCritic, ste
         collector.latent = model.observe(*tensors, latent).at((slice(None), 0))
         collector.advance(agent.act(collector.latent.features).cpu().numpy())
 
-# %% ../../nbs/dream/collection.ipynb #aa05e0c7
+# %% ../../nbs/dream/collection.ipynb #cab49391
 def _packed(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     """Rows of arrays as tensors; the images compressed."""
     if not rows: return {}
@@ -127,9 +127,14 @@ def _packed(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
 def _unpacked(packed: Mapping[str, Tensor], count: int) -> list[dict[str, np.ndarray]]:
     if not packed: return []
     columns = {name: tensor.numpy() for name, tensor in packed.items()}
-    images = np.frombuffer(zlib.decompress(columns.pop("images").tobytes()), np.uint8)
-    columns["images"] = images.reshape(-1, count, 64, 64, 3)
-    return [{name: column[t] for name, column in columns.items()} for t in range(len(columns["images"]))]
+    packed_images, rows = columns.pop("images").tobytes(), len(next(iter(columns.values())))
+    size = rows * count * 64 * 64 * 3
+    images = zlib.decompressobj().decompress(packed_images, size + 1)
+    if len(images) != size:
+        raise KiloError(f"The stored frames are {len(images)} bytes or more; {rows} steps of {count} "
+                        f"environments are {size}.")
+    columns["images"] = np.frombuffer(images, np.uint8).reshape(rows, count, 64, 64, 3)
+    return [{name: column[t] for name, column in columns.items()} for t in range(rows)]
 
 # %% ../../nbs/dream/collection.ipynb #873c7d5c
 def _collector_state(collector: Collector) -> dict[str, Any]:

@@ -8,7 +8,7 @@ and the synthetic datasets pinpad_three to pinpad_eight.
 __all__ = ['COUNTS', 'Episode', 'collect', 'write_episode', 'EpisodeFile', 'open_episode', 'read_episode',
            'make_pinpad', 'read_recording_info', 'read_recordings']
 
-# %% ../../nbs/dream/episodes.ipynb #2c05519f
+# %% ../../nbs/dream/episodes.ipynb #69a12f4c
 import json
 import math
 import os
@@ -21,8 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import KiloError
+from ..core.documents import parse_json, read_json
+from ..core.errors import KiloError, shorten
 from ..core.files import atomic_write, write_json
+from ..core.numbers import LARGEST, finite, whole
 from .pinpad import PinPadVector
 from .pinpad_rules import EVENTS, pad_count
 from .policies import Policy, make_policy
@@ -132,24 +134,40 @@ def write_episode(path: str | os.PathLike, episode: Episode, level: int = 6) -> 
     with atomic_write(path) as partial:
         partial.write_bytes(b"".join([_MAGIC, len(text).to_bytes(8, "little"), text, block, *frames]))
 
-# %% ../../nbs/dream/episodes.ipynb #73e7e6fd
+# %% ../../nbs/dream/episodes.ipynb #db7ad65b
 _TYPES = frozenset({"<i8", "<f4", "|b1", "|i1"})
 
 
+_RANKS = {"positions": 2, "sequences": 2}
+
+
+def _check_kinds(arrays: dict[str, tuple[str, int]]) -> None:
+    """ValueError where an array has another type or number of axes than `_PLAIN` and `_RANKS` say."""
+    for name, (kind, axes) in arrays.items():
+        if name.startswith("event:"): wanted = "|b1"
+        elif name in _PLAIN: wanted = np.dtype(_PLAIN[name]).str
+        else: raise ValueError("an unknown array")
+        if kind != wanted or axes != _RANKS.get(name, 1): raise ValueError("an array of another type")
+
+# %% ../../nbs/dream/episodes.ipynb #7613ad37
 def _parse_header(text: bytes) -> dict[str, Any]:
     """The header, with the wanted keys and array types. Raises ValueError, KeyError or TypeError."""
-    header = json.loads(text)
-    sizes = {name: int(header[name]) for name in ("frames", "block", "images", "crc32")}
-    if min(sizes.values()) < 0 or sizes["frames"] < 1: raise ValueError("negative size")
-    arrays = [(str(name), str(kind), tuple(map(int, shape))) for name, kind, shape in header["arrays"]]
+    header = parse_json(text, "the header")
+    sizes = {name: whole(header[name], name) for name in ("frames", "block", "images", "crc32")}
+    if sizes["frames"] < 1: raise ValueError("negative size")
+    arrays = [(str(name), str(kind), tuple(whole(side, "shape") for side in shape))
+              for name, kind, shape in header["arrays"]]
     if not set(_PLAIN) <= {name for name, _, _ in arrays}: raise ValueError("arrays are missing")
-    shape = tuple(map(int, header["shape"]))
+    if len({name for name, _, _ in arrays}) < len(arrays): raise ValueError("two arrays of one name")
+    shape = tuple(whole(side, "shape", 1) for side in header["shape"])
+    if len(shape) != 3: raise ValueError("frames that are no pictures")
     if sizes["frames"] > sizes["images"] or not 0 < math.prod(shape) <= 2 ** 24 or min(shape) < 1:
         raise ValueError("more frames than bytes, or frames of more than 16 MB")
-    for _, kind, shape in arrays:
-        if kind not in _TYPES or not shape or shape[0] != sizes["frames"] or min(shape) < 0: raise ValueError("arrays")
-        if math.prod(shape[1:]) > 1024: raise ValueError("more than 1,024 values a frame")
-    return {**sizes, "shape": tuple(map(int, header["shape"])), "arrays": arrays}
+    for _, kind, sides in arrays:
+        if kind not in _TYPES or not sides or sides[0] != sizes["frames"]: raise ValueError("arrays")
+        if math.prod(sides[1:]) > 1024: raise ValueError("more than 1,024 values a frame")
+    _check_kinds({name: (kind, len(shape)) for name, kind, shape in arrays})
+    return {**sizes, "shape": shape, "arrays": arrays}
 
 # %% ../../nbs/dream/episodes.ipynb #bf8cddb7
 def _inflate(data: bytes | memoryview, size: int) -> bytes:
@@ -164,7 +182,7 @@ def _block_size(header: dict[str, Any]) -> int:
     arrays = sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in header["arrays"])
     return arrays + 8 * (header["frames"] + 1)
 
-# %% ../../nbs/dream/episodes.ipynb #b2746a71
+# %% ../../nbs/dream/episodes.ipynb #22ef28d6
 def _split_block(block: bytes, header: dict[str, Any]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Arrays by name, and places [T + 1] of the frames."""
     arrays, at = {}, 0
@@ -172,6 +190,10 @@ def _split_block(block: bytes, header: dict[str, Any]) -> tuple[dict[str, np.nda
         size = math.prod(shape)
         arrays[name] = np.frombuffer(block, kind, size, at).reshape(shape).copy()
         at += size * np.dtype(kind).itemsize
+        if kind == "|b1" and (arrays[name].view(np.uint8) > 1).any():
+            raise ValueError(f"{name} is neither true nor false")
+    if not (np.abs(arrays["rewards"]) <= LARGEST).all(): raise ValueError("a reward that is not finite")
+    if (arrays["actions"] < 0).any() or arrays["actions"].max() >= 2**16: raise ValueError("an unknown action")
     places = np.frombuffer(block, "<u8", header["frames"] + 1, at).astype(np.int64)
     if places[0] or places[-1] != header["images"] or (np.diff(places) < 0).any(): raise ValueError("places")
     return arrays, places
@@ -180,7 +202,7 @@ def _split_block(block: bytes, header: dict[str, Any]) -> tuple[dict[str, np.nda
 def _unreadable(path: Path, reason: str) -> KiloError:
     return KiloError(f"The episode '{path}' cannot be read: {reason}.")
 
-# %% ../../nbs/dream/episodes.ipynb #22294cae
+# %% ../../nbs/dream/episodes.ipynb #e8edad18
 def _read_blocks(path: Path) -> tuple[dict[str, Any], bytes, int]:
     """The header, the compressed arrays and the position of the first frame."""
     try:
@@ -190,6 +212,9 @@ def _read_blocks(path: Path) -> tuple[dict[str, Any], bytes, int]:
             header = _parse_header(file.read(min(int.from_bytes(start[8:], "little"), 1_000_000)))
             block, at, size = file.read(header["block"]), file.tell(), os.fstat(file.fileno()).st_size
     except OSError as error: raise _unreadable(path, error.strerror or str(error)) from error
+    except KiloError as error:
+        if str(error).startswith("The episode"): raise
+        raise _unreadable(path, f"its header is damaged ({str(error).rstrip('.')})") from None
     except (ValueError, KeyError, TypeError) as error: raise _unreadable(path, "its header is damaged") from error
     if size != at + header["images"]:
         raise _unreadable(path, f"it has {size:,} bytes where its header gives {at + header['images']:,}: the file is "
@@ -269,16 +294,18 @@ def make_pinpad(folder: str | os.PathLike, layout: str = "three", length: int = 
     write_json(folder / "episodes.json", {"format": _VERSION, "layout": layout, "pads": pads, "length": length,
                                           "scripted_noise": noise, "episodes": written})
 
-# %% ../../nbs/dream/episodes.ipynb #7052db18
+# %% ../../nbs/dream/episodes.ipynb #810e60e7
 def _check_entry(entry: Any, path: Path) -> None:
     """KiloError where an entry lacks a name, or its file does not lie in the folder."""
     names = [entry.get(name) for name in ("split", "policy", "file")] if isinstance(entry, dict) else [None]
     if not all(isinstance(name, str) and name for name in names):
-        raise KiloError(f"An entry of '{path}' has no split, policy and file: {str(entry)[:80]}.")
-    if Path(names[2]).is_absolute() or ".." in Path(names[2]).parts:
-        raise KiloError(f"'{path}' names the file '{names[2][:80]}', which is not in its folder.")
+        raise KiloError(f"An entry of '{path}' has no split, policy and file: {shorten(entry)}.")
+    if any(name == ".." or "/" in name or "\0" in name for name in names[:2]):
+        raise KiloError(f"An entry of '{path}' has a split or policy that is no plain name: {shorten(entry)}.")
+    if Path(names[2]).is_absolute() or ".." in Path(names[2]).parts or "\0" in names[2]:
+        raise KiloError(f"'{path}' names the file {shorten(names[2])}, which is not in its folder.")
 
-# %% ../../nbs/dream/episodes.ipynb #d5b1afc7
+# %% ../../nbs/dream/episodes.ipynb #5a2ba40a
 def read_recording_info(folder: str | os.PathLike) -> dict[str, Any]:
     """The content of `episodes.json`: layout, pads, length, scripted_noise, and episodes with split, policy, seed,
     file.
@@ -286,14 +313,18 @@ def read_recording_info(folder: str | os.PathLike) -> dict[str, Any]:
     KiloError where it is missing, damaged or of another version.
     """
     path = Path(folder) / "episodes.json"
-    try: info = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise KiloError(f"'{folder}' is not a folder of recorded episodes: it has no episodes.json.") from error
-    except ValueError as error: raise KiloError(f"'{path}' is not JSON: {error}.") from error
+    if not path.is_file(): raise KiloError(f"'{folder}' is not a folder of recorded episodes: it has no episodes.json.")
+    info = read_json(path)
     if not isinstance(info, dict) or info.get("format") != _VERSION or not isinstance(info.get("episodes"), list):
         raise KiloError(f"'{path}' is not a list of recorded episodes of format {_VERSION}.")
     for entry in info["episodes"]: _check_entry(entry, path)
-    pad_count(info.get("layout"))
+    layout = info.get("layout")
+    if not isinstance(layout, str): raise KiloError(f"'{path}' has the layout {shorten(layout)}; expected a name.")
+    if whole(info.get("pads"), f"pads in '{path}'") != pad_count(layout):
+        raise KiloError(f"'{path}' has {info['pads']} pads; the layout {layout} has {pad_count(layout)}.")
+    whole(info.get("length"), f"length in '{path}'", 1, 10**9)
+    if not 0 <= finite(info.get("scripted_noise"), f"scripted_noise in '{path}'", ()) <= 1:
+        raise KiloError(f"scripted_noise in '{path}' is {info['scripted_noise']}; expected 0 to 1.")
     return info
 
 # %% ../../nbs/dream/episodes.ipynb #df86fb74

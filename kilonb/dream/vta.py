@@ -11,7 +11,7 @@ __all__ = ['ESTIMATORS', 'STATE_COSTS', 'STATE_KINDS', 'CONDITIONS', 'PRIOR_LOGI
            'predicted_code', 'ImaginedSegments', 'imagine_segments', 'read_advantage', 'vta_loss',
            'boundary_statistics', 'boundary_record', 'save_vta', 'load_vta']
 
-# %% ../../nbs/dream/vta.ipynb #537853e9
+# %% ../../nbs/dream/vta.ipynb #5d287026
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.configs import build_config, to_dict
+from ..core.configs import to_dict
 from ..core.errors import KiloError, unknown_name
 from .boundaries import BoundaryRecord
 from .components import PictureComponents
@@ -32,6 +32,7 @@ from .distributions import (categorical_kl, mix_uniform, sample_one_hot, straigh
 from .episodes import Episode
 from .networks import MLP, ImageDecoder, ImageEncoder
 from ..training.checkpoints import read_checkpoint, write_checkpoint
+from ..training.saved_models import restore_model, saved_config
 
 # %% ../../nbs/dream/vta.ipynb #40bfb3c4
 ESTIMATORS = ("local", "straight_through")
@@ -207,7 +208,7 @@ def normal_kl(posterior: tuple[Tensor, Tensor], prior: tuple[Tensor, Tensor]) ->
     (mean, std), (mean0, std0) = posterior, prior
     return (torch.log(std0 / std) + (std.square() + (mean - mean0).square()) / (2 * std0.square()) - .5).sum(-1)
 
-# %% ../../nbs/dream/vta.ipynb #4f49cff8
+# %% ../../nbs/dream/vta.ipynb #aca94c76
 class BoundaryPosterior(nn.Module):
     """Log-odds of READ [B, T] from features [B, T, inputs]: three layers of non-causal convolution over time (width 3,
     layer normalisation, ELU) and a linear one; it sees four frames on either side.
@@ -220,7 +221,7 @@ class BoundaryPosterior(nn.Module):
         self.convolutions = nn.ModuleList(nn.Conv1d(units if i else inputs, units, 3, padding=1) for i in range(layers))
         self.norms = nn.ModuleList(nn.LayerNorm(units, 1e-3) for _ in range(layers))
         self.out = nn.Conv1d(units, 1, 3, padding=1)
-        nn.init.constant_(self.out.bias, float(torch.logit(torch.tensor(rate))))
+        nn.init.constant_(self.out.bias, float(torch.logit(torch.tensor(rate, device="cpu"))))
 
     def forward(self, features: Tensor) -> Tensor:
         x = features
@@ -287,7 +288,7 @@ class _SumDecoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.of_z(x[..., :self.abstraction]) + 8 * self.of_s(x[..., self.abstraction:])
 
-# %% ../../nbs/dream/vta.ipynb #be5bcef8
+# %% ../../nbs/dream/vta.ipynb #762e7dbf
 def _mixer(c: VTAConfig) -> nn.Module:
     outputs = c.components or 2 * c.units
     if c.decoder: return _SumDecoder(c.abstraction, state_width(c), outputs, c.decoder)
@@ -302,7 +303,7 @@ def _add_states(model: nn.Module, c: VTAConfig) -> None:
     model.state_prior = MLP(c.hidden, state_width(c) * (1 if place else 2), c.units, 1)
     model.state_posterior = PlacePosterior(c.size, c.patch) if place else MLP(2 * c.units, 2 * c.state, c.units, 1)
     model.boundary_prior = nn.Linear(c.hidden + state_width(c) + c.units + acts, 1)
-    nn.init.constant_(model.boundary_prior.bias, float(torch.logit(torch.tensor(c.start_rate))))
+    nn.init.constant_(model.boundary_prior.bias, float(torch.logit(torch.tensor(c.start_rate, device="cpu"))))
 
 # %% ../../nbs/dream/vta.ipynb #d4550a3d
 def _add_pictures(model: nn.Module, config: VTAConfig) -> None:
@@ -650,7 +651,7 @@ def boundary_record(model: VTA, episode: Episode, device: torch.device | str = "
             torch.sigmoid(found.prior_logits.double()))
     return BoundaryRecord(*(row[0].cpu().numpy() for row in rows), model.config.threshold)
 
-# %% ../../nbs/dream/vta.ipynb #b6903822
+# %% ../../nbs/dream/vta.ipynb #525f7103
 VTA_FILE = "vta.pt"
 
 
@@ -670,9 +671,6 @@ def load_vta(path: str | Path, device: torch.device | str = "cpu") -> VTA:
     if content.get("kind") != "vta":
         raise KiloError(f"'{path}' holds no temporal-abstraction model: give the folder of a pinpad_vta run, or its "
                         f"{VTA_FILE}.")
-    model = VTA(build_config(VTAConfig, content["config"]))
-    try: model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise KiloError(f"'{path}' does not fit its own settings ({str(error).splitlines()[-1].strip()[:120]}): it is "
-                        "damaged.") from None
+    config = saved_config(content, VTAConfig, path)
+    model = restore_model(lambda: VTA(config), content.get("model"), path)
     return model.to(device).eval()

@@ -8,7 +8,7 @@ under given actions, and the loss that trains them.
 __all__ = ['SIZES', 'PRECISIONS', 'WORLD_MODEL_FILE', 'Size', 'WorldModelConfig', 'Imagined', 'WorldModel',
            'world_model_loss', 'save_world_model', 'load_world_model']
 
-# %% ../../nbs/dream/world_model.ipynb #6a9b93ce
+# %% ../../nbs/dream/world_model.ipynb #1228562f
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.configs import build_config, to_dict
+from ..core.configs import to_dict
 from ..core.errors import KiloError, unknown_name
 from .distributions import BINS, two_hot_loss, two_hot_mean
 from .networks import MLP, ImageDecoder, ImageEncoder, centre_pictures
 from .rssm import RSSM, LatentState, balanced_kl, stack_states
 from ..training.checkpoints import read_checkpoint, write_checkpoint
+from ..training.saved_models import restore_model, saved_config
 
 # %% ../../nbs/dream/world_model.ipynb #38a1c062
 @dataclass(frozen=True)
@@ -166,7 +167,7 @@ def world_model_loss(model: WorldModel, batch: Mapping[str, Tensor]) -> tuple[Te
     terms["psnr_db"] = -10 * torch.log10(squared.detach().mean() / images[0, 0].numel())
     return loss, terms, states
 
-# %% ../../nbs/dream/world_model.ipynb #5df18999
+# %% ../../nbs/dream/world_model.ipynb #4e23e02b
 WORLD_MODEL_FILE = "world_model.pt"
 
 
@@ -186,9 +187,6 @@ def load_world_model(path: str | Path, device: torch.device | str = "cpu") -> Wo
     if content.get("kind") != "world_model":
         raise KiloError(f"'{path}' holds no world model: give the folder of a finished pinpad_world_model or "
                         "pinpad_agent " f"run, or its {WORLD_MODEL_FILE}.")
-    model = WorldModel(build_config(WorldModelConfig, content["config"]))
-    try: model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise KiloError(f"'{path}' does not fit its own settings ({str(error).splitlines()[-1].strip()[:120]}): it is "
-                        "damaged.") from None
+    config = saved_config(content, WorldModelConfig, path)
+    model = restore_model(lambda: WorldModel(config), content.get("model"), path)
     return model.to(device).eval()

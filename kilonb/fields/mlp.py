@@ -98,11 +98,11 @@ class MLPConfig:
         if not self.density_scale > 0:
             raise KiloError(f"density_scale is {self.density_scale:g} 1/m; expected a number above 0.")
 
-# %% ../../nbs/fields/mlp.ipynb #ea77325d
+# %% ../../nbs/fields/mlp.ipynb #52262e76
 def fresh_layer(inputs: int, outputs: int, generator: torch.Generator | None, gain: float = 1.0) -> nn.Linear:
     """A linear layer with normal weights of standard deviation gain / sqrt(inputs) and zero biases; He's gain before a
     ReLU is sqrt(2)."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, device=torch.get_default_device())
     with torch.no_grad():
         layer.weight.copy_(torch.randn(outputs, inputs, generator=generator) * gain / sqrt(inputs))
         layer.bias.zero_()

@@ -6,7 +6,7 @@
 __all__ = ['flow_path', 'cached_flow', 'velocities_of_gaussians', 'ExampleOptions', 'ClipExample', 'prepare_clip',
            'ClipExamples', 'split_clips']
 
-# %% ../../nbs/flux4d/examples.ipynb #879ebf45
+# %% ../../nbs/flux4d/examples.ipynb #c53d2329
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +26,7 @@ from .motion import MovingGaussians
 from .network import NetworkClip, network_clip
 from .voxel_flow import VoxelFlowConfig, clip_velocities
 from ..training.checkpoints import read_checkpoint, write_checkpoint
+from ..training.saved_models import check_tensors
 
 # %% ../../nbs/flux4d/examples.ipynb #f2040ca6
 _FLOW_VERSION = 1                     # changes with what the same settings give
@@ -36,18 +37,25 @@ def flow_path(folder: str | Path, data: ClipData, source: str, config: VoxelFlow
     return cache_file(folder, f"{data.clip.name}-flow", {"version": _FLOW_VERSION, "clip": asdict(data.clip),
                                                          "source": source, "config": asdict(config)})
 
-# %% ../../nbs/flux4d/examples.ipynb #025a74cc
+# %% ../../nbs/flux4d/examples.ipynb #02fe730e
+def _kept_velocities(path: Path, counts: Sequence[int]) -> list[Tensor] | None:
+    """The velocities in a file of the cache, `counts` of each frame; None where there is none or it is damaged."""
+    try:
+        stored = read_checkpoint(path)["velocities"]
+        check_tensors({str(k): velocity for k, velocity in enumerate(stored)}, f"'{path}'")
+        fits = [(v.dtype, *v.shape) for v in stored] == [(torch.float32, count, 3) for count in counts]
+        return stored if fits else None
+    except (KiloError, KeyError, TypeError): return None
+
+# %% ../../nbs/flux4d/examples.ipynb #784cda1e
 def cached_flow(folder: str | Path, data: ClipData, source: str,
                 config: VoxelFlowConfig | None = None) -> list[Tensor]:
     """Velocities [N, 3] (m/s over ground) of all points of each input frame by the voxel flow, without labels; from the
     cache, or made and stored where they are missing or damaged."""
     config = config or VoxelFlowConfig()
     path, frames = flow_path(folder, data, source, config), data.select(data.clip.inputs)
-    if path.is_file():
-        try:
-            stored = read_checkpoint(path)["velocities"]
-            if [len(v) for v in stored] == [len(frame.points) for frame in frames]: return stored
-        except (KiloError, KeyError, TypeError): path.unlink(missing_ok=True)
+    kept = _kept_velocities(path, [len(frame.points) for frame in frames]) if path.is_file() else None
+    if kept is not None: return kept
     found = clip_velocities([frame.points for frame in frames], [frame.point_times_s for frame in frames],
                             [frame.sensors for frame in frames], config)
     path.parent.mkdir(parents=True, exist_ok=True)

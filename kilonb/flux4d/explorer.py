@@ -184,7 +184,7 @@ def _moving_files(folder: Path) -> dict[str, Path]:
     names = {path.stem.removesuffix("_gaussians"): path for path in sorted(folder.glob(f"*{MOVING_FILE}"))}
     return dict(sorted(names.items(), key=lambda item: order.get(item[0], 3)))
 
-# %% ../../nbs/flux4d/explorer.ipynb #ce2dbf95
+# %% ../../nbs/flux4d/explorer.ipynb #0da6ea44
 def find_moving(name: str = "", outputs: str | Path | None = None) -> dict[str, Path]:
     """The files of moving gaussians of a run: name -> path; `refined_gaussians.pt` is "refined".
 
@@ -198,4 +198,4 @@ def find_moving(name: str = "", outputs: str | Path | None = None) -> dict[str, 
         if not found: raise KiloError(f"{folder} holds no {MOVING_FILE}: give the run of a flux4d experiment.")
         return found
     runs = [record for record in list_runs(outputs) if record.status == FINISHED and _moving_files(record.folder)]
-    return _moving_files(max(runs, key=lambda record: record.started).folder) if runs else {}
+    return _moving_files(max(runs, key=lambda record: record.age_key).folder) if runs else {}

@@ -6,7 +6,7 @@
 __all__ = ['MOVING_KIND', 'MovingGaussians', 'check_moving', 'positions_at', 'velocities_at', 'concatenate_moving',
            'freeze_at', 'save_moving', 'load_moving']
 
-# %% ../../nbs/flux4d/motion.ipynb #7c05b1ac
+# %% ../../nbs/flux4d/motion.ipynb #337751db
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
+from ..core.numbers import LARGEST
 from ..splats.gaussians import Gaussians, TensorRows
 from ..splats.harmonics import rgb_to_sh0
 from ..training.checkpoints import read_checkpoint, write_checkpoint
+from ..training.saved_models import check_tensors
 
 # %% ../../nbs/flux4d/motion.ipynb #3580614c
 @dataclass(eq=False)
@@ -53,9 +55,10 @@ class MovingGaussians(TensorRows):
         """[N, 3] sRGB, 0..1."""
         return self.logit_colors.sigmoid()
 
-# %% ../../nbs/flux4d/motion.ipynb #6e3fb16f
+# %% ../../nbs/flux4d/motion.ipynb #dbe4357f
 def check_moving(gaussians: MovingGaussians) -> None:
-    """Raise KiloError where the shapes of the tensors disagree."""
+    """Raise KiloError where the shapes of the tensors disagree, or a number is not finite or over 1e30."""
+    if gaussians.means.dim() != 2: raise KiloError(f"means has shape {list(gaussians.means.shape)}; expected [N, 3].")
     count = len(gaussians.means)
     expected = {"means": (count, 3), "quats": (count, 4), "log_scales": (count, 3), "logit_opacities": (count,),
                 "logit_colors": (count, 3), "times_s": (count,), "sky": (count,),
@@ -63,6 +66,10 @@ def check_moving(gaussians: MovingGaussians) -> None:
     for name, shape in expected.items():
         found = tuple(getattr(gaussians, name).shape)
         if found != shape: raise KiloError(f"{name} has shape {list(found)}; expected {list(shape)}.")
+        if name != "sky" and not getattr(gaussians, name).is_floating_point():
+            raise KiloError(f"{name} holds {getattr(gaussians, name).dtype}; expected floating-point numbers.")
+        if name != "sky" and not (getattr(gaussians, name).detach().abs() <= LARGEST).all():
+            raise KiloError(f"{name} holds a number that is not finite.")
     if gaussians.sky.dtype != torch.bool: raise KiloError(f"sky holds {gaussians.sky.dtype}; expected bool.")
 
 # %% ../../nbs/flux4d/motion.ipynb #4b4b1f6b
@@ -116,16 +123,17 @@ def save_moving(path: str | Path, gaussians: MovingGaussians) -> None:
     content = {name: tensor.detach().cpu() for name, tensor in gaussians.parameters().items()}
     write_checkpoint(path, {"kind": MOVING_KIND, "gaussians": content})
 
-# %% ../../nbs/flux4d/motion.ipynb #538d5bfb
+# %% ../../nbs/flux4d/motion.ipynb #8ec08e9a
 def load_moving(path: str | Path) -> MovingGaussians:
     """The gaussians that `save_moving` wrote, on the CPU. KiloError where the file is missing, damaged or another."""
     content = read_checkpoint(path)
     if content.get("kind") != MOVING_KIND or not isinstance(content.get("gaussians"), dict):
-        raise KiloError(f"'{path}' holds no moving gaussians (kind {content.get('kind')!r}; expected "
+        raise KiloError(f"'{path}' holds no moving gaussians (kind {shorten(content.get('kind'))}; expected "
                         f"'{MOVING_KIND}'): give the gaussians.pt of a flux4d run.")
-    try: gaussians = MovingGaussians(**content["gaussians"])
-    except TypeError as error: raise KiloError(f"'{path}' has not the tensors of moving gaussians ({error}).") from None
-    if not all(isinstance(value, Tensor) for value in content["gaussians"].values()):
-        raise KiloError(f"'{path}' has not the tensors of moving gaussians.")
+    tensors = check_tensors(content["gaussians"], f"'{path}'")
+    try: gaussians = MovingGaussians(**tensors)
+    except TypeError as error:
+        raise KiloError(f"'{path}' has not the tensors of moving gaussians "
+                        f"({shorten(str(error), 80)[1:-1]}).") from None
     check_moving(gaussians)
     return gaussians

@@ -9,7 +9,7 @@ __all__ = ['ReconstructionTraining', 'supervised_positions', 'views_loss', 'grad
            'clip_loss', 'teacher_error', 'draw_step', 'make_reconstruction_step', 'checkpoint_at', 'keep_checkpoints',
            'start_from_checkpoint', 'make_reconstruction', 'training_figure', 'train_reconstruction']
 
-# %% ../../nbs/flux4d/training.ipynb #beb9f2c1
+# %% ../../nbs/flux4d/training.ipynb #e328be11
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from ..splats.fit import view_order
 from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World
+from ..training.saved_models import check_tensors
 
 # %% ../../nbs/flux4d/training.ipynb #06a64557
 def _check_training(config: "ReconstructionTraining") -> None:
@@ -197,12 +198,12 @@ def keep_checkpoints(model: ReconstructionNetwork, folder: str | Path | None, ev
             write_checkpoint(path, {"step": step + 1, "model": model.state_dict()})
     return after_step
 
-# %% ../../nbs/flux4d/training.ipynb #0b9f55f8
+# %% ../../nbs/flux4d/training.ipynb #6dcfa59c
 def start_from_checkpoint(model: ReconstructionNetwork, path: str | Path) -> None:
     """Take the weights of a checkpoint of a run, without its optimiser. KiloError where it is another network."""
     state = read_checkpoint(path).get("model")
     if not isinstance(state, dict): raise KiloError(f"'{path}' holds no model: give a checkpoint of flux4d_train.")
-    try: model.load_state_dict(state)
+    try: model.load_state_dict(check_tensors(state, f"'{path}'"))
     except RuntimeError as error:
         raise KiloError(f"'{path}' is of another network ({str(error).splitlines()[-1].strip()[:120]}): give the same "
                         "channels, order and refinements.") from None

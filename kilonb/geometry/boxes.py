@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EDGES', 'Boxes', 'upright_boxes', 'convex_hull', 'segments', 'outline']
 
-# %% ../../nbs/geometry/boxes.ipynb #7fffb0f4
+# %% ../../nbs/geometry/boxes.ipynb #f5f1a704
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import KiloError
+from ..core.numbers import LARGEST
 from .cameras import Camera
 from .transforms import check_rigid, rigid, rigid_inverse, transform_points
 
@@ -20,13 +21,13 @@ from .transforms import check_rigid, rigid, rigid_inverse, transform_points
 _SIGNS = torch.tensor([[x, y, z] for x in (-0.5, 0.5) for y in (-0.5, 0.5) for z in (-0.5, 0.5)], dtype=torch.float64)
 EDGES = tuple((a, a | bit) for a in range(8) for bit in (1, 2, 4) if not a & bit)
 
-# %% ../../nbs/geometry/boxes.ipynb #ec852e66
+# %% ../../nbs/geometry/boxes.ipynb #4cd1785d
 def _check_boxes(box_to_world: Tensor, sizes: Tensor) -> None:
     count = len(sizes)
     if tuple(sizes.shape) != (count, 3) or tuple(box_to_world.shape) != (count, 4, 4):
         raise KiloError(f"Boxes need poses [N, 4, 4] and sizes [N, 3]; got {list(box_to_world.shape)} "
                         f"and {list(sizes.shape)}.")
-    if not (torch.isfinite(sizes).all() and (sizes > 0).all()):
+    if not ((sizes > 0) & (sizes <= LARGEST)).all():
         raise KiloError("A box has a size that is not a positive number of metres.")
     if count: check_rigid(box_to_world, "a box's pose")
 

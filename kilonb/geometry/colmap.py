@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MODELS', 'MAX_MODEL_BYTES', 'ColmapModel', 'read_colmap', 'write_colmap']
 
-# %% ../../nbs/geometry/colmap.ipynb #a4db6be5
+# %% ../../nbs/geometry/colmap.ipynb #29d36838
 import re
 import struct
 from collections.abc import Callable
@@ -16,9 +16,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ..core.errors import KiloError
+from ..core.documents import read_bytes
+from ..core.errors import KiloError, shorten
 from ..core.files import atomic_folder
-from .cameras import DistortedPinholeCamera, PinholeCamera
+from ..core.numbers import LARGEST
+from .cameras import MOST_CAMERA_PIXELS, DistortedPinholeCamera, PinholeCamera, check_camera
 from .transforms import quat_to_rotmat, rigid, rigid_inverse, rotmat_to_quat
 
 # %% ../../nbs/geometry/colmap.ipynb #71e5e5e0
@@ -38,7 +40,7 @@ MODELS = {"SIMPLE_PINHOLE": _Model(0, 3, lambda f, cx, cy: (f, f, cx, cy)),
 _NAMES = {model.number: name for name, model in MODELS.items()}
 _WIDE = {5: "OPENCV_FISHEYE", 7: "FOV", 8: "SIMPLE_RADIAL_FISHEYE", 9: "RADIAL_FISHEYE", 10: "THIN_PRISM_FISHEYE"}
 
-# %% ../../nbs/geometry/colmap.ipynb #18996717
+# %% ../../nbs/geometry/colmap.ipynb #e098355e
 class _Intrinsics(NamedTuple):
     """A camera without pose. values: fx, fy, cx, cy, then the distortion."""
     width: int
@@ -51,15 +53,16 @@ def _model_of(name: str | int, what: str) -> _Model:
     name = _NAMES.get(name, _WIDE.get(name, name)) if isinstance(name, int) else name
     if name in MODELS: return MODELS[name]
     reason = "is not a pinhole" if name in _WIDE.values() else "is unknown"
-    raise KiloError(f"The camera model {name} of {what} {reason}; expected one of {', '.join(MODELS)}: undistort the "
-                    "pictures in COLMAP first.")
+    raise KiloError(f"The camera model {shorten(name)} of {what} {reason}; expected one of "
+                    f"{', '.join(MODELS)}: undistort the " "pictures in COLMAP first.")
 
-# %% ../../nbs/geometry/colmap.ipynb #625265e7
+# %% ../../nbs/geometry/colmap.ipynb #bfb73824
 def _intrinsics(model: _Model, width: int, height: int, values: tuple[float, ...], what: str) -> _Intrinsics:
     found = model.unpack(*values)
-    if not (np.isfinite(found).all() and min(found[:2]) > 0 and 0 < width < 2**31 and 0 < height < 2**31):
-        raise KiloError(f"{what} has the size {width} x {height} and the parameters {values}; expected positive sizes, "
-                        "positive focal lengths and finite numbers.")
+    sides = (0 < side <= MOST_CAMERA_PIXELS for side in (width, height))
+    if not ((np.abs(found) <= LARGEST).all() and min(found[:2]) > 0 and all(sides)):
+        raise KiloError(f"{what} has the size {width} x {height} and the parameters {shorten(values, 100)}; expected "
+                        "positive sizes, positive focal lengths and finite numbers.")
     return _Intrinsics(width, height, tuple(found))
 
 # %% ../../nbs/geometry/colmap.ipynb #a5e3a87e
@@ -73,7 +76,7 @@ class ColmapModel:
     colours: np.ndarray
     errors: np.ndarray
 
-# %% ../../nbs/geometry/colmap.ipynb #ea8fd561
+# %% ../../nbs/geometry/colmap.ipynb #8445ebd7
 class _Pose(NamedTuple):
     """A picture's pose and the number of its camera. values: quaternion w x y z, translation, world to camera."""
     name: str
@@ -83,38 +86,34 @@ class _Pose(NamedTuple):
 
 def _camera_of(pose: _Pose, cameras: dict[int, _Intrinsics], what: str) -> PinholeCamera | DistortedPinholeCamera:
     if pose.camera not in cameras:
-        raise KiloError(f"Picture {pose.name} in {what} has camera {pose.camera}, which the file of cameras lacks: the "
-                        "files belong to different models.")
+        raise KiloError(f"Picture {shorten(pose.name)} in {what} has camera {pose.camera}, which the file of "
+                        "cameras lacks: the " "files belong to different models.")
     quat, position = torch.tensor(pose.values, dtype=torch.float64).split([4, 3])
-    if not (quat.isfinite().all() and position.isfinite().all() and quat.norm() > 1e-9):
-        raise KiloError(f"Picture {pose.name} in {what} has the pose {pose.values}; expected a quaternion "
-                        "with a length and finite numbers.")
+    if not ((quat.abs() <= LARGEST).all() and (position.abs() <= LARGEST).all() and quat.norm() > 1e-9):
+        raise KiloError(f"Picture {shorten(pose.name)} in {what} has the pose {shorten(pose.values, 120)}; expected a "
+                        "quaternion with a length and finite numbers.")
     to_camera = rigid(quat_to_rotmat(quat / quat.norm()), position)
     width, height, (fx, fy, cx, cy, *distortion) = cameras[pose.camera]
     values = rigid_inverse(to_camera).float(), fx, fy, cx, cy, width, height
-    return DistortedPinholeCamera(*values, tuple(distortion)) if any(distortion) else PinholeCamera(*values)
+    camera = DistortedPinholeCamera(*values, tuple(distortion)) if any(distortion) else PinholeCamera(*values)
+    return check_camera(camera, f"picture {shorten(pose.name)} in {what}")
 
-# %% ../../nbs/geometry/colmap.ipynb #0178279f
+# %% ../../nbs/geometry/colmap.ipynb #fd61d569
 def _assemble(cameras: dict[int, _Intrinsics], poses: list[_Pose], points: np.ndarray, what: str) -> ColmapModel:
     """points: [N, 7] x y z, r g b, error."""
     named = {pose.name: _camera_of(pose, cameras, what) for pose in poses}
     if len(named) < len(poses): raise KiloError(f"{what} names a picture twice.")
-    if wrong := int((~np.isfinite(points[:, :3])).any(1).sum()):
+    if wrong := int((~(np.abs(points) <= LARGEST)).any(1).sum()):
         raise KiloError(f"{wrong} of {len(points)} points beside {what} are not finite.")
     return ColmapModel(named, points[:, :3].copy(), points[:, 3:6].astype(np.uint8), points[:, 6].copy())
 
-# %% ../../nbs/geometry/colmap.ipynb #c4907760
+# %% ../../nbs/geometry/colmap.ipynb #d200744f
 MAX_MODEL_BYTES = 4_000_000_000
 
 
 def _read_bytes(path: Path) -> bytes:
-    try:
-        if path.stat().st_size > MAX_MODEL_BYTES:
-            raise KiloError(f"{path} has {path.stat().st_size} bytes; expected at most {MAX_MODEL_BYTES}.")
-        return path.read_bytes()
-    except OSError as error:
-        raise KiloError(f"{path} cannot be read ({error.strerror}): a model has cameras, images "
-                        "and points3D.") from None
+    if not path.is_file(): raise KiloError(f"{path} is missing: a model has cameras, images and points3D.")
+    return read_bytes(path, MAX_MODEL_BYTES)
 
 # %% ../../nbs/geometry/colmap.ipynb #f01a467c
 def _text_lines(path: Path) -> list[str]:
@@ -133,33 +132,34 @@ def _check_announced(path: Path, lines: list[str], count: int) -> None:
 
 def _records(lines: list[str]) -> list[str]: return [line for line in lines if line and not line.startswith("#")]
 
-# %% ../../nbs/geometry/colmap.ipynb #adcd3217
+# %% ../../nbs/geometry/colmap.ipynb #560c7334
 def _fields(line: str, least: int, what: str) -> list[str]:
     words = line.split()
     if len(words) >= least: return words
-    raise KiloError(f"{what} has a line '{line[:50]}' of {len(words)} fields; expected at least {least}: it was cut "
+    raise KiloError(f"{what} has a line {shorten(line)} of {len(words)} fields; expected at least {least}: it was cut "
                     "short or edited.")
 
 
 def _numbers(words: list[str], kind: type, what: str) -> tuple[Any, ...]:
     try: return tuple(kind(word) for word in words)
-    except ValueError: raise KiloError(f"{what} has '{' '.join(words)[:50]}' in place of numbers.") from None
+    except ValueError: raise KiloError(f"{what} has {shorten(' '.join(words))} in place of numbers.") from None
 
-# %% ../../nbs/geometry/colmap.ipynb #403dbc02
+# %% ../../nbs/geometry/colmap.ipynb #a65042c5
 def _cameras_text(path: Path) -> dict[int, _Intrinsics]:
     found, lines = {}, _text_lines(path)
     for line in _records(lines):
         number, name, width, height, *values = _fields(line, 5, str(path))
-        what = f"camera {number} in {path}"
+        what = f"camera {shorten(number)[1:-1]} in {path}"
         model = _model_of(name, what)
         if len(values) != model.parameters:
             raise KiloError(f"The {what} has {len(values)} parameters; {name} has {model.parameters}.")
         (number, width, height) = _numbers([number, width, height], int, str(path))
+        if number in found: raise KiloError(f"{path} has two cameras of the number {shorten(number)}.")
         found[number] = _intrinsics(model, width, height, _numbers(values, float, str(path)), f"The {what}")
     _check_announced(path, lines, len(found))
     return found
 
-# %% ../../nbs/geometry/colmap.ipynb #fe57ee4a
+# %% ../../nbs/geometry/colmap.ipynb #5cd33cee
 def _poses_text(path: Path) -> list[_Pose]:
     """Two lines for each picture; the second, its observations, may be blank and is skipped."""
     lines, found = _text_lines(path), []
@@ -169,7 +169,7 @@ def _poses_text(path: Path) -> list[_Pose]:
         name = line.split(maxsplit=9)[9]                               # a name may contain blanks
         found.append(_Pose(name, _numbers(words[8:9], int, str(path))[0], _numbers(words[1:8], float, str(path))))
         if len(next(rest, "").split()) % 3:
-            raise KiloError(f"{path} continues wrongly after {name}; expected a line of observations, three "
+            raise KiloError(f"{path} continues wrongly after {shorten(name)}; expected a line of observations, three "
                             "fields each, or a blank one.")
     _check_announced(path, lines, len(found))
     return found
@@ -220,7 +220,7 @@ class _Bytes:
         return KiloError(f"{self.path} ends after {len(self.data)} bytes within a record: it was cut short, "
                          "or it is no binary model; copy it again.")
 
-# %% ../../nbs/geometry/colmap.ipynb #dcc80153
+# %% ../../nbs/geometry/colmap.ipynb #59c1b828
 _CAMERA, _IMAGE, _POINT = struct.Struct("<iiQQ"), struct.Struct("<i7di"), struct.Struct("<Q3d3BdQ")
 
 
@@ -229,6 +229,7 @@ def _cameras_binary(path: Path) -> dict[int, _Intrinsics]:
     for _ in range(data.count(_CAMERA.size + 24)):
         number, model, width, height = data.take(_CAMERA)
         what = f"camera {number} in {path}"
+        if number in found: raise KiloError(f"{path} has two cameras of the number {number}.")
         model = _model_of(model, what)
         values = data.take(struct.Struct(f"<{model.parameters}d"))
         found[number] = _intrinsics(model, width, height, values, f"The {what}")

@@ -9,11 +9,12 @@ __all__ = ['quat_to_rotmat', 'rotmat_to_quat', 'quat_multiply', 'rigid', 'rigid_
            'check_rigid', 'look_at', 'carla_pose_to_matrix', 'left_to_right_handed', 'mirror_y', 'forward_to_opencv',
            'opencv_to_forward']
 
-# %% ../../nbs/geometry/transforms.ipynb #1e033074
+# %% ../../nbs/geometry/transforms.ipynb #89766154
 import torch
 from torch import Tensor
 
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
+from ..core.numbers import LARGEST
 
 # %% ../../nbs/geometry/transforms.ipynb #7f167e9b
 def quat_to_rotmat(quats: Tensor) -> Tensor:
@@ -81,7 +82,7 @@ def transform_points(transform: Tensor, points: Tensor) -> Tensor:
     """Points [..., N, 3] transformed by [..., 4, 4] matrices."""
     return points @ transform[..., :3, :3].mT + transform[..., None, :3, 3]
 
-# %% ../../nbs/geometry/transforms.ipynb #237fbdf3
+# %% ../../nbs/geometry/transforms.ipynb #74888647
 def check_rigid(transform: Tensor, name: str, tolerance: float = 1e-3) -> Tensor:
     """Return `transform` [..., 4, 4] if it is rigid; raise a KiloError with `name` and the fault otherwise.
 
@@ -89,18 +90,19 @@ def check_rigid(transform: Tensor, name: str, tolerance: float = 1e-3) -> Tensor
     """
     if tuple(transform.shape[-2:]) != (4, 4):
         raise KiloError(f"{name} has shape {tuple(transform.shape)}; expected a 4x4 matrix.")
-    if not torch.isfinite(transform).all():
-        raise KiloError(f"{name} has values that are not finite; expected a rigid 4x4 matrix.")
+    if not (transform.abs() <= LARGEST).all():
+        raise KiloError(f"{name} has values that are not finite or over {LARGEST:g}; expected a rigid 4x4 matrix.")
+    if not transform.numel(): return transform
     rotation = transform[..., :3, :3].double()
     error = (rotation @ rotation.mT - torch.eye(3, dtype=torch.float64, device=rotation.device)).abs().max().item()
-    if error > tolerance:
+    if not error <= tolerance:
         raise KiloError(f"{name} is not rigid: R R^T differs from the identity by {error:.2g}; remove scale "
                         "and shear from it.")
     if (torch.linalg.det(rotation) < 0).any():
         raise KiloError(f"{name} mirrors space (determinant -1); one axis is flipped.")
     last = torch.tensor([0, 0, 0, 1.0], dtype=transform.dtype, device=transform.device)
     if (transform[..., 3, :] - last).abs().max().item() > tolerance:
-        raise KiloError(f"{name} has last row {transform[..., 3, :].tolist()}; expected 0 0 0 1.")
+        raise KiloError(f"{name} has last row {shorten(transform[..., 3, :].tolist())}; expected 0 0 0 1.")
     return transform
 
 # %% ../../nbs/geometry/transforms.ipynb #311a65e6

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FOLDER', 'INDEX', 'encode_picture', 'Comparison', 'read_comparisons', 'save_comparison', 'worst']
 
-# %% ../../nbs/imaging/pictures.ipynb #bc649787
+# %% ../../nbs/imaging/pictures.ipynb #99f195ee
 import hashlib
 import io
 import json
@@ -19,6 +19,7 @@ from typing import Any
 
 from PIL import Image
 
+from ..core.documents import read_json
 from ..core.errors import KiloError
 from ..core.files import atomic_write, number, write_json
 from ..data.pictures import as_picture
@@ -65,22 +66,24 @@ def _file_name(name: str, image: str) -> str:
     plain = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", word).strip("_")[:40] for word in (name, image))
     return f"{plain}-{hashlib.sha256(json.dumps([name, image]).encode()).hexdigest()[:8]}.webp"
 
-# %% ../../nbs/imaging/pictures.ipynb #ef687e6a
+# %% ../../nbs/imaging/pictures.ipynb #2d96b4ab
 def _entries(folder: Path) -> list[dict[str, Any]]:
     """The checked entries of the index of a run's pictures; KiloError where it is damaged."""
     path = folder / FOLDER / INDEX
     if not path.is_file(): return []
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))["comparisons"]
+        entries = read_json(path)["comparisons"]
+        if not isinstance(entries, list): raise ValueError
         for entry in entries:
             if not all(isinstance(entry[key], str)
-                       for key in ("name", "metric")) or not isinstance(number(entry["score"]), (int, float)):
+                       for key in ("name", "metric")) or type(number(entry["score"])) not in (int, float):
                 raise ValueError
+            float(number(entry["score"]))                  # a number that a float can hold
             if not isinstance(entry["higher_is_better"], bool) or not entry["images"]: raise ValueError
-            if any(not isinstance(file, str) or Path(file).name != file for file in entry["images"].values()):
+            if any(not isinstance(file, str) or Path(file).name != file or "\0" in file
+                   for file in entry["images"].values()):
                 raise ValueError
-    except OSError as error: raise KiloError(f"Cannot read {path}: {error.strerror}.") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, KiloError):
         raise KiloError(f"{path} is not an index of pictures: it was cut short or edited; delete it or "
                         "repeat the run.") from None
     return entries

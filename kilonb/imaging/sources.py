@@ -6,7 +6,7 @@
 __all__ = ['MODEL_KINDS', 'Rendering', 'render_displayable', 'FrameSource', 'tensors_digest', 'source_of_gaussians',
            'ModelKind', 'register_model_kind', 'model_of_checkpoint', 'find_model', 'open_source', 'source_of_model']
 
-# %% ../../nbs/imaging/sources.ipynb #2256e9f9
+# %% ../../nbs/imaging/sources.ipynb #32404ec9
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
 from ..core.hashing import hash_file
 from ..geometry.cameras import PinholeCamera
 from ..runs.records import find_run
@@ -132,13 +132,13 @@ def model_of_checkpoint(path: Path, weights: str | None = None, like: Any = None
     except KiloError as error: raise KiloError(f"{path} is of a model of another config: {error}") from None
     return like, loaded.split()[0]
 
-# %% ../../nbs/imaging/sources.ipynb #fb23f329
+# %% ../../nbs/imaging/sources.ipynb #877b9521
 def _load_model(path: Path, weights: str | None) -> tuple[Any, str]:
     """(model, its weights) of a saved model; KiloError where its kind is unknown or its weights are not the wanted
     ones."""
     kind = read_checkpoint(path)["kind"]
-    if kind not in MODEL_KINDS:
-        raise KiloError(f"{path} holds a model of kind '{kind}'; known are {', '.join(MODEL_KINDS)}.")
+    if not isinstance(kind, str) or kind not in MODEL_KINDS:
+        raise KiloError(f"{path} holds a model of kind {shorten(kind)}; known are {', '.join(MODEL_KINDS)}.")
     if weights not in (None, "averaged", "raw"):
         raise KiloError(f"weights is '{weights}'; expected 'averaged' or 'raw'.")
     model, held = MODEL_KINDS[kind].load(path)

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['NamedView', 'ViewTarget', 'targets_from_images', 'render_digest', 'targets_from_teacher']
 
-# %% ../../nbs/imaging/targets.ipynb #6875a1fe
+# %% ../../nbs/imaging/targets.ipynb #9d89f52d
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +17,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.bounded import read_arrays
 from ..core.errors import KiloError
 from ..core.files import atomic_write
+from ..core.numbers import finite
 from ..geometry.cameras import PinholeCamera
 from .sources import render_displayable
 from ..metrics.images import straight_to_premultiplied
@@ -84,13 +87,22 @@ def targets_from_teacher(gaussians: Gaussians, views: Sequence[tuple[str, Pinhol
     """
     return [_rendered_target(gaussians, name, camera, cache) for name, camera in views]
 
-# %% ../../nbs/imaging/targets.ipynb #5d9ad76a
+# %% ../../nbs/imaging/targets.ipynb #b1a0347f
+def _kept_render(path: Path, camera: PinholeCamera) -> tuple[Tensor, ...] | None:
+    """Colour, alpha and depth in a file of the cache; None where there is none or it is damaged."""
+    size, names = (camera.height, camera.width), ("rgb_premultiplied", "alpha", "expected_depth")
+    with suppress(KiloError):
+        if not path.is_file(): return None
+        arrays = read_arrays(path, names)
+        for name, shape in zip(names, ((*size, 3), size, size)): finite(arrays[name], name, shape)
+        if all(array.dtype == np.float32 for array in arrays.values()):
+            return tuple(torch.from_numpy(arrays[name]) for name in names)
+    return None
+
+
 def _rendered_target(gaussians: Gaussians, name: str, camera: PinholeCamera, cache: Path | None) -> ViewTarget:
     path = None if cache is None else Path(cache) / f"{render_digest(gaussians, camera)}.npz"
-    if path is not None and path.is_file():
-        with np.load(path, allow_pickle=False) as kept:
-            arrays = [torch.from_numpy(kept[key]) for key in ("rgb_premultiplied", "alpha", "expected_depth")]
-        return ViewTarget(name, camera, *arrays, "teacher")
+    if path is not None and (kept := _kept_render(path, camera)): return ViewTarget(name, camera, *kept, "teacher")
     target = ViewTarget(name, camera, *render_displayable(gaussians, camera), "teacher")
     if path is not None:
         with atomic_write(path) as partial, open(partial, "wb") as file:

@@ -6,16 +6,14 @@ content digest.
 
 # %% auto #0
 __all__ = ['UNSEEN', 'SCENE', 'FAR', 'OWN_BODY', 'HIDDEN', 'UNKNOWN', 'CLASSES', 'StitchViews', 'CAR_SIZE_M',
-           'PanoramaOptions', 'stitch_views', 'vehicle_box', 'rig_coverage', 'Tile', 'make_tile',
-           'stitching_code_digest', 'tile_digest', 'write_panorama_tile', 'read_panorama_tile', 'constant_mask_iou']
+           'MOST_TILE_BYTES', 'PanoramaOptions', 'stitch_views', 'vehicle_box', 'rig_coverage', 'Tile', 'make_tile',
+           'stitching_code_digest', 'tile_digest', 'write_panorama_tile', 'check_tile', 'read_panorama_tile',
+           'constant_mask_iou']
 
-# %% ../../nbs/panoramas/tiles.ipynb #a01d940e
+# %% ../../nbs/panoramas/tiles.ipynb #1f5ea3a3
 import hashlib
 import importlib.util
 import json
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,10 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.bounded import read_arrays
 from ..core.errors import KiloError
 from ..core.files import atomic_write
+from ..core.numbers import LARGEST
 from ..geometry.boxes import Boxes, upright_boxes
 from ..geometry.panoramas import CylindricalCamera, EquirectangularCamera, PanoramaCamera
+from ..geometry.transforms import check_rigid
 from .stitch import Panorama, stitch
 from ..scenes.opv2v import FrameEntry, Instant
 from ..scenes.surround import CameraImage, SurroundFrame, panorama_pose
@@ -167,18 +168,37 @@ def tile_digest(entry: FrameEntry, instant: Instant, options: PanoramaOptions, c
     if entry.record is not None: digest.update(json.dumps(entry.record, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:32]
 
-# %% ../../nbs/panoramas/tiles.ipynb #3f3e4fb1
+# %% ../../nbs/panoramas/tiles.ipynb #cc73d062
 def write_panorama_tile(path: str | Path, tile: Tile) -> None:
     """Write a tile as .npz, atomically."""
     with atomic_write(path) as partial, open(partial, "wb") as file: np.savez(file, **tile._asdict())
 
+# %% ../../nbs/panoramas/tiles.ipynb #32d9ddad
+MOST_TILE_BYTES = 1 << 28
 
+
+def check_tile(tile: Tile) -> Tile:
+    """`tile` itself. Raises KiloError where an array has another type or shape, a range is negative or not finite, a
+    class is unknown, or the pose is not rigid."""
+    size = tile.coverage.shape
+    kinds = {"rgb": (np.uint8, (*size, 3)), "range_m": (np.float32, size), "classes": (np.uint8, size),
+             "coverage": (np.bool_, size), "camera_to_world": (np.float64, (4, 4))}
+    for name, (kind, shape) in kinds.items():
+        array = getattr(tile, name)
+        if array.dtype != kind or array.shape != shape or len(size) != 2 or not array.size:
+            raise KiloError(f"{name} of the tile is {list(array.shape)} {array.dtype}; expected {list(shape)} "
+                            f"{np.dtype(kind)}.")
+    if not ((tile.range_m >= 0) & (tile.range_m <= LARGEST)).all():
+        raise KiloError("range_m of the tile holds a number that is negative or not finite.")
+    if tile.classes.max() >= len(CLASSES): raise KiloError(f"The tile holds the class {tile.classes.max()}.")
+    check_rigid(torch.from_numpy(tile.camera_to_world), "camera_to_world of the tile")
+    return tile
+
+# %% ../../nbs/panoramas/tiles.ipynb #869e1ba8
 def read_panorama_tile(path: str | Path) -> Tile | None:
-    """The tile in a file; None if the file is missing, cut short or damaged."""
-    try:
-        with np.load(path, allow_pickle=False) as arrays: return Tile(*(arrays[name] for name in Tile._fields))
-    except (OSError, ValueError, KeyError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile, zlib.error):
-        return None
+    """The tile in a file; None if the file is missing, cut short or damaged, see `check_tile`."""
+    try: return check_tile(Tile(**read_arrays(path, Tile._fields, MOST_TILE_BYTES)))
+    except KiloError: return None
 
 # %% ../../nbs/panoramas/tiles.ipynb #18d614ac
 def constant_mask_iou(masks: Tensor) -> float:

@@ -9,7 +9,7 @@ __all__ = ['REMOVALS', 'EmbeddingConfig', 'principal_components', 'heading_terms
            'embed_magnitudes', 'fit_embedding', 'load_embedding', 'recording_coefficients', 'held_out_embedding',
            'embedding_scores', 'read_truth', 'later_r2', 'embedding_rows']
 
-# %% ../../nbs/pose/embedding.ipynb #99f0c55d
+# %% ../../nbs/pose/embedding.ipynb #8a835064
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,12 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.bounded import read_arrays
 from ..core.errors import KiloError, unknown_name
+from ..core.numbers import finite
 from ..metrics.probes import PROBES, angle_targets, cross_validated_r2, make_probe, r_squared
 from .view_features import ViewFeatures, frame_coefficients
 from .view_sphere import ViewSphere
 from ..splats.gaussians import Gaussians
 from ..training.checkpoints import read_checkpoint, write_checkpoint
+from ..training.saved_models import check_tensors, saved_config
 
 # %% ../../nbs/pose/embedding.ipynb #e3b8e15b
 REMOVALS = ("none", "regression", "adversarial")
@@ -200,7 +203,7 @@ def fit_embedding(magnitudes: Tensor, headings: Tensor, config: EmbeddingConfig 
     rotation = _kept_directions(scores, (terms - term_mean) @ weights, config)
     return PoseEmbedding(config, mean, projection, term_mean, weights, rotation)
 
-# %% ../../nbs/pose/embedding.ipynb #9ab31c20
+# %% ../../nbs/pose/embedding.ipynb #9e62c8a4
 def load_embedding(path: str | os.PathLike) -> PoseEmbedding:
     """The embedding that `PoseEmbedding.save` wrote; KiloError for a file that is missing, damaged or something
     else."""
@@ -208,9 +211,15 @@ def load_embedding(path: str | os.PathLike) -> PoseEmbedding:
     missing = [name for name in ("config", *_TENSORS) if name not in content]
     if content.get("kind") != _KIND or missing:
         raise KiloError(f"{path} is not a pose embedding: give a file written by PoseEmbedding.save.")
-    config = content["config"]
-    return PoseEmbedding(EmbeddingConfig(**config | {"orders": tuple(config["orders"])}),
-                         *(content[name] for name in _TENSORS))
+    config = saved_config(content, EmbeddingConfig, path)
+    tensors = check_tensors({name: content[name] for name in _TENSORS}, str(path))
+    if [tensors[name].ndim for name in _TENSORS] != [1, 2, 1, 2, 2]:
+        raise KiloError(f"{path} has tensors of other shapes.")
+    m, k, t, d = (*tensors["projection"].shape, len(tensors["term_mean"]), tensors["rotation"].shape[1])
+    wanted = {"mean": (m,), "projection": (m, k), "term_mean": (t,), "weights": (t, k), "rotation": (k, d)}
+    wrong = [name for name, shape in wanted.items() if tuple(tensors[name].shape) != shape]
+    if wrong: raise KiloError(f"{path} has {wrong[0]} of the shape {list(tensors[wrong[0]].shape)}: it is damaged.")
+    return PoseEmbedding(config, *tensors.values())
 
 # %% ../../nbs/pose/embedding.ipynb #fb1d7c04
 def recording_coefficients(frames: Iterable[tuple[Gaussians, Tensor]], sphere: ViewSphere,
@@ -262,14 +271,21 @@ def embedding_scores(magnitudes: Tensor, headings: Tensor, phase: np.ndarray | N
         scores[f"{name}_r2"] = max(found.values())
     return scores
 
-# %% ../../nbs/pose/embedding.ipynb #5e94fee9
+# %% ../../nbs/pose/embedding.ipynb #f7178f2b
 def read_truth(folder: str | Path, frames: np.ndarray,
                names: Sequence[str] = ("phase", "speed")) -> dict[str, np.ndarray]:
     """Known quantities [F] of the recording's `frames` by name, from `truth.npz` of a procedural animal; {} without
     such a file."""
     path = Path(folder) / "truth.npz"
     if not path.is_file(): return {}
-    with np.load(path) as file: return {name: file[name][frames] for name in names if name in file}
+    there, found = read_arrays(path), {}
+    for name in names:
+        if name not in there: continue
+        values = finite(there[name], f"{name} in {path}", (-1,))
+        if len(frames) and max(frames) >= len(values):
+            raise KiloError(f"{path} has {len(values)} values of {name}; expected more than {max(frames)}.")
+        found[name] = values[frames].astype(there[name].dtype)
+    return found
 
 
 def later_r2(points: np.ndarray, angles: np.ndarray, known: np.ndarray, judged: np.ndarray) -> float:

@@ -36,12 +36,15 @@ def _create(path: Path, identity: str, frames: Sequence[int], names: Sequence[st
         _allocate(file, "masks", (*count, height, width))
         _allocate(file, "written", count)
 
-# %% ../../nbs/pose/images.ipynb #7b76b038
+# %% ../../nbs/pose/images.ipynb #42d7ef19
 def _fits(path: Path, identity: str, shape: tuple[int, ...]) -> bool:
     """Whether there is a file of the same preparation that can be continued."""
     try:
-        with h5py.File(path, "r") as file: return file.attrs["identity"] == identity and file["masks"].shape == shape
-    except (OSError, KeyError): return False
+        with h5py.File(path, "r") as file:
+            if file.attrs["identity"] != identity: return False
+            shapes = {"masks": shape, "pictures": (*shape, 3), "written": shape[:2]}
+            return all(file[name].shape == wanted and file[name].dtype == np.uint8 for name, wanted in shapes.items())
+    except Exception: return False                     # HDF5 raises many kinds for damaged files
 
 # %% ../../nbs/pose/images.ipynb #0154311b
 class ImageFile:

@@ -8,11 +8,10 @@ masks, hulls, up direction, track, voxel grid, Zarr.
 __all__ = ['PrepareConfig', 'MaskChoice', 'choose_masks', 'Hulls', 'find_hulls', 'AnimalTrack', 'find_track', 'prepare',
            'TrackErrors', 'track_errors', 'prepared_of']
 
-# %% ../../nbs/pose/prepare.ipynb #77f86451
+# %% ../../nbs/pose/prepare.ipynb #e8ac140d
 import fcntl
 import hashlib
 import io
-import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.bounded import read_arrays
 from ..core.configs import check_config, to_dict
+from ..core.documents import parse_json
 from ..core.errors import KiloError
+from ..core.numbers import finite, positive, whole
 from ..core.files import atomic_write, dumps
 from ..core.hashing import cached_hash
 from ..data.manifests import data_folder
@@ -180,7 +182,7 @@ def find_hulls(masks: Callable[[int], Tensor], frames: Sequence[int], cameras: S
     skipped.sort(key=lambda one: one["frame"])
     return Hulls(rows, *(map(list, zip(*points)) if points else ([], [])), side / config.coarse, skipped)
 
-# %% ../../nbs/pose/prepare.ipynb #abc826bb
+# %% ../../nbs/pose/prepare.ipynb #474e1686
 def _save_hulls(path: Path, hulls: Hulls, identity: str) -> None:
     buffer, both = io.BytesIO(), [*hulls.points, *hulls.touched]
     np.savez(buffer, rows=hulls.rows, counts=[len(points) for points in both], voxel_m=hulls.voxel_m,
@@ -188,16 +190,33 @@ def _save_hulls(path: Path, hulls: Hulls, identity: str) -> None:
              skipped=dumps(hulls.skipped), identity=identity)
     with atomic_write(path) as partial: partial.write_bytes(buffer.getvalue())
 
+# %% ../../nbs/pose/prepare.ipynb #5026f19a
+def _check_hulls(hulls: Hulls, frames: int) -> Hulls:
+    """The hulls, where they can be those of so many frames; KiloError otherwise."""
+    if not all(type(row) is int for row in hulls.rows): raise KiloError("The rows are no numbers of rows.")
+    if len(hulls.points) != len(hulls.rows) or len(hulls.touched) != len(hulls.rows) or hulls.rows != sorted(
+            {whole(row, "a row", 0, frames - 1) for row in hulls.rows}):
+        raise KiloError("The rows do not fit the hulls.")
+    positive(hulls.voxel_m, "voxel_m")
+    for hull in (*hulls.points, *hulls.touched):
+        if hull.dtype != torch.float32: raise KiloError(f"A hull holds {hull.dtype}.")
+        finite(hull.numpy(), "a hull", (len(hull), 3))
+    for one in hulls.skipped:
+        whole(one["frame"], "the frame")
+        if not all(isinstance(one[key], str) for key in ("kind", "reason")): raise KiloError("A reason is no text.")
+    return hulls
 
-def _load_hulls(path: Path, identity: str) -> Hulls | None:
-    """The hulls of an earlier, interrupted preparation with the same identity; None where there are none."""
+# %% ../../nbs/pose/prepare.ipynb #cda27915
+def _load_hulls(path: Path, identity: str, frames: int) -> Hulls | None:
+    """The hulls of an earlier, interrupted preparation with the same identity; None where there are none, or the file
+    is damaged."""
     try:
-        with np.load(path) as kept:
-            if str(kept["identity"]) != identity: return None
-            points, count = torch.from_numpy(kept["points"]).split(kept["counts"].tolist()), len(kept["rows"])
-            return Hulls(kept["rows"].tolist(), list(points[:count]), list(points[count:]), float(kept["voxel_m"]),
-                         json.loads(str(kept["skipped"])))
-    except (OSError, ValueError, KeyError, EOFError): return None
+        kept = read_arrays(path)
+        if str(kept["identity"]) != identity: return None
+        points, count = torch.from_numpy(kept["points"]).split(kept["counts"].tolist()), len(kept["rows"])
+        return _check_hulls(Hulls(kept["rows"].tolist(), list(points[:count]), list(points[count:]),
+                                  float(kept["voxel_m"]), parse_json(str(kept["skipped"]), str(path))), frames)
+    except (ValueError, KeyError, TypeError, RuntimeError, KiloError): return None
 
 # %% ../../nbs/pose/prepare.ipynb #316dd940
 class AnimalTrack(NamedTuple):
@@ -283,11 +302,11 @@ def _track_step(folder: Path, hulls: Hulls, choice: MaskChoice, recording: Recor
         write_figure(crop_figure(local, grid), folder / "crop.png")
     return track, cameras, grid
 
-# %% ../../nbs/pose/prepare.ipynb #bb2d7026
+# %% ../../nbs/pose/prepare.ipynb #c138d832
 def _hulls_step(path: Path, images: ImageFile, cameras: Sequence[PinholeCamera], config: PrepareConfig, identity: str,
                 log: StepLog) -> Hulls:
     """The hulls of an interrupted preparation, or new ones. KiloError where no frame can be used."""
-    hulls = _load_hulls(path, identity)
+    hulls = _load_hulls(path, identity, len(images.frames))
     if hulls is None:
         with log.step("hulls") as kept:
             hulls = find_hulls(lambda i: torch.from_numpy(images.masks(i)).float() / 255, images.frames, cameras,

@@ -7,7 +7,7 @@ evaluations and explorers call.
 # %% auto #0
 __all__ = ['find_trained', 'recording_of_run', 'unseen_rows', 'TrainedAnimal', 'open_trained']
 
-# %% ../../nbs/pose/trained_runs.ipynb #9728b8e0
+# %% ../../nbs/pose/trained_runs.ipynb #57933f6e
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..core.configs import build_config
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
 from ..data.manifests import data_folder
 from ..data.references import resolve_data
 from ..imaging.sources import find_model
@@ -26,10 +26,11 @@ from .prepared import PreparedRecording, read_prepared
 from .refine import RefineConfig, animal_predictor
 from .training import MODEL_FILE, load_pose
 from ..runs.records import list_runs, read_run
-from ..runs.status import FINISHED, read_part
+from ..runs.files import read_part
+from ..runs.status import FINISHED
 from ..training.checkpoints import read_checkpoint
 
-# %% ../../nbs/pose/trained_runs.ipynb #8edcd5d0
+# %% ../../nbs/pose/trained_runs.ipynb #4226a92b
 def find_trained(name: str = "", outputs: str | Path | None = None) -> Path | None:
     """The folder of a trained model: a path or a run's name; empty: the newest finished run that holds one, None
     without. Raises KiloError where a named run holds none."""
@@ -41,19 +42,20 @@ def find_trained(name: str = "", outputs: str | Path | None = None) -> Path | No
         return path
     runs = [record for record in list_runs(outputs) if record.status == FINISHED
             and (record.folder / MODEL_FILE).is_file()]
-    return max(runs, key=lambda record: record.started).folder if runs else None
+    return max(runs, key=lambda record: record.age_key).folder if runs else None
 
-# %% ../../nbs/pose/trained_runs.ipynb #b6f9f4ca
+# %% ../../nbs/pose/trained_runs.ipynb #621e57f1
 def recording_of_run(folder: str | Path) -> PreparedRecording:
     """The prepared recording that a run was trained on, prepared again where it is gone. Raises KiloError where the
     run does not say what it was."""
     folder = Path(folder)
-    kept = read_checkpoint(folder / MODEL_FILE).get("details", {}).get("prepared")
-    if kept and Path(kept).is_dir(): return read_prepared(kept)
+    details = read_checkpoint(folder / MODEL_FILE).get("details")
+    kept = details.get("prepared") if isinstance(details, dict) else None
+    if isinstance(kept, str) and kept and "\0" not in kept and Path(kept).is_dir(): return read_prepared(kept)
     values, data = read_part(folder, "config").get("prepare"), read_run(folder).parameters.get("data")
     if not values or not data:
-        raise KiloError(f"The run in '{folder}' does not say how its recording was prepared, and '{kept}' is gone: "
-                        "train again, or restore that folder.")
+        raise KiloError(f"The run in '{folder}' does not say how its recording was prepared, and "
+                        f"{shorten(kept)} is gone: " "train again, or restore that folder.")
     reference = resolve_data(data)
     return prepared_of(reference.path, build_config(PrepareConfig, values), data_folder() / "pose", reference.sha256)
 

@@ -9,7 +9,7 @@ __all__ = ['VARIANTS', 'MODEL_FILE', 'PoseTraining', 'training_variant', 'FrameS
            'drawing_loss', 'StepDraw', 'make_pose_model', 'make_pose_step', 'reconstruct', 'validation_loss',
            'check_frames', 'PoseResult', 'train_pose', 'save_pose', 'load_pose', 'continue_from']
 
-# %% ../../nbs/pose/training.ipynb #c1f7c87d
+# %% ../../nbs/pose/training.ipynb #77cad203
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.configs import build_config, to_dict
+from ..core.configs import to_dict
 from ..core.errors import KiloError, unknown_name
 from ..metrics.images import structural_similarity
 from .carve import CarvedVolume, VoxelGrid, carve
@@ -31,6 +31,7 @@ from ..splats.gaussians import Gaussians
 from ..training.checkpoints import read_checkpoint, write_checkpoint
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World
+from ..training.saved_models import restore_model, saved_config
 
 # %% ../../nbs/pose/training.ipynb #3ae75d17
 def _check_pose_training(config: "PoseTraining") -> None:
@@ -309,7 +310,7 @@ def save_pose(path: str | Path, model: PoseModel, details: Mapping[str, Any] | N
                                      "high": list(grid.high)}, "model": model.state_dict()})
     return path
 
-# %% ../../nbs/pose/training.ipynb #04dd1b89
+# %% ../../nbs/pose/training.ipynb #db04bfc7
 def load_pose(path: str | Path, device: torch.device | str = "cpu") -> PoseModel:
     """The model of a file, or of a run's folder. KiloError where there is none, or where the file is of another
     kind."""
@@ -318,13 +319,8 @@ def load_pose(path: str | Path, device: torch.device | str = "cpu") -> PoseModel
     content = read_checkpoint(path)
     if content.get("kind") != "pose":
         raise KiloError(f"'{path}' holds no animal model: give the folder of a pose_train run, or its {MODEL_FILE}.")
-    grid = content["grid"]
-    model = PoseModel(build_config(PoseConfig, content["config"]),
-                      VoxelGrid(grid["side_m"], grid["resolution"], tuple(grid["low"]), tuple(grid["high"])))
-    try: model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise KiloError(f"'{path}' does not fit its own config ({str(error).splitlines()[-1].strip()[:120]}): it is "
-                        "damaged.") from None
+    config, grid = saved_config(content, PoseConfig, path), saved_config(content, VoxelGrid, path, "grid")
+    model = restore_model(lambda: PoseModel(config, grid), content.get("model"), path)
     return model.to(device).eval()
 
 # %% ../../nbs/pose/training.ipynb #4dc26eae

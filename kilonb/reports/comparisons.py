@@ -6,7 +6,7 @@
 __all__ = ['ComparisonCard', 'comparison_cards', 'embedded_picture', 'card_html', 'comparisons_section',
            'figures_section']
 
-# %% ../../nbs/reports/comparisons.ipynb #61f78a49
+# %% ../../nbs/reports/comparisons.ipynb #e2efa233
 import base64
 import html
 import io
@@ -21,7 +21,7 @@ from ..core.errors import KiloError
 from ..core.text import format_value
 from ..imaging.pictures import Comparison, encode_picture, read_comparisons, worst
 from .html_parts import byte_size, count_noun, tag, with_unit
-from .offline_html import IMAGE_SUFFIXES
+from .offline_html import IMAGE_SUFFIXES, is_own_file
 from .sections import ReportContext, best_run
 from ..runs.cohorts import Member
 
@@ -69,7 +69,7 @@ def comparison_cards(context: ReportContext, count: int) -> list[ComparisonCard]
         cards.append(ComparisonCard(one.name, _subtitle(context, member, one), one.images, rivals))
     return cards
 
-# %% ../../nbs/reports/comparisons.ipynb #bd17844b
+# %% ../../nbs/reports/comparisons.ipynb #9ee20d98
 def embedded_picture(path: Path, longest: int | None = None, maximum_bytes: int | None = None) -> tuple[str, int, int]:
     """A picture's file as (data URI, width, height) in pixels.
 
@@ -77,6 +77,8 @@ def embedded_picture(path: Path, longest: int | None = None, maximum_bytes: int 
     pixels; None embeds the file as it is. Width and height are those of the file.
     Raises KiloError, naming the file, where it is missing, damaged, or neither WebP, PNG nor JPEG.
     """
+    if path.is_symlink() or path.parent.is_symlink() or (path.exists() and not path.is_file()):
+        raise KiloError(f"The picture {path} is a link or no regular file and is left out.")
     try:
         content = path.read_bytes()
         with Image.open(io.BytesIO(content)) as image:
@@ -164,7 +166,7 @@ def comparisons_section(cards: Sequence[ComparisonCard], limit: int, notes: list
                      f"{packing[1] // 1000} kB each.")
     return tag("div", "".join(shown), class_="comparisons") if any(shown) else ""
 
-# %% ../../nbs/reports/comparisons.ipynb #8df0178b
+# %% ../../nbs/reports/comparisons.ipynb #8b662bd3
 _FIGURE_PACKINGS = ((None, None), (1000, 60_000), (800, 30_000))
 
 
@@ -172,7 +174,7 @@ def _figure_files(folder: Path) -> list[Path]:
     """The pictures in a run's `figures/`, without SVG, which may hold scripts, and GIF."""
     suffixes = set(IMAGE_SUFFIXES) - {".svg", ".gif"}
     return sorted(path for path in (folder / "figures").glob("*") if path.suffix.lower() in suffixes
-                  and not path.name.startswith("."))
+                  and not path.name.startswith(".") and is_own_file(path, folder))
 
 # %% ../../nbs/reports/comparisons.ipynb #49ff07bf
 def figures_section(folder: Path, limit: int, notes: list[str]) -> str:

@@ -6,7 +6,7 @@
 __all__ = ['newest_runs', 'verdict_section', 'find_sweeps', 'sweeps_section', 'failures_section', 'all_runs_section',
            'overview_header', 'overview_sections', 'results_table']
 
-# %% ../../nbs/reports/overview.ipynb #d516c779
+# %% ../../nbs/reports/overview.ipynb #3fedacc1
 import math
 import os
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from ..runs.cohorts import Cohort, Member, is_sweep, read_sweep_runs
 from ..runs.statistics import choose_results
 from ..runs.gates import GREEN, NOT_RUN
 from ..runs.records import RunRecord, data_label, newest_finished
-from ..runs.status import FINISHED, SWEEPS
+from ..runs.status import FINISHED, SWEEPS, instant
 
 # %% ../../nbs/reports/overview.ipynb #ecfef6c2
 def newest_runs(records: Sequence[RunRecord]) -> list[RunRecord]:
@@ -106,7 +106,7 @@ def all_runs_section(context: ReportContext, records: Sequence[RunRecord], most:
                        [record.name for record in shown], looks, True, "runs", list(map(error_message, shown)))
     return filter_field(len(shown), "teacher failed") + table
 
-# %% ../../nbs/reports/overview.ipynb #9b2d9b70
+# %% ../../nbs/reports/overview.ipynb #c6955ec8
 def overview_header(context: ReportContext, newest: Sequence[RunRecord], sweeps: Sequence[Cohort]) -> str:
     """How many experiments are green, which are not, and how many runs and sweeps there are."""
     records = context.cohort.records
@@ -115,7 +115,7 @@ def overview_header(context: ReportContext, newest: Sequence[RunRecord], sweeps:
     red = [f"{record.experiment} on {data_label(record)}" for record in gated if not record.ok]
     verdict = f"{green} of {len(gated)} experiments and data are green" + (f"; not green: {first_few(red, 8)}." if red
                                                                           else ".")
-    started = max((record.started for record in records), default="")
+    started = max((record.started for record in records), default="", key=instant)
     header = report_header("KiloNB", "All runs", [f"newest run {minute_of(started)}" if started else ""],
                            "not all green" if red else "green", "bad" if red else "good", verdict)
     return header + key_figures([

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['colouring_data', 'colour_controls', 'report_document', 'report_html', 'find_target', 'write_report']
 
-# %% ../../nbs/reports/report.ipynb #32078ca4
+# %% ../../nbs/reports/report.ipynb #d23d5fc7
 import datetime
 import html
 import os
@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..core.files import absolute_path
 from ..core.errors import KiloError
 from ..core.files import atomic_write
 from ..core.html import hashed_script_policy, html_page, read_asset
@@ -134,7 +135,7 @@ def report_html(
     choice = choose_results(cohort.records, quality, time, speed)
     return _assemble(ReportContext(cohort, Path(path).resolve(), choice), worst, maximum_bytes)
 
-# %% ../../nbs/reports/report.ipynb #1fc6e843
+# %% ../../nbs/reports/report.ipynb #85307da3
 _RUNS_BELOW = ("sweep.json", "status.json", "*/status.json", "*/*/status.json")
 
 
@@ -145,8 +146,8 @@ def find_target(name: str, outputs: str | os.PathLike | None = None) -> Path:
     Raises KiloError where nothing has that name.
     """
     root = Path(outputs or outputs_root())
-    for path in (Path(name).expanduser(), root / SWEEPS / name, root / name):
-        if path.is_dir() and any(next(path.glob(pattern), None) for pattern in _RUNS_BELOW): return path.resolve()
+    for path in (absolute_path(name, "name"), root / SWEEPS / name, root / name):
+        if os.path.isdir(path) and any(next(path.glob(pattern), None) for pattern in _RUNS_BELOW): return path.resolve()
     return find_run(name, root)
 
 # %% ../../nbs/reports/report.ipynb #521eeba0

@@ -8,7 +8,7 @@
 __all__ = ['cached_columns', 'smooth', 'run_labels', 'split_unreadable', 'curve_names', 'Curve', 'curves_of_runs',
            'figure_files', 'ComparisonRow', 'side_by_side']
 
-# %% ../../nbs/reports/run_curves.ipynb #6616bd70
+# %% ../../nbs/reports/run_curves.ipynb #8b66af64
 import functools
 import math
 import os
@@ -20,7 +20,7 @@ import numpy as np
 
 from ..core.errors import KiloError
 from .charts import downsample
-from .offline_html import IMAGE_SUFFIXES
+from .offline_html import IMAGE_SUFFIXES, is_own_file
 from ..runs.comparison import compare_runs
 from ..runs.records import RunRecord
 from ..runs.scalars import SCALARS_NAME, find_scalars, read_columns
@@ -122,13 +122,14 @@ def curves_of_runs(records: Sequence[RunRecord], name: str, x: str = "step", smo
         found.append(Curve(label, *downsample(axis[rows], smooth(values, smoothing), points // 2)))
     return found
 
-# %% ../../nbs/reports/run_curves.ipynb #a3dfe354
+# %% ../../nbs/reports/run_curves.ipynb #0ef4c0e7
 def figure_files(record: RunRecord) -> dict[str, Path]:
     """Name -> path of a run's figures: the pictures in `figures/`, and in `figures/` of folders below."""
     aside, found = {"earlier", "checkpoints"}, {}
     for path in sorted(record.folder.rglob("figures/*")):
         parts = path.relative_to(record.folder).parts
         if path.suffix.lower() not in IMAGE_SUFFIXES or any(p in aside or p.startswith(".") for p in parts): continue
+        if not is_own_file(path, record.folder): continue
         found["/".join(parts).replace("figures/", "", 1).rsplit(".", 1)[0]] = path
     return found
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['figures_html', 'page_html', 'write_page']
 
-# %% ../../nbs/reports/run_page.ipynb #b76fc3e6
+# %% ../../nbs/reports/run_page.ipynb #7fdb1b82
 import html
 import json
 import os
@@ -17,7 +17,7 @@ from ..core.errors import KiloError
 from ..core.files import atomic_write
 from ..core.html import html_page, read_asset
 from ..core.text import format_duration, format_value, html_table
-from .offline_html import IMAGE_SUFFIXES, data_uri, notebook_html
+from .offline_html import IMAGE_SUFFIXES, data_uri, is_own_file, notebook_html
 from ..runs.comparison import flat_environment
 from ..runs.records import RunRecord, data_label, read_run
 
@@ -50,14 +50,18 @@ def _rows_table(rows: Sequence[Mapping[str, Any]]) -> str:
     headings = list(dict.fromkeys(name for row in rows for name in row))
     return _scrolling(html_table(headings, [[format_value(row.get(name)) for name in headings] for row in rows]))
 
-# %% ../../nbs/reports/run_page.ipynb #ee8c9138
+# %% ../../nbs/reports/run_page.ipynb #14567a4c
 def figures_html(folder: Path) -> str:
-    """The pictures in a run's `figures/`, embedded, each under its file's name."""
+    """The pictures in a run's `figures/`, embedded, each under its file's name; a sentence counts those that are links
+    or no regular files."""
     paths = sorted(path for path in (folder / "figures").glob("*") if path.suffix.lower() in IMAGE_SUFFIXES
                    and not path.name.startswith("."))
-    figures = [(html.escape(path.stem), data_uri(path)) for path in paths]
-    return "".join(f'<figure><img alt="{name}" src="{uri}"><figcaption>{name}</figcaption></figure>'
-                   for name, uri in figures)
+    figures = [(html.escape(path.stem), data_uri(path)) for path in paths if is_own_file(path, folder)]
+    shown = "".join(f'<figure><img alt="{name}" src="{uri}"><figcaption>{name}</figcaption></figure>'
+                    for name, uri in figures)
+    lost = len(paths) - len(figures)
+    return shown + (f"<p>{lost} of {len(paths)} figures are links or no regular files and are left out.</p>"
+                    if lost else "")
 
 # %% ../../nbs/reports/run_page.ipynb #0fd5a1d1
 def _headline(record: RunRecord, title: str) -> str:
@@ -98,7 +102,7 @@ def page_html(record: RunRecord) -> str:
     return html_page(record.name, f"\n{_headline(record, title)}\n{sections}",
                      [read_asset("reports", "page.css"), highlighting])
 
-# %% ../../nbs/reports/run_page.ipynb #989c0f1b
+# %% ../../nbs/reports/run_page.ipynb #1b74c717
 def write_page(folder: str | os.PathLike) -> Path:
     """Write the page of the run in `folder` to its `index.html`, atomically, and return that path.
 
@@ -106,5 +110,5 @@ def write_page(folder: str | os.PathLike) -> Path:
     """
     record = read_run(folder)
     path = record.folder / "index.html"
-    with atomic_write(path) as partial: partial.write_text(page_html(record), encoding="utf-8")
+    with atomic_write(path) as partial: partial.write_text(page_html(record), encoding="utf-8", errors="replace")
     return path

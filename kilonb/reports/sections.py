@@ -69,11 +69,11 @@ def best_run(context: ReportContext) -> Member | None:
     measured = [m for m in context.cohort.finished if summarise([m.record.results.get(name)]).count]
     return max(measured, key=lambda member: member.record.results[name], default=None)
 
-# %% ../../nbs/reports/sections.ipynb #e7d2ee72
+# %% ../../nbs/reports/sections.ipynb #444a58b9
 def file_link(context: ReportContext, target: Path, words: str) -> str:
     """A relative link from the report to a file, or only the escaped words where there is no such file."""
     if not target.is_file(): return html.escape(words)
-    address = quote(Path(os.path.relpath(target, context.path.parent)).as_posix())
+    address = quote(os.fsencode(Path(os.path.relpath(target, context.path.parent)).as_posix()))
     return tag("a", html.escape(words), href=address)
 
 # %% ../../nbs/reports/sections.ipynb #ef1f7270

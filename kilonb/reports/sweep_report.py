@@ -8,7 +8,7 @@ __all__ = ['cohort_status', 'cohort_verdict', 'cohort_header', 'gate_summary', '
            'pareto_section', 'spread_column', 'conditions_section', 'effects_section', 'parallel_section',
            'parameters_section', 'cohort_sections']
 
-# %% ../../nbs/reports/sweep_report.ipynb #6917691b
+# %% ../../nbs/reports/sweep_report.ipynb #ba7280ca
 import html
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from ..runs.statistics import Statistics, gates_of, main_effect, numeric_results
 from ..runs.comparison import NOT_COMPARED
 from ..runs.gates import GREEN, RED, Gate, GateLine
 from ..runs.records import data_label
-from ..runs.status import FINISHED
+from ..runs.status import FINISHED, instant
 
 # %% ../../nbs/reports/sweep_report.ipynb #9f7d6a68
 def cohort_status(cohort: Cohort) -> tuple[str, str]:
@@ -74,12 +74,12 @@ def _cohort_figures(context: ReportContext) -> list[tuple[str, str, str]]:
             (with_unit(choice.time, min(times)) if times else "", f"shortest {choice.time}", ""),
             (format_duration(elapsed) if elapsed else "", "in all" if cohort.kind == "sweep" else "of runs", "")]
 
-# %% ../../nbs/reports/sweep_report.ipynb #50855ce2
+# %% ../../nbs/reports/sweep_report.ipynb #3d93a1f0
 def cohort_header(context: ReportContext) -> str:
     """Kind and name of the runs, their data and start, status, verdict and key figures."""
     cohort = context.cohort
     experiments = list(dict.fromkeys(record.experiment for record in cohort.records if record.status != "unreadable"))
-    started = min((record.started for record in cohort.records if record.started), default="")
+    started = min((record.started for record in cohort.records if record.started), default="", key=instant)
     data = list(dict.fromkeys(filter(None, map(data_label, cohort.records))))
     kind = "Sweep" if cohort.kind == "sweep" else "Runs"
     if experiments: kind += " of " + ", ".join(experiments[:4])
@@ -113,7 +113,7 @@ def gate_summary(cohort: Cohort) -> str:
     return data_table(["result", "verdict", "all runs", "best", "by", "bound", "trivial baseline", "notes",
                        "published"], rows, kind="gates") + note
 
-# %% ../../nbs/reports/sweep_report.ipynb #fc0b9213
+# %% ../../nbs/reports/sweep_report.ipynb #31f66328
 _OWN_RESULTS = ("peak_memory_mb", "total_s")  # recorded by every run
 
 
@@ -121,7 +121,8 @@ def shown_results(context: ReportContext, most: int = 10) -> list[str]:
     """The results that get a column: chosen and gated ones, then others that differ between the runs."""
     choice, records = context.choice, [member.record for member in context.cohort.finished]
     first = [choice.quality, *choice.gated, choice.time, choice.speed]
-    differing = [name for name in numeric_results(records) if len({record.results.get(name) for record in records}) > 1
+    numbers = lambda name: {value for record in records if isinstance(value := record.results.get(name), (int, float))}
+    differing = [name for name in numeric_results(records) if len(numbers(name)) > 1
                  and name not in _OWN_RESULTS]
     return [name for name in dict.fromkeys([*first, *differing]) if name][:most]
 

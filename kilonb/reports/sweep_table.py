@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['COMPLETED', 'SweepTable', 'summarise_sweep', 'read_sweep_table', 'list_sweeps', 'find_sweep', 'best_row']
 
-# %% ../../nbs/reports/sweep_table.ipynb #fd4b00a2
-import json
+# %% ../../nbs/reports/sweep_table.ipynb #a99d42c5
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KiloError
-from ..core.files import number
+from ..core.files import absolute_path, number
 from .scales import is_finite_number
+from ..runs.files import read_json_object
 from ..runs.folders import outputs_root
 from ..runs.gates import lower_is_better
 from ..runs.records import RunRecord, read_run
-from ..runs.status import FINISHED, read_status
+from ..runs.status import FINISHED, has_status, read_status
 
 # %% ../../nbs/reports/sweep_table.ipynb #a7bf1e04
 COMPLETED = (FINISHED, "skipped")
@@ -74,26 +74,38 @@ def summarise_sweep(table: SweepTable) -> str:
     rest = f" {len(table.unreadable)} left out." if table.unreadable else ""
     return f"{table.name} is {table.status}: {states}.{rest}"
 
-# %% ../../nbs/reports/sweep_table.ipynb #1413de7c
-def _read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, {} where the file is missing or damaged."""
-    try: value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return {}
-    return value if isinstance(value, dict) else {}
+# %% ../../nbs/reports/sweep_table.ipynb #964b90ef
+def _plan_of(folder: Path) -> dict[str, Any]:
+    """The plan of a sweep as far as it has the types of one; empty where the file is missing or damaged."""
+    try: plan = read_json_object(folder / "sweep.json")
+    except KiloError: return {}
+    varied, texts = plan.get("varied"), {name: plan[name] for name in ("sweep", "experiment")
+                                         if isinstance(plan.get(name), str)}
+    return {**texts, "runs": _named(plan.get("runs")),
+            "varied": [name for name in varied if isinstance(name, str)] if isinstance(varied, list) else []}
+
+
+def _named(runs: Any) -> list[dict[str, Any]]:
+    """The entries of a list of runs that name a folder, with mappings where the code expects them."""
+    fits = lambda run: (isinstance(run, dict) and isinstance(run.get("name"), str)
+                        and run["name"] not in ("", ".", "..") and "/" not in run["name"] and "\0" not in run["name"])
+    kinds = {"varied": dict, "parameters": dict, "results": dict, "status": str, "error": str, "gates": str,
+             "elapsed_s": (int, float)}
+    return [{key: value for key, value in run.items() if isinstance(value, kinds.get(key, object))}
+            for run in (runs if isinstance(runs, list) else []) if fits(run)]
 
 # %% ../../nbs/reports/sweep_table.ipynb #6272f1be
 def _sweep_status(folder: Path) -> dict[str, Any]:
     try: return read_status(folder) or {}
     except KiloError: return {}
 
-# %% ../../nbs/reports/sweep_table.ipynb #5cc817c3
+# %% ../../nbs/reports/sweep_table.ipynb #d8bb73eb
 def _entries(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str, dict[str, Any]]]:
     """(plan, status, run name -> what both say about it); without plan and status the run folders themselves."""
-    plan, status = _read_object(folder / "sweep.json"), _sweep_status(folder)
+    plan, status = _plan_of(folder), _sweep_status(folder)
     entries: dict[str, dict[str, Any]] = {}
-    for entry in [*plan.get("runs", []), *status.get("runs", [])]:
-        if isinstance(entry, dict) and entry.get("name"):
-            entries[entry["name"]] = {**entries.get(entry["name"], {}), **entry}
+    for entry in [*plan.get("runs", []), *_named(status.get("runs"))]:
+        entries[entry["name"]] = {**entries.get(entry["name"], {}), **entry}
     for path in sorted(folder.glob("*/status.json")) if not entries else []:
         entries[path.parent.name] = {"name": path.parent.name}
     return plan, status, entries
@@ -103,11 +115,11 @@ def _gate_count(record: RunRecord | None) -> str:
     """`2/3` where two of three gates are green, "" without gates."""
     return f"{record.report.count('green')}/{len(record.report.lines)}" if record and record.report.lines else ""
 
-# %% ../../nbs/reports/sweep_table.ipynb #421293db
+# %% ../../nbs/reports/sweep_table.ipynb #b092a183
 def _sweep_row(folder: Path, entry: Mapping[str, Any],
                varied: Sequence[str]) -> tuple[dict[str, Any], RunRecord | None]:
     """(row of one run, its record); None where the run was never started. KiloError where its files are damaged."""
-    record = read_run(folder / entry["name"]) if (folder / entry["name"] / "status.json").is_file() else None
+    record = read_run(folder / entry["name"]) if has_status(folder / entry["name"]) else None
     own = record.status if record else "waiting"
     status = own if own == FINISHED and entry.get("status") != "skipped" else entry.get("status") or own
     results = record.results if record and status in COMPLETED and record.results else entry.get("results") or {}
@@ -132,13 +144,13 @@ def _result_columns(rows: Sequence[Mapping[str, Any]], gated: Sequence[str], var
     return tuple(name for name in names if any(row.get(name) is not None for row in rows)
                  and all(len(str(row.get(name))) <= 40 for row in rows))
 
-# %% ../../nbs/reports/sweep_table.ipynb #9389dcfa
+# %% ../../nbs/reports/sweep_table.ipynb #e0fa0afc
 def read_sweep_table(sweep_folder: str | os.PathLike) -> SweepTable:
     """The sweep in `sweep_folder` as one table, whether it is running or done.
 
     Raises KiloError where the folder holds neither a plan nor runs.
     """
-    folder = Path(sweep_folder).expanduser().resolve()
+    folder = absolute_path(sweep_folder, "folder of the sweep")
     plan, status, entries = _entries(folder)
     if not entries and not plan:
         raise KiloError(f"No sweep in {folder}: it has neither a plan (sweep.json) nor runs; `kilonb sweep "
@@ -153,9 +165,9 @@ def read_sweep_table(sweep_folder: str | os.PathLike) -> SweepTable:
         if record is not None: records.append(record)
     goals = {line.gate.result: 1 if line.gate.at_least is not None else -1 for record in records
              for line in record.report.lines}
-    return SweepTable(plan.get("sweep") or status.get("sweep") or folder.name,
-                      plan.get("experiment") or status.get("experiment", ""), status.get("status", "unknown"), varied,
-                      _result_columns(rows, list(goals), varied), rows, goals, tuple(unreadable))
+    return SweepTable(plan.get("sweep") or str(status.get("sweep") or folder.name),
+                      plan.get("experiment") or str(status.get("experiment", "")), status.get("status", "unknown"),
+                      varied, _result_columns(rows, list(goals), varied), rows, goals, tuple(unreadable))
 
 # %% ../../nbs/reports/sweep_table.ipynb #903198de
 def list_sweeps(outputs: str | os.PathLike | None = None) -> list[Path]:

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['colour_verdicts', 'describe_results', 'describe_run']
 
-# %% ../../nbs/reports/terminal.ipynb #38117455
+# %% ../../nbs/reports/terminal.ipynb #7eb59124
 import os
 import sys
 from typing import Any
 
+from ..core.errors import printable
 from ..core.text import format_duration, format_value, text_table
 
 # %% ../../nbs/reports/terminal.ipynb #dd6b8bb8
@@ -32,7 +33,7 @@ def describe_results(record: Any) -> str:
              text_table(("result", "value", "baseline"), rest)]
     return "\n\n".join(filter(None, parts))
 
-# %% ../../nbs/reports/terminal.ipynb #63fd80da
+# %% ../../nbs/reports/terminal.ipynb #37032dd4
 def _where(record: Any) -> list[list[str]]:
     environment, hardware = record.environment, record.environment.get("hardware", {})
     commit = f"{(environment.get('commit') or 'unknown')[:10]}{' with changes' if environment.get('dirty') else ''}"
@@ -45,7 +46,7 @@ def _where(record: Any) -> list[list[str]]:
 def describe_run(record: Any) -> str:
     """A run as text: status, gates, results, parameters, and where and when it ran."""
     parameters = [[name, repr(value)] for name, value in record.parameters.items()]
-    head = f"{record.name}: {record.status}" + (f". {record.error}" if record.error else "")
+    head = printable(f"{record.name}: {record.status}" + (f". {record.error}" if record.error else ""))
     parts = (head, describe_results(record), text_table(("parameter", "value"), parameters),
              text_table(("record", ""), _where(record)))
     return "\n\n".join(filter(None, parts))

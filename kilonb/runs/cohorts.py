@@ -8,7 +8,7 @@ between them.
 __all__ = ['order_of', 'Member', 'Cohort', 'is_seed', 'comparable', 'varied_parameters', 'read_sweep_runs', 'is_sweep',
            'read_cohort']
 
-# %% ../../nbs/runs/cohorts.ipynb #d6b27cda
+# %% ../../nbs/runs/cohorts.ipynb #18cea63f
 import json
 import math
 import os
@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from ..core.errors import KiloError
-from ..core.files import number
+from ..core.files import absolute_path, number
 from .comparison import NOT_COMPARED
-from .records import RunRecord, data_label, read_run
-from .status import FINISHED, SWEEPS, UNREADABLE, read_status
+from .files import read_json_object
+from .records import RunRecord, read_run_or_error
+from .status import FINISHED, SWEEPS, has_status, read_status
 
-# %% ../../nbs/runs/cohorts.ipynb #c50cb397
+# %% ../../nbs/runs/cohorts.ipynb #670295a3
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
-
+# %% ../../nbs/runs/cohorts.ipynb #c016a234
 def order_of(value: Any) -> tuple[bool, float, str]:
     """A sorting key for values of a parameter: numbers by value, then everything else by its text."""
     return (False, float(value), "") if _is_number(value) else (True, 0.0, str(value))
@@ -94,49 +95,24 @@ def varied_parameters(records: Sequence[RunRecord]) -> list[str]:
     return sorted((name for name in names if len({comparable(parameters.get(name)) for parameters in read}) > 1),
                   key=is_seed)
 
-# %% ../../nbs/runs/cohorts.ipynb #d26718cf
-def _checked(record: RunRecord) -> RunRecord:
-    """The record where its parts have the types that a run writes; else raises TypeError, ValueError, AttributeError
-    or OverflowError."""
-    rows = [row for rows in record.tables.values() for row in rows]
-    if not all(isinstance(row, dict) for row in rows): raise TypeError
-    if not all(isinstance(text, str) for text in (record.experiment, record.status, record.started, record.error)):
-        raise TypeError
-    whole = [value for part in (record.results, record.baselines, record.parameters) for value in part.values()
-             if isinstance(value, int)]
-    for value in (record.elapsed_s, *whole): float(value)
-    data_label(record)
-    return record
-
-# %% ../../nbs/runs/cohorts.ipynb #b2e8b864
-def _record(folder: Path) -> RunRecord:
-    """The run in a folder; `unreadable` where a file of it is damaged or does not hold what a run writes."""
-    try: return _checked(read_run(folder))
-    except KiloError as error: message = str(error)
-    except (TypeError, ValueError, AttributeError, OverflowError):
-        message = f"{folder} does not hold what a run writes: repeat the run."
-    return RunRecord(folder, folder.parent.name, UNREADABLE, error=message)
-
-# %% ../../nbs/runs/cohorts.ipynb #100823ab
+# %% ../../nbs/runs/cohorts.ipynb #2f428679
 def _records(paths: Iterable[Path]) -> list[RunRecord]:
     """The runs of these status files, the oldest first."""
-    return sorted((_record(path.parent) for path in paths), key=lambda record: (record.started, record.folder.name))
+    return sorted((read_run_or_error(path.parent) for path in paths), key=lambda record: record.age_key)
 
 # %% ../../nbs/runs/cohorts.ipynb #4d0eb5e6
 def _members(records: Sequence[RunRecord], varied: Sequence[str]) -> tuple[Member, ...]:
     return tuple(Member(record, {name: record.parameters.get(name) for name in varied}) for record in records)
 
-# %% ../../nbs/runs/cohorts.ipynb #7fae51d5
+# %% ../../nbs/runs/cohorts.ipynb #af990f2c
 def _json_object(path: Path, notes: list[str]) -> dict[str, Any]:
     """The object in a JSON file, empty where there is none; a damaged file becomes a note."""
-    if not path.is_file(): return {}
-    try: value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): value = None
-    if not isinstance(value, dict):
-        notes.append(f"{path.name} of the sweep cannot be read: it was cut short or edited.")
-    return value if isinstance(value, dict) else {}
+    if not os.path.lexists(path): return {}
+    try: return read_json_object(path)
+    except KiloError: notes.append(f"{path.name} of the sweep cannot be read: it was cut short or edited.")
+    return {}
 
-
+# %% ../../nbs/runs/cohorts.ipynb #ecd45624
 def _planned(folder: Path, plan: Mapping[str, Any], notes: list[str]) -> dict[str, dict[str, Any]]:
     """Name -> values of what varies, of each run of a sweep's plan; of the folders there where there is no plan."""
     found = {}
@@ -149,13 +125,39 @@ def _planned(folder: Path, plan: Mapping[str, Any], notes: list[str]) -> dict[st
     notes.append("The sweep's plan, sweep.json, is missing or empty: the runs in its folder are shown.")
     return {path.parent.name: {} for path in sorted(folder.glob("*/status.json"))}
 
-# %% ../../nbs/runs/cohorts.ipynb #9692f2e1
+# %% ../../nbs/runs/cohorts.ipynb #cd0c0014
+def _planned_members(folder: Path, plan: Mapping[str, Any], status: Mapping[str, Any],
+                     notes: list[str]) -> list[Member]:
+    """A member for each run of a plan; those without a folder have the status that the sweep recorded."""
+    rows = {row["name"]: row for row in status.get("runs", []) if isinstance(row, dict)
+            and isinstance(row.get("name"), str)} if isinstance(status.get("runs"), list) else {}
+    members = []
+    for name, values in _planned(folder, plan, notes).items():
+        row = rows.get(name, {})
+        if has_status(folder / name): record = read_run_or_error(folder / name)
+        else:
+            record = RunRecord(folder / name, str(plan.get("experiment", "")), str(row.get("status") or "waiting"),
+                               error=str(row.get("error") or ""))
+        members.append(Member(record, {key: number(value) for key, value in values.items()}))
+    return members
+
+# %% ../../nbs/runs/cohorts.ipynb #dd7533e5
+def _named_runs(folders: Sequence[Path]) -> Cohort:
+    if wrong := [folder for folder in folders if is_sweep(folder) or not has_status(folder)]:
+        raise KiloError(f"{wrong[0]} is not a run: name runs, or one sweep, experiment or outputs folder.")
+    if not folders: raise KiloError("No runs were named: give one or more.")
+    records = [read_run_or_error(folder) for folder in folders]
+    return Cohort("runs", f"{len(records)} runs", Path(os.path.commonpath(folders)),
+                  _members(records, varied := varied_parameters(records)), tuple(varied))
+
+# %% ../../nbs/runs/cohorts.ipynb #ce22b693
 def read_sweep_runs(folder: str | os.PathLike) -> Cohort:
     """The sweep in `folder`, with a member for each run of its plan."""
     folder, notes = Path(folder).resolve(), []
     plan, status = _json_object(folder / "sweep.json", notes), _json_object(folder / "status.json", notes)
     members = _planned_members(folder, plan, status, notes)
-    varied = [name for name in plan.get("varied") or [] if isinstance(name, str)]
+    varied = plan.get("varied") if isinstance(plan.get("varied"), list) else []
+    varied = [name for name in varied if isinstance(name, str)]
     varied = varied or list(dict.fromkeys(name for member in members
                                           for name in member.varied)) or varied_parameters([m.record for m in members])
     members = [Member(m.record, {**{name: m.record.parameters.get(name) for name in varied}, **m.varied})
@@ -163,39 +165,23 @@ def read_sweep_runs(folder: str | os.PathLike) -> Cohort:
     return Cohort("sweep", str(plan.get("sweep") or folder.name), folder, tuple(members),
                   tuple(sorted(varied, key=is_seed)), tuple(notes), status)
 
-
-def _planned_members(folder: Path, plan: Mapping[str, Any], status: Mapping[str, Any],
-                     notes: list[str]) -> list[Member]:
-    """A member for each run of a plan; those without a folder have the status that the sweep recorded."""
-    rows = {row.get("name"): row for row in status.get("runs", [])
-            if isinstance(row, dict)} if isinstance(status.get("runs"), list) else {}
-    members = []
-    for name, values in _planned(folder, plan, notes).items():
-        row = rows.get(name, {})
-        if (folder / name / "status.json").is_file(): record = _record(folder / name)
-        else:
-            record = RunRecord(folder / name, str(plan.get("experiment", "")), str(row.get("status") or "waiting"),
-                               error=str(row.get("error") or ""))
-        members.append(Member(record, {key: number(value) for key, value in values.items()}))
-    return members
-
-# %% ../../nbs/runs/cohorts.ipynb #2e40b6e6
+# %% ../../nbs/runs/cohorts.ipynb #72aa9527
 def is_sweep(folder: Path) -> bool:
     """Whether a folder is that of a sweep: it has a plan, or its status names it one."""
-    if (folder / "sweep.json").is_file() or (folder / "sweep.yaml").is_file(): return True
+    if any(os.path.isfile(folder / name) for name in ("sweep.json", "sweep.yaml")): return True
     try: return (read_status(folder) or {}).get("kind") == "sweep"
     except KiloError: return False
 
-# %% ../../nbs/runs/cohorts.ipynb #bdc84aa9
+
 def read_cohort(target: str | os.PathLike | Sequence[str | os.PathLike]) -> Cohort:
     """The runs in a folder: one run, a sweep, an experiment, or a whole outputs folder; or several runs.
 
     target: a folder, or a list of folders of runs. Raises KiloError where there is nothing to read.
     """
     if not isinstance(target, (str, os.PathLike)): return _named_runs([Path(folder).resolve() for folder in target])
-    folder = Path(target).expanduser().resolve()
+    folder = absolute_path(target, "folder of runs")
     if is_sweep(folder): return read_sweep_runs(folder)
-    if (folder / "status.json").is_file(): return Cohort("run", folder.name, folder, _members([_record(folder)], ()))
+    if has_status(folder): return Cohort("run", folder.name, folder, _members([read_run_or_error(folder)], ()))
     if below := [path for path in folder.glob("*/status.json") if not is_sweep(path.parent)]:
         records = _records(below)
         return Cohort("experiment", folder.name, folder, _members(records, varied := varied_parameters(records)),
@@ -204,12 +190,3 @@ def read_cohort(target: str | os.PathLike | Sequence[str | os.PathLike]) -> Coho
         return Cohort("lab", "The lab", folder,
                       _members(_records(path for path in below if path.parent.parent.name != SWEEPS), ()))
     raise KiloError(f"There are no runs in {folder}: name the folder of a run, a sweep, an experiment or all outputs.")
-
-
-def _named_runs(folders: Sequence[Path]) -> Cohort:
-    if wrong := [folder for folder in folders if is_sweep(folder) or not (folder / "status.json").is_file()]:
-        raise KiloError(f"{wrong[0]} is not a run: name runs, or one sweep, experiment or outputs folder.")
-    if not folders: raise KiloError("No runs were named: give one or more.")
-    records = [_record(folder) for folder in folders]
-    return Cohort("runs", f"{len(records)} runs", Path(os.path.commonpath(folders)),
-                  _members(records, varied := varied_parameters(records)), tuple(varied))

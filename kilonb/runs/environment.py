@@ -86,13 +86,13 @@ def graphics_cards() -> list[str]:
                          timeout=5.0)
     return [line.strip() for line in (printed or "").splitlines() if line.strip()]
 
-# %% ../../nbs/runs/environment.ipynb #92feafed
+# %% ../../nbs/runs/environment.ipynb #f34927d6
 def _processor() -> str:
     try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError: return platform.processor() or platform.machine()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
-
+# %% ../../nbs/runs/environment.ipynb #5efb637b
 def _backends() -> dict[str, Any]:
     torch, numba = sys.modules.get("torch"), sys.modules.get("numba")
     found: dict[str, Any] = {"numba_threads": numba.get_num_threads() if numba is not None else None}
@@ -113,13 +113,13 @@ def _hardware() -> dict[str, Any]:
             "graphics_cards": graphics_cards(), "torch_threads": torch.get_num_threads() if torch is not None else None,
             **_backends()}
 
-# %% ../../nbs/runs/environment.ipynb #8ed7f3a9
+# %% ../../nbs/runs/environment.ipynb #e225c261
 def _data_entries(data: Any) -> list[dict[str, Any]]:
     items = [] if data is None else data if isinstance(data, (list, tuple)) else [data]
     return [item.to_dict() if hasattr(item, "to_dict") else asdict(item) if is_dataclass(item) else dict(item)
             if isinstance(item, Mapping) else {"data": str(item)} for item in items]
 
-
+# %% ../../nbs/runs/environment.ipynb #1d2aa129
 def describe_environment(seed: int | None = None, data: Any = None, command: str = "") -> dict[str, Any]:
     """The environment of this process as plain values: commit, command, versions, hardware, threads, seed and data.
 

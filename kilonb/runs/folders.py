@@ -6,99 +6,192 @@
 # %% auto #0
 __all__ = ['outputs_root', 'fresh_name', 'prepare_run', 'Run', 'open_run', 'RunResult', 'finish_run']
 
-# %% ../../nbs/runs/folders.ipynb #71d56044
+# %% ../../nbs/runs/folders.ipynb #9893ebae
 import datetime
+import fcntl
 import itertools
 import os
+import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import KiloError
-from ..core.files import write_json
+from ..core.errors import KiloError, shorten
+from ..core.files import absolute_path, atomic_folder, current_folder, dumps, temporary_path, write_json
+from ..core.processes import ALIVE, process_state, sweep_leftovers, this_process
 from ..core.text import format_value, html_table
 from .environment import checkout_root, describe_environment, peak_memory_mb
 from .figures import write_figure
+from .files import read_part
 from .gates import Gate, GateReport, check_gates
-from .status import (FAILED, FINISHED, INTERRUPTED, PREPARED, RUNNING, mark_run, read_json_object, read_part,
-                                read_status, this_process, timestamp)
+from .resuming import drop_state, keep_state, put_back, was_put_back
+from kilonb.runs.status import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    PREPARED,
+    RUNNING,
+    describe_writer,
+    mark_run,
+    read_status,
+    timestamp,
+)
 
-# %% ../../nbs/runs/folders.ipynb #6e961348
+# %% ../../nbs/runs/folders.ipynb #6751e50e
 def outputs_root() -> Path:
     """The folder of all runs unless a caller names another: `outputs/` of the checkout, whatever the current folder is;
     without a checkout, that of the current folder."""
-    return (checkout_root() or Path.cwd()) / "outputs"
+    return (checkout_root() or current_folder()) / "outputs"
 
 
 def fresh_name() -> str:
     """A name for a new run that sorts by time: `20260131-235959-1f3a`."""
     return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
 
-# %% ../../nbs/runs/folders.ipynb #c6cdd953
-def _make_folder(folder: Path) -> None:
+# %% ../../nbs/runs/folders.ipynb #f6b85cf4
+def _take_folder(folder: Path, status: Mapping[str, Any]) -> None:
+    """Creates the folder and its `status.json` in one step that only one process can take: a reader finds no status or
+    the whole one."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "status.json", "x", encoding="utf-8") as file: file.write("{}")
+        partial = temporary_path(folder / "status.json")
+        try:
+            partial.write_text(dumps(status, indent=2) + "\n", encoding="utf-8")
+            try: os.link(partial, folder / "status.json")
+            except FileExistsError: raise
+            except OSError:
+                with open(folder / "status.json", "x", encoding="utf-8") as file: file.write(dumps(status))
+        finally: partial.unlink(missing_ok=True)
     except FileExistsError:
         raise KiloError(f"The run folder {folder} was taken by another run a moment ago: choose another "
                         "folder.") from None
-    except OSError as error:
-        raise KiloError(f"Cannot write the run folder {folder}: {error.strerror}; choose another folder.") from None
+    except (OSError, ValueError) as error: raise _cannot_write(folder, error) from None
 
+# %% ../../nbs/runs/folders.ipynb #c46c9c2d
+def _cannot_write(folder: Path, error: Exception) -> KiloError:
+    why = getattr(error, "strerror", None) or "its name cannot be used"
+    return KiloError(f"Cannot write the run folder {folder}: {why}; choose another folder.")
 
+# %% ../../nbs/runs/folders.ipynb #aa455276
 def _check_fresh(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
+    if os.path.lexists(folder) and not os.path.isdir(folder):
         raise KiloError(f"The run folder {folder} is a file: choose another folder.")
-    try: full = folder.is_dir() and any(folder.iterdir())
+    try: full = os.path.isdir(folder) and any(folder.iterdir())
     except OSError as error:
         raise KiloError(f"Cannot read the run folder {folder}: {error.strerror}; choose another folder.") from None
     if full:
         raise KiloError(f"The run folder {folder} exists and is not empty: choose another, or resume the run in it.")
 
-# %% ../../nbs/runs/folders.ipynb #7138f6d0
+# %% ../../nbs/runs/folders.ipynb #dce72818
 def _check_resumable(folder: Path, experiment: str, take_over: bool) -> dict[str, Any]:
     status = read_status(folder)
     if status is None: raise KiloError(f"Nothing to resume in {folder}: no run was started there.")
     if status.get("experiment") != experiment:
-        raise KiloError(f"{folder} holds a run of '{status.get('experiment')}', not of '{experiment}'.")
-    if status["status"] in (PREPARED, RUNNING) and not take_over:
-        raise KiloError(f"The run in {folder} is still going (process {status['process'].get('pid')} on "
-                        f"{status['process'].get('host')}): stop it first.")
+        raise KiloError(f"{folder} holds a run of {shorten(status.get('experiment'))}, not of '{experiment}'.")
+    for part in ("parameters", "environment", "config"): read_part(folder, part)
+    if status.get("status") in (PREPARED, RUNNING): _check_left(folder, status, take_over)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise KiloError(f"Cannot write the run folder {folder}: it is read-only for this user.")
     return status
 
-# %% ../../nbs/runs/folders.ipynb #b776d298
-_REWRITTEN = ("status.json", "parameters.json", "config.json", "environment.json", "results.json", "notebook.ipynb",
+# %% ../../nbs/runs/folders.ipynb #a2b133a2
+def _check_left(folder: Path, status: Mapping[str, Any], take_over: bool) -> None:
+    """Raises KiloError where a run that is marked as running must not be resumed."""
+    process = status.get("process", {})
+    alive, own = process_state(process) == ALIVE, process.get("pid") == os.getpid()
+    if alive and not (own and take_over):
+        raise KiloError(f"The run in {folder} is still going (process {process.get('pid')} on "
+                        f"{shorten(process.get('host'))[1:-1]}): stop it first.")
+    if not alive and not take_over:
+        raise KiloError(f"The run in {folder} may still be going ({describe_writer(status)}), which cannot be seen "
+                        "from here: add --take-over once you know that it has ended.")
+
+# %% ../../nbs/runs/folders.ipynb #65f42574
+_REWRITTEN = ("status.json", "parameters.json", "environment.json", "config.json", "results.json", "notebook.ipynb",
               "index.html")
 
 
 def _set_aside(folder: Path) -> None:
-    aside = next(path for n in itertools.count(1) if not (path := folder / "earlier" / str(n)).exists())
-    aside.mkdir(parents=True)
-    for name in _REWRITTEN:
-        if (folder / name).exists(): os.replace(folder / name, aside / name)
+    """Copies what a resumed run rewrites into `earlier/<number>`, which appears with everything in it."""
+    aside = next(path for n in itertools.count(1) if not os.path.lexists(path := folder / "earlier" / str(n)))
+    with atomic_folder(aside) as partial:
+        partial.mkdir()
+        for name in _REWRITTEN:
+            if not (folder / name).is_file(): continue
+            try: os.link(folder / name, partial / name)
+            except OSError: shutil.copy2(folder / name, partial / name)
 
-# %% ../../nbs/runs/folders.ipynb #c72e7957
+# %% ../../nbs/runs/folders.ipynb #dca2b94e
+def _reopen(folder: Path, status: Mapping[str, Any]) -> None:
+    """Sets the results of the earlier part aside and writes the new status; where that fails, nothing has changed.
+
+    At every moment the folder holds a status, and the parameters with which the run is resumed after a kill.
+    """
+    try:
+        keep_state(folder)
+        _set_aside(folder)
+        write_json(folder / "status.json", status)
+        for name in _REWRITTEN[2:]: (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        put_back(folder)
+        raise _cannot_write(folder, error) from None
+    except BaseException:
+        put_back(folder)
+        raise
+
+# %% ../../nbs/runs/folders.ipynb #4ed378f9
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Keeps other processes of this machine from resuming the run of a folder inside the block. Raises KiloError where
+    one does so now."""
+    handle = None
+    try:
+        with suppress(OSError): handle = os.open(folder, os.O_RDONLY)
+        try:
+            if handle is not None: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise KiloError(f"The run in {folder} is being resumed by another process: wait for it.") from None
+        except OSError: pass
+        yield
+    finally:
+        if handle is not None: os.close(handle)
+
+# %% ../../nbs/runs/folders.ipynb #5467301e
+def _resume_in(folder: Path, experiment: str, take_over: bool, new: Mapping[str, Any],
+               same: Callable[[Path], None] | None) -> None:
+    """Checks that the run of a folder can be resumed, and then reopens it. new: entries of its status."""
+    with _only_one(folder):
+        earlier = _check_resumable(folder, experiment, take_over)
+        if same is not None: same(folder)
+        sweep_leftovers(folder.parent)
+        sweep_leftovers(folder, below=True)
+        _reopen(folder, {**new, "resumed": True, "elapsed_s": earlier.get("elapsed_s", 0.0)})
+
+# %% ../../nbs/runs/folders.ipynb #37eff973
 def prepare_run(experiment: str, run_dir: str | os.PathLike = "", command: str = "", resume: bool = False,
-                outputs: str | os.PathLike | None = None, take_over: bool = False) -> Path:
+                outputs: str | os.PathLike | None = None, take_over: bool = False,
+                same: Callable[[Path], None] | None = None) -> Path:
     """Creates the folder of a run that a notebook will open next, and returns its absolute path.
 
     run_dir, resume, outputs: as for `open_run`. command: the command line, recorded in the environment.
     take_over: resume a run that is marked as running, because the caller has made sure that its process is gone (this
-    cannot be seen from another machine).
+    cannot be seen from another machine). same: called with the folder of a run to be resumed before anything in it is
+    changed; raises KiloError to refuse (`resuming.check_same_parameters`).
     Raises KiloError where the folder is in use, cannot be written, or holds nothing to resume.
     """
     if resume and not run_dir: raise KiloError("Resuming needs the run's folder: give run_dir.")
-    folder = Path(run_dir or Path(outputs or outputs_root()) / experiment / fresh_name()).expanduser().resolve()
-    earlier = _check_resumable(folder, experiment, take_over) if resume else _check_fresh(folder)
-    if earlier: _set_aside(folder)
-    _make_folder(folder)
-    elapsed = (earlier or {}).get("elapsed_s", 0.0)
-    write_json(folder / "status.json",
-               {"status": PREPARED, "experiment": experiment, "resumed": bool(earlier), "command": command,
-                "started": timestamp(), "elapsed_s": elapsed, "process": this_process(), "error": ""})
+    folder = absolute_path(run_dir or Path(outputs or outputs_root()) / experiment / fresh_name(), "run folder")
+    status = {"status": PREPARED, "experiment": experiment, "resumed": False, "command": command,
+              "started": timestamp(), "elapsed_s": 0.0, "process": this_process(), "error": ""}
+    if resume: _resume_in(folder, experiment, take_over, status, same)
+    else:
+        _check_fresh(folder)
+        sweep_leftovers(folder.parent)
+        _take_folder(folder, status)
     return folder
 
 # %% ../../nbs/runs/folders.ipynb #615074f2
@@ -139,7 +232,7 @@ class _RunPaths:
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         return self.folder / name
 
-# %% ../../nbs/runs/folders.ipynb #88d20175
+# %% ../../nbs/runs/folders.ipynb #adcee810
 @dataclass
 class Run(_RunPaths):
     """An open run. As a context manager it marks the run failed or interrupted when an exception leaves the block.
@@ -171,6 +264,9 @@ class Run(_RunPaths):
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         if kind is None and self.finished: return
+        if isinstance(error, KiloError) and not error.cause and put_back(self.folder): return
+        drop_state(self.folder)
+        if was_put_back(self.folder): return
         status = INTERRUPTED if kind is not None and issubclass(kind, KeyboardInterrupt) else FAILED
         mark_run(self.folder, status, _why_it_ended(kind, error), elapsed_s=self.elapsed_s)
 
@@ -179,7 +275,7 @@ def _why_it_ended(kind: type | None, error: BaseException | None) -> str:
     if error is None: return "The run ended without results."
     return str(error) if isinstance(error, KiloError) else f"{kind.__name__}: {error}"
 
-# %% ../../nbs/runs/folders.ipynb #b95eca4d
+# %% ../../nbs/runs/folders.ipynb #468f7969
 def open_run(experiment: str, run_dir: str | os.PathLike = "", parameters: Mapping[str, Any] | None = None,
              data: Any = None, seed: int | None = None, resume: bool = False,
              outputs: str | os.PathLike | None = None) -> Run:
@@ -192,28 +288,32 @@ def open_run(experiment: str, run_dir: str | os.PathLike = "", parameters: Mappi
     Raises KiloError where the folder is in use, cannot be written, holds nothing to resume or another experiment, or
     its run was started on other data.
     """
-    status = read_status(run_dir) if run_dir else None
-    if status is None or status["status"] != PREPARED:
-        status = read_status(run_dir := prepare_run(experiment, run_dir, resume=resume, outputs=outputs))
-    folder = Path(run_dir).expanduser().resolve()
-    environment = describe_environment(seed, data, status.get("command", ""))
-    if status["resumed"]: _check_same_data(folder, environment["data"])
+    folder = absolute_path(run_dir, "run folder") if run_dir else None
+    status = read_status(folder) if folder is not None else None
+    prepared = status is not None and status.get("status") == PREPARED
+    environment = describe_environment(seed, data, status.get("command", "") if prepared else "")
+    if folder is not None and (status.get("resumed") if prepared else resume):
+        _check_same_data(folder, environment["data"])
+    if not prepared:
+        folder = prepare_run(experiment, run_dir, resume=resume, outputs=outputs)
+        status = read_status(folder)
     parameters = {**read_part(folder, "parameters"), **(parameters or {})}
     write_json(folder / "parameters.json", parameters)
     write_json(folder / "environment.json", environment)
     mark_run(folder, RUNNING, experiment=experiment, process=this_process())
     return Run(folder, experiment, parameters, seed, status["resumed"], status["elapsed_s"])
 
-# %% ../../nbs/runs/folders.ipynb #d58cff09
+# %% ../../nbs/runs/folders.ipynb #f285324a
 def _hashes(data: Sequence[Mapping[str, Any]]) -> list[str]:
     return [str(item[key]) for item in data for key in ("sha256", "hash", "fingerprint", "digest") if item.get(key)]
 
-
+# %% ../../nbs/runs/folders.ipynb #2411cdaf
 def _check_same_data(folder: Path, data: Sequence[Mapping[str, Any]]) -> None:
-    parts = sorted((path for path in (folder / "earlier").iterdir() if path.name.isdigit()),
-                   key=lambda path: int(path.name))
-    if not parts or not (parts[-1] / "environment.json").is_file(): return
-    before = _hashes(read_json_object(parts[-1] / "environment.json").get("data", []))
+    """Raises KiloError where the folder's run was started on data with other hashes."""
+    parts = [folder, *sorted((path for path in folder.glob("earlier/*") if path.name.isdigit()),
+                             key=lambda path: -int(path.name))]
+    newest = next((path for path in parts if os.path.lexists(path / "environment.json")), folder)
+    before = _hashes(read_part(newest, "environment").get("data", []))
     if before and before != _hashes(data):
         raise KiloError(f"The run in {folder} was started on other data: start a fresh run, or give it the "
                         "data it had.")
@@ -239,12 +339,12 @@ class RunResult:
         rows = [[key, format_value(value)] for key, value in self.results.items()]
         return self.report._repr_html_() + html_table(("result", "value"), rows)
 
-# %% ../../nbs/runs/folders.ipynb #7ee144ba
+# %% ../../nbs/runs/folders.ipynb #3d5fcbbb
 def _scalar(value: Any) -> Any:
     """A zero-dimensional array or tensor as its Python number, anything else unchanged."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
-
+# %% ../../nbs/runs/folders.ipynb #195b9c3b
 def finish_run(run: Run, results: Mapping[str, Any], gates: Sequence[Gate] = (),
                baselines: Mapping[str, Any] | None = None,
                tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> RunResult:
@@ -254,6 +354,9 @@ def finish_run(run: Run, results: Mapping[str, Any], gates: Sequence[Gate] = (),
     are missing. gates: checked against the results; an empty list means no gates. baselines: result name -> score of
     the trivial baseline. tables: name -> rows, each a mapping.
     """
+    if was_put_back(run.folder):
+        raise KiloError(f"The resumption of {run.folder} was refused and its earlier state put back: open the run "
+                        "again before it is finished.")
     measured = {key: _scalar(value) for key, value in results.items()}
     measured.setdefault("total_s", run.elapsed_s)
     measured.setdefault("peak_memory_mb", peak_memory_mb())
@@ -264,5 +367,6 @@ def finish_run(run: Run, results: Mapping[str, Any], gates: Sequence[Gate] = (),
                "tables": {name: [dict(row) for row in rows] for name, rows in (tables or {}).items()}}
     write_json(run.folder / "results.json", written)
     mark_run(run.folder, FINISHED, elapsed_s=run.elapsed_s)
+    drop_state(run.folder)
     run.finished = True
     return RunResult(run.folder, measured, report)

@@ -6,7 +6,7 @@
 __all__ = ['GREEN', 'RED', 'NOT_RUN', 'HEADINGS', 'Gate', 'verdict', 'shortfall', 'GateLine', 'GateReport',
            'check_gates', 'lower_is_better', 'build_gates', 'read_gates']
 
-# %% ../../nbs/runs/gates.ipynb #67b8076a
+# %% ../../nbs/runs/gates.ipynb #b176d0fd
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from ..core.configs import build_config, to_dict
-from ..core.errors import KiloError
+from ..core.documents import read_yaml
+from ..core.errors import KiloError, shorten
 from ..core.files import number
 from ..core.text import format_value, html_table, markdown_table, text_table
 
-# %% ../../nbs/runs/gates.ipynb #03116625
+# %% ../../nbs/runs/gates.ipynb #e38a7b7a
+def _is_finite(value: Any) -> bool:
+    """Whether a value is None or a number that a float can hold."""
+    if value is None: return True
+    try: return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError: return False
+
+# %% ../../nbs/runs/gates.ipynb #60e9c379
 @dataclass(frozen=True)
 class Gate:
     """A bound on one result of a run.
@@ -39,6 +47,12 @@ class Gate:
     def __post_init__(self) -> None: self.validate()
 
     def validate(self) -> None:
+        if not isinstance(self.result, str) or not self.result:
+            raise KiloError(f"A gate bounds the result {shorten(self.result)}: expected the name of a result.")
+        for name in ("at_least", "at_most", "notes", "published"):
+            if not _is_finite(value := getattr(self, name)):
+                raise KiloError(f"The gate on '{self.result[:60]}' has {name} = {shorten(value)}: expected a finite "
+                                "number.")
         if self.at_least is None and self.at_most is None:
             raise KiloError(f"The gate on '{self.result}' has no bound: give at_least or at_most.")
         if self.at_least is not None and self.at_most is not None and self.at_least > self.at_most:
@@ -156,7 +170,7 @@ def _signed(line: GateLine) -> list[str]:
     """The cells of a line, the verdict with its sign."""
     return [*line.cells()[:-1], f"{_SIGNS[line.verdict]} {line.verdict}"]
 
-# %% ../../nbs/runs/gates.ipynb #8b01f67d
+# %% ../../nbs/runs/gates.ipynb #1c9ede7f
 def check_gates(results: Mapping[str, Any], gates: Sequence[Gate],
                 baselines: Mapping[str, Any] | None = None) -> GateReport:
     """Checks gates against a run's results.
@@ -167,7 +181,7 @@ def check_gates(results: Mapping[str, Any], gates: Sequence[Gate],
     """
     names = [gate.result for gate in gates]
     twice = sorted({name for name in names if names.count(name) > 1})
-    if twice: raise KiloError(f"Two gates bound {', '.join(twice)}: put at_least and at_most into one.")
+    if twice: raise KiloError(f"Two gates bound {', '.join(twice)[:80]}: put at_least and at_most into one.")
     baseline_of = {gate.result: (baselines or {}).get(gate.result, results.get(gate.baseline_result)) for gate in gates}
     return GateReport(tuple(GateLine(gate, results.get(gate.result), baseline_of[gate.result],
                                      verdict(gate, results.get(gate.result))) for gate in gates))
@@ -194,22 +208,19 @@ def lower_is_better(name: str) -> bool:
     if per and denominator.split("_")[0] in ("s", "second"): return False
     return bool(_LOWER_UNITS & set(numerator.split("_")))
 
-# %% ../../nbs/runs/gates.ipynb #530b030f
+# %% ../../nbs/runs/gates.ipynb #8de7c91a
 def build_gates(values: Sequence[Mapping[str, Any]], where: str = "gates") -> list[Gate]:
     """Gates from plain dictionaries, checked as configs. where: the name of the list in messages."""
     if not isinstance(values, (list, tuple)):
         raise KiloError(f"{where} must be a list of gates: got {type(values).__name__}.")
+    for i, value in enumerate(values):
+        if not isinstance(value, Mapping):
+            raise KiloError(f"{where}[{i}] must be a gate, a mapping with result and bounds: got {shorten(value)}.")
     return [build_config(Gate, value, f"{where}[{i}]") for i, value in enumerate(values)]
 
 
 def read_gates(path: str | Path) -> list[Gate]:
     """The gates in a JSON or YAML file: a list of mappings with the fields of Gate. Raises KiloError for anything
     else."""
-    import yaml
-
-    path = Path(path)
-    try: values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error: raise KiloError(f"Cannot read the gates in {path}: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError):
-        raise KiloError(f"{path} is neither JSON nor YAML: a list of gates was expected.") from None
+    values = read_yaml(path)
     return build_gates([] if values is None else values, str(path))

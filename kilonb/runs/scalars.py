@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCALARS_NAME', 'Column', 'read_rows', 'read_columns', 'read_scalars', 'find_scalars', 'read_curves']
 
-# %% ../../nbs/runs/scalars.ipynb #806e3092
+# %% ../../nbs/runs/scalars.ipynb #4dfc5959
 import csv
 import math
 import os
@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.errors import KiloError
+from ..core.documents import read_bytes
+from ..core.errors import KiloError, shorten
 
-# %% ../../nbs/runs/scalars.ipynb #4eae88e3
+# %% ../../nbs/runs/scalars.ipynb #c1718a43
 SCALARS_NAME = "metrics.csv"
+_MOST_BYTES, _MOST_STEPS = 2**31, 2**53
 
 
 def read_rows(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]:
@@ -27,12 +29,14 @@ def read_rows(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]
     readable, or a header that does not start with `step`.
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise KiloError(f"There is no scalars file {path}: the run has logged nothing yet, or this is not a "
                         "run's folder.")
-    try: lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise KiloError(f"{path} cannot be read as CSV: {error}.") from None
+    data = read_bytes(path, _MOST_BYTES)
+    try: lines = list(csv.reader(data.decode("utf-8").splitlines()))
+    except UnicodeDecodeError as error:
+        raise KiloError(f"{path} cannot be read as CSV: byte {error.start} is not text in UTF-8.") from None
+    except csv.Error as error: raise KiloError(f"{path} cannot be read as CSV: {error}.") from None
     if not lines or lines[0][:1] != ["step"]:
         raise KiloError(f"{path} is not a scalars file: its header must start with step,elapsed_s.")
     return lines[0], _whole_rows(lines)
@@ -41,30 +45,18 @@ def read_rows(path: str | os.PathLike) -> tuple[list[str], list[dict[str, str]]]
 def _whole_rows(lines: Sequence[Sequence[str]]) -> list[dict[str, str]]:
     return [dict(zip(lines[0], line)) for line in lines[1:] if len(line) == len(lines[0]) and line[0]]
 
-# %% ../../nbs/runs/scalars.ipynb #67f2ef7f
+# %% ../../nbs/runs/scalars.ipynb #669c3039
 Column = tuple[np.ndarray, np.ndarray]
 
 
-def read_columns(path: str | os.PathLike, tolerant: bool = False) -> dict[str, Column]:
-    """The columns of a scalars file: name -> (row numbers [n] int64 from 0, values [n] float64) of the filled cells.
-
-    tolerant: cells that are not numbers are left out, and a file that cannot be read has no columns.
-    Raises KiloError without it: see `read_rows`, or naming the cell that is not a number.
-    """
-    if tolerant: columns, rows = _read_rows_tolerant(Path(path))
-    else: columns, rows = read_rows(path)
-    return {name: _column([row[name] for row in rows], "" if tolerant else f"{path}, column '{name[:40]}'")
-            for name in columns}
-
-# %% ../../nbs/runs/scalars.ipynb #f5d60bde
 def _read_rows_tolerant(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    try: text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "")
-    except OSError: return [], []
+    try: text = read_bytes(path, _MOST_BYTES).decode("utf-8", errors="replace").replace("\0", "")
+    except KiloError: return [], []
     try: lines = list(csv.reader(text.splitlines()))
     except csv.Error: return [], []
     return (lines[0], _whole_rows(lines)) if lines else ([], [])
 
-
+# %% ../../nbs/runs/scalars.ipynb #0a30c458
 def _column(cells: Sequence[str], where: str) -> Column:
     """The filled cells of a column. where: names the column in an error; empty: cells that are no numbers are
     skipped."""
@@ -73,10 +65,32 @@ def _column(cells: Sequence[str], where: str) -> Column:
         if not cell: continue
         try: values.append(float(cell))
         except ValueError:
-            if where: raise KiloError(f"{where}, row {row + 1}: '{cell[:40]}' is not a number.") from None
+            if where: raise KiloError(f"{where}, row {row + 1}: {shorten(cell, 40)} is not a number.") from None
             continue
         rows.append(row)
     return np.array(rows, dtype=np.int64), np.array(values, dtype=np.float64)
+
+# %% ../../nbs/runs/scalars.ipynb #3b8e86a5
+def read_columns(path: str | os.PathLike, tolerant: bool = False) -> dict[str, Column]:
+    """The columns of a scalars file: name -> (row numbers [n] int64 from 0, values [n] float64) of the filled cells.
+
+    tolerant: cells that are not numbers are left out, and a file that cannot be read has no columns.
+    Raises KiloError without it: see `read_rows`, or naming the cell that is not a number, or a step that is not a whole
+    number.
+    """
+    if tolerant: columns, rows = _read_rows_tolerant(Path(path))
+    else: columns, rows = read_rows(path)
+    table = {name: _column([row[name] for row in rows], "" if tolerant else f"{path}, column {shorten(name, 40)}")
+             for name in columns}
+    if not tolerant: _check_steps(table["step"][1], path)
+    return table
+
+
+def _check_steps(steps: np.ndarray, path: str | os.PathLike) -> None:
+    wrong = ~((steps >= 0) & (steps <= _MOST_STEPS) & (steps == np.floor(steps)))
+    if wrong.any():
+        raise KiloError(f"{path} has the step {steps[wrong][0]:g}; expected whole numbers from 0 on: delete the run or "
+                        "repeat it.")
 
 # %% ../../nbs/runs/scalars.ipynb #0e642626
 def read_scalars(folder: str | os.PathLike) -> dict[str, np.ndarray]:

@@ -5,18 +5,31 @@
 # %% auto #0
 __all__ = ['choose_runs', 'folder_bytes', 'format_bytes', 'format_minute', 'gate_counts', 'run_rows']
 
-# %% ../../nbs/runs/selection.ipynb #92e48264
-import datetime
+# %% ../../nbs/runs/selection.ipynb #e49d1371
+import math
 import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..core.errors import KiloError, unknown_name
+from ..core.errors import KiloError, shorten, unknown_name
 from ..core.text import format_duration
 from .gates import GREEN
 from .records import RunRecord, data_label, list_runs
-from .status import STATUSES
+from .status import STATUSES, instant
+
+# %% ../../nbs/runs/selection.ipynb #b2ebf527
+def _without_newest(records: Sequence[RunRecord], count: int) -> list[RunRecord]:
+    groups: dict[tuple[str, str], list[Path]] = {}
+    for record in records: groups.setdefault((record.experiment, data_label(record)), []).append(record.folder)
+    newest = {folder for folders in groups.values() for folder in folders[max(0, len(folders) - count):]}
+    return [record for record in records if record.folder not in newest]
+
+# %% ../../nbs/runs/selection.ipynb #06025191
+def _age_days(record: RunRecord) -> float:
+    started = instant(record.started)
+    if not math.isfinite(started): started = record.folder.stat().st_mtime
+    return (time.time() - started) / 86_400
 
 # %% ../../nbs/runs/selection.ipynb #7503044f
 def choose_runs(outputs: str | os.PathLike | None = None, experiments: Sequence[str] = (), status: str = "",
@@ -42,23 +55,17 @@ def choose_runs(outputs: str | os.PathLike | None = None, experiments: Sequence[
     records = [record for record in records if fits(record)]
     return records if keep_newest is None else _without_newest(records, int(keep_newest))
 
-# %% ../../nbs/runs/selection.ipynb #8546d919
-def _without_newest(records: Sequence[RunRecord], count: int) -> list[RunRecord]:
-    groups: dict[tuple[str, str], list[Path]] = {}
-    for record in records: groups.setdefault((record.experiment, data_label(record)), []).append(record.folder)
-    newest = {folder for folders in groups.values() for folder in folders[max(0, len(folders) - count):]}
-    return [record for record in records if record.folder not in newest]
-
-
-def _age_days(record: RunRecord) -> float:
-    try: started = datetime.datetime.fromisoformat(record.started).timestamp()
-    except ValueError: started = record.folder.stat().st_mtime
-    return (time.time() - started) / 86_400
-
-# %% ../../nbs/runs/selection.ipynb #55f16fe4
+# %% ../../nbs/runs/selection.ipynb #348c6b36
 def folder_bytes(folder: str | os.PathLike) -> int:
-    """The size of all files in a folder, in bytes; links count as links."""
-    return sum(os.lstat(os.path.join(parent, name)).st_size for parent, _, names in os.walk(folder) for name in names)
+    """The size of all files in a folder, in bytes: symbolic links as links, a file with several names once."""
+    total, files = 0, {}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try: found = os.lstat(os.path.join(parent, name))
+            except OSError: continue
+            if found.st_nlink < 2: total += found.st_size
+            else: files[found.st_dev, found.st_ino] = found.st_size
+    return total + sum(files.values())
 
 
 def format_bytes(count: float) -> str:
@@ -68,7 +75,12 @@ def format_bytes(count: float) -> str:
         count /= 1000
     return f"{count:.1f} GB"
 
-# %% ../../nbs/runs/selection.ipynb #bcccb97a
+# %% ../../nbs/runs/selection.ipynb #503b4a14
+def _status_of(record: RunRecord) -> str:
+    """The status; of a run that cannot be seen from here with its host: `running on node7`."""
+    return f"{record.status} on {shorten(record.elsewhere, 40)[1:-1]}" if record.elsewhere else record.status
+
+# %% ../../nbs/runs/selection.ipynb #1350f82e
 def format_minute(moment: str) -> str:
     """An ISO time to the minute: `2026-01-31 23:59`."""
     return moment[:16].replace("T", " ")
@@ -83,6 +95,6 @@ def run_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of a list of runs."""
     def row(record: RunRecord) -> list[str]:
         size = format_bytes(folder_bytes(record.folder))
-        return [record.name, record.status, format_minute(record.started), format_duration(record.elapsed_s),
-                data_label(record), gate_counts(record), size, record.error[:60]]
+        return [record.name, _status_of(record), format_minute(record.started), format_duration(record.elapsed_s),
+                data_label(record), gate_counts(record), size, shorten(record.error[:60], 200)[1:-1]]
     return ["run", "status", "started", "took", "data", "gates", "size", "error"], [row(record) for record in records]

@@ -34,7 +34,7 @@ class ReportedResults:
     speed: str
     gated: tuple[str, ...]
 
-# %% ../../nbs/runs/statistics.ipynb #80145672
+# %% ../../nbs/runs/statistics.ipynb #fe52207c
 _NOT_THE_MODEL = ("blank", "gap", "teacher", "oracle", "baseline", "target")
 _PREFERRED = ("test_psnr", "psnr", "train_s", "fit_s", "student_s", "total_s", "frames_per_s")
 
@@ -47,7 +47,7 @@ def numeric_results(records: Sequence[RunRecord]) -> list[str]:
 
 def gates_of(records: Sequence[RunRecord]) -> dict[str, Gate]:
     """Result -> gate over several runs; where runs have different gates, that of the newest run."""
-    return {line.gate.result: line.gate for record in sorted(records, key=lambda record: record.started)
+    return {line.gate.result: line.gate for record in sorted(records, key=lambda record: record.age_key)
             for line in record.report.lines}
 
 # %% ../../nbs/runs/statistics.ipynb #bec05690

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_TOML_BYTES', 'read_anipose_calibration', 'read_anipose']
 
-# %% ../../nbs/scenes/anipose.ipynb #4bae026b
+# %% ../../nbs/scenes/anipose.ipynb #af1c7a2a
 import re
 import tomllib
 from pathlib import Path
@@ -14,44 +14,44 @@ from typing import Any
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from ..core.errors import KiloError
+from ..core.documents import read_bytes
+from ..core.errors import KiloError, shorten
 from ..data.video import is_video_name
+from ..geometry.cameras import MOST_CAMERA_PIXELS
 from .dannce import find_masks, video_rate
 from .multiview import Calibration, Recording
 
-# %% ../../nbs/scenes/anipose.ipynb #bf632c20
+# %% ../../nbs/scenes/anipose.ipynb #0453ba8b
 MAX_TOML_BYTES = 1_000_000
 
 
 def _read_tables(path: Path) -> dict[str, dict[str, Any]]:
     """The tables cam_<N> of a calibration.toml in the order of N; KiloError where it is damaged or has none."""
-    try:
-        if path.stat().st_size > MAX_TOML_BYTES: raise ValueError(f"more than {MAX_TOML_BYTES} bytes")
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error: raise KiloError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise KiloError(f"{path} is not TOML ({error}): write it again.") from None
+    try: content = tomllib.loads(read_bytes(path, MAX_TOML_BYTES).decode("utf-8"))
+    except (ValueError, RecursionError, OverflowError) as error:
+        raise KiloError(f"{path} is not TOML ({shorten(str(error), 80)[1:-1]}): write it again.") from None
     found = sorted((int(key[4:]), key) for key in content if re.fullmatch(r"cam_\d{1,4}", key))
     if not found: raise KiloError(f"{path} has no table [cam_0]: expected one for each camera.")
     return {key: content[key] for _, key in found}
 
-# %% ../../nbs/scenes/anipose.ipynb #a07e8582
+# %% ../../nbs/scenes/anipose.ipynb #38990ff2
 def _numbers(table: dict[str, Any], key: str, shapes: tuple[tuple[int, ...], ...], what: str) -> np.ndarray:
     """`table[key]` as float64 of one of the shapes."""
     if key not in table: raise KiloError(f"{what} has no '{key}'.")
-    try: values = np.asarray(table[key], float)
-    except (TypeError, ValueError): values = np.empty(())
+    try: values = np.asarray(table[key])
+    except (TypeError, ValueError, OverflowError): values = np.empty((1, 1, 1))
+    values = values.astype(float) if values.dtype.kind in "iuf" else np.empty((1, 1, 1))
     if values.shape in shapes: return values
     expected = " or ".join(" x ".join(map(str, shape)) for shape in shapes)
-    raise KiloError(f"{key} of {what} is {str(table[key])[:60]}; expected {expected} numbers.")
+    raise KiloError(f"{key} of {what} is {shorten(table[key])}; expected {expected} numbers.")
 
-# %% ../../nbs/scenes/anipose.ipynb #2e94670b
+# %% ../../nbs/scenes/anipose.ipynb #9696d9a7
 def _calibration_of(table: dict[str, Any], what: str, unit_m: float) -> Calibration:
     if table.get("fisheye"):
         raise KiloError(f"{what} is a fisheye camera, which this reader does not support: undistort its video and "
                         "calibrate it as a pinhole.")
     size = _numbers(table, "size", ((2,),), what)
-    if not (np.isfinite(size).all() and (size == size.round()).all() and (size > 0).all()):
+    if not ((size <= MOST_CAMERA_PIXELS) & (size == size.round()) & (size > 0)).all():
         raise KiloError(f"size of {what} is {table['size']}; expected width and height in pixels.")
     rotation = _numbers(table, "rotation", ((3,),), what)
     if not np.isfinite(rotation).all(): raise KiloError(f"rotation of {what} is not finite: calibrate it again.")

@@ -11,9 +11,7 @@ __all__ = ['AV2_CATEGORIES', 'MOST_POINTS', 'REACH_M', 'flow_classes', 'Argovers
            'labels_from_boxes', 'FlowPair', 'flow_truth', 'pair_box_flow', 'RecordedSweep', 'write_argoverse2',
            'Argoverse2Frame', 'Argoverse2Log', 'load_argoverse2', 'load_flow_pair']
 
-# %% ../../nbs/scenes/argoverse2.ipynb #b6599935
-import io
-import zipfile
+# %% ../../nbs/scenes/argoverse2.ipynb #5650a8d5
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,11 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.errors import KiloError
+from ..core.bounded import read_arrays
+from ..core.errors import KiloError, shorten
 from ..core.files import atomic_folder
+from ..core.numbers import LARGEST, finite
 from ..data.feather import read_feather, write_feather
 from ..geometry.box_points import points_in_boxes
 from ..geometry.boxes import Boxes
+from ..geometry.cameras import PinholeCamera, check_camera
 from kilonb.geometry.transforms import (
     check_rigid, quat_to_rotmat, rigid, rigid_inverse, rotmat_to_quat, transform_points,
 )
@@ -65,7 +66,10 @@ def _stack(table: Mapping[str, np.ndarray], names: Sequence[str], kind: type = n
     """[N, len(names)]."""
     return torch.from_numpy(np.stack([table[name].astype(kind) for name in names], -1))
 
-# %% ../../nbs/scenes/argoverse2.ipynb #f914e258
+# %% ../../nbs/scenes/argoverse2.ipynb #6e67f9c0
+def _is_time_stamp(text: str) -> bool: return text.isascii() and text.isdigit() and len(text) < 20 and int(text) < 2**63
+
+
 class Argoverse2Sweep(NamedTuple):
     """The N points of one sweep. points: [N, 3] float32, metres, the vehicle's axes at `timestamp_ns`. intensity: [N]
     float32, 0..1. lasers: [N] int64, 0..63. offsets_s: [N] float64, when each was measured, after the time stamp."""
@@ -75,29 +79,30 @@ class Argoverse2Sweep(NamedTuple):
     lasers: Tensor
     offsets_s: Tensor
 
-# %% ../../nbs/scenes/argoverse2.ipynb #3d652d22
+# %% ../../nbs/scenes/argoverse2.ipynb #0c268ab1
 def read_argoverse2_sweep(path: str | Path) -> Argoverse2Sweep:
     """The sweep in a Feather file named by its time stamp. Raises KiloError: a name that is no number; a file that is
     missing, damaged, without a column or with more than 2 million points; points that are not finite."""
     path = Path(path)
-    if not path.stem.isdigit():
+    if not _is_time_stamp(path.stem):
         raise KiloError(f"'{path}' is not named by a time stamp in nanoseconds, as sweeps of Argoverse 2 are.")
     table = read_feather(path, _SWEEP_COLUMNS, most_rows=MOST_POINTS)
     points = _stack(table, "xyz", np.float32)
-    wrong = int((~torch.isfinite(points).all(-1)).sum())
+    offsets = torch.from_numpy(table["offset_ns"] * 1e-9)
+    wrong = int((~(points.abs() <= LARGEST).all(-1)).sum())
     if wrong: raise KiloError(f"{wrong} of {len(points)} points of '{path}' are not finite: fetch it again.")
     return Argoverse2Sweep(int(path.stem), points, torch.from_numpy((table["intensity"] / 255).astype(np.float32)),
                            torch.from_numpy(table["laser_number"].astype(np.int64)),
-                           torch.from_numpy(table["offset_ns"] * 1e-9))
+                           offsets)
 
-# %% ../../nbs/scenes/argoverse2.ipynb #6a06d37b
+# %% ../../nbs/scenes/argoverse2.ipynb #7b807930
 _POSE_COLUMNS = {name: "f" for name in ("qw", "qx", "qy", "qz", "tx_m", "ty_m", "tz_m")}
 
 
 def _poses(path: Path, table: Mapping[str, np.ndarray]) -> Tensor:
     """[N, 4, 4] float64 of a table's quaternion and translation columns. KiloError where one is not a pose."""
     quats, positions = _stack(table, list(_POSE_COLUMNS)[:4]), _stack(table, list(_POSE_COLUMNS)[4:])
-    right = torch.isfinite(positions).all(-1) & ((quats.norm(dim=-1) - 1).abs() < 1e-3)
+    right = (positions.abs() <= LARGEST).all(-1) & ((quats.norm(dim=-1) - 1).abs() < 1e-3)
     if not right.all():
         raise KiloError(f"{int((~right).sum())} of {len(right)} poses of '{path}' are not finite or have no unit "
                         "quaternion.")
@@ -136,27 +141,21 @@ def read_ego_poses(path: str | Path) -> EgoPoses:
     _check_increasing(Path(path), times, True)
     return EgoPoses(times, _poses(Path(path), table))
 
-# %% ../../nbs/scenes/argoverse2.ipynb #5b2e5e76
+# %% ../../nbs/scenes/argoverse2.ipynb #cc342e84
 _MOST_NPY_BYTES = 4096
 
 
 def _read_small_npy(path: Path, name: str) -> np.ndarray:
     """The array `name` of an npz file, at most 4 KiB."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as file: data = file.read(_MOST_NPY_BYTES)
-    stream = io.BytesIO(data)
-    if np.lib.format.read_magic(stream) != (1, 0): raise ValueError("not version 1.0 of npy")
-    shape, _, kind = np.lib.format.read_array_header_1_0(stream)
-    if kind.kind != "f": raise ValueError(f"an array of {kind}")
-    return np.frombuffer(stream.read(), kind).reshape(shape)
+    array = read_arrays(path, (name,), _MOST_NPY_BYTES)[name]
+    if array.dtype.kind != "f": raise KiloError(f"{name} in '{path}' is an array of {array.dtype}; expected numbers.")
+    return array
 
-# %% ../../nbs/scenes/argoverse2.ipynb #3117ed6d
+# %% ../../nbs/scenes/argoverse2.ipynb #b58e1775
 def read_ego_motion(path: str | Path) -> Tensor:
     """[4, 4] float64 of ego_motion.npz, from the axes of the first sweep to those of the second. Raises KiloError:
     missing, damaged, or no rigid motion."""
-    try: motion = _read_small_npy(Path(path), "ego_motion")
-    except FileNotFoundError: raise KiloError(f"Cannot read '{path}': there is no such file.") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
-        raise KiloError(f"'{path}' holds no array 'ego_motion' of numbers ({error}): fetch it again.") from None
+    motion = _read_small_npy(Path(path), "ego_motion")
     if motion.size != 16: raise KiloError(f"ego_motion in '{path}' has the shape {motion.shape}; expected (1, 4, 4).")
     return check_rigid(torch.from_numpy(motion.reshape(4, 4).astype(np.float64)), f"the ego motion in '{path}'")
 
@@ -177,7 +176,7 @@ class Argoverse2Cuboids:
         """[B] int64 interior points of the cuboids of one sweep."""
         return self.interior_points[self.timestamps_ns == timestamp_ns]
 
-# %% ../../nbs/scenes/argoverse2.ipynb #25fff018
+# %% ../../nbs/scenes/argoverse2.ipynb #856b878a
 _SIZE_COLUMNS = {"length_m": "f", "width_m": "f", "height_m": "f"}
 _CUBOID_COLUMNS = ({"timestamp_ns": "i", "track_uuid": "U", "category": "U", "num_interior_pts": "iu"}
                    | _SIZE_COLUMNS | _POSE_COLUMNS)
@@ -191,10 +190,15 @@ def read_argoverse2_cuboids(path: str | Path) -> Argoverse2Cuboids:
     times = torch.from_numpy(table["timestamp_ns"])
     _check_increasing(path, times, False)
     unknown = sorted(set(table["category"]) - set(AV2_CATEGORIES))
-    if unknown: raise KiloError(f"'{path}' holds the category '{unknown[0]}', which is not one of Argoverse 2.")
-    boxes = Boxes(_poses(path, table), _stack(table, list(_SIZE_COLUMNS)), tuple(table["category"]),
-                  tuple(table["track_uuid"]))
-    return Argoverse2Cuboids(times, boxes, torch.from_numpy(table["num_interior_pts"].astype(np.int64)))
+    if unknown: raise KiloError(f"'{path}' holds the category {shorten(unknown[0])}, which is not one of Argoverse 2.")
+    try: boxes = Boxes(_poses(path, table), _stack(table, list(_SIZE_COLUMNS)), tuple(table["category"]),
+                       tuple(table["track_uuid"]))
+    except KiloError as error:
+        raise KiloError(f"'{path}' cannot be used: {str(error).replace(str(path), 'it')}") from None
+    inside = torch.from_numpy(table["num_interior_pts"].astype(np.int64))
+    if (inside < 0).any():
+        raise KiloError(f"'{path}' holds {int(inside.min())} points inside a cuboid; expected 0 or more.")
+    return Argoverse2Cuboids(times, boxes, inside)
 
 # %% ../../nbs/scenes/argoverse2.ipynb #7c785ef8
 class Argoverse2Sensor(NamedTuple):
@@ -205,7 +209,7 @@ class Argoverse2Sensor(NamedTuple):
     distortion: tuple[float, ...] = ()
     size: tuple[int, ...] = ()
 
-# %% ../../nbs/scenes/argoverse2.ipynb #99415ea1
+# %% ../../nbs/scenes/argoverse2.ipynb #8c2d5465
 _LENS_COLUMNS = {"fx_px": "f", "fy_px": "f", "cx_px": "f", "cy_px": "f", "k1": "f", "k2": "f", "k3": "f",
                  "width_px": "iu", "height_px": "iu"}
 
@@ -216,10 +220,15 @@ def read_argoverse2_calibration(folder: str | Path) -> dict[str, Argoverse2Senso
     mounts_path, lens_path = (Path(folder) / name for name in ("egovehicle_SE3_sensor.feather", "intrinsics.feather"))
     table = read_feather(mounts_path, {"sensor_name": "U"} | _POSE_COLUMNS)
     sensors = dict(zip(table["sensor_name"], map(Argoverse2Sensor, _poses(mounts_path, table))))
+    if len(sensors) < len(table["sensor_name"]): raise KiloError(f"'{mounts_path}' names a sensor twice.")
     lenses = read_feather(lens_path, {"sensor_name": "U"} | _LENS_COLUMNS)
     for row, name in enumerate(lenses["sensor_name"]):
-        if name not in sensors: raise KiloError(f"'{lens_path}' has the sensor '{name}', '{mounts_path}' has not.")
+        if name not in sensors:
+            raise KiloError(f"'{lens_path}' has the sensor {shorten(name)}, '{mounts_path}' has not.")
         values = [lenses[column][row].item() for column in _LENS_COLUMNS]
+        check_camera(PinholeCamera(sensors[name].sensor_to_ego, *values[:4], *values[7:]),
+                     f"{shorten(name)} in '{lens_path}'")
+        finite(values[4:7], f"The distortion of {shorten(name)} in '{lens_path}'", (3,))
         sensors[name] = sensors[name]._replace(intrinsics=tuple(values[:4]), distortion=tuple(values[4:7]),
                                                size=tuple(values[7:]))
     return sensors
@@ -243,7 +252,7 @@ class FlowLabels:
 
     def __len__(self) -> int: return len(self.flow)
 
-# %% ../../nbs/scenes/argoverse2.ipynb #d80dc3c8
+# %% ../../nbs/scenes/argoverse2.ipynb #42ccf449
 _LABEL_COLUMNS = {"flow_tx_m": "f", "flow_ty_m": "f", "flow_tz_m": "f", "classes": "iu", "dynamic": "b",
                   "is_ground_0": "b"}
 
@@ -256,6 +265,7 @@ def read_flow_labels(path: str | Path, points: Tensor, boxes0: Boxes, boxes1: Bo
     """
     table = read_feather(path, _LABEL_COLUMNS, {"valid": "b"}, most_rows=MOST_POINTS)
     flow, classes = _stack(table, list(_LABEL_COLUMNS)[:3], np.float32), table["classes"].astype(np.int64)
+    if not (flow.abs() <= LARGEST).all(): raise KiloError(f"'{path}' holds a flow that is not finite: fetch it again.")
     if len(flow) != len(points):
         raise KiloError(f"'{path}' has {len(flow)} rows, but the first sweep {len(points)} points: the labels belong "
                         "to another sweep.")
@@ -438,7 +448,7 @@ class Argoverse2Log(FrameSequence[Argoverse2Frame]):
         """The sensors by name, see `read_argoverse2_calibration`."""
         return read_argoverse2_calibration(self.root / "calibration")
 
-# %% ../../nbs/scenes/argoverse2.ipynb #c52260cf
+# %% ../../nbs/scenes/argoverse2.ipynb #c900d8ef
 def load_argoverse2(path: str | Path) -> Argoverse2Log:
     """The log in a folder; points and labels are read on access.
 
@@ -448,7 +458,7 @@ def load_argoverse2(path: str | Path) -> Argoverse2Log:
     if not root.is_dir(): raise KiloError(f"'{root}' is no folder: expected a log of Argoverse 2 with sensors/lidar.")
     sweeps = list((root / "sensors" / "lidar").glob("*.feather"))
     if not sweeps: raise KiloError(f"'{root}' holds no sweeps: expected sensors/lidar/<timestamp_ns>.feather.")
-    strange = [file.name for file in sweeps if not file.stem.isdigit()]
+    strange = [file.name for file in sweeps if not _is_time_stamp(file.stem)]
     if strange: raise KiloError(f"The sweep '{strange[0]}' of '{root}' is not named by its time stamp in nanoseconds.")
     sweeps.sort(key=lambda file: int(file.stem))
     times = torch.tensor([int(file.stem) for file in sweeps])

@@ -6,9 +6,8 @@
 __all__ = ['read_rgba', 'write_rgba', 'downscale', 'PosedImage', 'BlenderScene', 'load_blender', 'write_blender',
            'scene_hash']
 
-# %% ../../nbs/scenes/blender.ipynb #f007de61
+# %% ../../nbs/scenes/blender.ipynb #48f62f3e
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -20,13 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core.errors import KiloError
+from ..core.documents import read_json
+from ..core.errors import KiloError, shorten
 from ..core.files import atomic_write, write_json
-from ..geometry.cameras import PinholeCamera, blender_to_opencv
+from ..core.numbers import finite, positive
+from ..data.pictures import decode_picture, open_picture
+from ..geometry.cameras import PinholeCamera, blender_to_opencv, check_camera
 from ..geometry.transforms import check_rigid
 from .datasets import FrameSequence
 
-# %% ../../nbs/scenes/blender.ipynb #796f71dc
+# %% ../../nbs/scenes/blender.ipynb #dc02c183
 def _missing_image(path: Path) -> KiloError:
     return KiloError(f"The image {path} is missing: restore it or remove its frame from the transforms file.")
 
@@ -34,9 +36,7 @@ def _missing_image(path: Path) -> KiloError:
 def _open_image(path: Path) -> Image.Image:
     """The opened, not yet decoded RGBA image; KiloError where it is missing, unreadable or has no alpha."""
     if not path.is_file(): raise _missing_image(path)
-    try: image = Image.open(path)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise KiloError(f"{path} is not a readable image ({error or 'damaged'}): fetch it again.") from None
+    image = open_picture(path)
     if "A" not in image.getbands() and "transparency" not in image.info:
         raise KiloError(f"{path} has no alpha ({image.mode}), which is required to tell object from background: "
                         "save it as RGBA with the object's mask as alpha (straight, 0 outside).")
@@ -51,15 +51,12 @@ def _checked_size(path: Path) -> tuple[int, int]:
             raise KiloError(f"{path} is truncated (its last chunk is missing): fetch it again.")
         return image.size
 
-# %% ../../nbs/scenes/blender.ipynb #bf8e4c11
+# %% ../../nbs/scenes/blender.ipynb #1750034c
 def read_rgba(path: str | Path) -> Tensor:
     """An image as [height, width, 4] float32 in 0..1, sRGB, straight alpha. Raises KiloError where it is missing,
     damaged or without alpha."""
     path = Path(path)
-    with _open_image(path) as image:
-        try: pixels = np.asarray(image.convert("RGBA"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise KiloError(f"{path} is truncated or damaged ({error}): fetch it again.") from None
+    with _open_image(path) as image: pixels = decode_picture(image, path, "RGBA")
     return torch.from_numpy(pixels.astype(np.float32) / 255)
 
 # %% ../../nbs/scenes/blender.ipynb #1a396e29
@@ -133,7 +130,7 @@ class BlenderScene(FrameSequence[PosedImage]):
         """The scene with only these frames, in this order."""
         return BlenderScene(self.root, self.split, self.select(indices))
 
-# %% ../../nbs/scenes/blender.ipynb #5cf6e216
+# %% ../../nbs/scenes/blender.ipynb #2b5522c1
 def _read_transforms(root: Path, split: str) -> dict[str, Any]:
     """The contents of transforms_<split>.json with at least one frame; KiloError elsewhere."""
     path = root / f"transforms_{split}.json"
@@ -142,21 +139,19 @@ def _read_transforms(root: Path, split: str) -> dict[str, Any]:
     if not path.is_file():
         found = ", ".join(sorted(p.stem.removeprefix("transforms_") for p in root.glob("transforms_*.json"))) or "none"
         raise KiloError(f"{path} is missing: split '{split}' needs it (splits found: {found}).")
-    try: transforms = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise KiloError(f"{path} is not valid JSON ({error}): it may be truncated, fetch it again.") from None
+    transforms = read_json(path)
     if not isinstance(transforms, dict) or not isinstance(transforms.get("frames"), list):
         raise KiloError(f"{path} has no list 'frames': one entry per view is expected.")
     if not transforms["frames"]: raise KiloError(f"{path} lists no frames: at least one is needed.")
     return transforms
 
-# %% ../../nbs/scenes/blender.ipynb #253cc31c
+# %% ../../nbs/scenes/blender.ipynb #4ca71e74
 def _positive(transforms: dict[str, Any], key: str, path: Path, default: float | None = None) -> float:
     """`transforms[key]` as a positive finite float; KiloError elsewhere."""
-    value = transforms.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not (math.isfinite(value) and value > 0):
-        raise KiloError(f"{path}: '{key}' is {value!r}, but a positive number is expected.")
-    return float(value)
+    try: return positive(transforms.get(key, default), key, ())
+    except KiloError:
+        raise KiloError(f"{path}: '{key}' is {shorten(transforms.get(key, default))}, but a positive number is "
+                        "expected.") from None
 
 # %% ../../nbs/scenes/blender.ipynb #dadf207d
 def _intrinsics(transforms: dict[str, Any], path: Path, width: int, height: int) -> tuple[float, float, float, float]:
@@ -178,17 +173,19 @@ def _intrinsics(transforms: dict[str, Any], path: Path, width: int, height: int)
     focal = .5 * width / math.tan(.5 * angle)
     return focal, focal, width / 2, height / 2
 
-# %% ../../nbs/scenes/blender.ipynb #1473c3c7
+# %% ../../nbs/scenes/blender.ipynb #7b4f7de1
 def _camera_pose(entry: Any, index: int, path: Path) -> Tensor:
     """`camera_to_world` [4, 4] float32, OpenCV camera, of an entry of `frames`."""
     if not isinstance(entry, dict) or not isinstance(entry.get("file_path"), str) or "transform_matrix" not in entry:
         raise KiloError(f"{path}: frame {index} needs a 'file_path' and a 'transform_matrix'.")
-    try: matrix = torch.tensor(entry["transform_matrix"], dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError): matrix = torch.empty(0)
-    check_rigid(matrix, f"{path}: the transform_matrix of frame {index} ({entry['file_path']})")
-    return blender_to_opencv(matrix).float()
+    what = f"{path}: the transform_matrix of frame {index} ({shorten(entry['file_path'])[1:-1]})"
+    try: matrix = np.asarray(finite(entry["transform_matrix"], "it"))
+    except KiloError as error:
+        raise KiloError(f"{what} cannot be used ({shorten(str(error), 100)[1:-2]}); expected a 4x4 matrix.") from None
+    if matrix.shape != (4, 4): raise KiloError(f"{what} has shape {matrix.shape}; expected a 4x4 matrix.")
+    return blender_to_opencv(check_rigid(torch.from_numpy(matrix), what)).float()
 
-# %% ../../nbs/scenes/blender.ipynb #0fb3989b
+# %% ../../nbs/scenes/blender.ipynb #2b471c7f
 def _target_size(resolution: int | tuple[int, int] | None, width: int, height: int) -> tuple[int, int]:
     """(width, height) after downscaling; KiloError where it is larger than the images."""
     if resolution is None: return width, height
@@ -202,7 +199,9 @@ def _target_size(resolution: int | tuple[int, int] | None, width: int, height: i
 def _image_path(root: Path, file_path: str) -> Path:
     """The file that `file_path` names, with or without the ending .png."""
     path = root / file_path
-    return path if path.is_file() else path.with_name(path.name + ".png")
+    try: return path if path.is_file() or not path.name else path.with_name(path.name + ".png")
+    except (OSError, ValueError):
+        raise KiloError(f"{shorten(file_path)} in {root} cannot be the name of a file.") from None
 
 # %% ../../nbs/scenes/blender.ipynb #f8e4d66c
 def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
@@ -214,7 +213,7 @@ def _common_size(paths: Sequence[Path]) -> tuple[int, int]:
                             "images of a split need the same size.")
     return sizes[0]
 
-# %% ../../nbs/scenes/blender.ipynb #6e475362
+# %% ../../nbs/scenes/blender.ipynb #22d24711
 def load_blender(path: str | Path, split: str = "train", resolution: int | tuple[int, int] | None = None,
                  cache: bool = False) -> BlenderScene:
     """Open one split of a scene in Blender layout, with OpenCV cameras; images are decoded on access.
@@ -233,6 +232,7 @@ def load_blender(path: str | Path, split: str = "train", resolution: int | tuple
     target = _target_size(resolution, *size)
     intrinsics = _intrinsics(transforms, source, *size)
     cameras = [PinholeCamera(pose, *intrinsics, *size) for pose in poses]
+    check_camera(cameras[0], f"frame 0 of {source}")               # the others differ in the pose, checked above
     if target != size: cameras = [camera.resized(*target) for camera in cameras]
     names = [entry["file_path"].removeprefix("./").removesuffix(".png") for entry in transforms["frames"]]
     return BlenderScene(root, split, [PosedImage(n, c, p, keep=cache) for n, c, p in zip(names, cameras, paths)])

@@ -5,30 +5,34 @@
 # %% auto #0
 __all__ = ['load_town', 'true_panorama']
 
-# %% ../../nbs/scenes/boxtown_truth.ipynb #c45af3dc
+# %% ../../nbs/scenes/boxtown_truth.ipynb #aa4f31d4
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from ..core.configs import build_config
+from ..core.documents import read_yaml
 from ..core.errors import KiloError
+from ..core.numbers import positive, whole
 from .boxtown import FIRST_FRAME, Town, TownConfig, build_town
 from .opv2v import Opv2vFrame
 from .raycast import Picture, SolidWorld, render
 
-# %% ../../nbs/scenes/boxtown_truth.ipynb #87bdb41e
+# %% ../../nbs/scenes/boxtown_truth.ipynb #a74589c3
 @lru_cache(maxsize=2)
 def load_town(folder: Path) -> tuple[Town, float]:
     """(town, seconds per frame number) of an OPV2V scenario folder written by boxtown; KiloError for any other
     scenario."""
-    try:
-        protocol = yaml.safe_load((folder / "data_protocol.yaml").read_text(encoding="utf-8"))
-        known = dict(protocol["town"])
-        config = TownConfig(**known | {"storeys": tuple(known["storeys"])})
-        return build_town(config, int(protocol["seed"])), float(protocol["world"]["fixed_delta_seconds"])
-    except (OSError, KeyError, TypeError, ValueError, yaml.YAMLError):
+    path = folder / "data_protocol.yaml"
+    protocol = read_yaml(path) if path.is_file() else {}
+    try: values, seed, step = protocol["town"], protocol["seed"], protocol["world"]["fixed_delta_seconds"]
+    except (KeyError, TypeError, IndexError):
         raise KiloError(f"{folder.name} was not made by boxtown: its truth is not known.") from None
+    if not isinstance(values, dict): raise KiloError(f"'town' in {path} holds no settings: its truth is not known.")
+    town = build_config(TownConfig, values, f"'town' in {path}")
+    return build_town(town, whole(seed, f"seed in {path}", 0, 2**63)), positive(
+        step, f"fixed_delta_seconds in {path}", ()
+    )
 
 # %% ../../nbs/scenes/boxtown_truth.ipynb #38433f00
 def true_panorama(frame: Opv2vFrame, camera: Any, samples: int = 4) -> Picture:

@@ -8,8 +8,7 @@ labelled keypoints.
 __all__ = ['FIRST_PIXEL_MATLAB', 'MAX_JSON_BYTES', 'read_mat_calibration', 'find_video', 'video_rate', 'find_masks',
            'read_labels', 'read_dannce']
 
-# %% ../../nbs/scenes/dannce.ipynb #5c49470c
-import json
+# %% ../../nbs/scenes/dannce.ipynb #24a22083
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,18 +16,28 @@ from typing import Any
 
 import numpy as np
 
-from ..core.errors import KiloError
+from ..core.documents import read_json
+from ..core.errors import KiloError, shorten
+from ..core.files import number
+from ..core.numbers import LARGEST, positive
 from ..data.matlab import read_mat
 from ..data.video import is_video_name, video_info
+from ..geometry.cameras import MOST_CAMERA_PIXELS
 from .multiview import Calibration, Keypoints, Recording
 
-# %% ../../nbs/scenes/dannce.ipynb #63ee5ce9
+# %% ../../nbs/scenes/dannce.ipynb #e5e3741c
+def _restored(values: Any) -> Any:
+    """Nested lists in which the texts for numbers that are not finite (see `kilonb.core.files.dumps`) are numbers."""
+    return [_restored(one) for one in values] if isinstance(values, list) else number(values)
+
+
 def _matrix(values: Any, shape: tuple[int, ...], what: str) -> np.ndarray:
     """`values` as float64 of that shape; KiloError elsewhere. Entries may be infinite or NaN."""
-    try: array = np.asarray(values, float)
-    except (TypeError, ValueError): array = np.empty(0)
+    try: array = np.asarray(_restored(values))
+    except (TypeError, ValueError, OverflowError): array = np.empty(0)
+    array = array.astype(float) if array.dtype.kind in "iuf" else np.empty(0)
     if array.size != np.prod(shape) or array.squeeze().shape not in (shape, np.empty(shape).squeeze().shape):
-        raise KiloError(f"{what} is {str(values)[:80]}; expected {' x '.join(map(str, shape))} numbers.")
+        raise KiloError(f"{what} is {shorten(values)}; expected {' x '.join(map(str, shape))} numbers.")
     return array.reshape(shape)
 
 # %% ../../nbs/scenes/dannce.ipynb #0a0b1b00
@@ -58,51 +67,48 @@ def read_mat_calibration(path: str | Path, width: int, height: int, unit_m: floa
     t = _matrix(read["t"], (3,), f"t in {path}") * unit_m
     return Calibration(_counted_from_zero(K), np.ascontiguousarray(r), t, distortion, width, height)
 
-# %% ../../nbs/scenes/dannce.ipynb #f3d3412f
+# %% ../../nbs/scenes/dannce.ipynb #8207f9c3
 MAX_JSON_BYTES = 4_000_000
 
 
 def _read_cameras_json(path: Path) -> dict[str, Any]:
     """The content of a cameras.json; KiloError where it is damaged or has no list of named cameras."""
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES: raise ValueError(f"more than {MAX_JSON_BYTES} bytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error: raise KiloError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError) as error:
-        raise KiloError(f"{path} is not JSON ({error}): fetch or write it again.") from None
+    content = read_json(path, MAX_JSON_BYTES)
     entries = content.get("cameras") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries or not all(isinstance(one, dict) for one in entries):
         raise KiloError(f"{path} has no list 'cameras' of at least one camera.")
     names = [one.get("camera") for one in entries]
     if not all(isinstance(name, str) and name for name in names) or len(set(names)) < len(names):
-        raise KiloError(f"{path} names its cameras {names}; expected a name of its own for each ('camera').")
+        raise KiloError(f"{path} names its cameras {shorten(names)}; expected a name of its own for each ('camera').")
     return content
 
-# %% ../../nbs/scenes/dannce.ipynb #2ec53943
+# %% ../../nbs/scenes/dannce.ipynb #cad11146
 def _json_calibration(entry: Mapping[str, Any], what: str, unit_m: float) -> Calibration:
     """The calibration in one entry of cameras.json; KiloError for a missing key or another shape."""
     if missing := [key for key in ("K", "R", "t", "width", "height") if key not in entry]:
         raise KiloError(f"{what} has no {' and no '.join(missing)}.")
     size = [entry[key] for key in ("width", "height")]
-    if not all(type(side) is int and side > 0 for side in size):
-        raise KiloError(f"{what} has the size {size[0]} x {size[1]}; expected whole numbers of pixels.")
+    if not all(type(side) is int and 0 < side <= MOST_CAMERA_PIXELS for side in size):
+        raise KiloError(f"{what} has the size {shorten(size[0])} x {shorten(size[1])}; expected whole "
+                        "numbers of pixels.")
     distortion = entry.get("dist_k1k2p1p2") or []
     if not isinstance(distortion, list) or len(distortion) not in (0, 4, 5, 8):
-        raise KiloError(f"dist_k1k2p1p2 of {what} is {distortion}; expected 4, 5 or 8 numbers.")
+        raise KiloError(f"dist_k1k2p1p2 of {what} is {shorten(distortion)}; expected 4, 5 or 8 numbers.")
     K = _matrix(entry["K"], (3, 3), f"K of {what}")
     if str(entry.get("calib", "")).endswith(".mat"): K = _counted_from_zero(K)
     return Calibration(K, _matrix(entry["R"], (3, 3), f"R of {what}"),
                        _matrix(entry["t"], (3,), f"t of {what}") * unit_m,
                        tuple(_matrix(distortion, (len(distortion),), f"dist_k1k2p1p2 of {what}").tolist()), *size)
 
-# %% ../../nbs/scenes/dannce.ipynb #54512a53
+# %% ../../nbs/scenes/dannce.ipynb #6c24adce
 def find_video(folder: Path, name: str, inside: str | None = None) -> Path | None:
     """The video of a camera: `inside`, a path below the folder; else the only one at videos/<name>[_...] or in
     videos/<name>/; None where there is none. Raises KiloError for several, or for a path that leaves the folder."""
     if inside is not None:
-        path = Path(inside)
+        path = Path(inside) if isinstance(inside, str) and "\0" not in inside and len(inside) < 256 else Path("..")
         if not path.is_absolute() and ".." not in path.parts: return folder / path
-        raise KiloError(f"cameras.json names the video '{inside}' of camera {name}; expected a path in {folder}.")
+        raise KiloError(f"cameras.json names the video {shorten(inside)} of camera {shorten(name)}; expected "
+                        f"a path in {folder}.")
     own = re.compile(rf"{re.escape(name)}([_.-].*)?")
     found = sorted(path for path in (folder / "videos").glob("*") if own.fullmatch(path.name))
     files = [file for path in found for file in (sorted(path.iterdir()) if path.is_dir() else [path])
@@ -144,7 +150,7 @@ def _rows_of_points(values: np.ndarray, width: int, what: str) -> np.ndarray:
     raise KiloError(f"{what} has shape {list(values.shape)}; expected a row for each frame with {width} "
                     "numbers for each point.")
 
-# %% ../../nbs/scenes/dannce.ipynb #5db32dbb
+# %% ../../nbs/scenes/dannce.ipynb #0cb554a8
 def read_labels(paths: Mapping[str, Path], first_frame: int = 0, unit_m: float = 0.001) -> Keypoints:
     """The keypoints in DANNCE's label files.
 
@@ -161,19 +167,22 @@ def read_labels(paths: Mapping[str, Path], first_frame: int = 0, unit_m: float =
                 and pixels[name].shape[:2] == points.shape[:2] == (len(frames), points.shape[1])):
             raise KiloError(f"{path} labels other frames or points than {next(iter(paths.values()))}: use "
                             "the labels of one session.")
+        for key, values in (("data_3d", points), ("data_2d", pixels[name])):
+            if (np.abs(values) > LARGEST).any(): raise KiloError(f"{key} in {path} holds a number over {LARGEST:g}.")
+    if not ((np.abs(frames) <= 2**31) & (frames == np.round(frames))).all():
+        raise KiloError(f"data_frame in {next(iter(paths.values()))} holds a number that is no number of a frame.")
     names = tuple(f"point_{k}" for k in range(points.shape[1]))
     return Keypoints(names, frames.astype(np.int64) - first_frame, points, pixels)
 
-# %% ../../nbs/scenes/dannce.ipynb #1d2fc24c
+# %% ../../nbs/scenes/dannce.ipynb #3158c831
 def _from_json(folder: Path, unit_m: float | None) -> dict[str, Any]:
     """Fields of the recording that a cameras.json describes, and the names of its MATLAB files under 'calib'."""
     content = _read_cameras_json(folder / "cameras.json")
     unit_m = content.get("unit_m", 0.001) if unit_m is None else unit_m
     origin = content.get("masks", "derived")
     if origin not in ("true", "derived"):
-        raise KiloError(f"'masks' in {folder / 'cameras.json'} is '{origin}'; expected 'true' or 'derived'.")
-    if not isinstance(unit_m, (int, float)) or not 0 < unit_m < np.inf:
-        raise KiloError(f"'unit_m' in {folder / 'cameras.json'} is {unit_m}; expected metres in one unit.")
+        raise KiloError(f"'masks' in {folder / 'cameras.json'} is {shorten(origin)}; expected 'true' or 'derived'.")
+    unit_m = positive(unit_m, f"'unit_m' in {folder / 'cameras.json'}", ())
     entries = {one["camera"]: one for one in content["cameras"]}
     found = {name: find_video(folder, name, one.get("video")) for name, one in entries.items()}
     return {"calibrations": {name: _json_calibration(one, f"Camera {name} in {folder / 'cameras.json'}", unit_m)
@@ -181,7 +190,7 @@ def _from_json(folder: Path, unit_m: float | None) -> dict[str, Any]:
             "sources": {name: path for name, path in found.items() if path}, "unit_m": float(unit_m),
             "mask_source": origin, "calib": {name: str(one.get("calib", "")) for name, one in entries.items()}}
 
-# %% ../../nbs/scenes/dannce.ipynb #fbea9aae
+# %% ../../nbs/scenes/dannce.ipynb #9165e58c
 def _from_mats(folder: Path, unit_m: float | None) -> dict[str, Any]:
     """Fields of a recording with MATLAB calibrations alone: camera `Camera<N>` of `cam<N>_params.mat`, of the size that
     its video has. KiloError where a camera has no video."""
@@ -191,8 +200,8 @@ def _from_mats(folder: Path, unit_m: float | None) -> dict[str, Any]:
         if match: found[int(match[1])] = path
     if not found: raise KiloError(f"{folder} has neither cameras.json nor *cam<N>_params.mat: nothing calibrates it.")
     unit_m, fields = 0.001 if unit_m is None else unit_m, {"calibrations": {}, "sources": {}, "calib": {}}
-    for number, path in sorted(found.items()):
-        name = f"Camera{number}"
+    for index, path in sorted(found.items()):
+        name = f"Camera{index}"
         video = find_video(folder, name)
         if video is None: raise KiloError(f"Camera {name} of {path} has no video in {folder / 'videos'}.")
         fields["calibrations"][name] = read_mat_calibration(path, *video_info(video)[:2], unit_m)

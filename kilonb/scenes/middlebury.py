@@ -8,14 +8,15 @@ its authors.
 __all__ = ['THRESHOLD', 'DILATE_PX', 'ERODE_PX', 'MAX_TEXT_BYTES', 'silhouette', 'read_silhouette', 'read_par',
            'read_middlebury']
 
-# %% ../../nbs/scenes/middlebury.ipynb #0d77d188
+# %% ../../nbs/scenes/middlebury.ipynb #812aab6c
 import re
 from pathlib import Path
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt
 
-from ..core.errors import KiloError
+from ..core.documents import read_bytes
+from ..core.errors import KiloError, shorten
 from ..data.pictures import picture_size, read_picture
 from .multiview import Calibration, Recording
 
@@ -39,29 +40,27 @@ def read_silhouette(path: Path) -> np.ndarray:
     """`silhouette` of a picture file. Raises KiloError as `read_picture` does."""
     return silhouette(read_picture(path))
 
-# %% ../../nbs/scenes/middlebury.ipynb #f9ec1539
+# %% ../../nbs/scenes/middlebury.ipynb #227ea8ac
 MAX_TEXT_BYTES = 4_000_000
 
 
 def _lines(path: Path) -> list[str]:
     """The non-empty lines of a text file; KiloError where it is missing, too large or no text."""
-    try:
-        if path.stat().st_size > MAX_TEXT_BYTES: raise ValueError(f"more than {MAX_TEXT_BYTES} bytes")
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except OSError as error: raise KiloError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error: raise KiloError(f"{path} is not a text file of calibrations ({error}).") from None
+    try: text = read_bytes(path, MAX_TEXT_BYTES).decode("utf-8")
+    except UnicodeDecodeError: raise KiloError(f"{path} is not a text file of calibrations.") from None
+    return [line.strip() for line in text.splitlines() if line.strip()]
 
-# %% ../../nbs/scenes/middlebury.ipynb #859a6f56
+# %% ../../nbs/scenes/middlebury.ipynb #fd46327d
 def _parse_view(line: str, what: str) -> tuple[str, np.ndarray]:
     """(picture's name, [21] numbers) of a line of `_par.txt`."""
     name, *words = line.split()
     try: numbers = np.array([float(word) for word in words])
     except ValueError: numbers = np.empty(0)
-    if len(numbers) != 21 or Path(name).name != name:
-        raise KiloError(f"{what} is '{line[:60]}'; expected a picture's name and 21 numbers: K, R and t.")
+    if len(numbers) != 21 or Path(name).name != name or "\0" in name:
+        raise KiloError(f"{what} is {shorten(line)}; expected a picture's name and 21 numbers: K, R and t.")
     return name, numbers
 
-# %% ../../nbs/scenes/middlebury.ipynb #4f090bcc
+# %% ../../nbs/scenes/middlebury.ipynb #8e9d8395
 def read_par(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Picture's name -> (K [3, 3], R [3, 3], t [3]) in the order of a `_par.txt`.
 
@@ -70,20 +69,20 @@ def read_par(path: str | Path) -> dict[str, tuple[np.ndarray, np.ndarray, np.nda
     path = Path(path)
     count, *lines = _lines(path) or [""]
     if count != str(len(lines)):
-        raise KiloError(f"{path} announces '{count[:20]}' views and has {len(lines)} lines of them: it was "
+        raise KiloError(f"{path} announces {shorten(count, 20)} views and has {len(lines)} lines of them: it was "
                         "cut short or edited; fetch it again.")
     views = dict(_parse_view(line, f"Line {number} of {path}") for number, line in enumerate(lines, 2))
     if len(views) < len(lines): raise KiloError(f"{path} names a picture twice.")
     return {name: (values[:9].reshape(3, 3), values[9:18].reshape(3, 3), values[18:]) for name, values in views.items()}
 
-# %% ../../nbs/scenes/middlebury.ipynb #725b609b
+# %% ../../nbs/scenes/middlebury.ipynb #4c2c631d
 def _good_views(folder: Path, stem: str, names: list[str]) -> list[str]:
     """The pictures with trusted silhouettes: all where there is no list of them."""
     path = folder / f"{stem}_good_silhouette_images.txt"
     if not path.is_file(): return names
     listed = _lines(path)
     if unknown := [name for name in listed if name not in names]:
-        raise KiloError(f"{path} lists {unknown[0]}, which has no calibration in {stem}_par.txt.")
+        raise KiloError(f"{path} lists {shorten(unknown[0])}, which has no calibration in {stem}_par.txt.")
     return listed
 
 

@@ -8,7 +8,7 @@ frame, and a check of their consistency.
 __all__ = ['LAYOUTS', 'Calibration', 'Keypoints', 'read_mask', 'Recording', 'keypoint_errors', 'check_recording',
            'recognise_layout', 'read_recording']
 
-# %% ../../nbs/scenes/multiview.ipynb #d1a92bf7
+# %% ../../nbs/scenes/multiview.ipynb #2b5c0a4b
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +21,7 @@ from ..core.errors import KiloError, unknown_name
 from ..data.pictures import picture_size, read_picture
 from ..data.registry import find_reader
 from ..data.video import frame_times, read_video_frames, video_info
-from ..geometry.cameras import Camera, DistortedPinholeCamera, Lens, PinholeCamera
+from ..geometry.cameras import Camera, DistortedPinholeCamera, Lens, PinholeCamera, check_camera
 from ..geometry.transforms import check_rigid, rigid, rigid_inverse
 from .datasets import check_index
 
@@ -38,7 +38,7 @@ def _check_intrinsics(K: np.ndarray, width: int, height: int) -> None:
     if abs(K[0, 1]) > 1e-3 * fx: raise KiloError(f"K has a skew of {K[0, 1]:g} pixels; calibrate without skew.")
     if min(width, height) < 1: raise KiloError(f"The picture has {width} x {height} pixels; expected at least one.")
 
-# %% ../../nbs/scenes/multiview.ipynb #a5bee70f
+# %% ../../nbs/scenes/multiview.ipynb #6b917ddb
 @dataclass(frozen=True, eq=False)
 class Calibration:
     """One camera as a file states it, unchecked.
@@ -61,7 +61,8 @@ class Calibration:
         to_world = rigid_inverse(check_rigid(pose, "R, t")).float()
         (fx, _, cx), (_, fy, cy), _ = self.K.tolist()
         values = to_world, fx, fy, cx + 0.5, cy + 0.5, self.width, self.height
-        return DistortedPinholeCamera(*values, self.distortion) if any(self.distortion) else PinholeCamera(*values)
+        return check_camera(DistortedPinholeCamera(*values, self.distortion) if any(self.distortion)
+                            else PinholeCamera(*values), "the camera")
 
     def project(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Pixels [N, 2] in the convention of K and depths [N] (metres) of world points [N, 3], float64; NaN pixels

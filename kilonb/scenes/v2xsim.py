@@ -6,22 +6,21 @@
 __all__ = ['SKY_GREY', 'MOUNTS_M', 'CAMERA_HEIGHT_M', 'YAW_CORRECTIONS_DEG', 'decode_log_depth', 'read_log_depth',
            'mount_pose', 'load_v2xsim']
 
-# %% ../../nbs/scenes/v2xsim.ipynb #683a60d2
-import json
+# %% ../../nbs/scenes/v2xsim.ipynb #9d666341
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..core.errors import KiloError
-from ..geometry.cameras import camera_from_angle
+from ..core.documents import read_object
+from ..core.errors import KiloError, shorten
+from ..core.numbers import finite
+from ..geometry.cameras import camera_from_angle, check_camera
 from ..geometry.transforms import forward_to_opencv, rigid
-from .surround import SurroundFrame, SurroundScene, add_problem, image_size
+from .surround import SurroundFrame, SurroundScene, add_problem, image_size, read_pixels
 
 # %% ../../nbs/scenes/v2xsim.ipynb #ecc0d978
 SKY_GREY = 255
@@ -32,16 +31,11 @@ def decode_log_depth(grey: Tensor) -> Tensor:
     depth = 1000 * torch.exp((grey.float() / 255 - 1) * 5.70378)
     return torch.where(grey >= SKY_GREY, torch.inf, depth)
 
-# %% ../../nbs/scenes/v2xsim.ipynb #001ee755
+# %% ../../nbs/scenes/v2xsim.ipynb #fabace69
 def read_log_depth(path: str | Path) -> Tensor:
     """Z-depth [height, width], metres, of a grey image in CARLA's logarithmic coding. Raises KiloError where it is
     missing or damaged."""
-    try:
-        with Image.open(path) as picture: grey = np.asarray(picture.convert("L"))
-    except FileNotFoundError: raise KiloError(f"the depth {Path(path).name} is missing") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise KiloError(f"the depth {Path(path).name} is damaged ({error})") from None
-    return decode_log_depth(torch.from_numpy(grey.copy()))
+    return decode_log_depth(torch.from_numpy(read_pixels(path, "depth", "L")))
 
 # %% ../../nbs/scenes/v2xsim.ipynb #ae908347
 MOUNTS_M = {"front": (1.70, 0.0), "front_left": (1.52, 0.49), "front_right": (1.55, -0.49),
@@ -58,21 +52,25 @@ def mount_pose(name: str, yaw_deg: float) -> Tensor:
                             dtype=torch.float64)
     return forward_to_opencv(rigid(rotation, torch.tensor([*MOUNTS_M[name], CAMERA_HEIGHT_M], dtype=torch.float64)))
 
-# %% ../../nbs/scenes/v2xsim.ipynb #9cf34860
+# %% ../../nbs/scenes/v2xsim.ipynb #240ea74d
 def _calibration(root: Path) -> Mapping[str, Any]:
     """`calibration` of the manifest, with fov_deg and yaw_deg_left_positive of all six cameras; KiloError elsewhere."""
-    try:
-        calibration = json.loads((root / "MANIFEST.json").read_text(encoding="utf-8"))["calibration"]
-        for name in MOUNTS_M: float(calibration["fov_deg"][name]), float(calibration["yaw_deg_left_positive"][name])
-    except FileNotFoundError:
-        raise KiloError(f"{root} has no MANIFEST.json, which holds the fields of view and yaws of the "
-                        "six cameras.") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise KiloError(f"{root / 'MANIFEST.json'} needs a 'calibration' with fov_deg and "
-                        f"yaw_deg_left_positive of each camera ({error!r}).") from None
-    return calibration
+    path = root / "MANIFEST.json"
+    if not path.is_file():
+        raise KiloError(f"{root} has no MANIFEST.json, which holds the fields of view and yaws of the six cameras.")
+    content, keys = read_object(path), ("fov_deg", "yaw_deg_left_positive")
+    try: given = {key: {name: content["calibration"][key][name] for name in MOUNTS_M} for key in keys}
+    except (KeyError, TypeError, IndexError) as error:
+        raise KiloError(f"{path} needs a 'calibration' with fov_deg and yaw_deg_left_positive of each camera "
+                        f"({shorten(str(error))[1:-1]}).") from None
+    angles = {key: {name: finite(value, f"{key} of {name} in {path}", (), 3600) for name, value in values.items()}
+              for key, values in given.items()}
+    for name, angle in angles["fov_deg"].items():
+        if not 1e-3 <= angle < 180:
+            raise KiloError(f"fov_deg of {name} in {path} is {angle:g}; expected degrees between 0 and 180.")
+    return angles
 
-# %% ../../nbs/scenes/v2xsim.ipynb #8a788a58
+# %% ../../nbs/scenes/v2xsim.ipynb #c485a81c
 def load_v2xsim(path: str | Path) -> SurroundScene:
     """The single frame of a V2X-Sim sample, with the vehicle at the origin.
 
@@ -91,7 +89,8 @@ def load_v2xsim(path: str | Path) -> SurroundScene:
             add_problem(problems, name, f"{camera} was left out: {error}")
             continue
         pose = mount_pose(camera, calibration["yaw_deg_left_positive"][camera]).float()
-        cameras[camera] = camera_from_angle(pose, width, height, math.radians(calibration["fov_deg"][camera]))
+        cameras[camera] = check_camera(camera_from_angle(pose, width, height,
+                                                         math.radians(calibration["fov_deg"][camera])), camera)
         images[camera], depths[camera] = root / "rgb" / file, root / "depth" / file
     if not cameras:
         raise KiloError(f"{root} has none of the images rgb/front.jpg ... rgb/back.jpg: fetch the sample again.")

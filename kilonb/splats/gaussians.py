@@ -8,7 +8,8 @@ initialisation from points.
 __all__ = ['SH_DEGREES', 'TensorRows', 'Gaussians', 'concatenate_gaussians', 'check_gaussians', 'neighbour_distance',
            'gaussians_from_points']
 
-# %% ../../nbs/splats/gaussians.ipynb #0dcedffc
+# %% ../../nbs/splats/gaussians.ipynb #11327158
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Self
@@ -19,6 +20,7 @@ from scipy.spatial import cKDTree
 from torch import Tensor
 
 from ..core.errors import KiloError
+from ..core.numbers import LARGEST
 from .harmonics import rgb_to_sh0
 
 # %% ../../nbs/splats/gaussians.ipynb #5248e5b5
@@ -135,14 +137,17 @@ def _check_gaussian_shapes(gaussians: Gaussians) -> None:
     if terms not in SH_DEGREES:
         raise KiloError(f"sh has {terms} coefficients per colour; degrees 0 to 3 have {list(SH_DEGREES)}.")
 
-# %% ../../nbs/splats/gaussians.ipynb #4e69ccd9
+# %% ../../nbs/splats/gaussians.ipynb #8f252925
 def check_gaussians(gaussians: Gaussians) -> None:
-    """Raise KiloError where shapes disagree, a number is not finite or a quaternion is zero."""
+    """Raise KiloError where shapes disagree, a number is not finite or over 1e30, or a quaternion is zero."""
     _check_gaussian_shapes(gaussians)
     for name, tensor in gaussians.parameters().items():
-        _reject(~torch.isfinite(tensor.detach()).reshape(len(gaussians), -1).all(1),
+        _reject(~(tensor.detach().abs() <= LARGEST).reshape(len(gaussians), -1).all(1),
                 f"value in {name} that is not finite")
-    _reject((gaussians.quats.detach() == 0).all(1), "zero quaternion")
+    _reject((gaussians.log_scales.detach() > math.log(LARGEST)).any(1), f"scale over {LARGEST:g} metres")
+    length = gaussians.quats.detach().double().norm(dim=1)
+    _reject(length <= 1e-12, "zero quaternion")
+    _reject(length > 1e15, "quaternion that cannot be normalised")
 
 # %% ../../nbs/splats/gaussians.ipynb #72352515
 def neighbour_distance(points: Tensor, neighbours: int = 3, minimum: float = 1e-7) -> Tensor:

@@ -7,49 +7,62 @@ kernel in all threads.
 # %% auto #0
 __all__ = ['fetch_and_increment', 'queued_jobs', 'parallel_for']
 
-# %% ../../nbs/splats/work_queue.ipynb #a02f09ef
+# %% ../../nbs/splats/work_queue.ipynb #8a18c195
+import ctypes
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.extending import intrinsic
 
-# %% ../../nbs/splats/work_queue.ipynb #da668db7
+# %% ../../nbs/splats/work_queue.ipynb #ffa6cbec
 @intrinsic
 def fetch_and_increment(typing, counter):
-    """Value of counter[0] before it is atomically increased by one; counter: [1] int64. Only inside compiled code."""
+    """Value of an int64 in memory before it is atomically increased by one. Only inside compiled code.
+
+    counter: the address of the int64, as an integer; the caller keeps the memory alive.
+    """
     def emit(context, builder, signature, arguments):
-        data = context.make_array(signature.args[0])(context, builder, value=arguments[0]).data
+        data = builder.inttoptr(arguments[0], ir.IntType(64).as_pointer())
         return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
     return types.int64(counter), emit
 
-# %% ../../nbs/splats/work_queue.ipynb #fd1525d9
+# %% ../../nbs/splats/work_queue.ipynb #c6014255
 @njit(nogil=True)
 def queued_jobs(counter, jobs):
-    """Iterate over the job numbers 0..jobs-1 that this thread takes from the shared `counter` [1] int64."""
+    """Iterate over the job numbers 0..jobs-1 that this thread takes from the shared counter.
+
+    counter: the address of an int64, as an integer.
+    """
     job = fetch_and_increment(counter)
     while job < jobs:
         yield job
         job = fetch_and_increment(counter)
 
-# %% ../../nbs/splats/work_queue.ipynb #79271b24
+# %% ../../nbs/splats/work_queue.ipynb #695810f1
 _pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def _run_kernel(kernel: Callable, counter: ctypes.c_int64, arguments: tuple) -> None:
+    """Runs a kernel with the address of `counter`, which this frame keeps alive."""
+    kernel(ctypes.addressof(counter), *arguments)
 
 
 def parallel_for(kernel: Callable, *arguments) -> None:
     """Run `kernel(counter, *arguments)` in as many threads as torch uses; returns when all jobs are done.
 
-    kernel: compiled with nogil; its loop over jobs is `for job in queued_jobs(counter, jobs)`.
-    `torch.set_num_threads` sets the number of threads. May be called from several threads at once.
+    kernel: compiled with nogil; counter is the address of a job counter. Its loop over jobs is `for job in
+    queued_jobs(counter, jobs)`. `torch.set_num_threads` sets the number of threads. May be called from several threads
+    at once.
     Raises what the kernel raises, in whichever thread.
     """
-    process, counter = os.getpid(), np.zeros(1, np.int64)
+    process, counter = os.getpid(), ctypes.c_int64(0)
     if process not in _pools: _pools[process] = ThreadPoolExecutor(os.cpu_count(), "kernels")
-    helpers = [_pools[process].submit(kernel, counter, *arguments) for _ in range(torch.get_num_threads() - 1)]
-    kernel(counter, *arguments)
+    helpers = [_pools[process].submit(_run_kernel, kernel, counter, arguments)
+               for _ in range(torch.get_num_threads() - 1)]
+    _run_kernel(kernel, counter, arguments)
     for helper in helpers:
         if not helper.cancel(): helper.result()

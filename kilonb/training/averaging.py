@@ -7,7 +7,7 @@ checkpoints.
 # %% auto #0
 __all__ = ['Average', 'EMA', 'SWA', 'choose_average', 'upgraded_weights', 'load_weights']
 
-# %% ../../nbs/training/averaging.ipynb #afad5913
+# %% ../../nbs/training/averaging.ipynb #8dd71b23
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
+from ..core.numbers import LARGEST, finite, whole
 from .checkpoints import read_checkpoint
 
-# %% ../../nbs/training/averaging.ipynb #edaaf1cb
+# %% ../../nbs/training/averaging.ipynb #f1a14c32
 class Average:
     """Base class of averages of a model's parameters.
 
@@ -60,24 +61,46 @@ class Average:
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore the attributes; weights move to the model's device at the next update."""
-        for name in vars(self): setattr(self, name, state[name])
-        self.average = {name: value.clone() for name, value in state["average"].items()}
+        """Restore the attributes; weights move to the model's device at the next update. KiloError where one is missing
+        or is no number or finite tensor."""
+        for name, own in list(vars(self).items()): setattr(self, name, _saved_value(name, own, state.get(name)))
+        self.average = {name: value.clone() for name, value in _real(state["average"], "The saved average").items()}
+        if hasattr(self, "taken"): self.taken = {key: whole(n, "taken", 1) for key, n in self.taken.items()}
 
-# %% ../../nbs/training/averaging.ipynb #25602583
+# %% ../../nbs/training/averaging.ipynb #ecfa1bfb
 def _check_weights_fit(weights: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     """Raise KiloError with the name of the first parameter that is missing, unexpected or of another shape."""
     for name in [*present, *(name for name in weights if name not in present)]:
         given, expected = (list(group[name].shape) if name in group else "absent" for group in (weights, present))
         if given != expected:
-            raise KiloError(f"The weights do not fit the model: '{name}' is {given} in the weights and {expected} "
-                            "in the model.")
+            raise KiloError(f"The weights do not fit the model: {shorten(name)} is {given} in the weights "
+                            f"and {expected} " "in the model.")
 
 
 @torch.no_grad()
 def _copy_weights(weights: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> None:
     """Copy values into the parameters of the same names, in place."""
     for name, parameter in present.items(): parameter.copy_(weights[name])
+
+# %% ../../nbs/training/averaging.ipynb #c00d777b
+def _saved_value(name: str, own: Any, value: Any) -> Any:
+    """`value` of an average's attribute, of the kind of its `own` value; KiloError otherwise."""
+    if isinstance(own, Mapping) and not isinstance(value, Mapping):
+        raise KiloError(f"The saved average has {shorten(value)} as '{name}'.")
+    if isinstance(own, float): return float(finite(value, f"{name} of the saved average", ()))
+    return whole(value, f"{name} of the saved average") if isinstance(own, int) else value
+
+# %% ../../nbs/training/averaging.ipynb #47fe6a1f
+def _real(values: Any, what: str) -> Mapping[str, Tensor]:
+    """`values`, where they are tensors by name, real and finite; KiloError otherwise. what: the first of the
+    message."""
+    if not isinstance(values, Mapping): raise KiloError(f"{what}: got {shorten(values)}, expected tensors by name.")
+    for name, value in values.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor) or value.is_complex():
+            raise KiloError(f"{what}: {shorten(name)} is {shorten(value)}, expected a tensor of real numbers.")
+        if not (value.abs() <= LARGEST).all():
+            raise KiloError(f"{what}: {shorten(name)} holds numbers that are not finite or over {LARGEST:g}.")
+    return values
 
 # %% ../../nbs/training/averaging.ipynb #32ed412f
 class EMA(Average):
@@ -153,7 +176,15 @@ def upgraded_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[st
         if hasattr(module, "upgrade_state"): module.upgrade_state(weights, f"{prefix}." if prefix else "")
     return weights
 
-# %% ../../nbs/training/averaging.ipynb #85268d90
+# %% ../../nbs/training/averaging.ipynb #ae5effde
+def _saved_weights(values: Any, model: nn.Module, what: str) -> dict[str, Tensor]:
+    """Weights of a checkpoint with their present names; KiloError where they are no finite tensors by name."""
+    return upgraded_weights(_real(values, what), model)
+
+def _averaged_steps(averaged: Mapping[str, Any]) -> int:
+    return whole(averaged.get("updates"), "updates") - whole(averaged["start"], "start")
+
+# %% ../../nbs/training/averaging.ipynb #201a81d1
 def load_weights(checkpoint: str | os.PathLike | Mapping[str, Any], model: nn.Module,
                  weights: str | None = None) -> str:
     """Load a checkpoint's weights into `model`; returns a description of which, to be printed beside the rendering.
@@ -167,15 +198,19 @@ def load_weights(checkpoint: str | os.PathLike | Mapping[str, Any], model: nn.Mo
         raise KiloError(f"weights is '{weights}'; expected 'averaged' or 'raw'.")
     content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint)
     if content.get("model") is None: raise KiloError("The checkpoint holds no model: its run trained without one.")
-    averaged = content.get("averaged") or {}
+    step, averaged = whole(content.get("step"), "The step of the checkpoint"), content.get("averaged") or {}
+    if not isinstance(averaged, Mapping): raise KiloError(f"The checkpoint holds the average {shorten(averaged)}.")
     use_average = weights != "raw" and bool(averaged.get("average"))
-    why_not = f"its average begins after step {averaged['start']}" if "start" in averaged else "the run kept no average"
+    late = f"its average begins after step {shorten(averaged.get('start'))}"
+    why_not = late if "start" in averaged else "the run kept no average"
     if weights == "averaged" and not use_average:
         raise KiloError(f"The checkpoint holds no averaged weights: {why_not}; load weights='raw'.")
-    state = upgraded_weights(content["model"], model)
+    state = _saved_weights(content["model"], model, "The weights")
     _check_weights_fit(state, model.state_dict())
     model.load_state_dict(state)
-    if not use_average: return f"raw weights of step {content['step']}" + ("" if weights == "raw" else f" ({why_not})")
-    _copy_weights(upgraded_weights(averaged["average"], model), dict(model.named_parameters()))
-    swa = f" (SWA of the last {averaged['updates'] - averaged['start']} steps)" if "start" in averaged else ""
-    return f"averaged weights{swa} of step {content['step']}"
+    if not use_average: return f"raw weights of step {step}" + ("" if weights == "raw" else f" ({why_not})")
+    average, own = _saved_weights(averaged["average"], model, "The averaged weights"), dict(model.named_parameters())
+    _check_weights_fit(average, own)
+    _copy_weights(average, own)
+    swa = f" (SWA of the last {_averaged_steps(averaged)} steps)" if "start" in averaged else ""
+    return f"averaged weights{swa} of step {step}"

@@ -6,13 +6,15 @@ settings on resumption.
 
 # %% auto #0
 __all__ = ['FORMAT', 'seed_everything', 'random_state', 'restore_random_state', 'portable', 'write_checkpoint',
-           'read_checkpoint', 'check_same_settings', 'latest_path', 'final_path', 'newest_checkpoint', 'keep_final']
+           'read_checkpoint', 'check_training_state', 'check_same_settings', 'latest_path', 'final_path',
+           'newest_checkpoint', 'keep_final']
 
-# %% ../../nbs/training/checkpoints.ipynb #2bd33601
+# %% ../../nbs/training/checkpoints.ipynb #79fa84fe
 import os
 import pickle
 import random
 import shutil
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,7 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core.errors import KiloError
+from ..core.bounded import check_zip
+from ..core.errors import KiloError, shorten
 from ..core.files import atomic_write
 
 # %% ../../nbs/training/checkpoints.ipynb #bdd9c49b
@@ -71,6 +74,16 @@ def portable(value: Any, name: str = "state") -> Any:
     raise KiloError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: convert it "
                     "to tensors, numbers, strings, lists or dicts.")
 
+# %% ../../nbs/training/checkpoints.ipynb #0cced038
+def _check_members(path: Path) -> None:
+    """Raises an exception where the zip archive of a checkpoint is damaged (by its checksums), unpacks to more than the
+    file holds, or its pickle asks for memory that the file does not hold (a `bytearray` of a given length)."""
+    with zipfile.ZipFile(path) as archive:
+        check_zip(archive, str(path), path.stat().st_size)
+        if archive.testzip(): raise zipfile.BadZipFile
+        for name in archive.namelist():
+            if name.endswith("data.pkl") and b"bytearray" in archive.read(name): raise pickle.UnpicklingError
+
 # %% ../../nbs/training/checkpoints.ipynb #10afb012
 FORMAT = "kilonb checkpoint 1"
 
@@ -80,37 +93,52 @@ def write_checkpoint(path: str | os.PathLike, content: Mapping[str, Any]) -> Non
     plain = portable(content, "checkpoint")
     with atomic_write(path) as partial: torch.save({"format": FORMAT, **plain}, partial)
 
-# %% ../../nbs/training/checkpoints.ipynb #9c97da9e
+# %% ../../nbs/training/checkpoints.ipynb #bab237de
 def read_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """Content of a checkpoint, tensors on the CPU; raises KiloError when it is missing, truncated, damaged or another
     kind of file."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise KiloError(f"There is no checkpoint {path}: give a run that has saved one, or start without resume.")
+    if not path.is_file(): raise KiloError(f"{path} is not a checkpoint: it is a folder, a pipe or a broken link.")
+    damaged = KiloError(f"{path} cannot be read as a checkpoint; it is cut off, damaged or another kind of "
+                        "file: delete it and start a fresh run.")
     try:
-        with zipfile.ZipFile(path) as archive: damaged = archive.testzip()
-        if damaged: raise zipfile.BadZipFile(damaged)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, AttributeError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:
-        raise KiloError(f"{path} cannot be read as a checkpoint; it is cut off, damaged or another kind of "
-                        "file: delete it and start a fresh run.") from error
+        _check_members(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error: raise damaged from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise KiloError(f"{path} is not a checkpoint of a KiloNB run (expected format '{FORMAT}').")
+    portable(content, str(path))
     return content
 
-# %% ../../nbs/training/checkpoints.ipynb #62d349e6
+
+def check_training_state(content: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Raises KiloError where the content of a checkpoint lacks a part of a training's state, or a part is of another
+    type."""
+    kinds = {"step": int, "elapsed_s": (int, float), "pending": dict, "best": dict, "settings": dict, "optimizer": dict,
+             "stateful": dict, "guards": list, "random": dict}
+    for name, kind in kinds.items():
+        if not isinstance(content.get(name), kind) or isinstance(content[name], bool):
+            raise KiloError(f"{path} is not the checkpoint of a training: its entry '{name}' is "
+                            f"{shorten(content.get(name))}.")
+    for name in ("step", "elapsed_s"):
+        if not 0 <= content[name] < 2**53: raise KiloError(f"{path} has {name} = {shorten(content[name])}.")
+
+# %% ../../nbs/training/checkpoints.ipynb #f47362b6
 def check_same_settings(stored: Mapping[str, Any], now: Mapping[str, Any], path: str | os.PathLike,
                         free: frozenset[str] = frozenset()) -> None:
     """Raise KiloError with the first key in which a checkpoint's settings and this run's differ; keys in `free` may."""
     stored, now = portable(stored), portable(now)
     for key in [*now, *(key for key in stored if key not in now)]:
         if key in free or (key in now and key in stored and now[key] == stored[key]): continue
-        before, after = (repr(settings[key]) if key in settings else "not set" for settings in (stored, now))
+        before, after = (shorten(settings[key]) if key in settings else "not set" for settings in (stored, now))
         raise KiloError(f"{path} comes from a run with {key} = {before}, this run has {key} = {after}: resume "
                         "with the same settings, or start a fresh run.")
 
-# %% ../../nbs/training/checkpoints.ipynb #c61fc2e7
+# %% ../../nbs/training/checkpoints.ipynb #c04f6fba
 def latest_path(folder: str | os.PathLike) -> Path:
     """Path of a run's newest checkpoint."""
     return Path(folder) / "checkpoints" / "latest.pt"
@@ -131,5 +159,8 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path:
 
 
 def keep_final(folder: str | os.PathLike) -> None:
-    """Copy the latest checkpoint to the final one, atomically."""
-    with atomic_write(final_path(folder)) as partial: shutil.copyfile(latest_path(folder), partial)
+    """Make the latest checkpoint the final one too, atomically: a second name of the same file (a hard link), which
+    takes no space; a copy where the file system has no hard links. A later checkpoint replaces the latest one only."""
+    with atomic_write(final_path(folder)) as partial:
+        try: os.link(latest_path(folder), partial)
+        except OSError: shutil.copyfile(latest_path(folder), partial)

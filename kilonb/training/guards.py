@@ -12,12 +12,14 @@ from typing import Any
 
 from ..core.errors import KiloError
 
-# %% ../../nbs/training/guards.ipynb #63896b86
+# %% ../../nbs/training/guards.ipynb #46f6ce0d
 class TrainingStopped(KiloError):
     """Training was stopped by a guard; the message has the cause, the step and what to try. The last good checkpoint
     is kept."""
 
-# %% ../../nbs/training/guards.ipynb #5b6c2b16
+    cause = "guard"
+
+# %% ../../nbs/training/guards.ipynb #f2b17949
 class FiniteGuard:
     """Stops a run when a value of the record is NaN or infinite; part of every run of `train`.
 
@@ -37,11 +39,11 @@ class FiniteGuard:
                     default=int(record["step"]))
         values = ", ".join(f"{name} = {record[name]}" for name in bad)
         raise TrainingStopped(
-            f"Training stopped at step {first}: not finite: {values}. The last good checkpoint is kept; "
+            f"Training stopped at step {first}: not finite: {values}; the last good checkpoint is kept: "
             "try a lower learning rate, a gradient clip, or look for a division, a root or a logarithm at zero."
         )
 
-# %% ../../nbs/training/guards.ipynb #fa0b69ca
+# %% ../../nbs/training/guards.ipynb #4b14b9ac
 class SkipGuard:
     """Lets `train` skip steps whose gradient is not finite, and stops the run when there were more than `limit`.
 
@@ -62,8 +64,8 @@ class SkipGuard:
         """Raises TrainingStopped where more than `limit` steps were skipped."""
         if self.skipped > self.limit:
             raise TrainingStopped(f"Training stopped at step {int(record['step'])}: the gradients of {self.skipped} "
-                                  f"steps were not finite and were skipped, more than {self.limit}. The last good "
-                                  "checkpoint is kept; try a lower learning rate or float32.")
+                                  f"steps were not finite and were skipped, more than {self.limit}; the last good "
+                                  "checkpoint is kept: try a lower learning rate or float32.")
 
     def state_dict(self) -> dict[str, Any]:
         """The number of skipped steps, for a checkpoint."""
@@ -105,10 +107,10 @@ class AlphaGuard:
         """Restore the number of consecutive low records."""
         self.misses = state["misses"]
 
-# %% ../../nbs/training/guards.ipynb #45d83625
+# %% ../../nbs/training/guards.ipynb #bcdad465
 def _collapse_message(guard: AlphaGuard, record: Mapping[str, float]) -> str:
     blank = f" ({guard.blank_db:.1f} dB here)" if guard.blank_db is not None else ""
-    return (f"Training stopped at step {int(record['step'])}: ray alpha collapsed. Rays that should hit the object "
+    return (f"Training stopped at step {int(record['step'])}: ray alpha collapsed; rays that should hit the object "
             f"have mean alpha {record[guard.key]:.3f}, below {guard.minimum:g} in {guard.misses} records in a row: the "
-            f"model renders background only, and any PSNR is the blank score{blank}. Try a lower learning rate, a "
-            "higher density bias, a random background per ray, and check that occupancy covers the object.")
+            f"model renders background only, and any PSNR is the blank score{blank}: try a lower learning rate, "
+            "a higher density bias, a random background per ray, and check that occupancy covers the object.")

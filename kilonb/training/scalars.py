@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write_rows', 'next_event_second', 'open_events', 'ScalarLog']
 
-# %% ../../nbs/training/scalars.ipynb #5a1dbb0b
+# %% ../../nbs/training/scalars.ipynb #f057741a
 import csv
 import io
 import os
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core.errors import KiloError
 from ..core.files import atomic_write
-from ..runs.scalars import SCALARS_NAME, read_rows
+from ..runs.scalars import SCALARS_NAME, read_columns, read_rows
 
 # %% ../../nbs/training/scalars.ipynb #90a2b291
 def _csv_line(values) -> str:
@@ -65,7 +65,7 @@ def _append_row(path: Path, columns: list[str], row: dict) -> None:
         with path.open("a", encoding="utf-8", newline="") as file:
             file.write(_csv_line([row.get(name, "") for name in columns]))
 
-# %% ../../nbs/training/scalars.ipynb #1db931ad
+# %% ../../nbs/training/scalars.ipynb #1612e819
 class ScalarLog:
     """Scalars of a run, written to `folder/metrics.csv` and to TensorBoard event files; a context manager.
 
@@ -80,7 +80,8 @@ class ScalarLog:
         rows = []
         if resume_step is not None and self.path.exists():
             self.columns, rows = read_rows(self.path)
-            rows = [row for row in rows if int(row["step"]) <= resume_step]
+            steps = read_columns(self.path)["step"][1]
+            rows = [row for row, step in zip(rows, steps) if step <= resume_step]
         write_rows(self.path, self.columns, rows)
         self.events = open_events(folder, None if resume_step is None else resume_step + 1)
 

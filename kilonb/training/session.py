@@ -6,7 +6,7 @@
 __all__ = ['DEVICES', 'notebook_parameters', 'choose_device', 'Session', 'open_session', 'configure_session',
            'fixed_parameters', 'leave_group', 'finish_session']
 
-# %% ../../nbs/training/session.ipynb #cf488bcf
+# %% ../../nbs/training/session.ipynb #2bb4304f
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,8 +21,8 @@ from ..core.files import write_json
 from ..data.references import DataReference, resolve_data
 from ..runs.folders import Run, RunResult, open_run
 from ..runs.gates import Gate
-from ..runs.settings import SETTINGS, config_paths, configure, flat_parameters, settings_prefix, typed_settings
-from .loop import FREE_SETTINGS
+from ..runs.settings import (FREE_SETTINGS, SETTINGS, config_paths, configure, flat_parameters, settings_prefix,
+                                  typed_settings)
 from kilonb.training.parallel import (
     ProcessGroup,
     World,
@@ -186,12 +186,12 @@ def configure_session(session: Session, config: Any) -> Any:
     if session.run is not None: write_json(session.folder / "config.json", session.configs)
     return changed
 
-# %% ../../nbs/training/session.ipynb #77055a90
+# %% ../../nbs/training/session.ipynb #91b3c2f7
 def fixed_parameters(session: Session, free: Iterable[str] = ()) -> dict[str, Any]:
     """The parameters and settings that a resumed run must share with its earlier part, flat: name -> value.
 
     Left out: run_dir, resume, device, the parameters `free`, and parameters and dotted settings that end in a name of
-    `training.loop.FREE_SETTINGS` (how often to save, how long to train at most).
+    `runs.settings.FREE_SETTINGS` (how often to save, how long to train at most).
     """
     left_out = {"run_dir", "resume", "device", *free}
     return {name: value for name, value in {**session.parameters, **session.settings}.items()
