@@ -295,14 +295,18 @@ def test_a_worker_that_is_killed_while_it_starts_does_not_end_the_sweep(tmp_path
     command = Command("sweep", file, "--workers", "2", outputs=tmp_path / "outputs")
 
     def workers() -> list[psutil.Process]:
-        return [each for each in command.look() if "spawn_main" in " ".join(each.cmdline())]
+        found = []
+        for each in command.look():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if "spawn_main" in " ".join(each.cmdline()): found.append(each)
+        return found
 
     killed = command.wait_until(workers)[0]
-    killed.kill()
+    with contextlib.suppress(psutil.Error): killed.kill()
     command.wait_until(lambda: [each for each in workers() if each != killed])
     later = next(each for each in workers() if each != killed)
     time.sleep(0.5)
-    later.kill()
+    with contextlib.suppress(psutil.Error): later.kill()
     code, output = command.end(150)
     assert code == 0 and sweep_status(tmp_path)["counts"]["finished"] == 2, output
 

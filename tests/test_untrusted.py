@@ -244,7 +244,7 @@ def test_planted_data_with_a_list_of_their_own_are_not_used(bricks, made, tmp_pa
                                           "files": files})
     for use in (lambda: make("bricks", folder, manifests=bricks),
                 lambda: resolve_data("bricks", tmp_path, None, bricks)):
-        with pytest.raises(KiloError, match="kilonb data verify bricks") as error: use()
+        with pytest.raises(KiloError, match="holds no dataset that its maker wrote") as error: use()
         one_sentence(error)
     assert not verify(bricks["bricks"], tmp_path).ok and not verify_folder(folder).ok
     with pytest.raises(KiloError): make("bricks", folder, manifests=bricks)

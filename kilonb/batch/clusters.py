@@ -6,8 +6,9 @@
 __all__ = ['describe_machine', 'visible_devices', 'local_workers', 'first_line', 'sweep_security', 'ClusterStart',
            'check_slurm', 'is_loopback', 'scheduler_security', 'open_cluster']
 
-# %% ../../nbs/batch/clusters.ipynb #f64a4d28
+# %% ../../nbs/batch/clusters.ipynb #3914fe79
 import contextlib
+import logging
 import os
 import re
 import shutil
@@ -251,7 +252,7 @@ def scheduler_security(address: str, tls: Mapping[str, str] | None = None) -> An
                             f"{shorten(path) if path else 'it was not given'}.")
     return security
 
-# %% ../../nbs/batch/clusters.ipynb #78e834a5
+# %% ../../nbs/batch/clusters.ipynb #040be02e
 @contextlib.contextmanager
 def open_cluster(plan: SweepPlan, scheduler: str = "", slurm: bool = False, workers: int | None = None,
                  tls: Mapping[str, str] | None = None, start: ClusterStart | None = None) -> Iterator[Any]:
@@ -264,6 +265,8 @@ def open_cluster(plan: SweepPlan, scheduler: str = "", slurm: bool = False, work
     """
     from distributed import Client
 
+    # a peer that leaves is logged with a traceback, also after the block
+    for name in ("distributed.batched", "distributed.comm"): logging.getLogger(name).setLevel(logging.CRITICAL)
     if slurm: check_slurm(plan)
     with contextlib.ExitStack() as stack:
         security = scheduler_security(scheduler, tls) if scheduler else \

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprint', 'generated_name', 'record_made', 'is_recorded', 'make', 'made_again']
 
-# %% ../../nbs/data/generation.ipynb #8a8c4433
+# %% ../../nbs/data/generation.ipynb #4252d376
 import importlib.util
 import inspect
 import os
@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from ..core.configs import check_value
+from ..core.documents import read_object
 from ..core.errors import KiloError, shorten, unknown_name
 from ..core.files import atomic_folder, dumps, temporary_path, write_json
 from ..core.hashing import hash_file, hash_files, imported_modules, list_files
-from .manifests import FileRecord, Maker, Manifest, data_folder, find_manifest
+from .manifests import FileRecord, Maker, Manifest, data_folder, find_manifest, read_records
 from .registry import MAKERS, check_name, find_maker
 
 # %% ../../nbs/data/generation.ipynb #5d58bd91
@@ -107,15 +108,15 @@ def is_recorded(folder: Path) -> bool:
     name = _record_name(folder)
     return name is not None and any((records / name).is_file() for records in _record_folders())
 
-# %% ../../nbs/data/generation.ipynb #c87fb0e5
+# %% ../../nbs/data/generation.ipynb #30bb955c
 def make(name: str, folder: str | os.PathLike | None = None, *, manifests: Mapping[str, Manifest] | None = None,
          **parameters: Any) -> Path:
     """Generates a synthetic dataset and returns its folder.
 
     folder: default: its name and fingerprint in `data_folder()`. parameters: other values for the maker's. The folder
     gets a MANIFEST.json with maker, parameters and checksums.
-    An existing folder with the same fingerprint, written here by its maker, is returned as it is; any other existing
-    folder is a KiloError.
+    An existing folder with the same fingerprint is returned as it is where its maker is recorded to have written it
+    here; without a record the dataset is made again and compared first. Any other existing folder is a KiloError.
     """
     manifest = find_manifest(name, manifests)
     if manifest.maker is None:
@@ -124,10 +125,7 @@ def make(name: str, folder: str | os.PathLike | None = None, *, manifests: Mappi
     digits = fingerprint(maker)
     folder = Path(folder) if folder is not None else data_folder() / f"{name}-{digits}"
     if folder.exists():
-        if _recorded_fingerprint(folder) == digits:
-            if is_recorded(folder): return folder
-            raise KiloError(f"'{folder}' holds no dataset that its maker wrote here: `kilonb data verify "
-                            f"{name}` makes it " "again and compares, or remove the folder.")
+        if _recorded_fingerprint(folder) == digits and _is_made(manifest, folder, parameters): return folder
         raise KiloError(f"'{folder}' exists and was not made from these parameters of {name}: remove it or "
                         "name another folder.")
     _write_dataset(manifest, maker, folder)
@@ -161,16 +159,33 @@ def _write_dataset(manifest: Manifest, maker: Maker, folder: Path) -> None:
         raise KiloError(f"Cannot make {manifest.name} in '{folder}': {error.strerror or error}.") from error
     print(f"made {manifest.name} in {folder} ({len(files)} files, {time.monotonic() - started:.1f} s)", flush=True)
 
-# %% ../../nbs/data/generation.ipynb #e9f33944
-def made_again(manifest: Manifest, beside: Path) -> dict[str, FileRecord]:
+# %% ../../nbs/data/generation.ipynb #d59f3bea
+def made_again(manifest: Manifest, beside: Path, parameters: Mapping[str, Any] | None = None) -> dict[str, FileRecord]:
     """The files that the maker of a synthetic dataset writes: path -> size and SHA-256.
 
-    beside: a path in whose folder the maker writes, for as long as it takes. Raises KiloError where it cannot.
+    beside: a path in whose folder the maker writes, for as long as it takes. parameters: as for `make`. Raises
+    KiloError where it cannot.
     """
     again = temporary_path(beside)
     try:
-        maker = replace(manifest.maker, parameters=_checked_parameters(manifest, {}))
+        maker = replace(manifest.maker, parameters=_checked_parameters(manifest, parameters or {}))
         return {path: FileRecord(**record) for path, record in _fill(manifest, maker, again).items()}
     except OSError as error:
         raise KiloError(f"Cannot make {manifest.name} beside '{beside}': {error.strerror or error}.") from error
     finally: shutil.rmtree(again, ignore_errors=True)
+
+# %% ../../nbs/data/generation.ipynb #2bdf31e0
+def _is_made(manifest: Manifest, folder: Path, parameters: Mapping[str, Any]) -> bool:
+    """Whether the dataset in `folder` is recorded as its maker's, or equals what the maker writes, which is then
+    recorded; KiloError where it differs."""
+    if is_recorded(folder): return True
+    print(f"{manifest.name}: {folder} has no record of its maker, as one of an earlier version or a copy has none: the "
+          "dataset is made again and compared", flush=True)
+    paths = [path for path in list_files(folder) if path not in ("MANIFEST.json", ".fingerprint")]
+    digests = hash_files(folder, paths)
+    own = {path: FileRecord((folder / path).stat().st_size, digest) for path, digest in digests.items()}
+    again = made_again(manifest, folder, parameters)
+    if not again == own == read_records(read_object(folder / "MANIFEST.json").get("files")):
+        raise KiloError(f"'{folder}' holds no dataset that its maker wrote: its files differ from those that the maker "
+                        f"of {manifest.name} writes; remove the folder.")
+    return record_made(folder) or True

@@ -215,12 +215,12 @@ def _calls(source: str, name: str) -> list[ast.Call]:
     return [node for node in ast.walk(tree) if isinstance(node, ast.Call)
             and getattr(node.func, "attr", getattr(node.func, "id", "")) == name]
 
-# %% ../../nbs/runs/notebooks.ipynb #9c34c829
-def free_parameters(notebook: Notebook) -> frozenset[str]:
+# %% ../../nbs/runs/notebooks.ipynb #eebfc6ff
+def free_parameters(notebook: Notebook) -> frozenset[str] | None:
     """The parameters that may change when a run is resumed: the texts in the notebook's calls of
-    `session.fixed_parameters`."""
+    `session.fixed_parameters`; None where it calls it nowhere, so that its checkpoints fix what they hold."""
     calls = [call for source in code_cells(notebook) for call in _calls(source, "fixed_parameters")]
-    return frozenset(node.value for call in calls for node in call.args
+    return None if not calls else frozenset(node.value for call in calls for node in call.args
                      if isinstance(node, ast.Constant) and isinstance(node.value, str))
 
 # %% ../../nbs/runs/notebooks.ipynb #799d675b

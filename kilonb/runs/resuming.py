@@ -202,16 +202,19 @@ def _has_results(folder: Path) -> bool:
     return os.path.lexists(folder / "results.json") or any(
         next(folder.glob(pattern), None) for pattern in ("checkpoints/*.pt", "*/checkpoints/*.pt"))
 
-# %% ../../nbs/runs/resuming.ipynb #9b8b5b9b
-def check_same_parameters(folder: str | os.PathLike, values: Mapping[str, Any], free: Iterable[str] = ()) -> None:
+# %% ../../nbs/runs/resuming.ipynb #75fd439a
+def check_same_parameters(folder: str | os.PathLike, values: Mapping[str, Any],
+                          free: Iterable[str] | None = ()) -> None:
     """Raises KiloError where a run with results or checkpoints would be resumed with other parameters.
 
-    values: name -> value of every parameter and dotted setting, flat. free: names that may change.
+    values: name -> value of every parameter and dotted setting, flat. free: names that may change; None: all are fixed
+    in a run with results, and what a checkpoint fixes is left to the notebook in one without.
     """
     folder = Path(folder)
     before = read_part(folder, "parameters")
     if not before or not _has_results(folder): return
-    name = next(_changed(values, before, _FREE | frozenset(free)), None)
+    if free is None and not os.path.lexists(folder / "results.json"): return
+    name = next(_changed(values, before, _FREE | frozenset(free or ())), None)
     if name is None: return
     had, has = (shorten(side[name]) if name in side else "not set" for side in (before, values))
     raise KiloError(f"{shorten(str(folder), 120)[1:-1]} comes from a run with {name} = {had}, this request has "

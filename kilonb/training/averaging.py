@@ -90,7 +90,7 @@ def _saved_value(name: str, own: Any, value: Any) -> Any:
     if isinstance(own, float): return float(finite(value, f"{name} of the saved average", ()))
     return whole(value, f"{name} of the saved average") if isinstance(own, int) else value
 
-# %% ../../nbs/training/averaging.ipynb #47fe6a1f
+# %% ../../nbs/training/averaging.ipynb #cb9f182b
 def _real(values: Any, what: str) -> Mapping[str, Tensor]:
     """`values`, where they are tensors by name, real and finite; KiloError otherwise. what: the first of the
     message."""
@@ -98,7 +98,7 @@ def _real(values: Any, what: str) -> Mapping[str, Tensor]:
     for name, value in values.items():
         if not isinstance(name, str) or not isinstance(value, Tensor) or value.is_complex():
             raise KiloError(f"{what}: {shorten(name)} is {shorten(value)}, expected a tensor of real numbers.")
-        if not (value.abs() <= LARGEST).all():
+        if value.is_floating_point() and not (value.abs() <= LARGEST).all():
             raise KiloError(f"{what}: {shorten(name)} holds numbers that are not finite or over {LARGEST:g}.")
     return values
 

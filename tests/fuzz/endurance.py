@@ -28,12 +28,17 @@ def append_line(path: Path, row: dict) -> None:
         file.write(json.dumps(row).encode() + b"\n")
 
 
+def print_block(name: str, done: int, faults: int) -> None:
+    """One line after a block of inputs."""
+    print(f"{name}: {done} inputs, {faults} faults")
+
+
 def fuzz_in_blocks(
     folder: Path,
     scratch: Path,
     inputs: int,
     seed: int,
-    report: Callable[[str, int, int], None] = lambda name, done, faults: None,
+    report: Callable[[str, int, int], None] = print_block,
     names: Sequence[str] = (),
 ) -> dict[str, Tally]:
     """What `inputs` inputs, shared equally by the readers (rounded up), came to; those in `fuzz.jsonl` are kept.
