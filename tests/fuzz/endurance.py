@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.engine import FAULTS, Tally, all_readers, fuzz
+from tests.fuzz.engine import FAULTS, Tally, Worker, all_readers, fuzz
 
 BLOCK = 250
 
@@ -51,12 +51,16 @@ def fuzz_in_blocks(
     for row in read_lines(path):
         if row["seed"] == seed and row["reader"] in totals:
             _add(totals[row["reader"]], Tally(**row["tally"]))
-    for name in names:
-        while (first := totals[name].inputs) < each:
-            (tally,) = fuzz([name], min(BLOCK, each - first), seed, scratch, first)
-            append_line(path, {"reader": name, "seed": seed, "tally": vars(tally)})
-            _add(totals[name], tally)
-            report(name, totals[name].inputs, len(totals[name].faults))
+    worker = Worker(scratch)
+    try:
+        for name in names:
+            while (first := totals[name].inputs) < each:
+                (tally,) = fuzz([name], min(BLOCK, each - first), seed, scratch, first, worker=worker)
+                append_line(path, {"reader": name, "seed": seed, "tally": vars(tally)})
+                _add(totals[name], tally)
+                report(name, totals[name].inputs, len(totals[name].faults))
+    finally:
+        worker.stop()
     return totals
 
 

@@ -195,16 +195,21 @@ def fuzz(
     folder: Path,
     first: int = 0,
     report: Callable[[Tally], None] = lambda tally: None,
+    worker: "Worker | None" = None,
 ) -> list[Tally]:
-    """Run inputs `first` .. `first` + `inputs` - 1 of each reader; `report` is called after each reader."""
-    worker, tallies = Worker(folder), []
+    """Run inputs `first` .. `first` + `inputs` - 1 of each reader; `report` is called after each reader.
+
+    worker: one that is used again and stays; None: one for this call.
+    """
+    given, tallies = worker, []
+    worker = given or Worker(folder)
     try:
         for name in names:
             tallies.append(tally := Tally(name))
             _fuzz_one(worker, tally, seed, first, first + inputs)
             report(tally)
     finally:
-        worker.stop()
+        if given is None: worker.stop()
     return tallies
 
 
