@@ -114,11 +114,18 @@ def _cases():
     return sorted(one for one in folder.glob("*") if one.suffix in (".bin", ".gz")) if folder.is_dir() else []
 
 
-SAME = {"pickle_table": "pickled_table", "png": "rgba", "pandaset_json": "pandaset_poses"}
+SAME = {
+    "archive": "archive_restore",
+    "data_manifest": "dataset_page",
+    "pandaset_json": "pandaset_poses",
+    "pickle_table": "pickled_table",
+    "png": "rgba",
+    "sdist": "sdist_members",
+}
 CASES = {
     "forged_pointer.pkl.gz": "pickle_table",
     "forged_sweep.pkl.gz": "pickle_table",
-    "pax_quadratic.tar.gz": "archive",
+    "pax_quadratic.tar.gz": "archive_manifest",
 }
 
 

@@ -69,9 +69,9 @@ def _is_deep(text: str, most: int) -> bool:
     """Whether a JSON text is nested more than `most` deep; brackets inside of texts do not count."""
     return _bracket_depth(text) > most and _bracket_depth(_JSON_TEXT.sub("", text)) > most
 
-# %% ../../nbs/core/documents.ipynb #4101107a
-def parse_json(data: str | bytes, name: str, most_bytes: int = 2**26, most_depth: int = 64,
-               most_values: int = 4_000_000) -> Any:
+# %% ../../nbs/core/documents.ipynb #c3b484e1
+def parse_json(data: str | bytes, name: str, most_bytes: int = 2**25, most_depth: int = 64,
+               most_values: int = 2_000_000) -> Any:
     """The value of a JSON text.
 
     name: of the file, for messages. Raises KiloError: over a bound, not UTF-8, not JSON (NaN and Infinity are not).
@@ -87,14 +87,14 @@ def parse_json(data: str | bytes, name: str, most_bytes: int = 2**26, most_depth
         what = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(":")[0]
         raise KiloError(f"{name} is not JSON{place} ({what}): it was cut short, edited or is another file.") from None
 
-# %% ../../nbs/core/documents.ipynb #35a27cb8
-def read_json(path: str | os.PathLike, most_bytes: int = 2**26, most_depth: int = 64,
-              most_values: int = 4_000_000) -> Any:
+# %% ../../nbs/core/documents.ipynb #3495da1d
+def read_json(path: str | os.PathLike, most_bytes: int = 2**25, most_depth: int = 64,
+              most_values: int = 2_000_000) -> Any:
     """The value in a JSON file; bounds and errors as for `parse_json`, and KiloError where the file cannot be read."""
     return parse_json(read_bytes(path, most_bytes), _name(path), most_bytes, most_depth, most_values)
 
-# %% ../../nbs/core/documents.ipynb #df5e3201
-def read_object(path: str | os.PathLike, most_bytes: int = 2**26) -> dict[str, Any]:
+# %% ../../nbs/core/documents.ipynb #5dfaca75
+def read_object(path: str | os.PathLike, most_bytes: int = 2**25) -> dict[str, Any]:
     """The object in a JSON file; KiloError where it cannot be read or holds another value."""
     value = read_json(path, most_bytes)
     if isinstance(value, dict): return value

@@ -59,20 +59,17 @@ class _Global:
     name: str
     build: Callable
 
-# %% ../../nbs/core/pickles.ipynb #2638b912
+# %% ../../nbs/core/pickles.ipynb #f4006cfd
 class _Machine:
     """The stack, marks and memo of a pickle that is being read.
 
-    resolve: (module, name) -> _Global or a stand-in of the caller. left: bytes that builders may still take; results of
-    stand-ins, which may be texts as objects, have 32 times as many and 64 MiB.
+    resolve: (module, name) -> _Global or a stand-in. left: bytes that builders may still take; stand-ins have more.
     """
 
     def __init__(self, name: str, resolve: Callable[[str, str], Any], left: int) -> None:
         self.name, self.resolve, self.left, self.left_of_results = name, resolve, left, 32 * left + 2**26
-        self.stack: list = []
-        self.marks: list[int] = []
-        self.memo: dict[int, Any] = {}
-        self.fresh: dict[int, np.ndarray] = {}
+        self.stack, self.marks = [], []
+        self.memo, self.fresh = {}, {}
 
     def spend(self, count: int) -> None:
         """Take `count` bytes; KiloError where the file cannot need that many."""

@@ -42,7 +42,7 @@ def wanted_files(manifest: Manifest, folder: Path) -> list[str]:
     """The paths of a manifest's files that are missing in `folder` or differ from their records."""
     return [path for path, record in manifest.files.items() if not is_complete(folder / path, record)]
 
-# %% ../../nbs/data/downloads.ipynb #feb22baa
+# %% ../../nbs/data/downloads.ipynb #449d44b8
 _LEAST_BYTES_A_SECOND = 10_000
 
 
@@ -50,7 +50,7 @@ def _without_password(url: str) -> str:
     """An address for a message: shortened, without a user's name and password."""
     return shorten(re.sub(r"//[^/@]*@", "//", url), 150)[1:-1]
 
-
+# %% ../../nbs/data/downloads.ipynb #f7d897d7
 def _http_error(url: str, error: Exception) -> KiloError:
     import requests
     import urllib3
@@ -118,12 +118,12 @@ def fetch_file(url: str, record: FileRecord, path: Path, retries: int = 2, timeo
                 raise _http_error(url, error) from None
         time.sleep(attempt + 1.0)
 
-# %% ../../nbs/data/downloads.ipynb #11917aeb
+# %% ../../nbs/data/downloads.ipynb #7248c085
 class _ShortError(ValueError):
     """Fewer bytes than recorded, or others: a connection that was cut without a sign, which another attempt may
     mend."""
 
-
+# %% ../../nbs/data/downloads.ipynb #c1db084f
 def _store(response: Any, record: FileRecord, path: Path, timeout_s: float) -> None:
     """Writes the body of an answer to `path`; ValueError where it is not as recorded."""
     offered, digest = response.headers.get("Content-Length", ""), hashlib.sha256()
@@ -178,7 +178,7 @@ class _Links(HTMLParser):
         """Keep the address of a link."""
         self.found += [value for name, value in attributes if tag == "a" and name == "href" and value]
 
-# %% ../../nbs/data/downloads.ipynb #410c3a00
+# %% ../../nbs/data/downloads.ipynb #7aaaeb4d
 _ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.5"
 _MOST_PAGE_BYTES = 1 << 26
 
@@ -197,7 +197,7 @@ def _links_of(place: str) -> list[str]:
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError): return []
     return _joined(base, _links_in_page(text, "json" in kind))
 
-
+# %% ../../nbs/data/downloads.ipynb #c4c064f6
 def _joined(base: str, links: list[str]) -> list[str]:
     """The addresses of links of a page at `base`, without fragments; what is no address is left out."""
     found = []
@@ -205,7 +205,7 @@ def _joined(base: str, links: list[str]) -> list[str]:
         with suppress(ValueError): found.append(urldefrag(urljoin(base, link))[0])
     return found
 
-
+# %% ../../nbs/data/downloads.ipynb #c4c459af
 def _links_in_page(text: str, is_json: bool) -> list[str]:
     if is_json:
         page = parse_json(text, "the page of a package index")
@@ -216,7 +216,7 @@ def _links_in_page(text: str, is_json: bool) -> list[str]:
     parser.feed(text)
     return parser.found
 
-
+# %% ../../nbs/data/downloads.ipynb #55d91953
 def _links_in_folder(folder: Path) -> list[str]:
     """The files of a folder, or what its index.html links to."""
     page = folder / "index.html"
@@ -241,7 +241,7 @@ def _archive_links(fetch: Fetch) -> Iterator[str]:
             name = unquote(urlsplit(link).path).rpartition("/")[2]
             if name.endswith(".tar.gz") and _plain_name(name.removesuffix(".tar.gz")) == wanted: yield link
 
-# %% ../../nbs/data/downloads.ipynb #de09d2a4
+# %% ../../nbs/data/downloads.ipynb #4b1f3684
 def _fetch_archive(manifest: Manifest, path: Path) -> None:
     """Downloads the source distribution of a manifest to `path`, checked; KiloError with the reason."""
     fetch, reason = manifest.fetch, "no index or folder that pip is configured with has its source distribution"
@@ -258,7 +258,7 @@ def _fetch_archive(manifest: Manifest, path: Path) -> None:
         except Exception as error: reason = str(_http_error(link, error)).partition(": ")[2].partition(";")[0]
     raise KiloError(f"Cannot download {name}: {reason}; nothing was kept.")
 
-
+# %% ../../nbs/data/downloads.ipynb #19ffaaaa
 def _copy_checked(source: BinaryIO | Iterator[bytes], fetch: Fetch, path: Path, most_bytes: int) -> None:
     """Writes an archive to `path`; ValueError where it is larger than `most_bytes` or has another sha256."""
     digest, count = hashlib.sha256(), 0
@@ -270,7 +270,7 @@ def _copy_checked(source: BinaryIO | Iterator[bytes], fetch: Fetch, path: Path, 
             file.write(block)
     if digest.hexdigest() != fetch.sha256: raise ValueError("the archive has another sha256 than its manifest")
 
-# %% ../../nbs/data/downloads.ipynb #2b008a5e
+# %% ../../nbs/data/downloads.ipynb #33a0743a
 _MOST_UNPACKED = 1 << 34
 
 
@@ -293,7 +293,7 @@ def take_members(archive: str | os.PathLike, members: Mapping[str, str], records
             _write_member(tar.extractfile(member), folder / path, records[path], f"{shorten(inside)} in '{name}'")
     if wanted: raise KiloError(f"'{name}' has no file {shorten(min(wanted))}.")
 
-
+# %% ../../nbs/data/downloads.ipynb #c04d022d
 def _write_member(source: BinaryIO, path: Path, record: FileRecord, name: str) -> None:
     digest = hashlib.sha256()
     with atomic_write(path) as partial:

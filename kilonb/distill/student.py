@@ -6,7 +6,7 @@
 __all__ = ['FieldConfig', 'Student', 'make_student', 'DistillConfig', 'overlapping', 'gather_render', 'Distillation',
            'distill', 'save_student', 'load_student']
 
-# %% ../../nbs/distill/student.ipynb #4c05ab5a
+# %% ../../nbs/distill/student.ipynb #0164ca0f
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,11 +27,11 @@ from ..geometry.cameras import PinholeCamera, Rays
 from ..imaging.sources import FrameSource, tensors_digest
 from ..core.errors import KiloError, shorten
 from ..core.numbers import positive
-from ..training.checkpoints import read_checkpoint, write_checkpoint
+from ..training.checkpoints import check_tensors, read_checkpoint, write_checkpoint
 from ..training.guards import AlphaGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World, gather_rows, largest_over_ranks, share, smallest_over_ranks
-from ..training.saved_models import check_tensors, restore_model, saved_config
+from ..training.saved_models import restore_model, saved_config
 
 # %% ../../nbs/distill/student.ipynb #02b00c94
 class Student(nn.Module):

@@ -6,7 +6,7 @@
 __all__ = ['flow_path', 'cached_flow', 'velocities_of_gaussians', 'ExampleOptions', 'ClipExample', 'prepare_clip',
            'ClipExamples', 'split_clips']
 
-# %% ../../nbs/flux4d/examples.ipynb #c53d2329
+# %% ../../nbs/flux4d/examples.ipynb #b4bfcfc3
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,8 +25,7 @@ from .lift import LiftOptions, cache_file, cached_lift
 from .motion import MovingGaussians
 from .network import NetworkClip, network_clip
 from .voxel_flow import VoxelFlowConfig, clip_velocities
-from ..training.checkpoints import read_checkpoint, write_checkpoint
-from ..training.saved_models import check_tensors
+from ..training.checkpoints import check_tensors, read_checkpoint, write_checkpoint
 
 # %% ../../nbs/flux4d/examples.ipynb #f2040ca6
 _FLOW_VERSION = 1                     # changes with what the same settings give

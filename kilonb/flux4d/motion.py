@@ -6,7 +6,7 @@
 __all__ = ['MOVING_KIND', 'MovingGaussians', 'check_moving', 'positions_at', 'velocities_at', 'concatenate_moving',
            'freeze_at', 'save_moving', 'load_moving']
 
-# %% ../../nbs/flux4d/motion.ipynb #337751db
+# %% ../../nbs/flux4d/motion.ipynb #e674fa4b
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,7 @@ from ..core.errors import KiloError, shorten
 from ..core.numbers import LARGEST
 from ..splats.gaussians import Gaussians, TensorRows
 from ..splats.harmonics import rgb_to_sh0
-from ..training.checkpoints import read_checkpoint, write_checkpoint
-from ..training.saved_models import check_tensors
+from ..training.checkpoints import check_tensors, read_checkpoint, write_checkpoint
 
 # %% ../../nbs/flux4d/motion.ipynb #3580614c
 @dataclass(eq=False)

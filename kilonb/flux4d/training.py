@@ -9,7 +9,7 @@ __all__ = ['ReconstructionTraining', 'supervised_positions', 'views_loss', 'grad
            'clip_loss', 'teacher_error', 'draw_step', 'make_reconstruction_step', 'checkpoint_at', 'keep_checkpoints',
            'start_from_checkpoint', 'make_reconstruction', 'training_figure', 'train_reconstruction']
 
-# %% ../../nbs/flux4d/training.ipynb #e328be11
+# %% ../../nbs/flux4d/training.ipynb #552990a0
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,10 +26,9 @@ from .motion import MovingGaussians, velocities_at
 from .network import ReconstructionConfig, ReconstructionNetwork
 from .render import render_at
 from ..splats.fit import view_order
-from ..training.checkpoints import read_checkpoint, write_checkpoint
+from ..training.checkpoints import check_tensors, read_checkpoint, write_checkpoint
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World
-from ..training.saved_models import check_tensors
 
 # %% ../../nbs/flux4d/training.ipynb #06a64557
 def _check_training(config: "ReconstructionTraining") -> None:

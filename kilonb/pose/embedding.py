@@ -9,7 +9,7 @@ __all__ = ['REMOVALS', 'EmbeddingConfig', 'principal_components', 'heading_terms
            'embed_magnitudes', 'fit_embedding', 'load_embedding', 'recording_coefficients', 'held_out_embedding',
            'embedding_scores', 'read_truth', 'later_r2', 'embedding_rows']
 
-# %% ../../nbs/pose/embedding.ipynb #8a835064
+# %% ../../nbs/pose/embedding.ipynb #76058c70
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,8 +27,8 @@ from ..metrics.probes import PROBES, angle_targets, cross_validated_r2, make_pro
 from .view_features import ViewFeatures, frame_coefficients
 from .view_sphere import ViewSphere
 from ..splats.gaussians import Gaussians
-from ..training.checkpoints import read_checkpoint, write_checkpoint
-from ..training.saved_models import check_tensors, saved_config
+from ..training.checkpoints import check_tensors, read_checkpoint, write_checkpoint
+from ..training.saved_models import saved_config
 
 # %% ../../nbs/pose/embedding.ipynb #e3b8e15b
 REMOVALS = ("none", "regression", "adversarial")

@@ -129,12 +129,12 @@ def _convert(notebook: Any) -> str:
         warnings.simplefilter("ignore")
         return exporter.from_notebook_node(notebook)[0]
 
-# %% ../../nbs/reports/offline_html.ipynb #b212b800
+# %% ../../nbs/reports/offline_html.ipynb #2b5ca4d2
 def _read_notebook(path: str | os.PathLike) -> Any:
     """The notebook as nbformat's object, of bounded size and depth. Raises KiloError where it is none."""
     with without_address_grammar(): import nbformat
 
-    try: return nbformat.reads(dumps(read_json(path, most_bytes=2**28, most_values=2**26)), as_version=4)
+    try: return nbformat.reads(dumps(read_json(path, most_bytes=2**27, most_values=2**23)), as_version=4)
     except (KiloError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError,
             nbformat.validator.ValidationError) as error:
         reason = shorten(str(error).removeprefix(f"{path} ").rstrip("."), 100)[1:-1]

@@ -140,9 +140,9 @@ class Notebook:
 # %% ../../nbs/runs/notebooks.ipynb #55977afc
 def _source(cell: Mapping[str, Any]) -> str: return "".join(cell.get("source", []))
 
-# %% ../../nbs/runs/notebooks.ipynb #18f1a088
+# %% ../../nbs/runs/notebooks.ipynb #6477a145
 def _cells(path: Path) -> list[dict[str, Any]]:
-    notebook = read_json(path, most_bytes=2**28, most_values=2**26)
+    notebook = read_json(path, most_bytes=2**27, most_values=2**23)
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list) or not all(map(_is_cell, cells)):
         raise KiloError(f"{path} is not a notebook: JSON with a list of cells was expected.")

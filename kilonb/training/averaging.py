@@ -7,7 +7,7 @@ checkpoints.
 # %% auto #0
 __all__ = ['Average', 'EMA', 'SWA', 'choose_average', 'upgraded_weights', 'load_weights']
 
-# %% ../../nbs/training/averaging.ipynb #8dd71b23
+# %% ../../nbs/training/averaging.ipynb #8967e019
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import KiloError, shorten
-from ..core.numbers import LARGEST, finite, whole
-from .checkpoints import read_checkpoint
+from ..core.numbers import finite, whole
+from .checkpoints import check_tensors, read_checkpoint
 
-# %% ../../nbs/training/averaging.ipynb #f1a14c32
+# %% ../../nbs/training/averaging.ipynb #71e92e1a
 class Average:
     """Base class of averages of a model's parameters.
 
@@ -64,7 +64,8 @@ class Average:
         """Restore the attributes; weights move to the model's device at the next update. KiloError where one is missing
         or is no number or finite tensor."""
         for name, own in list(vars(self).items()): setattr(self, name, _saved_value(name, own, state.get(name)))
-        self.average = {name: value.clone() for name, value in _real(state["average"], "The saved average").items()}
+        self.average = {name: value.clone() for name,
+                        value in check_tensors(state["average"], "The saved average").items()}
         if hasattr(self, "taken"): self.taken = {key: whole(n, "taken", 1) for key, n in self.taken.items()}
 
 # %% ../../nbs/training/averaging.ipynb #ecfa1bfb
@@ -89,18 +90,6 @@ def _saved_value(name: str, own: Any, value: Any) -> Any:
         raise KiloError(f"The saved average has {shorten(value)} as '{name}'.")
     if isinstance(own, float): return float(finite(value, f"{name} of the saved average", ()))
     return whole(value, f"{name} of the saved average") if isinstance(own, int) else value
-
-# %% ../../nbs/training/averaging.ipynb #cb9f182b
-def _real(values: Any, what: str) -> Mapping[str, Tensor]:
-    """`values`, where they are tensors by name, real and finite; KiloError otherwise. what: the first of the
-    message."""
-    if not isinstance(values, Mapping): raise KiloError(f"{what}: got {shorten(values)}, expected tensors by name.")
-    for name, value in values.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor) or value.is_complex():
-            raise KiloError(f"{what}: {shorten(name)} is {shorten(value)}, expected a tensor of real numbers.")
-        if value.is_floating_point() and not (value.abs() <= LARGEST).all():
-            raise KiloError(f"{what}: {shorten(name)} holds numbers that are not finite or over {LARGEST:g}.")
-    return values
 
 # %% ../../nbs/training/averaging.ipynb #32ed412f
 class EMA(Average):
@@ -176,10 +165,10 @@ def upgraded_weights(weights: Mapping[str, Tensor], model: nn.Module) -> dict[st
         if hasattr(module, "upgrade_state"): module.upgrade_state(weights, f"{prefix}." if prefix else "")
     return weights
 
-# %% ../../nbs/training/averaging.ipynb #ae5effde
+# %% ../../nbs/training/averaging.ipynb #b3a03829
 def _saved_weights(values: Any, model: nn.Module, what: str) -> dict[str, Tensor]:
     """Weights of a checkpoint with their present names; KiloError where they are no finite tensors by name."""
-    return upgraded_weights(_real(values, what), model)
+    return upgraded_weights(check_tensors(values, what), model)
 
 def _averaged_steps(averaged: Mapping[str, Any]) -> int:
     return whole(averaged.get("updates"), "updates") - whole(averaged["start"], "start")

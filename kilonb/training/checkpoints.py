@@ -6,10 +6,10 @@ settings on resumption.
 
 # %% auto #0
 __all__ = ['FORMAT', 'seed_everything', 'random_state', 'restore_random_state', 'portable', 'write_checkpoint',
-           'read_checkpoint', 'check_training_state', 'check_same_settings', 'latest_path', 'final_path',
-           'newest_checkpoint', 'keep_final']
+           'read_checkpoint', 'check_training_state', 'check_tensors', 'check_same_settings', 'latest_path',
+           'final_path', 'newest_checkpoint', 'keep_final']
 
-# %% ../../nbs/training/checkpoints.ipynb #79fa84fe
+# %% ../../nbs/training/checkpoints.ipynb #befed576
 import os
 import pickle
 import random
@@ -26,6 +26,8 @@ import torch
 from ..core.bounded import check_zip
 from ..core.errors import KiloError, shorten
 from ..core.files import atomic_write
+from ..core.numbers import LARGEST
+from ..core.pickles import list_globals
 
 # %% ../../nbs/training/checkpoints.ipynb #bdd9c49b
 def seed_everything(seed: int) -> None:
@@ -74,7 +76,7 @@ def portable(value: Any, name: str = "state") -> Any:
     raise KiloError(f"{name} is a {type(value).__name__}, which a checkpoint cannot hold: convert it "
                     "to tensors, numbers, strings, lists or dicts.")
 
-# %% ../../nbs/training/checkpoints.ipynb #0cced038
+# %% ../../nbs/training/checkpoints.ipynb #2a33615d
 def _check_members(path: Path) -> None:
     """Raises an exception where the zip archive of a checkpoint is damaged (by its checksums), unpacks to more than the
     file holds, or its pickle asks for memory that the file does not hold (a `bytearray` of a given length)."""
@@ -82,7 +84,8 @@ def _check_members(path: Path) -> None:
         check_zip(archive, str(path), path.stat().st_size)
         if archive.testzip(): raise zipfile.BadZipFile
         for name in archive.namelist():
-            if name.endswith("data.pkl") and b"bytearray" in archive.read(name): raise pickle.UnpicklingError
+            if name.endswith("data.pkl") and "bytearray" in str(list_globals(archive.read(name))):
+                raise pickle.UnpicklingError
 
 # %% ../../nbs/training/checkpoints.ipynb #10afb012
 FORMAT = "kilonb checkpoint 1"
@@ -126,6 +129,23 @@ def check_training_state(content: Mapping[str, Any], path: str | os.PathLike) ->
                             f"{shorten(content.get(name))}.")
     for name in ("step", "elapsed_s"):
         if not 0 <= content[name] < 2**53: raise KiloError(f"{path} has {name} = {shorten(content[name])}.")
+
+# %% ../../nbs/training/checkpoints.ipynb #7a22e28f
+def check_tensors(tensors: Any, what: str) -> dict[str, torch.Tensor]:
+    """`tensors` itself where it is a mapping from names to dense tensors of real numbers up to 1e30.
+
+    what: the beginning of the message. Raises KiloError elsewhere, with the name of the tensor.
+    """
+    if not isinstance(tensors, Mapping) or not all(isinstance(name, str) for name in tensors):
+        raise KiloError(f"{what} has no tensors by name: got {shorten(tensors)}.")
+    for name, tensor in tensors.items():
+        dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided and not tensor.is_quantized
+        if not dense or tensor.is_complex():
+            raise KiloError(f"{what} has {shorten(tensor)} in place of the tensor {shorten(name)} of real numbers.")
+        if tensor.is_floating_point() and not (tensor.abs() <= LARGEST).all():
+            raise KiloError(f"{what} has a tensor {shorten(name)} with numbers that are not finite or over "
+                            f"{LARGEST:g}.")
+    return dict(tensors)
 
 # %% ../../nbs/training/checkpoints.ipynb #f47362b6
 def check_same_settings(stored: Mapping[str, Any], now: Mapping[str, Any], path: str | os.PathLike,

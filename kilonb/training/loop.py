@@ -8,7 +8,7 @@ bit-exact resumption, on one or several processes.
 __all__ = ['LoopConfig', 'LoopState', 'TrainingResult', 'optimizer_step', 'deferred_interrupt', 'TrainingRun',
            'start_run', 'train']
 
-# %% ../../nbs/training/loop.ipynb #8507912f
+# %% ../../nbs/training/loop.ipynb #a426d2cb
 import math
 import signal
 import threading
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.errors import KiloError, shorten
+from ..core.numbers import LARGEST
 from ..core.signals import signal_handlers
 from .averaging import Average, choose_average, upgraded_weights
 from .checkpoints import (check_same_settings, check_training_state, keep_final, latest_path,
@@ -282,10 +283,10 @@ def _save(run: TrainingRun, random: Mapping[str, Any] | None = None) -> None:
                                      for guard in run.guards], "random": random or random_state(run.generator)})
     agree(world, "a checkpoint is written")
 
-# %% ../../nbs/training/loop.ipynb #79306275
+# %% ../../nbs/training/loop.ipynb #13670321
 def _check_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Raises KiloError where a parameter or the optimiser's state of one is not finite, or the state is complex, has
-    another shape, or is negative where it counts or squares."""
+    """Raises KiloError where a parameter is not finite, or the optimiser's state of one is complex, has another shape,
+    is negative where it counts or squares, or is so large that the next step would not be finite."""
     for parameter in _optimizer_parameters(optimizer):
         if not torch.isfinite(parameter).all(): raise KiloError(f"{path} holds weights that are not finite.")
         for name, value in optimizer.state.get(parameter, {}).items():
@@ -295,9 +296,9 @@ def _check_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None
                 raise KiloError(f"{path} holds {shorten(name)} of a parameter with the shape "
                                 f"{list(value.shape)} and the "
                                 f"type {value.dtype}; the parameter has {list(parameter.shape)} and {parameter.dtype}.")
-            positive = name == "step" or str(name).endswith("_sq")
-            if not torch.isfinite(value).all() or (positive and (value < 0).any()):
-                raise KiloError(f"{path} holds {shorten(name)} of a parameter that is not finite, or negative.")
+            least, most = (0.0, LARGEST) if name == "step" or str(name).endswith("_sq") else (-1e15, 1e15)
+            if not ((value >= least) & (value <= most)).all():
+                raise KiloError(f"{path} holds {shorten(name)} of a parameter outside {least:g} to {most:g}.")
 
 # %% ../../nbs/training/loop.ipynb #c1b6d7f9
 def _resume_run(run: TrainingRun) -> int | None:

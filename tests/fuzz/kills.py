@@ -70,6 +70,8 @@ make("brickyard", sys.argv[1], width=24, height=16, train=4, test=2)"""
 class Kind:
     """One kind of command, in the folder of a trial. `setup` is what all trials of the kind share."""
 
+    compiles = False      # whether the first run on a machine takes longer, because it compiles
+
     def __init__(self, setup: Path): self.setup = setup
 
     def prepare_setup(self) -> None:
@@ -194,6 +196,8 @@ class Training(Kind):
 
 class Teacher(Kind):
     """A fit of gaussians to pictures, resumed from its checkpoint or, before the first one, begun again."""
+
+    compiles = True
 
     def prepare_setup(self) -> None:
         subprocess.run([*PYTHON, DATA, str(self.setup / "data")], check=True, cwd=CHECKOUT, capture_output=True)
@@ -440,7 +444,11 @@ class Reference:
         self.kind = KINDS[name](folder / "setup")
         self.kind.setup.mkdir(parents=True)
         self.kind.prepare_setup()
-        unbroken = folder / "unbroken"
+        if self.kind.compiles: self._run_unbroken(name, folder / "compiling")
+        self._run_unbroken(name, folder / "unbroken")
+
+    def _run_unbroken(self, name: str, unbroken: Path) -> None:
+        """Run the command to its end, and keep its times and its outcome."""
         unbroken.mkdir()
         self.kind.prepare(unbroken)
         started = time.monotonic()

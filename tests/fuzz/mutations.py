@@ -208,7 +208,8 @@ def _text(data: bytes, rng: random.Random, seeds: Sequence[bytes]) -> bytes:
     elif kind == 5:
         text = "\n".join(lines[:at] + lines[at + 1 :])
     elif kind == 6:
-        text = "\n".join(lines[:at] + [lines[at]] * rng.choice((2, 2, 3000)) + lines[at + 1 :])
+        times = min(rng.choice((2, 2, 3000)), 1 + 4_000_000 // (1 + len(lines[at])))
+        text = "\n".join(lines[:at] + [lines[at]] * times + lines[at + 1 :])
     elif kind == 7:
         text = "\n".join([*lines[:at], rng.choice(lines), *lines[at:]])
     elif kind == 8:
@@ -243,20 +244,19 @@ def _change_tree(tree: Any, rng: random.Random) -> Any:
     if not places:
         return rng.choice(VALUES)
     container, key = rng.choice(places)
-    kind = rng.randrange(10)
+    kind = rng.randrange(10) if len(places) < 5_000 else rng.randrange(6)  # a large tree does not grow
     if kind <= 4:
         container[key] = _near(container[key], rng)
     elif kind == 5:
         del container[key]
     elif kind == 6 and isinstance(container, list):
-        room = 50_000 // (1 + len(_places([container[key]])) * (1 + 20 * (len(places) > 5_000)))
+        room = 50_000 // (1 + len(_places([container[key]])))
         container.extend([container[key]] * min(rng.choice((1, 2, 1000)), room))
     elif kind == 6:
         container[rng.choice(TEXTS)] = container[key]
     elif kind == 7:
         other, place = rng.choice(places)
-        if len(places) < 5_000:
-            container[key] = copy.deepcopy(other[place])
+        container[key] = copy.deepcopy(other[place])
     elif kind == 8 and isinstance(container[key], list):
         container[key] = container[key][: rng.randrange(len(container[key]) + 1)]
     elif kind == 8:

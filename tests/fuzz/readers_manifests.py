@@ -16,6 +16,7 @@ from kilonb.data.verification import Verification, verify_folder
 from kilonb.runs.archive import Archive, read_archive, restore_run
 from kilonb.runs.records import read_run
 from tests.fuzz.engine import Reader
+from tests.fuzz.readers_runs import archive_seeds
 
 WEIGHTS = b"weights" * 40
 
@@ -134,6 +135,9 @@ def _run_archive() -> bytes:
     return _tar({"manifest.json": json.dumps(manifest).encode(), **members})
 
 
+def _archive_seeds(folder: Path) -> list[bytes]: return [_run_archive(), *archive_seeds(folder)]
+
+
 def _restore(path: Path) -> list[str]:
     """What lies where after a restoration; the scratch folder is removed."""
     with tempfile.TemporaryDirectory() as folder:
@@ -161,8 +165,8 @@ READERS = [
            suffix=".tar.gz"),
     Reader("index_page", "json", _page_seeds, _read_page,
            lambda links: "" if all(isinstance(one, str) for one in links) else "a link that is no text"),
-    Reader("archive_manifest", "tar", lambda _: [_run_archive()], read_archive, wrong_archive, suffix=".tar.gz"),
-    Reader("archive_restore", "tar", lambda _: [_run_archive()], _restore, _wrong_places, suffix=".tar.gz"),
+    Reader("archive_manifest", "tar", _archive_seeds, read_archive, wrong_archive, suffix=".tar.gz"),
+    Reader("archive_restore", "tar", _archive_seeds, _restore, _wrong_places, suffix=".tar.gz"),
     Reader("tarball", "tar", lambda folder: [_run_archive(), *_sdist_seeds(folder)], _member_names,
            lambda names: "" if all(isinstance(one, str) for one in names) else "a name that is no text",
            suffix=".tar.gz"),

@@ -1,9 +1,7 @@
 """Readers of what runs leave behind: status, results, scalars, checkpoints, archives, sweeps, notebooks, options."""
 
-import io
 import json
 import math
-import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +13,7 @@ from kilonb.batch.states import describe_state, read_progress, read_watched
 from kilonb.batch.sweeps import combinations, read_sweep_file
 from kilonb.core.errors import KiloError
 from kilonb.core.files import write_json
-from kilonb.data.downloads import take_members
-from kilonb.data.manifests import FileRecord, load_manifest, read_records
-from kilonb.runs.archive import archive_runs, read_archive, restore_run
+from kilonb.runs.archive import archive_runs
 from kilonb.runs.cohorts import read_cohort
 from kilonb.runs.comparison import compare_runs, explain_difference
 from kilonb.runs.folders import open_run
@@ -311,113 +307,10 @@ def _wrong_option(value: Any) -> str:
     return ""
 
 
-def _manifests(folder: Path) -> list[bytes]:
-    from kilonb.data.manifests import manifests_folder
-
-    paths = [path for path in sorted(manifests_folder().glob("*.yaml")) if path.stat().st_size < 20_000][:12]
-    return [
-        b"".join(
-            b"name: sample\n" if line.startswith(b"name:") else line for line in path.read_bytes().splitlines(True)
-        )
-        for path in paths
-    ]
-
-
-def _beside_checksums(folder: Path) -> Path:
-    """The place of a manifest, with the lists of checksums that manifests name beside it."""
-    from kilonb.data.manifests import manifests_folder
-
-    folder.mkdir(parents=True)
-    for path in manifests_folder().iterdir():
-        if path.suffix != ".yaml" and path.is_file():
-            (folder / path.name).write_bytes(path.read_bytes())
-    return folder / "sample.yaml"
-
-
-def _wrong_manifest(value: Any) -> str:
-    from kilonb.data.registry import MAKERS
-
-    if value.maker is not None and value.maker.name not in MAKERS:
-        return "an unknown maker"
-    for path, record in value.files.items():
-        if path.startswith("/") or ".." in Path(path).parts or record.bytes < 0:
-            return f"the file {path}"
-    if any(part in ("..", "") for part in Path(value.folder).parts) or value.folder.startswith("/"):
-        return f"the folder {value.folder}"
-    return ""
-
-
-def _recorded(folder: Path) -> list[bytes]:
-    one = {"bytes": 3, "sha256": "ab" * 32}
-    return [
-        json.dumps({"files": {"a.png": one, "train": {"r_0.png": one, "r_1.png": one}}}).encode(),
-        json.dumps({"files": [{"path": "a.png", **one}, {"path": "b/c.png", **one}]}).encode(),
-    ]
-
-
-def _read_recorded(path: Path) -> Any:
-    from kilonb.core.documents import read_object
-
-    return read_records(read_object(path).get("files"))
-
-
-def _wrong_recorded(value: dict) -> str:
-    return next(
-        (
-            f"the file {path}"
-            for path, record in value.items()
-            if path.startswith("/") or ".." in Path(path).parts or record.bytes < 0 or len(record.sha256) != 64
-        ),
-        "",
-    )
-
-
-def _archives(folder: Path) -> list[bytes]:
+def archive_seeds(folder: Path) -> list[bytes]:
+    """A run, archived."""
     _finished_run(folder)
     return [archive.path.read_bytes() for archive in archive_runs(list_runs(folder))]
-
-
-def _read_archive(path: Path) -> Any:
-    found = read_archive(path)
-    with tempfile.TemporaryDirectory() as outputs:
-        folder = restore_run(path, outputs)
-        inside = folder.resolve().is_relative_to(Path(outputs).resolve())
-        alone = sorted(one.name for one in Path(outputs).iterdir())
-        return found, inside, alone, read_run(folder).status
-
-
-def _wrong_archive(value: Any) -> str:
-    _, inside, alone, status = value
-    if not inside or len(alone) != 1:
-        return f"restored to {alone}"
-    return "" if status in ("finished", "failed", "interrupted", "abandoned") else f"a restored run is {status}"
-
-
-def _sdists(folder: Path) -> list[bytes]:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name, content in (
-            ("pkg-1.0/PKG-INFO", b"Name: pkg"),
-            ("pkg-1.0/pkg/weights.bin", b"12345"),
-            ("pkg-1.0/setup.py", b"raise SystemExit"),
-        ):
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return [buffer.getvalue()]
-
-
-def _read_sdist(path: Path) -> Any:
-    import hashlib
-
-    with tempfile.TemporaryDirectory() as folder:
-        take_members(
-            path,
-            {"w.bin": "pkg/weights.bin"},
-            {"w.bin": FileRecord(5, hashlib.sha256(b"12345").hexdigest())},
-            Path(folder),
-        )
-        return (Path(folder) / "w.bin").read_bytes()
 
 
 def _checkpoints(folder: Path) -> list[bytes]:
@@ -521,11 +414,5 @@ READERS = [
     Reader("sweep_json", "json", _sweep_plan, _read_cohort, _wrong_cohort, prepare=_sweep_folder, tolerant=True),
     Reader("notebook_json", "json", _notebooks, _read_notebook, _wrong_notebook, suffix=".ipynb"),
     Reader("param_text", "text", _options, _read_option, _wrong_option),
-    Reader("data_manifest", "yaml", _manifests, load_manifest, _wrong_manifest, prepare=_beside_checksums),
-    Reader("checksums_json", "json", _recorded, _read_recorded, _wrong_recorded),
-    Reader("archive", "tar", _archives, _read_archive, _wrong_archive, suffix=".tar.gz"),
-    Reader(
-        "sdist", "tar", _sdists, _read_sdist, lambda value: "" if value == b"12345" else "other bytes", suffix=".tar.gz"
-    ),
     Reader("checkpoint", "checkpoint", _checkpoints, _read_checkpoint, _wrong_checkpoint, suffix=".pt"),
 ]
