@@ -7,7 +7,7 @@ is read only where it is filled.
 # %% auto #0
 __all__ = ['ImageFile']
 
-# %% ../../nbs/pose/images.ipynb #8fc227a7
+# %% ../../nbs/pose/images.ipynb #4ba7fb3b
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +18,9 @@ import numpy as np
 
 from ..core.errors import KiloError
 from ..core.files import atomic_write
+from ..data.hdf5 import create_hdf5, open_hdf5
 
-# %% ../../nbs/pose/images.ipynb #166b2ba9
+# %% ../../nbs/pose/images.ipynb #597961bf
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...]) -> None:
     """A contiguous uint8 dataset whose space is allocated now and comes as zeros."""
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
@@ -29,24 +30,24 @@ def _allocate(file: h5py.File, name: str, shape: tuple[int, ...]) -> None:
 
 def _create(path: Path, identity: str, frames: Sequence[int], names: Sequence[str], height: int, width: int) -> None:
     count = (len(frames), len(names))
-    with atomic_write(path) as partial, h5py.File(partial, "w") as file:
+    with atomic_write(path) as partial, create_hdf5(partial) as file:
         file.attrs["identity"], file.attrs["names"] = identity, json.dumps(list(names))
         file.attrs["frames"] = np.asarray(frames, np.int64)
         _allocate(file, "pictures", (*count, height, width, 3))
         _allocate(file, "masks", (*count, height, width))
         _allocate(file, "written", count)
 
-# %% ../../nbs/pose/images.ipynb #42d7ef19
+# %% ../../nbs/pose/images.ipynb #cc002e65
 def _fits(path: Path, identity: str, shape: tuple[int, ...]) -> bool:
     """Whether there is a file of the same preparation that can be continued."""
     try:
-        with h5py.File(path, "r") as file:
+        with open_hdf5(path) as file:
             if file.attrs["identity"] != identity: return False
             shapes = {"masks": shape, "pictures": (*shape, 3), "written": shape[:2]}
             return all(file[name].shape == wanted and file[name].dtype == np.uint8 for name, wanted in shapes.items())
     except Exception: return False                     # HDF5 raises many kinds for damaged files
 
-# %% ../../nbs/pose/images.ipynb #0154311b
+# %% ../../nbs/pose/images.ipynb #bf563006
 class ImageFile:
     """Pictures and masks of F frames of C cameras, written one at a time; several threads may write.
 
@@ -61,9 +62,9 @@ class ImageFile:
         shape = (len(self.frames), len(self.names), height, width)
         self.resumed = _fits(self.path, identity, shape)
         if not self.resumed: _create(self.path, identity, self.frames, self.names, height, width)
-        try: self._file = h5py.File(self.path, "r+")
-        except OSError as error:
-            raise KiloError(f"'{self.path}' cannot be opened ({error}): another process may be writing it.") from None
+        try: self._file = open_hdf5(self.path, "r+")
+        except KiloError as error:
+            raise KiloError(f"{str(error).rstrip('.')}; another process may be writing it.") from None
         self._lock, self._pictures, self._masks = Lock(), self._file["pictures"], self._file["masks"]
         self.written = self._file["written"][:].astype(bool)
 

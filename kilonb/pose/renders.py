@@ -9,7 +9,7 @@ __all__ = ['RENDERS_FORMAT', 'MOST_RENDER_BYTES', 'given_cameras', 'draw_frame',
            'write_pose_renders', 'GaussianFrames', 'read_gaussian_frames', 'write_gaussian_frames', 'turntable_camera',
            'turntable_frames', 'write_turntable']
 
-# %% ../../nbs/pose/renders.ipynb #1fced696
+# %% ../../nbs/pose/renders.ipynb #eec1c3be
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +26,7 @@ from ..core.documents import parse_json, read_object
 from ..core.errors import KiloError, shorten
 from ..core.files import atomic_folder, atomic_write, write_json
 from ..core.numbers import finite, whole
+from ..data.hdf5 import create_hdf5, open_hdf5
 from ..data.video import write_video
 from ..geometry.cameras import PinholeCamera
 from ..imaging.orbit import OrbitPose
@@ -63,7 +64,7 @@ def draw_frame(predict: Predict, prepared: PreparedRecording, i: int, given: np.
         rgb[targets], alpha[targets] = drawn[:2]
     return rgb, alpha
 
-# %% ../../nbs/pose/renders.ipynb #c47e46a3
+# %% ../../nbs/pose/renders.ipynb #a1b88c9e
 RENDERS_FORMAT = 1
 _RENDER_ATTRIBUTES = ("format", "recording", "names", "frames", "indices", "mask_source", "complete")
 
@@ -87,7 +88,7 @@ class PoseRenders:
         """Pictures [C, H, W, 3] on white and alpha [C, H, W], 0..1, of a row. Raises KiloError for damaged bytes."""
         row = check_index(int(row), len(self), f"the renders '{self.path}'")
         try:
-            with h5py.File(self.path, "r") as file: parts = file["rgb"][row], file["alpha"][row]
+            with open_hdf5(self.path) as file: parts = file["rgb"][row], file["alpha"][row]
         except Exception as error:                     # HDF5 raises many kinds for damaged files
             raise KiloError(f"Frame {self.frames[row]} of '{self.path}' is damaged ({shorten(str(error), 80)[1:-1]}): "
                             "write the renders again.") from None
@@ -129,13 +130,13 @@ def _renders_in(path: Path, file: h5py.File) -> PoseRenders:
     return PoseRenders(path, kept["recording"], names, frames.astype(np.int64), indices.astype(np.int64), given,
                        kept["mask_source"], shape)
 
-# %% ../../nbs/pose/renders.ipynb #db5e0391
+# %% ../../nbs/pose/renders.ipynb #7391ffcd
 def read_pose_renders(path: str | Path) -> PoseRenders:
     """The renders in an HDF5 file. Raises KiloError: no such file, cut short, not complete, or another kind of file."""
     path = Path(path)
     if not path.is_file(): raise KiloError(f"There are no renders '{path}': run the evaluation that writes them.")
     try:
-        with h5py.File(path, "r") as file: return _renders_in(path, file)
+        with open_hdf5(path) as file: return _renders_in(path, file)
     except Exception as error:                         # HDF5 raises many kinds for damaged files
         reason = shorten(str(error), 80)[1:-1] or type(error).__name__
         raise KiloError(f"'{path}' is no complete file of renders ({reason}): it was cut short or is another file; "
@@ -159,7 +160,7 @@ def _fill_renders(file: h5py.File, predict: Predict, prepared: PreparedRecording
         drawn = draw_frame(predict, prepared, i, given)
         rgb[row], alpha[row] = ((part * 255).round().byte().numpy() for part in drawn)
 
-# %% ../../nbs/pose/renders.ipynb #cf565432
+# %% ../../nbs/pose/renders.ipynb #7c686f81
 def write_pose_renders(path: str | Path, predict: Predict, prepared: PreparedRecording, frames: Sequence[int],
                        inputs: str = "leave_one_out") -> PoseRenders:
     """Write the pictures of `frames` (indices) in all cameras as HDF5, and read the file again.
@@ -170,7 +171,7 @@ def write_pose_renders(path: str | Path, predict: Predict, prepared: PreparedRec
     path, frames = Path(path), [int(i) for i in frames]
     if not frames: raise KiloError(f"No frame of '{prepared.path}' was given to draw: give indices of a split.")
     given = given_cameras(len(prepared.cameras), inputs)
-    with atomic_write(path) as partial, h5py.File(partial, "w") as file:
+    with atomic_write(path) as partial, create_hdf5(partial) as file:
         file.attrs["format"], file.attrs["recording"] = RENDERS_FORMAT, prepared.name
         file.attrs["names"] = json.dumps(list(prepared.names))
         file.attrs["cameras"] = json.dumps([_camera_json(camera) for camera in prepared.cameras])

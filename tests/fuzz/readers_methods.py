@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from kilonb.data.hdf5 import create_hdf5
 
 from kilonb.core.configs import to_dict
 from kilonb.core.files import write_json
@@ -105,9 +106,8 @@ def _prepared_reader(name: str, place: str, kind: str = "json") -> Reader:
 
 def _renders(path: Path) -> None:
     """A file as `write_pose_renders` writes it, without drawing."""
-    import h5py
 
-    with h5py.File(path, "w") as file:
+    with create_hdf5(path) as file:
         file.attrs["format"], file.attrs["recording"], file.attrs["names"] = 1, "test", '["left", "right"]'
         file.attrs["cameras"], file.attrs["frames"], file.attrs["indices"] = "[]", np.array([0, 5, 10]), np.arange(3)
         file.attrs["mask_source"] = "true"
