@@ -3,6 +3,7 @@
 # make lab     JupyterLab on the notebooks
 # make export  notebooks -> modules and README.md, outputs removed
 # make readme  nbs/index.ipynb -> README.md
+# make reproduce  the kept results of nbs/results: each with its command, those under 15 minutes run again; ARGS=--list only lists
 # make bench   speed of the rasteriser
 # make endure  mutated inputs for every reader, and commands killed at random moments: hours; ARGS="--out DIR --resume" continues
 # make lint-js eslint over the JavaScript in kilonb/*/assets; needs Node.js
@@ -24,7 +25,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.complete
 
-.PHONY: demo test lab export readme bench endure lint-js clean help
+.PHONY: demo test lab export readme reproduce bench endure lint-js clean help
 
 demo: $(READY)
 	@$(BIN)/kilonb run single_view_overfit $(ARGS)
@@ -44,6 +45,9 @@ export: $(READY)
 
 readme: $(READY)
 	@$(BIN)/python tools/readme.py
+
+reproduce: $(READY)
+	@$(BIN)/python tools/reproduce.py $(ARGS)
 
 bench: $(READY)
 	@$(BIN)/kilonb bench rasterize $(ARGS)

@@ -86,7 +86,7 @@ def test_a_run_with_typed_values(capfd, tmp_path):
 def test_json_is_the_last_line_and_a_red_gate_is_no_failure(capfd, tmp_path):
     code, out, _ = call(capfd, "run", write_notebook(tmp_path, PARAMETERS, OPEN, FINISH), "--json")
     last = json.loads(out.splitlines()[-1])
-    assert code == 0 and set(last) == {"run", "ok", "results", "gates"} and last["ok"] is False
+    assert code == 0 and set(last) == {"run", "ok", "verdict", "note", "results", "gates"} and last["ok"] is False
     assert last["results"]["sum"] == 3 and last["gates"]["sum"] == {"at_least": 6.0, "at_most": None, "notes": None,
                                                                     "published": None, "source": "",
                                                                     "baseline_result": "blank", "value": 3,

@@ -314,7 +314,8 @@ def test_training_validation_and_use_give_the_same_prediction(samples, monkeypat
 @pytest.mark.incident(22)
 def test_every_logged_value_is_a_term_or_has_a_unit_in_its_name(samples):
     values = make_step(make_model(CAMERA, config()), samples, CAMERA, config())(0, torch.Generator().manual_seed(0))
-    ratios = {"range_abs_rel", "mask_iou", "pose_found", "column_matching_accuracy", "heading_accuracy"}
+    ratios = {"range_abs_rel", "mask_iou", "pose_found", "column_matching_accuracy", "heading_accuracy",
+              "mask_mean_predicted", "mask_mean_true", "valid_share", "epoch"}
     units = ("_m", "_deg", "_percent", "_term")
     assert [name for name in values if name != "loss" and not name.endswith(units) and name not in ratios] == []
     beside = {"pose_term": "pose_translation_m", "log_range_term": "range_error_m", "points_term": "points_error_m",

@@ -221,7 +221,7 @@ def test_the_experiment_runs_on_a_dataset_of_ones_own(brickyard, tmp_path):
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.strip().splitlines()[-1])
     # sixty steps cannot reach the gates
-    assert set(line) == {"run", "ok", "results", "gates"} and line["ok"] is False
+    assert set(line) == {"run", "ok", "verdict", "note", "results", "gates"} and line["ok"] is False
     assert {"psnr_srgb_white_db", "psnr_srgb_foreground_db", "psnr_blank_white_db", "train_s"} <= set(line["results"])
     assert (
         line["gates"]["psnr_srgb_white_db"]["verdict"] == "red"

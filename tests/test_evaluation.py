@@ -540,7 +540,7 @@ def test_logging_gradient_norms_does_not_change_the_training(grid, photos):
 
 def test_differences_of_folders_are_signed_and_sorted(frames, ball, cameras, tmp_path):
     other = render_frames(source_of_gaussians(ball), cameras[:4], tmp_path, quiet=True).frames
-    with pytest.raises(KiloError, match="Only one of the two folders"): folder_differences(frames, other)
+    with pytest.raises(KiloError, match="lacks 1 frame: test/r_4"): folder_differences(frames, other)
     rows = folder_differences(frames, other, names=other.names)
     assert [row["psnr_db"] for row in rows.values()] == sorted(row["psnr_db"] for row in rows.values()) and set(
         rows
@@ -670,7 +670,9 @@ def test_render_and_rank_by_its_command(tmp_path):
     for name in ("psnr_srgb_white_db", "psnr_blank_white_db", "psnr_srgb_black_db", "psnr_vs_teacher_db", "ssim_white",
                  "halo_mean"):
         assert isinstance(record.results[f"test_{name}"], float), name
-    assert record.baselines["test_psnr_srgb_white_db"] == record.results["test_psnr_blank_white_db"]
+    baselines = {line.gate.result: line.baseline for line in record.report.lines}
+    assert baselines["test_psnr_srgb_white_db"] == record.results["test_psnr_blank_white_db"]
+    assert record.results["test_views_in_data"] == 3 and record.results["test_self_check"] == 1
     assert read_frames(tmp_path / "run/frames").names == ["test/r_0", "test/r_2"]
     for name in ("frames/render_stats.json", "evaluation.json", "gallery.html", "figures/worst.png",
                  "figures/worst_view.png"):

@@ -247,7 +247,7 @@ def test_named_real_data_is_found_under_the_root(tmp_path):
 @pytest.mark.parametrize("text, expected", [
     ("brickyrad", "did you mean 'brickyard'"), ("blendr:/x", "did you mean 'blender'"), ("", "Unknown dataset"),
     ("blender:/no/such/folder", "is not there"), ("blender:", "is not there"), ("lego_400", "stand-in is 'brickyard'"),
-    ("ply", "write ply:PATH"), (f"ply:{PAGES}", "is a folder"), (str(PAGES), "for example blender:"),
+    ("ply", "write ply:PATH"), (f"ply:{PAGES}", "is a folder"), (str(PAGES), "give its kind too"),
 ])
 def test_data_that_cannot_be_resolved_is_one_sentence(tmp_path, text, expected):
     with pytest.raises(KiloError, match=expected) as caught: resolve_data(text, tmp_path)

@@ -328,6 +328,8 @@ def finished(tmp_path):
     (run.figures / "small.png").write_bytes(b"0" * 10)
     (run.figures / "large.png").write_bytes(b"0" * 150_001)
     run.finish({"psnr_srgb_white_db": 41.25}, [kilonb.Gate("psnr_srgb_white_db", at_least=40.0)])
+    path = run.folder / "environment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dirty": False, "commit": "ab" * 20}))
     return kilonb.read_run(run.folder)
 
 

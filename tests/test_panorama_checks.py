@@ -107,7 +107,8 @@ def reds(report) -> set[str]: return {line.check.measure for line in report.line
 def test_data_that_is_right_is_green_and_nearly_everything_was_run(town):
     report = check(town)
     assert report.verdict == "green" and report.ok and not report.problems, report.table()
-    assert {line.check.measure for line in report.lines if line.verdict == "not run"} == {"seam_flat_ratio"}
+    assert {line.check.measure for line in report.lines if line.verdict == "not run"} == {
+        "seam_flat_ratio", "upright_tilt_deg"}, "with depth neither applies"
     assert report.value("coverage_share") == pytest.approx(.858, abs=.005)
     assert "green" in report.sentence() and json.dumps(report.to_dict())
 
@@ -124,7 +125,7 @@ def test_incident_a_crop_of_33_percent_and_a_constant_mask_are_red():
 def test_the_worst_verdict_counts_and_not_run_is_not_green():
     assert (
         worst_verdict(["green", "red", "not run"]) == "red"
-        and worst_verdict(["green", "not run"]) == "green"
+        and worst_verdict(["green", "not run"]) == "green so far"
         and worst_verdict(["not run"]) == "not run"
     )
     line = judge_check(Check("x_m", "a length", at_most=1.0), "",
@@ -309,7 +310,7 @@ def test_a_depth_aware_panorama_is_close_to_the_ray_cast_truth(stitched):
         and near["psnr_srgb_db"] > flat["psnr_srgb_db"] + 6
         and near["range_abs_rel_median"] < 0.01
     )
-    assert math.isnan(flat["range_abs_rel_median"]) and flat["covered_share"] == pytest.approx(.858, abs=.005)
+    assert flat["range_abs_rel_median"] is None and flat["covered_share"] == pytest.approx(.858, abs=.005)
 
 
 def test_a_scenario_not_made_by_boxtown_has_no_truth(copy):
@@ -465,7 +466,7 @@ def test_the_experiment_runs_on_a_folder_and_leaves_pages_and_gates(town, tmp_pa
     assert (
         record
         and results["gates"]["coverage_share"]["verdict"] == "green"
-        and results["results"]["data_verdict"] == "green"
+        and results["results"]["data_verdict"].startswith("green so far (")    # one sample: no constant mask
     )
     truth, cost = {"truth_psnr_srgb_db", "truth_range_abs_rel_median"}, {"stitch_far_field_ms", "stitch_depth_aware_ms"}
     assert truth | cost | {"overlap_difference_share", "checks_red"} <= set(results["gates"])

@@ -189,22 +189,23 @@ def test_rolling_a_stitched_panorama_is_turning_its_camera(street, columns):
 
 @pytest.mark.parametrize("kind, low, high", ((EquirectangularCamera, .85, .865), (CylindricalCamera, .79, .81)))
 def test_how_much_opv2v_s_rig_covers(kind, low, high):
-    covered = stitch(rig(800, 600), torch.zeros(4, 600, 800, 3), centre(1008, 252, kind)).coverage.float().mean().item()
+    panorama = stitch(rig(800, 600), torch.zeros(4, 600, 800, 3), centre(1008, 252, kind), surface="far")
+    covered = panorama.coverage.float().mean().item()
     assert low <= covered <= high
 
 
 def test_cropping_every_picture_to_4_to_1_leaves_a_third():
     """The notes took this third for the share of positive labels."""
     cropped = [replace(camera, height=200, cy=100.0) for camera in rig(800, 600)]
-    assert stitch(cropped, torch.zeros(4, 200, 800, 3),
-                  centre(1008, 252)).coverage.float().mean().item() == pytest.approx(1 / 3, abs=.01)
+    assert stitch(cropped, torch.zeros(4, 200, 800, 3), centre(1008, 252),
+                  surface="far").coverage.float().mean().item() == pytest.approx(1 / 3, abs=.01)
 
 
 def test_a_world_at_infinity_is_stitched_exactly():
     """Whatever the cameras' places; what is left is interpolation between pixels. Range stays unknown."""
     cameras, target = rig(800, 600), centre(504, 126)
     pictures = [sky(camera.rays().directions).float().reshape(600, 800, 3) for camera in cameras]
-    panorama = stitch(cameras, pictures, target, balance=False, samples=1)
+    panorama = stitch(cameras, pictures, target, balance=False, samples=1, surface="far")
     error = (panorama.rgb_srgb - sky(target.rays().directions).reshape(126, 504, 3).float()).abs()[panorama.coverage]
     # within half a pixel of a border the colour is held
     assert error.quantile(.9) < 1e-5 and error.max() < 2e-3
@@ -215,7 +216,7 @@ def test_depth_takes_the_parallax_away(street):
     cameras, pictures, depths, target, truth, true_range = street
     def quality(panorama):
         return psnr_srgb_db(panorama.rgb_srgb[panorama.coverage][None], truth[panorama.coverage][None])
-    aware, far = stitch(cameras, pictures, target, depths), stitch(cameras, pictures, target)
+    aware, far = stitch(cameras, pictures, target, depths), stitch(cameras, pictures, target, surface="far")
     assert quality(aware) >= 28 and quality(aware) > quality(far) + 10
     known = aware.depth_known & true_range.isfinite()
     error = ((aware.range_m - true_range).abs() / true_range)[known]
@@ -257,7 +258,8 @@ def test_an_assumed_ground_moves_colours_but_is_no_range(street):
     ground = stitch(cameras, pictures, target, assumed_range_m=ground_range(target, 1.9))
     road = slice(72, 90)                                                   # rows that look at the road
     def error(panorama): return (panorama.rgb_srgb - truth).abs()[road][panorama.coverage[road]].mean()
-    assert error(ground) < 0.5 * error(stitch(cameras, pictures, target)) and not ground.depth_known.any()
+    far = stitch(cameras, pictures, target, surface="far")
+    assert error(ground) < 0.5 * error(far) and not ground.depth_known.any()
 
 
 def test_no_range_is_an_average(street):
@@ -321,7 +323,7 @@ def test_the_same_panorama_whatever_the_threads(street):
 def test_the_kernels_agree_with_their_reference_implementations(street):
     cameras, pictures, _, target, *_ = street
     quick, (rgb, source) = (
-        stitch(cameras, pictures, target, balance=False),
+        stitch(cameras, pictures, target, balance=False, surface="far"),
         far_field_reference(cameras, pictures, target),
     )
     same = quick.source == source
@@ -430,8 +432,8 @@ def test_real_cameras_with_depth_agree_within_3_percent():
     views = frame.views()
     target = EquirectangularCamera(panorama_pose(frame, dtype=torch.float64), 1008, 252)
     cameras, pictures = [view.camera for view in views], [view.rgb_srgb for view in views]
-    aware, far = (stitch(cameras, pictures, target, depths, feather_deg=0)
-                  for depths in ([view.z_depth for view in views], None))
+    aware, far = (stitch(cameras, pictures, target, depths, surface=surface, feather_deg=0)
+                  for surface, depths in (("depth", [view.z_depth for view in views]), ("far", None)))
     found = range_disagreement(aware)
     assert found.pixels > 3000 and found.median <= .03
     assert seam_statistics(aware).ratio < seam_statistics(far).ratio

@@ -292,9 +292,9 @@ def test_every_pinhole_model_of_colmap_is_read(tmp_path, model, values, lens):
     camera = read_colmap(tmp_path).cameras["a.png"]
     assert (camera.fx, camera.cx, camera.cy) == (50, 31, 23) and getattr(camera, "distortion", ()) == lens
     assert MODELS[model].parameters == len(values)
-    for wide in ("OPENCV_FISHEYE", "FOV"):
+    for wide in ("THIN_PRISM_FISHEYE", "FOV"):
         (tmp_path / "cameras.txt").write_text(f"1 {wide} 64 48 {' '.join(map(str, values))}\n")
-        with pytest.raises(KiloError, match=f"{wide}.* is not a pinhole"): read_colmap(tmp_path)
+        with pytest.raises(KiloError, match=f"{wide}.* is not supported"): read_colmap(tmp_path)
 
 
 def test_the_real_mouse_s_labels_reproject_without_error_into_all_five_cameras():

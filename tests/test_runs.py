@@ -31,7 +31,7 @@ def test_a_parameters_cell_is_read_and_never_run(tmp_path):
 
 
 @pytest.mark.parametrize("value, verdict",
-                         [(45.0, GREEN), (44.9, RED), (math.nan, RED), (math.inf, GREEN), (None, NOT_RUN), ("nan", RED),
+                         [(45.0, GREEN), (44.9, RED), (math.nan, RED), (math.inf, RED), (None, NOT_RUN), ("nan", RED),
                           ("45", RED), (True, RED)])
 def test_a_value_that_is_missing_or_not_a_number_passes_no_gate(value, verdict):
     assert check_gates({"psnr_db": value}, [Gate("psnr_db", at_least=45.0)]).lines[0].verdict == verdict
@@ -128,7 +128,8 @@ def test_results_survive_the_file_exactly(tmp_path):
     written = run.finish(results, [Gate("psnr_db", at_least=45.0)],
                          tables={"frames": [{"frame": 0, "psnr_db": math.nan}]})
     record = read_run(run.folder)
-    assert record.results == written.results and record.ok and math.isnan(record.tables["frames"][0]["psnr_db"])
+    assert record.results == written.results and record.report == written.report and not record.ok
+    assert math.isnan(record.tables["frames"][0]["psnr_db"])
     json.loads((run.folder / "results.json").read_text(),
                parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
 

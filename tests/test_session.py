@@ -122,7 +122,8 @@ def test_an_error_of_rank_0_ends_all_ranks(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", [name for name, notebook in EXPERIMENTS.items() if notebook.configs])
 def test_an_experiment_configures_every_class_that_it_declares(name):
     """One `session.configure` for each class; a setting of a class without one fails the run at its end."""
-    calls = "\n".join(code_cells(EXPERIMENTS[name])).count("session.configure(")
+    code = "\n".join(code_cells(EXPERIMENTS[name]))
+    calls = code.count("session.configure(") + code.count("open_session_data(")         # it configures the views
     assert calls >= len(import_configs(EXPERIMENTS[name].configs))
 
 

@@ -352,7 +352,7 @@ DAMAGES = {
     "no yaml": (lambda f: (f / "000069.yaml").unlink(), "000069.yaml is missing", 0),
     "a yaml that would run": (
         lambda f: (f / "000069.yaml").write_text("!!python/object/apply:os.system ['true']"),
-        "is not YAML",
+        "an object of the type 'python/object/apply:os.system'",
         0,
     ),
     "vehicle without pose": (

@@ -2,22 +2,34 @@
 host name.
 
 README.md makes its table of results from these. `python tools/keep.py RUN ... --picture NAME` also copies
-figures/NAME.png of the last run to nbs/figures.
+figures/NAME.png of the last run to nbs/figures. A kept result holds its parameters, the command that repeats it,
+commit, hardware and date. A run of a tree with uncommitted changes is refused, since no commit holds what was run.
 """
 import argparse
+import json
 import re
+import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kilonb.batch.arguments import data_root
+from kilonb.core.documents import read_object
 from kilonb.core.errors import KiloError
 from kilonb.core.files import write_json
+from kilonb.runs.folders import outputs_root
+from kilonb.runs.notebooks import list_notebooks, read_notebook
 from kilonb.runs.records import RunRecord, data_label, find_run, read_run
+from kilonb.runs.settings import flat_parameters
 from kilonb.runs.status import FINISHED
+from kilonb.runs.verdicts import judged_report
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "nbs"
 LARGEST_PICTURE = 150_000
+OF_THE_FOLDER = ("run_dir", "resume")
+UNKNOWN = "unknown"
 
 
 def portable_environment(record: RunRecord) -> dict[str, Any]:
@@ -28,20 +40,93 @@ def portable_environment(record: RunRecord) -> dict[str, Any]:
     return {**{key: record.environment[key] for key in same if key in record.environment}, "data": data}
 
 
+def portable_value(value: Any, roots: Mapping[str, Path | None]) -> Any:
+    """A parameter without this machine's folders: a path under a root is relative to it, with the prefix of the root;
+    of another absolute path only the name is left."""
+    if isinstance(value, (list, tuple)): return [portable_value(one, roots) for one in value]
+    if not isinstance(value, str): return value
+    kind, colon, path = value.rpartition(":")
+    if not path.startswith("/"): return value
+    for prefix, root in roots.items():
+        if root is not None and Path(path).is_relative_to(root):
+            return f"{kind}{colon}{prefix}{Path(path).relative_to(root)}"
+    return f"{kind}{colon}{Path(path).name}"
+
+
+def portable_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """All parameters of a run but its folder, flat; paths are relative to KILONB_DATA, or to outputs/ with that
+    prefix."""
+    roots = {"": data_root(), "outputs/": outputs_root()}
+    return {name: portable_value(value, roots) for name, value in flat_parameters(parameters).items()
+            if name not in OF_THE_FOLDER}
+
+
+def notebook_of(experiment: str) -> tuple[str, Path | None]:
+    """("kilonb run NAME", path of the notebook), with `bench` for benchmarks and the path for explorers."""
+    kinds = {"experiments": "run {}", "benchmarks": "bench {}", "explore": "run nbs/explore/{}.ipynb"}
+    for kind, command in kinds.items():
+        path = list_notebooks(kind, NOTEBOOKS.parent).get(experiment)
+        if path is not None: return "kilonb " + command.format(experiment), path
+    return f"kilonb run {experiment}", None
+
+
+def value_text(value: Any) -> str:
+    """A value as `-p name=` takes it."""
+    if value is None: return "none"
+    if isinstance(value, bool): return str(value).lower()
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def command_line(experiment: str, parameters: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> str:
+    """The command that repeats a run: every parameter that is not the notebook's default.
+
+    defaults: of the notebook that was run; None: of the notebook in this checkout.
+    """
+    command, path = notebook_of(experiment)
+    if defaults is None:
+        defaults = {name: one.default for name, one in read_notebook(path).parameters.items()} if path else {}
+    given = {name: value for name, value in parameters.items() if name not in defaults or defaults[name] != value}
+    parts = [f"--data {shlex.quote(given.pop('data'))}"] if given.get("data") else []
+    return " ".join([command, *parts, *(f"-p {shlex.quote(f'{name}={value_text(value)}')}"
+                                        for name, value in given.items())])
+
+
+def check_tree(record: RunRecord) -> None:
+    """Raises KiloError unless the run's code is that of a commit."""
+    if record.environment.get("dirty") is False and record.environment.get("commit"): return
+    raise KiloError(f"{record.name} is of a tree with uncommitted changes (or of no known commit), so nothing says "
+                    "what was run: commit, run it again in a clean clone, and keep that run.")
+
+
 def keep(record: RunRecord, root: Path = NOTEBOOKS / "results") -> Path:
-    """Write results, environment and status of a run under `root`; returns the folder. Raises KiloError where it did
-    not finish."""
+    """Write results, parameters, environment, status and command of a run under `root`; returns the folder. Raises
+    KiloError where it did not finish, or where its tree had uncommitted changes."""
     if record.status != FINISHED: raise KiloError(f"{record.name} is {record.status}: only a finished run can be kept.")
+    check_tree(record)
     folder = root / record.experiment / (re.sub(r"\W+", "-", data_label(record)) or "made-here")
     folder.mkdir(parents=True, exist_ok=True)
-    written = {"experiment": record.experiment, "run": record.folder.name, "ok": record.ok, "results": record.results,
-               "gates": record.report.to_dict(), "baselines": record.baselines}
+    report, parameters = judged_report(record, NOTEBOOKS.parent), portable_parameters(record.parameters)
+    written = {"experiment": record.experiment, "run": record.folder.name, "ok": report.ok, "results": record.results,
+               "gates": report.to_dict(), "baselines": record.baselines}
     write_json(folder / "results.json", written)
+    write_json(folder / "parameters.json", parameters)
     write_json(folder / "environment.json", portable_environment(record))
+    note = {"note": report.note} if report.note else {}                # why the run does not decide
+    write_json(folder / "kept.json", {"command_line": command_line(record.experiment, parameters),
+                                      "reconstructed": False, "source": "the run's own folder", **note})
     write_json(folder / "status.json",
                {"experiment": record.experiment, "status": FINISHED, "started": record.started,
                 "elapsed_s": record.elapsed_s})
     return folder
+
+
+def judge_again(folder: Path) -> bool:
+    """Judge a kept result by the gates of today; whether its results.json changed by that."""
+    written = read_object(folder / "results.json")
+    report = judged_report(read_run(folder), NOTEBOOKS.parent)
+    today = written | {"ok": report.ok, "gates": report.to_dict()}
+    if today != written: write_json(folder / "results.json", today)
+    return today != written
 
 
 def keep_picture(record: RunRecord, name: str) -> Path:
@@ -56,13 +141,17 @@ def keep_picture(record: RunRecord, name: str) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Copy the results of finished runs to nbs/results, for README.md.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's name or folder, as for `kilonb show`")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="a run's name or folder, as for `kilonb show`")
+    parser.add_argument("--judge-again", action="store_true", help="judge every kept result by the gates of today")
     parser.add_argument("--picture", metavar="NAME", help="copy this figure of the last run to nbs/figures")
     options = parser.parse_args()
+    if not options.runs and not options.judge_again: parser.error("name a run, or give --judge-again")
     try:
+        for folder in sorted(path.parent for path in (NOTEBOOKS / "results").glob("*/*/results.json")):
+            if options.judge_again and judge_again(folder): print(f"{folder.relative_to(NOTEBOOKS)}: judged again")
         records = [read_run(find_run(name)) for name in options.runs]
         for record in records: print(keep(record))
-        if options.picture: print(keep_picture(records[-1], options.picture))
+        if options.picture and records: print(keep_picture(records[-1], options.picture))
     except KiloError as error:
         print(f"keep: {error}", file=sys.stderr)
         return 2

@@ -16,16 +16,16 @@ from ..core.errors import KiloError
 from ..core.files import absolute_path
 from ..runs.settings import SETTINGS
 
-# %% ../../nbs/batch/arguments.ipynb #1a740ea0
+# %% ../../nbs/batch/arguments.ipynb #5bfbcfba
 def _folder_of(variable: str) -> Path | None:
     return absolute_path(os.environ[variable], f"folder of {variable}") if os.environ.get(variable) else None
 
-
+# %% ../../nbs/batch/arguments.ipynb #9b04e94a
 def outputs_folder() -> Path | None:
     """The folder of runs that the environment variable KILONB_OUTPUTS names; None where it is not set."""
     return _folder_of("KILONB_OUTPUTS")
 
-
+# %% ../../nbs/batch/arguments.ipynb #701e9607
 def data_root() -> Path | None:
     """The folder of real datasets that the environment variable KILONB_DATA names; None where it is not set."""
     return _folder_of("KILONB_DATA")

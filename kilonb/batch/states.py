@@ -57,15 +57,15 @@ def parse_progress(line: str) -> dict[str, Any] | None:
         elif part.strip() and not _SPEED.match(part): return None
     return stage
 
-# %% ../../nbs/batch/states.ipynb #7d5e2491
+# %% ../../nbs/batch/states.ipynb #f7f8c148
 def _mapping_of(value: Any) -> Mapping[str, Any]: return value if isinstance(value, Mapping) else {}
 
-
+# %% ../../nbs/batch/states.ipynb #1f927848
 def _float_of(value: Any) -> float | None:
     value = number(value)
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
-
+# %% ../../nbs/batch/states.ipynb #3f0c11bb
 def _count_of(value: Any) -> int:
     found = _float_of(value)
     return int(found) if found is not None and math.isfinite(found) else 0

@@ -7,7 +7,7 @@ __all__ = ['MOST_RUNS', 'DONE', 'RESUMABLE', 'FRESH', 'SPOILT', 'Resources', 'Sl
            'combinations', 'code_hash', 'data_hash', 'PlannedRun', 'SweepPlan', 'plan_sweep', 'run_state',
            'fresh_beside', 'write_plan']
 
-# %% ../../nbs/batch/sweeps.ipynb #eda79b98
+# %% ../../nbs/batch/sweeps.ipynb #9a727226
 import hashlib
 import itertools
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ..core.bounded import check_size, read_bytes
-from ..core.configs import build_config, parse_value
+from ..core.configs import build_config, checked, read_numbers
 from ..core.documents import parse_yaml
 from ..core.errors import KiloError, shorten, unknown_name
 from ..core.files import atomic_write, dumps, write_json
@@ -32,8 +32,9 @@ from ..runs.records import read_run
 from ..runs.settings import SETTINGS, flat_parameters, import_configs, setting_annotation
 from ..runs.status import FINISHED, SWEEPS
 
-# %% ../../nbs/batch/sweeps.ipynb #bf9051fa
+# %% ../../nbs/batch/sweeps.ipynb #a808deca
 @dataclass(frozen=True)
+@checked
 class Resources:
     """What one run needs.
 
@@ -72,8 +73,9 @@ def _check_job(jobs: "Slurm") -> None:
             if text is not None and not (isinstance(text, str) and re.fullmatch(pattern, text)):
                 raise KiloError(f"slurm.{name} is {shorten(text)}; expected {expected}.")
 
-# %% ../../nbs/batch/sweeps.ipynb #681bb674
+# %% ../../nbs/batch/sweeps.ipynb #7a9dab95
 @dataclass(frozen=True)
+@checked
 class Slurm:
     """How jobs are submitted to SLURM; each job is one worker and runs one run after the other.
 
@@ -96,8 +98,9 @@ class Slurm:
     def __post_init__(self) -> None:
         _check_job(self)
 
-# %% ../../nbs/batch/sweeps.ipynb #ed41041c
+# %% ../../nbs/batch/sweeps.ipynb #580e6e17
 @dataclass(frozen=True)
+@checked
 class SweepFile:
     """The contents of a sweep file, checked for keys and types.
 
@@ -133,13 +136,18 @@ def _sweep_text(path: Path) -> bytes:
             raise KiloError(f"Cannot read the sweep file {shorten(str(path), 200)}: {reason}.") from None
         raise error
 
-# %% ../../nbs/batch/sweeps.ipynb #792347be
+# %% ../../nbs/batch/sweeps.ipynb #3a3d922c
+def _sweep_words(content: bytes) -> str:
+    """The text of a sweep file that `parse_yaml` has read."""
+    return content.decode("utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8")
+
+
 def _parse_sweep(content: bytes, path: Path) -> SweepFile:
     """The sweep file of which `content` was read; path: for messages and relative names."""
     values = parse_yaml(content, shorten(str(path), 150).strip("'"))
     if not isinstance(values, Mapping):
         raise KiloError(f"{shorten(str(path), 200)} must hold a mapping with the key 'experiment'.")
-    return build_config(SweepFile, values, str(path))
+    return build_config(SweepFile, read_numbers(values, SweepFile), str(path))
 
 # %% ../../nbs/batch/sweeps.ipynb #8142bfd1
 def read_sweep_file(path: str | os.PathLike) -> SweepFile:
@@ -182,16 +190,27 @@ def _annotation(notebook: Notebook, name: str) -> Any:
         raise unknown_name(f"parameter of {notebook.name}", name, notebook.parameters)
     return setting_annotation(import_configs(notebook.configs), name)
 
-# %% ../../nbs/batch/sweeps.ipynb #f48a0a74
+# %% ../../nbs/batch/sweeps.ipynb #57b0b0d1
+def _quoting_hint(notebook: Notebook, values: Mapping[str, Any]) -> str:
+    """What to do where YAML made something else of a text, as the end of a sentence; empty elsewhere."""
+    wrong = [name for name,
+             value in values.items() if _annotation(notebook, name) is str and not isinstance(value, str)]
+    return (
+        f"; write the text of '{wrong[0]}' in quotes (YAML reads yes, no, on, off and dates as other things)"
+        if wrong
+        else ""
+    )
+
+# %% ../../nbs/batch/sweeps.ipynb #c2d511bc
 def _typed(notebook: Notebook, values: Mapping[str, Any]) -> dict[str, Any]:
     """The parameters and dotted settings of one run, flat and checked."""
     for name in ("run_dir", "resume"):
         if name in values: raise KiloError(f"A sweep sets '{name}' itself: leave it out of the file.")
     if SETTINGS in values: raise KiloError(f"'{SETTINGS}' is given by dotted names, as in teaching.cells: [8, 16].")
-    annotations = {name: _annotation(notebook, name) for name in values}
-    numbers = {name: parse_value(value, annotations[name], f"Parameter '{name}'") for name, value in values.items()
-               if isinstance(value, str) and annotations[name] in (int, float)}
-    return flat_parameters(typed_values(notebook, {**values, **numbers}))
+    numbers = {name: read_numbers(value, _annotation(notebook, name)) for name, value in values.items()}
+    try: return flat_parameters(typed_values(notebook, numbers))
+    except KiloError as error:
+        raise KiloError(f"{str(error).rstrip('.')}{_quoting_hint(notebook, numbers)}.") from None
 
 # %% ../../nbs/batch/sweeps.ipynb #f5f47270
 def _without_magics(source: str) -> str:
@@ -291,7 +310,7 @@ def _with_known_names(folder: Path, runs: Sequence[PlannedRun]) -> Iterator[Plan
         there[path.name.split("-")[1]] = path.name
     for run in runs: yield replace(run, name=there.get(run.digest, run.name))
 
-# %% ../../nbs/batch/sweeps.ipynb #53cc807c
+# %% ../../nbs/batch/sweeps.ipynb #8c34fb7b
 def plan_sweep(path: str | os.PathLike, outputs: str | os.PathLike | None = None, data: str | None = None,
                root: str | os.PathLike | None = None, resolve: Callable[[str], str] = str) -> SweepPlan:
     """The plan of the sweep file at `path`, all of it checked before anything is started.
@@ -317,7 +336,7 @@ def plan_sweep(path: str | os.PathLike, outputs: str | os.PathLike | None = None
     runs = list(_plan_runs(file, notebook, data, code, resolve))
     _check_different(runs)
     folder = Path(outputs or outputs_root()).expanduser().resolve() / SWEEPS / name
-    return SweepPlan(name, folder, notebook, file, content.decode("utf-8"), code,
+    return SweepPlan(name, folder, notebook, file, _sweep_words(content), code,
                      tuple(_with_known_names(folder, runs)))
 
 # %% ../../nbs/batch/sweeps.ipynb #4336c8dc

@@ -6,8 +6,9 @@
 __all__ = ['list_data_command', 'verify_data_command', 'clips_data_command', 'make_data_command', 'get_data_command',
            'add_data_commands']
 
-# %% ../../nbs/cli/data.ipynb #d2b4ec47
+# %% ../../nbs/cli/data.ipynb #3f5af48d
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +42,14 @@ def _print_missing(names: list[str], where: str) -> bool:
     if names: print(f"missing in {where}: {', '.join(names[:40])}{more}", flush=True)
     return not names
 
-# %% ../../nbs/cli/data.ipynb #ded80f8f
+# %% ../../nbs/cli/data.ipynb #d3525ee1
 def _is_multiview(folder: Path) -> bool:
     from kilonb.scenes.multiview import recognise_layout
 
     try: return bool(recognise_layout(folder))
     except KiloError: return False
 
-
+# %% ../../nbs/cli/data.ipynb #bc40aa2c
 def _verify_multiview(folder: Path) -> bool:
     """Prints the first fault of a recording by several cameras. Returns whether there is none."""
     from kilonb.scenes.multiview import check_recording, read_recording
@@ -130,11 +131,14 @@ def verify_data_command(options: argparse.Namespace) -> int:
             whole.append(_verify_folder(report.folder, report))
     return 0 if all(whole) else 1
 
-# %% ../../nbs/cli/data.ipynb #50a5efdf
+# %% ../../nbs/cli/data.ipynb #e66a2d7c
 def clips_data_command(options: argparse.Namespace) -> int:
-    """`kilonb data clips`: build the clip index of data, or inspect an index file. Returns 1 where files of an
-    inspected index are missing."""
-    from kilonb.flux4d.clips import clips_of, inspect_clip_index, missing_clip_files, read_clip_index, write_clip_index
+    """`kilonb data clips`: build the clip index of data, or inspect an index file. Returns 1 where files are missing:
+    of an inspected index, or between others in the data."""
+    from kilonb.flux4d.clips import (
+        clip_gaps, clips_of, inspect_clip_index, missing_clip_files, read_clip_index, write_clip_index,
+    )
+    from kilonb.scenes.pandaset import find_sequences, load_pandaset
 
     if options.source.endswith(".json") or absolute_path(options.source, "source").is_file():
         if options.output: raise KiloError("-o writes a new index: give the data that it is built from, not an index.")
@@ -142,14 +146,18 @@ def clips_data_command(options: argparse.Namespace) -> int:
         print(inspect_clip_index(index, root or None))
         return 1 if root and missing_clip_files(index, root) else 0
     if options.data: raise KiloError("--data belongs to an index file, whose frames are looked up there.")
-    index = clips_of(_recordings_folder(options.source), options.setting, options.split, options.tiny, labels=True)
+    folder = _recordings_folder(options.source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                    # the files are listed below
+        index = clips_of(folder, options.setting, options.split, options.tiny, labels=True)
     print(inspect_clip_index(index))
     if options.output:
         write_clip_index(options.output, index)
         print(f"{len(index)} clips are in {options.output}")
-    return 0
+    return 0 if _print_missing(clip_gaps({one.name: load_pandaset(one) for one in find_sequences(folder)}),
+                               str(folder)) else 1
 
-# %% ../../nbs/cli/data.ipynb #54b8e921
+# %% ../../nbs/cli/data.ipynb #69b32ac8
 def make_data_command(options: argparse.Namespace) -> int:
     """`kilonb data make`: make synthetic datasets and print their folders."""
     from kilonb.data.generation import make
@@ -157,7 +165,7 @@ def make_data_command(options: argparse.Namespace) -> int:
     for name in options.names: print(f"{name} is in {make(name)}", flush=True)
     return 0
 
-
+# %% ../../nbs/cli/data.ipynb #de1db090
 def get_data_command(options: argparse.Namespace) -> int:
     """`kilonb data get`: download datasets, or print how to get those that need a licence."""
     from kilonb.data.downloads import get
@@ -165,7 +173,7 @@ def get_data_command(options: argparse.Namespace) -> int:
     for name in options.names: get(name)
     return 0
 
-# %% ../../nbs/cli/data.ipynb #cf8254b1
+# %% ../../nbs/cli/data.ipynb #db52b4b3
 def add_data_commands(commands: Any) -> None:
     """Add `data` with its verbs to the sub-parsers `commands`."""
     parser = commands.add_parser("data", help="list, verify, make and fetch datasets",
@@ -182,7 +190,7 @@ def add_data_commands(commands: Any) -> None:
         if verb == "verify": command.add_argument("--data", help="the folder of the sequences of a clip index")
     _add_clips_command(verbs)
 
-
+# %% ../../nbs/cli/data.ipynb #d28a2f91
 def _add_clips_command(verbs: Any) -> None:
     command = add_command(verbs, "clips", clips_data_command, "build the clip index of data, or inspect an index")
     command.add_argument("source", metavar="DATA|FILE.json", help="recordings in PandaSet's layout (a folder, "

@@ -61,7 +61,7 @@ def _with_verb(arguments: Sequence[str]) -> list[str]:
         return ["runs", "list", *arguments[1:]]
     return list(arguments)
 
-# %% ../../nbs/cli/main.ipynb #18456600
+# %% ../../nbs/cli/main.ipynb #adc18260
 def _run_command(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
@@ -76,7 +76,7 @@ def _run_command(arguments: Sequence[str]) -> int:
         if sentence is None: raise
         return _report_error(KiloError(sentence), as_json)
 
-
+# %% ../../nbs/cli/main.ipynb #d6fcd1e1
 _KNOWN_ERRORS = {
     "no locator available": "numba can write its cache of compiled functions nowhere: set NUMBA_CACHE_DIR to a folder "
                             "that can be written.",
@@ -91,7 +91,7 @@ def _system_error(error: OSError) -> KiloError:
     name = f"{shorten(os.fsdecode(error.filename), 200)[1:-1]}: " if isinstance(error.filename, (str, bytes)) else ""
     return KiloError(f"{name}{error.strerror or shorten(str(error), 200)[1:-1]}.")
 
-
+# %% ../../nbs/cli/main.ipynb #70ed167d
 def _code_without_reader(code: int, output: LastingStream, arguments: Sequence[str]) -> int:
     """The exit code where standard output was lost: that of a run stays; a list that nobody has read to its end is 141,
     as for a process that SIGPIPE ends, and one that a full disk cut is an error."""

@@ -41,7 +41,7 @@ def describe_notebook(name: str, folder: str = "experiments", every: bool = Fals
              text_table(("parameter", "type", "default", ""), rows), _settings_text(notebook, every))
     return "\n\n".join(filter(None, parts))
 
-# %% ../../nbs/cli/run.ipynb #f20ec638
+# %% ../../nbs/cli/run.ipynb #11ce0088
 def _unfinished(experiment: str) -> str:
     """The folder of the newest run of an experiment that did not finish."""
     from kilonb.runs.records import list_runs
@@ -53,29 +53,43 @@ def _unfinished(experiment: str) -> str:
     if not found: raise KiloError(f"No unfinished run of {experiment} to resume: name a run folder by --out.")
     return str(found[-1].folder)
 
-# %% ../../nbs/cli/run.ipynb #d65bc27d
+
+def _finished(experiment: str) -> str:
+    """The folder of the newest run of an experiment that has finished."""
+    from kilonb.runs.records import list_runs
+    from kilonb.runs.status import FINISHED
+
+    found = [record for record in list_runs(outputs_folder(), experiment) if record.status == FINISHED]
+    if not found: raise KiloError(f"No finished run of {experiment} to extend: name a run folder by --out.")
+    return str(found[-1].folder)
+
+# %% ../../nbs/cli/run.ipynb #c57d8c9c
 def _request(options: argparse.Namespace) -> dict[str, Any]:
     """The arguments of `run_notebook` from the options of the command."""
     from kilonb.runs.records import read_run
     from kilonb.runs.notebooks import find_notebook, read_notebook
 
-    if options.take_over and not options.resume: raise KiloError("--take-over belongs to --resume.")
+    for name, given in (("take-over", options.take_over), ("extend", options.extend)):
+        if given and not options.resume: raise KiloError(f"--{name} belongs to --resume.")
     notebook = read_notebook(find_notebook(options.name, options.folder))
-    run_dir = options.out or (_unfinished(notebook.name) if options.resume else "")
+    found = _finished if options.extend else _unfinished
+    run_dir = options.out or (found(notebook.name) if options.resume else "")
     earlier = earlier_values(notebook, read_run(run_dir).parameters) if options.resume else {}
     values = typed_arguments(notebook, options.assignments, options.data, earlier)
     return {"notebook": notebook, "values": values, "run_dir": run_dir, "resume": options.resume,
             "outputs": outputs_folder(), "command": shlex.join(["kilonb", *options.arguments]),
-            "take_over": options.take_over}
+            "take_over": options.take_over, "extend": options.extend, "tag": options.tag,
+            "environment": {"KILONB_DETERMINISTIC": "1"} if options.deterministic else {}}
 
-# %% ../../nbs/cli/run.ipynb #f5b4aeb6
+# %% ../../nbs/cli/run.ipynb #fb90fa3d
 def _execute(processes: int, **request: Any) -> Any:
     from kilonb.batch.execution import run_notebook
     from kilonb.batch.launch import launch
 
     if processes == 1: return run_notebook(**request)
-    if request.pop("take_over"):
-        raise KiloError("--take-over and --processes exclude each other: resume as one process.")
+    for name, option in (("take_over", "--take-over"), ("extend", "--extend"), ("environment", "--deterministic"),
+                         ("tag", "--tag")):
+        if request.pop(name): raise KiloError(f"{option} and --processes exclude each other: run as one process.")
     return launch(request.pop("notebook"), request.pop("values"), processes, **request)
 
 # %% ../../nbs/cli/run.ipynb #70a6da99
@@ -85,7 +99,7 @@ def _check_help(options: argparse.Namespace) -> None:
     if options.all and not (options.help and options.name):
         raise KiloError("--all belongs to --help and the name of a notebook: it lists the dotted settings.")
 
-# %% ../../nbs/cli/run.ipynb #45f0b736
+# %% ../../nbs/cli/run.ipynb #a36e1e25
 def run_command(options: argparse.Namespace) -> int:
     """`kilonb run` and `kilonb bench`: execute a notebook, print gates and results. Returns the exit code."""
     _check_help(options)
@@ -99,13 +113,14 @@ def run_command(options: argparse.Namespace) -> int:
     record = _execute(options.processes, **_request(options))
     page = write_or_warn(write_page, record.folder, "page")
     if options.json:
-        print(json_line(str(record.folder), record.ok, record.results, record.report.to_dict()), flush=True)
+        print(json_line(str(record.folder), record.ok, record.results, record.report.to_dict(),
+                        verdict=record.report.words, note=record.report.note), flush=True)
         return 0
     print("\n" + describe_results(record) + f"\n\nnotebook  {record.folder / 'notebook.ipynb'}"
           + (f"\npage      {page}" if page else ""), flush=True)
     return 0
 
-# %% ../../nbs/cli/run.ipynb #04a7bee2
+# %% ../../nbs/cli/run.ipynb #95ffa37f
 def _add_notebook_command(commands: Any, command: str, folder: str, kind: str, summary: str) -> None:
     parser = add_command(commands, command, run_command, summary, add_help=False,
                          epilog=f"kilonb {command} {kind} --help lists the parameters of one notebook.")
@@ -121,6 +136,12 @@ def _add_notebook_command(commands: Any, command: str, folder: str, kind: str, s
         help="continue the run in --out, or the newest unfinished one, with its parameters")
     add("--take-over", action="store_true", dest="take_over",
         help="with --resume: the run is marked as running on another host, and you know that it has ended")
+    add("--extend", nargs="?", const="constant", default="", choices=("constant", "rewarm"),
+        help="with --resume and a larger -p steps=N: train a finished run further, with the learning rate constant at "
+             "its minimum, or warmed up and decayed again (default: constant)")
+    add("--deterministic", action="store_true",
+        help="strict determinism: one thread and deterministic algorithms only, so that two runs agree to the last bit")
+    add("--tag", default="", metavar="NAME", help="a name for the run, under which it is listed and found")
     add("--processes", type=positive_integer, default=1, metavar="N",
         help="number of processes of this machine that share each training step (default: 1)")
     add("--json", action="store_true", help="end with one line of JSON: run, ok, results, gates")

@@ -12,7 +12,7 @@ from typing import Any
 from ..batch.arguments import outputs_folder
 from .common import add_command
 
-# %% ../../nbs/cli/show.ipynb #a8930208
+# %% ../../nbs/cli/show.ipynb #b8434aee
 def show_command(options: argparse.Namespace) -> int:
     """`kilonb show`: one run with gates, results, parameters and environment; several runs as a table."""
     from kilonb.core.files import dumps
@@ -25,14 +25,18 @@ def show_command(options: argparse.Namespace) -> int:
     records = [read_run(found[0])] if len(found) == 1 else list(map(read_run_or_error, found))
     if options.json:
         print(dumps([{"run": str(record.folder), "status": record.status, "ok": record.ok, "results": record.results,
+                      "verdict": record.report.words, "note": record.report.note,
                       "gates": record.report.to_dict(), "parameters": record.parameters} for record in records]))
     elif len(records) > 1: print(text_table(*compare_runs(records)))
     else: print(describe_run(records[0]))
     return 0
 
-# %% ../../nbs/cli/show.ipynb #5311de31
+# %% ../../nbs/cli/show.ipynb #09a0d814
 def gates_command(options: argparse.Namespace) -> int:
-    """`kilonb gates`: the verdicts of all experiments, and the promotion rules that they meet."""
+    """`kilonb gates`: the verdicts of all experiments, and the promotion rules that they meet.
+
+    Returns 0; with `--strict` 1 where a gate is red, and 3 where none is red and some were not run.
+    """
     from kilonb.core.files import dumps
     from kilonb.distill.policy import POLICY, RULES
     from kilonb.reports.terminal import colour_verdicts
@@ -43,9 +47,12 @@ def gates_command(options: argparse.Namespace) -> int:
     if options.json: print(dumps({**overview_dict(overview), "promotions": unlocked.to_dict()}))
     else:
         print("\n\n".join(map(colour_verdicts, [overview.text()] + ([] if options.names else [unlocked.text()]))))
-    return 0
+    return _strict_code(overview.verdict) if options.strict else 0
 
-# %% ../../nbs/cli/show.ipynb #6d7b5a75
+# %% ../../nbs/cli/show.ipynb #6910c620
+def _strict_code(verdict: str) -> int: return {"red": 1, "green so far": 3, "not run": 3}.get(verdict, 0)
+
+# %% ../../nbs/cli/show.ipynb #e858f6ec
 def page_command(options: argparse.Namespace) -> int:
     """`kilonb page`: write `index.html` of each named run and print its path."""
     from kilonb.reports.run_page import write_page
@@ -54,7 +61,7 @@ def page_command(options: argparse.Namespace) -> int:
     for name in options.names: print(write_page(find_run(name, outputs_folder())))
     return 0
 
-
+# %% ../../nbs/cli/show.ipynb #bddb8878
 def report_command(options: argparse.Namespace) -> int:
     """`kilonb report`: write one HTML page on the named runs, sweeps and experiments and print its path."""
     from kilonb.reports.report import find_target, write_report
@@ -79,7 +86,7 @@ def _add_report(commands: Any) -> None:
         add(f"--{axis}", default="", metavar="RESULT",
             help=f"name of the result that stands for {axis} (default: chosen by its unit)")
 
-# %% ../../nbs/cli/show.ipynb #c8bdce7a
+# %% ../../nbs/cli/show.ipynb #0646de32
 def add_show_commands(commands: Any) -> None:
     """Add `show`, `gates`, `page` and `report` to the sub-parsers `commands`."""
     show = add_command(commands, "show", show_command, "print one run, or a table of several")
@@ -87,6 +94,8 @@ def add_show_commands(commands: Any) -> None:
     gates = add_command(commands, "gates", gates_command, "print which gates are green, red and not run, and what "
                         "that unlocks")
     gates.add_argument("names", nargs="*", metavar="EXPERIMENT", help="only these experiments (default: all)")
+    gates.add_argument("--strict", action="store_true",
+                       help="exit with 1 where a gate is red, 3 where some were not run, 0 where all are green")
     for parser in (show, gates): parser.add_argument("--json", action="store_true", help="print one line of JSON")
     page = add_command(commands, "page", page_command, "write the HTML page of a run")
     page.add_argument("names", nargs="+", metavar="RUN", help=_RUN)

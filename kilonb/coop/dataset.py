@@ -7,7 +7,7 @@ __all__ = ['SampleOptions', 'Group', 'choose_groups', 'Sample', 'make_sample', '
            'stitch_all', 'open_splits', 'strided_samples', 'with_fewer_vehicles', 'collate', 'column_rotations',
            'roll_sample', 'roll_randomly', 'dataset_statistics']
 
-# %% ../../nbs/coop/dataset.ipynb #7a840abc
+# %% ../../nbs/coop/dataset.ipynb #a8a9418e
 import hashlib
 import math
 from collections import OrderedDict
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.documents import read_object
 from ..core.errors import KiloError
 from ..core.files import write_json
@@ -44,8 +45,9 @@ from kilonb.panoramas.tiles import (
 from ..scenes.opv2v import Instant, Opv2vScene, load_opv2v
 from ..scenes.surround import Problem, add_problem
 
-# %% ../../nbs/coop/dataset.ipynb #c898c8dd
+# %% ../../nbs/coop/dataset.ipynb #d98f27e9
 @dataclass(frozen=True)
+@checked
 class SampleOptions:
     """Selection of the vehicles of a sample.
 
@@ -360,8 +362,8 @@ def roll_randomly(sample: Sample, generator: torch.Generator) -> Sample:
     return roll_sample(sample,
                        torch.randint(sample.mask.shape[-1], (len(sample.vehicles),), generator=generator).tolist())
 
-# %% ../../nbs/coop/dataset.ipynb #84ad5e1f
-def dataset_statistics(dataset: CooperativeDataset, count: int = 16, seed: int = 0) -> dict[str, float]:
+# %% ../../nbs/coop/dataset.ipynb #a90b1495
+def dataset_statistics(dataset: Sequence[Sample], count: int = 16, seed: int = 0) -> dict[str, float]:
     """Statistics of `count` samples drawn by `seed`: shares of pixels, ranges and distances in metres, angles in
     degrees.
 

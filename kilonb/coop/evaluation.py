@@ -10,7 +10,7 @@ __all__ = ['DISTANCES_M', 'mean_pose', 'ConstantPredictor', 'fit_constant_predic
            'evaluate_fewer_vehicles', 'representative_samples', 'SamplePrediction', 'predict_sample', 'sample_figure',
            'sample_clouds']
 
-# %% ../../nbs/coop/evaluation.ipynb #e4f7eb34
+# %% ../../nbs/coop/evaluation.ipynb #5b101b08
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -25,6 +25,8 @@ from ..core.errors import KiloError
 from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import quat_to_rotmat, rigid, rotmat_to_quat, transform_points
 from ..imaging.clouds import PointCloud
+from ..metrics.flow import mean_or_none, median_or_none
+from ..metrics.images import mean_over_views
 from ..metrics.masks import intersection_over_union
 from ..metrics.points import chamfer_m, relative_error, within_factor_share
 from ..metrics.pose import auc_at, direction_error_deg, pose_errors
@@ -46,7 +48,7 @@ class ConstantPredictor:
     mask: Tensor
     pose: Tensor
 
-# %% ../../nbs/coop/evaluation.ipynb #991d4662
+# %% ../../nbs/coop/evaluation.ipynb #4579cb3d
 def fit_constant_predictor(samples: Sequence[Sample]) -> ConstantPredictor:
     """Mean range, best constant mask and mean pose of samples (of a training set)."""
     masks, ranges = (torch.cat([getattr(sample, name) for sample in samples]) for name in ("mask", "range_m"))
@@ -55,7 +57,7 @@ def fit_constant_predictor(samples: Sequence[Sample]) -> ConstantPredictor:
     levels = torch.linspace(.05, .95, 19)
     best = max(levels,
                key=lambda level: intersection_over_union((masks.mean(0) >= level).float().expand_as(masks),
-                                                         masks).mean().item())
+                                                         masks).nanmean().item())
     return ConstantPredictor(mean, masks.mean(0) >= best,
                              mean_pose(torch.cat([sample.pose_to_main[1:] for sample in samples])))
 
@@ -66,7 +68,7 @@ def points_in_main(range_m: Tensor, mask: Tensor, poses: Tensor, rays: Tensor, c
     points = transform_points(poses, (rays * range_m[..., None]).flatten(1, 2)).flatten(0, 1)[mask.flatten() > .5]
     return points[::max(1, len(points) // count)]
 
-# %% ../../nbs/coop/evaluation.ipynb #25a50871
+# %% ../../nbs/coop/evaluation.ipynb #c97318f5
 def score_sample(sample: Sample, range_m: Tensor, mask: Tensor, poses: Tensor, rays: Tensor) -> dict[str, Any]:
     """Scores of one sample: lists per pair (translation_m, rotation_deg, direction_deg) and per view (mask_iou), means
     otherwise.
@@ -81,23 +83,25 @@ def score_sample(sample: Sample, range_m: Tensor, mask: Tensor, poses: Tensor, r
     direction = direction_error_deg(poses[1:, :3, 3], true_poses[1:, :3, 3])
     return {"translation_m": metres.tolist(), "rotation_deg": degrees.tolist(), "direction_deg": direction.tolist(),
             "mask_iou": intersection_over_union(mask, sample.mask).tolist(),
-            "range_abs_rel": relative_error(own, true).mean().item(),
-            "range_inlier": within_factor_share(own, true, 1.03).item(),
+            "range_abs_rel": mean_or_none(relative_error(own, true)),
+            "range_inlier": within_factor_share(own, true, 1.03).item() if len(own) else None,
             "chamfer_m": chamfer_m(predicted, target),
             "chamfer_true_pose_m": chamfer_m(points_in_main(range_m, mask, true_poses, rays), target)}
 
-# %% ../../nbs/coop/evaluation.ipynb #2933a5bc
-def aggregate_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Results of several samples' `score_sample`, under their published names."""
+# %% ../../nbs/coop/evaluation.ipynb #6674afde
+def aggregate_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Results of several samples' `score_sample`, under their published names; None where no pair or view has the
+    score (no second vehicle, no known range, no mask)."""
     listed = {name: torch.tensor([value for score in scores for value in score[name]])
               for name in ("translation_m", "rotation_deg", "direction_deg", "mask_iou")}
-    mean = lambda name: torch.tensor([score[name] for score in scores]).nanmean().item()
+    mean = lambda name: mean_over_views(score[name] for score in scores)[0]
     metres, degrees = listed["translation_m"], listed["rotation_deg"]
-    return {"pose_translation_median_m": metres.median().item(), "pose_rotation_median_deg": degrees.median().item(),
-            "pose_translation_mean_m": metres.mean().item(), "pose_rotation_mean_deg": degrees.mean().item(),
+    return {"pose_translation_median_m": median_or_none(metres), "pose_rotation_median_deg": median_or_none(degrees),
+            "pose_translation_mean_m": mean_or_none(metres), "pose_rotation_mean_deg": mean_or_none(degrees),
             "pose_auc_5_deg": auc_at(torch.maximum(degrees, listed["direction_deg"]), 5.0),
-            "pose_within_3_m": (metres <= 3).float().mean().item(), "range_abs_rel": mean("range_abs_rel"),
-            "range_inlier_1_03": mean("range_inlier"), "mask_iou": listed["mask_iou"].mean().item(),
+            "pose_within_3_m": mean_or_none(metres <= 3), "range_abs_rel": mean("range_abs_rel"),
+            "range_inlier_1_03": mean("range_inlier"),
+            "mask_iou": mean_over_views(listed["mask_iou"].tolist())[0],
             "chamfer_m": mean("chamfer_m"), "chamfer_true_pose_m": mean("chamfer_true_pose_m")}
 
 # %% ../../nbs/coop/evaluation.ipynb #3aaa61b7

@@ -7,7 +7,7 @@ __all__ = ['robust_loss', 'log_scale_vectors', 'masked_mean', 'scene_size', 'Los
            'range_terms', 'mask_terms', 'training_columns', 'pair_terms', 'pose_terms', 'quaternion_distance',
            'point_terms', 'coop_loss']
 
-# %% ../../nbs/coop/losses.ipynb #c402e341
+# %% ../../nbs/coop/losses.ipynb #4ecd5d0d
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..core.configs import checked
 from .model import CoopModel, PairEvidence, Prediction, compute_precision
 from kilonb.coop.relative_pose import (
     PairTargets,
@@ -53,13 +54,15 @@ def scene_size(range_m: Tensor, mask: Tensor) -> Tensor:
     """z [B]: mean range of view 0 inside the mask, from [B, V, H, W]; the unit of the input."""
     return (range_m[:, 0] * mask[:, 0]).sum((1, 2)) / mask[:, 0].sum((1, 2)).clamp(min=1)
 
-# %% ../../nbs/coop/losses.ipynb #24bb835b
+# %% ../../nbs/coop/losses.ipynb #b24dab33
 @dataclass(frozen=True)
+@checked
 class LossConfig:
     """Weights of the loss terms; 0 leaves one out.
 
     confidence_alpha: weight of log(confidence), the reward for being certain. exclude: share of the worst pixels left
-    out of `range` (for recorded data with faulty depth).
+    out of `range` (for recorded data with faulty depth). mask_pos_weight: weight of the pixels inside the mask in its
+    cross entropy, above 0; above 1 for masks that cover little.
     column_jitter: share of the pairs whose measurements are learned one column beside the true one.
     """
     log_range: float = 1.5
@@ -80,12 +83,15 @@ class LossConfig:
     log_sigma: float = .05
     exclude: float = 0.0
     column_jitter: float = .3
+    mask_pos_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if min(vars(self).values()) < 0:
             name = min(vars(self), key=vars(self).get)
             raise KiloError(f"The loss weight {name} is {getattr(self, name):g}: expected 0 or more.")
         if not self.exclude < 1: raise KiloError(f"exclude is {self.exclude}: a share below 1 is expected.")
+        if not 0 < self.mask_pos_weight < float("inf"):
+            raise KiloError(f"mask_pos_weight is {self.mask_pos_weight}: a weight above 0 is expected, 1 for none.")
 
 # %% ../../nbs/coop/losses.ipynb #ad043e01
 class LossBatch:
@@ -141,12 +147,21 @@ def range_terms(prediction: Prediction, batch: LossBatch, config: LossConfig) ->
     return {**terms, "range_abs_rel": masked_mean(relative.detach(), batch.weight),
             "range_error_m": masked_mean((relative * batch.range_m).detach(), batch.weight)}
 
-# %% ../../nbs/coop/losses.ipynb #05ff104d
-def mask_terms(prediction: Prediction, batch: LossBatch) -> dict[str, Tensor]:
-    """Binary cross entropy of the mask, and `mask_iou`."""
+# %% ../../nbs/coop/losses.ipynb #7efccdda
+def mask_terms(prediction: Prediction, batch: LossBatch, pos_weight: float = 1.0) -> dict[str, Tensor]:
+    """Binary cross entropy of the mask, `mask_iou`, and shares of the pixels of all present views:
+    `mask_mean_predicted` (mean probability), `mask_mean_true`, and `valid_share`, of those with a known range.
+
+    pos_weight: weight of the pixels inside the mask.
+    """
     here = batch.present
-    iou = intersection_over_union(prediction.mask_logits.detach().sigmoid()[here], batch.mask[here]).mean()
-    return {"mask": F.binary_cross_entropy_with_logits(prediction.mask_logits[here], batch.mask[here]), "mask_iou": iou}
+    logits, true = prediction.mask_logits[here], batch.mask[here]
+    probability = logits.detach().sigmoid()
+    iou = intersection_over_union(probability, true).nanmean()
+    weight = None if pos_weight == 1 else torch.tensor(pos_weight, dtype=logits.dtype, device=logits.device)
+    return {"mask": F.binary_cross_entropy_with_logits(logits, true, pos_weight=weight), "mask_iou": iou,
+            "mask_mean_predicted": probability.mean(), "mask_mean_true": true.mean(),
+            "valid_share": batch.weight[here].mean()}
 
 # %% ../../nbs/coop/losses.ipynb #3bf1e280
 def training_columns(true: PairTargets, columns: int, jitter: float,
@@ -246,7 +261,7 @@ def point_terms(prediction: Prediction, batch: LossBatch) -> dict[str, Tensor]:
             "scale": robust_loss((metric.log1p() - z.log1p()).abs()).mean(),
             "points_error_m": masked_mean(apart, weight), "scale_error_percent": 100 * (metric / z - 1).abs().mean()}
 
-# %% ../../nbs/coop/losses.ipynb #0f216fc2
+# %% ../../nbs/coop/losses.ipynb #ef618c98
 def coop_loss(model: CoopModel, prediction: Prediction, batch: LossBatch, config: LossConfig,
               generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """Training loss and what is logged beside it.
@@ -254,7 +269,8 @@ def coop_loss(model: CoopModel, prediction: Prediction, batch: LossBatch, config
     Returns "loss", the weighted sum; `<term>_term`, each term before its weight, without unit; everything else in the
     unit of its name.
     """
-    values = range_terms(prediction, batch, config) | mask_terms(prediction, batch) | point_terms(prediction, batch)
+    values = range_terms(prediction, batch, config) | mask_terms(prediction, batch, config.mask_pos_weight)
+    values |= point_terms(prediction, batch)
     values |= pose_terms(model, prediction, batch, config, generator)
     weights = {name: getattr(config, name) for name in values if hasattr(config, name)}
     loss = sum(weight * values[name] for name, weight in weights.items() if weight)

@@ -9,7 +9,7 @@ __all__ = ['ModelConfig', 'has_bfloat16', 'compute_precision', 'canonical_headin
            'log_range_prior', 'BackboneOutput', 'Backbone', 'se2_to_rigid', 'pad_views', 'PairEvidence', 'Prediction',
            'CoopModel']
 
-# %% ../../nbs/coop/model.ipynb #68f5556a
+# %% ../../nbs/coop/model.ipynb #0f3e0259
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from .checkpoints import upgrade_state_dict
 from .dataset import column_rotations
 from .layers import CircularConv, CrossAttentionBlock, ResidualBlock, SelfAttentionBlock, UpsampleBlock
@@ -28,8 +29,9 @@ from ..core.errors import KiloError
 from ..geometry.panoramas import PanoramaCamera
 from ..geometry.transforms import quat_to_rotmat, rigid, rigid_inverse, rotmat_to_quat
 
-# %% ../../nbs/coop/model.ipynb #4feb9723
+# %% ../../nbs/coop/model.ipynb #449bca7e
 @dataclass(frozen=True)
+@checked
 class ModelConfig:
     """Settings of the network.
 

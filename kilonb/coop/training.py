@@ -6,9 +6,9 @@ predictions for training, validation and use.
 
 # %% auto #0
 __all__ = ['CoopConfig', 'make_model', 'make_batch', 'predict_batch', 'predict', 'jitter_colours', 'mirror_sample',
-           'make_optimizer', 'augment', 'make_step', 'train_coop']
+           'make_optimizer', 'augment', 'make_step', 'EpochReport', 'train_coop']
 
-# %% ../../nbs/coop/training.ipynb #8e7259dd
+# %% ../../nbs/coop/training.ipynb #50f9f5a1
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from .dataset import Sample, collate, roll_randomly
 from .losses import LossBatch, LossConfig, coop_loss
 from .model import CoopModel, ModelConfig, Prediction
@@ -24,8 +25,9 @@ from ..geometry.panoramas import PanoramaCamera
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, DistributedSteps, World
 
-# %% ../../nbs/coop/training.ipynb #e3ac44f0
+# %% ../../nbs/coop/training.ipynb #6a27fff5
 @dataclass(frozen=True)
+@checked
 class CoopConfig:
     """Settings of `train_coop`.
 
@@ -114,7 +116,7 @@ def augment(samples: Sequence[Sample], config: CoopConfig, generator: torch.Gene
     if config.roll_views: samples = [roll_randomly(sample, generator) for sample in samples]
     return list(samples)
 
-# %% ../../nbs/coop/training.ipynb #b0353dab
+# %% ../../nbs/coop/training.ipynb #40107bb1
 def make_step(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig,
               world: World = ALONE) -> Callable[[int, torch.Generator], dict[str, Tensor | float]]:
     """Step function for `training.loop.train`: the losses of step `number` on this rank's samples, and "share", the
@@ -127,23 +129,60 @@ def make_step(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamer
         chosen = augment([samples[int(i)] for i in steps.batch_of(number)], config, own)
         batch = make_batch(chosen, next(model.parameters()).device)
         values = coop_loss(model, predict_batch(model, batch), LossBatch(batch, camera), config.loss, own)
+        values["epoch"] = float(steps.position(number)[0])
         return values | ({"share": steps.weight} if world.size > 1 else {})
 
     return step
 
-# %% ../../nbs/coop/training.ipynb #1c7ce66f
+# %% ../../nbs/coop/training.ipynb #f174c2ee
+class EpochReport:
+    """Prints a line as an epoch begins, of at most about 100 of them; an `after_step` of `train_coop`.
+
+    config: of the training. steps_per_epoch: of all ranks together. after_step: called after it, None: nothing.
+    report: called with each line.
+    """
+
+    def __init__(self, config: CoopConfig, steps_per_epoch: int, after_step: Callable | None = None,
+                 report: Callable[[str], None] = print):
+        self.steps_per_epoch, self.after_step, self.report = steps_per_epoch, after_step, report
+        self.epochs, self.loop = -(-config.steps // steps_per_epoch), config.loop()
+        self.schedule, self.every = self.loop.schedule(), -(-self.epochs // 100)
+
+    def line(self, step: int) -> str:
+        """The line of the epoch that step `step`, from 0, is in."""
+        rate = self.loop.learning_rate * self.schedule.factor(step)
+        return (f"epoch {step // self.steps_per_epoch + 1} of {self.epochs}: {self.steps_per_epoch} "
+                "steps per epoch, step " f"{step + 1} of {self.loop.steps}, learning rate {rate:.3g}")
+
+    def __call__(self, step: int, records: Sequence[Mapping[str, float]]) -> None:
+        """Print where step `step` is the last before an epoch that is printed."""
+        following = step + 1
+        begins = following < self.loop.steps and following % (self.every * self.steps_per_epoch) == 0
+        if begins: self.report(self.line(following))
+        if self.after_step is not None: self.after_step(step, records)
+
+# %% ../../nbs/coop/training.ipynb #d76eb09f
+def _recorded_config(config: CoopConfig) -> str:
+    """The config as checkpoints hold it: as 0.1 wrote it, where later fields have their defaults."""
+    return repr(replace(config, time_limit_s=None)).replace(", mask_pos_weight=1.0)", ")")
+
+# %% ../../nbs/coop/training.ipynb #36a42679
 def train_coop(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig,
                folder: str | Path | None = None, resume: bool = False, settings: Mapping[str, Any] | None = None,
                after_step: Callable | None = None, world: World = ALONE, quiet: bool = False) -> TrainingResult:
     """Train the model; at the end it holds the averaged weights, if an average is kept.
 
     samples: a CooperativeDataset or a list. folder: of the run. settings: the experiment's own, recorded in
-    checkpoints. after_step(step, records): see `training.loop.train`.
+    checkpoints. after_step(step, records): see `training.loop.train`. Prints a line at the beginning of an epoch.
     A resumed run has the same samples, augmentations and learning rates as an uninterrupted one, to the last bit.
     """
+    each = DistributedSteps(len(samples), config.batch_size, config.seed, world, config.steps_per_epoch)
+    if world.first and not quiet:
+        after_step = EpochReport(config, each.steps_per_epoch, after_step)
+        print(after_step.line(0))
     result = train(make_step(model, samples, camera, config, world), make_optimizer(model, config), config.loop(),
                    model=model, folder=folder, resume=resume,
-                   settings={**(settings or {}), "config": repr(replace(config, time_limit_s=None)),
+                   settings={**(settings or {}), "config": _recorded_config(config),
                              "samples": len(samples)}, after_step=after_step, world=world, quiet=quiet)
     if result.averaged is not None:
         with torch.no_grad():

@@ -31,7 +31,7 @@ def check_size(count: float, most: float, what: str) -> None:
     """
     if count > most: raise KiloError(f"{what.replace('{}', str(count), 1)}; at most {most} are read.")
 
-# %% ../../nbs/core/bounded.ipynb #f77740db
+# %% ../../nbs/core/bounded.ipynb #503641d6
 def gunzip(data: bytes, most_bytes: int, name: str) -> bytes:
     """The content of gzipped bytes, members one after another, of at most `most_bytes`.
 
@@ -43,8 +43,11 @@ def gunzip(data: bytes, most_bytes: int, name: str) -> bytes:
         if member.unused_data or not member.eof:
             with gzip.GzipFile(fileobj=io.BytesIO(data)) as stream: content = stream.read(most_bytes + 1)
     except (OSError, EOFError, zlib.error) as error:
-        raise KiloError(f"{name} is not a whole gzip file: {shorten(str(error), 80)[1:-1].rstrip('.')}.") from None
-    if len(content) > most_bytes: raise KiloError(f"{name} unpacks to more than {most_bytes} bytes.")
+        raise KiloError(f"{name} is not a whole gzip file ({shorten(str(error), 80)[1:-1].rstrip('.')}): fetch "
+                        "it again.") from None
+    if len(content) > most_bytes:
+        raise KiloError(f"{name} unpacks to more than {most_bytes} bytes, the most that such a file may have: it is "
+                        "damaged or another file; fetch it again.")
     return content
 
 # %% ../../nbs/core/bounded.ipynb #52ca1ff1

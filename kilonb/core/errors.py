@@ -7,7 +7,7 @@ messages.
 # %% auto #0
 __all__ = ['MOST_CHARACTERS', 'printable', 'shorten', 'KiloError', 'unknown_name']
 
-# %% ../../nbs/core/errors.ipynb #807e2c0e
+# %% ../../nbs/core/errors.ipynb #bbbc0769
 from collections.abc import Iterable
 from difflib import get_close_matches
 from typing import Any
@@ -19,7 +19,7 @@ def printable(text: str) -> str:
     return "".join(one if one.isprintable() else " " if one.isspace() else one.encode("unicode_escape").decode("ascii")
                    for one in text)
 
-
+# %% ../../nbs/core/errors.ipynb #02c559aa
 def _cut(text: str, most: int) -> str:
     """`text` of at most `most` characters: the middle of a longer one becomes ' ... '."""
     if len(text) <= most: return text

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['temporary_path', 'atomic_write', 'atomic_folder', 'current_folder', 'absolute_path', 'number', 'write_json',
-           'dumps']
+           'dumps', 'lfs_pointer', 'refuse_lfs_pointer']
 
 # %% ../../nbs/core/files.ipynb #655b9fcc
 import json
@@ -119,3 +119,19 @@ def dumps(value: Any, indent: int | None = None) -> str:
     file name that are not UTF-8 as the escapes of JSON."""
     text = json.dumps(_plain(value), indent=indent, allow_nan=False, ensure_ascii=False)
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+# %% ../../nbs/core/files.ipynb #28f00a61
+_LFS_START = b"version https://git-lfs.github.com/spec/"
+
+
+def lfs_pointer(path: str | os.PathLike) -> bool:
+    """Whether a file is a Git-LFS pointer instead of its content; False where it cannot be read."""
+    with suppress(OSError, ValueError), open(path, "rb") as file: return file.read(len(_LFS_START)) == _LFS_START
+    return False
+
+# %% ../../nbs/core/files.ipynb #b9eabee0
+def refuse_lfs_pointer(path: str | os.PathLike) -> None:
+    """KiloError with the way out where a file is a Git-LFS pointer; to be called where a reader has failed."""
+    if lfs_pointer(path):
+        raise KiloError(f"{shorten(str(path), 240)[1:-1]} is a Git-LFS pointer, not the file itself: run 'git lfs "
+                        "pull' in its repository, or fetch the file again.")

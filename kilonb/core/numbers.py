@@ -16,7 +16,7 @@ import numpy as np
 
 from .errors import KiloError, shorten
 
-# %% ../../nbs/core/numbers.ipynb #d9da9b29
+# %% ../../nbs/core/numbers.ipynb #e97673f1
 LARGEST = 1e30
 
 
@@ -25,7 +25,7 @@ def _holds_bool(value: Any) -> bool:
     if isinstance(value, (list, tuple)): return any(type(one) is not float and _holds_bool(one) for one in value)
     return isinstance(value, bool)
 
-
+# %% ../../nbs/core/numbers.ipynb #c356d1a1
 def _number_array(value: Any, name: str) -> np.ndarray:
     """`value` as an array of float64 (integers, floats); KiloError where anything in it is not a number."""
     try: array = None if _holds_bool(value) else np.asarray(value)

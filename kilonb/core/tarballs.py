@@ -39,6 +39,25 @@ class BoundedTarInfo(tarfile.TarInfo):
 
     _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
+# %% ../../nbs/core/tarballs.ipynb #b2e638e4
+def _checked_file(path: str | os.PathLike) -> str | os.PathLike:
+    """The path itself where it leads to a regular file: a pipe would be waited for."""
+    if not stat.S_ISREG(os.stat(path).st_mode): raise KiloError(f"{path} is not a regular file.")
+    return path
+
+# %% ../../nbs/core/tarballs.ipynb #bdd3a1a3
+def _check_start(head: bytes) -> None:
+    """gzip.BadGzipFile where a file does not begin as gzip, or its gzip header does not end in these bytes."""
+    if head[:3] != b"\x1f\x8b\x08": raise gzip.BadGzipFile("it does not begin as a gzip file does")
+    flags = head[3] if len(head) > 3 else 0
+    if flags & ~8 or (flags & 8 and b"\0" not in head[10:]):
+        raise gzip.BadGzipFile("its gzip header holds more than a file name")
+
+# %% ../../nbs/core/tarballs.ipynb #aa19319d
+def _reason(error: Exception) -> str:
+    text = str(error).partition("\n")[0]
+    return shorten(text or type(error).__name__, 120)[1:-1].rstrip(".")
+
 # %% ../../nbs/core/tarballs.ipynb #68692697
 _FAULTS = (tarfile.TarError, EOFError, zlib.error, struct.error, ValueError, LookupError, ArithmeticError, TypeError,
            AttributeError, RecursionError, MemoryError)
@@ -60,25 +79,6 @@ def open_tarball(path: str | os.PathLike) -> Iterator[tarfile.TarFile]:
     except (*_FAULTS, gzip.BadGzipFile) as error:
         raise KiloError(f"{path} is damaged: {_reason(error)}.") from None
     except OSError as error: raise KiloError(f"Cannot read {path}: {error.strerror or error}.") from None
-
-# %% ../../nbs/core/tarballs.ipynb #b2e638e4
-def _checked_file(path: str | os.PathLike) -> str | os.PathLike:
-    """The path itself where it leads to a regular file: a pipe would be waited for."""
-    if not stat.S_ISREG(os.stat(path).st_mode): raise KiloError(f"{path} is not a regular file.")
-    return path
-
-# %% ../../nbs/core/tarballs.ipynb #bdd3a1a3
-def _check_start(head: bytes) -> None:
-    """gzip.BadGzipFile where a file does not begin as gzip, or its gzip header does not end in these bytes."""
-    if head[:3] != b"\x1f\x8b\x08": raise gzip.BadGzipFile("it does not begin as a gzip file does")
-    flags = head[3] if len(head) > 3 else 0
-    if flags & ~8 or (flags & 8 and b"\0" not in head[10:]):
-        raise gzip.BadGzipFile("its gzip header holds more than a file name")
-
-# %% ../../nbs/core/tarballs.ipynb #aa19319d
-def _reason(error: Exception) -> str:
-    text = str(error).partition("\n")[0]
-    return shorten(text or type(error).__name__, 120)[1:-1].rstrip(".")
 
 # %% ../../nbs/core/tarballs.ipynb #72ec95e2
 MOST_MEMBERS = 100_000

@@ -4,17 +4,23 @@
 
 # %% auto #0
 __all__ = ['MAX_SIDE', 'PICTURE_FORMATS', 'as_picture', 'frame_bytes', 'open_picture', 'decode_picture', 'picture_size',
-           'read_picture']
+           'read_picture', 'png_is_whole', 'decode_rgba']
 
-# %% ../../nbs/data/pictures.ipynb #6fa960ee
+# %% ../../nbs/data/pictures.ipynb #7dda5f8f
 import os
+import struct
+import zlib
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ..core.documents import read_bytes
 from ..core.errors import KiloError, shorten
+from ..core.files import refuse_lfs_pointer
 
 # %% ../../nbs/data/pictures.ipynb #9a23169b
 def as_picture(image: Any, name: str = "the picture") -> Image.Image:
@@ -46,7 +52,17 @@ def frame_bytes(frame: Any) -> np.ndarray:
 MAX_SIDE = 8192                       # pixels of a side, of pictures and videos that are read
 PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM")
 
-# %% ../../nbs/data/pictures.ipynb #70553f5c
+# %% ../../nbs/data/pictures.ipynb #8ac0c256
+def _other_content(path: str | os.PathLike) -> str:
+    """What a file is that is no picture of `PICTURE_FORMATS`, and what to do, as the end of a sentence."""
+    with open(path, "rb") as file: start = file.read(64)
+    if not start: return ": it is empty; fetch or write it again"
+    if start.lstrip()[:1] == b"<": return ": it is a page of HTML or XML; its download failed or asked to log in"
+    other = b"ftyp" in start[:12] or start[:4] in (b"v/1\x01", b"\0\0\1\0") or start[:2] == b"\xff\x0a"
+    known = f"formats that are read: {', '.join(PICTURE_FORMATS)}"
+    return f" ({known}): convert it to PNG" if other else f" ({known}): fetch or write it again"
+
+# %% ../../nbs/data/pictures.ipynb #081fa4d5
 def open_picture(path: str | os.PathLike) -> Image.Image:
     """The opened, not yet decoded picture in a file; use as a context manager, and `decode_picture` for the pixels.
 
@@ -60,7 +76,8 @@ def open_picture(path: str | os.PathLike) -> Image.Image:
         raise KiloError(f"{path} has more than {MAX_SIDE} x {MAX_SIDE} pixels "
                         f"({shorten(str(error), 80)[1:-1]}): resize " "it.") from None
     except Exception:                                  # Pillow raises many kinds for damaged headers
-        raise KiloError(f"{path} is not a picture that can be read: fetch or write it again.") from None
+        refuse_lfs_pointer(path)
+        raise KiloError(f"{path} is not a picture that can be read{_other_content(path)}.") from None
     if 0 < min(picture.size) <= max(picture.size) <= MAX_SIDE: return picture
     picture.close()
     raise KiloError(f"{path} has {picture.width} x {picture.height} pixels; expected at most {MAX_SIDE} each way: "
@@ -91,3 +108,107 @@ def read_picture(path: str | os.PathLike, mode: str = "RGB") -> np.ndarray:
     Raises KiloError where it is missing, no picture, too large or cut short.
     """
     with open_picture(path) as picture: return decode_picture(picture, path, mode)
+
+# %% ../../nbs/data/pictures.ipynb #0a8e6a76
+_PNG_START = b"\x89PNG\r\n\x1a\n"
+
+
+def png_is_whole(path: str | os.PathLike) -> bool:
+    """Whether the chunks of a PNG go on until the last one, `IEND`; bytes may follow it. True for other formats."""
+    with open(path, "rb") as file:
+        if file.read(8) != _PNG_START: return True
+        size = os.fstat(file.fileno()).st_size
+        while len(head := file.read(8)) == 8:
+            if head[4:] == b"IEND": return True
+            if file.tell() + (skip := int.from_bytes(head[:4], "big") + 4) > size: return False
+            file.seek(skip, 1)
+    return False
+
+# %% ../../nbs/data/pictures.ipynb #35e3c860
+def _png_parts(data: bytes) -> tuple[tuple[int, ...], bytes, bytes]:
+    """(width, height, bits, colour type, interlace), packed pixels and tRNS of the bytes of a PNG; ValueError where it
+    is damaged."""
+    at, header, packed, clear = 8, (), [], b""
+    while at + 12 <= len(data):
+        length, kind = int.from_bytes(data[at:at + 4], "big"), data[at + 4:at + 8]
+        body, check = data[at + 8:at + 8 + length], data[at + 8 + length:at + 12 + length]
+        if zlib.crc32(kind + body).to_bytes(4, "big") != check: raise ValueError(f"chunk {kind!r} is damaged")
+        if kind == b"IHDR": header = struct.unpack(">IIBBxxB", body)
+        if kind == b"IDAT": packed.append(body)
+        if kind == b"tRNS": clear = body
+        if kind == b"IEND" and header: return header, b"".join(packed), clear
+        at += 12 + length
+    raise ValueError("its last chunk is missing")
+
+# %% ../../nbs/data/pictures.ipynb #0ee7fc58
+def _undo_filters(rows: np.ndarray, pixels: np.ndarray, step: int) -> int:
+    """Writes the bytes of each row of a PNG without its filter; returns 0, or the number of an unknown filter.
+
+    rows: [H, 1 + B] uint8, of which the first is the filter. pixels: [H + 1, step + B] uint8, zeros; the result is
+    pixels[1:, step:]. step: bytes of a pixel. Compiled by `_compiled_filters`.
+    """
+    for y in range(rows.shape[0]):
+        kind = rows[y, 0]
+        if kind > 4: return int(kind)
+        for x in range(step, pixels.shape[1]):
+            # numba keeps int() of a byte unsigned, and differences need a sign
+            left, above = np.int64(pixels[y + 1, x - step]), np.int64(pixels[y, x])
+            corner = np.int64(pixels[y, x - step])
+            guess = np.int64(0)
+            if kind == 1: guess = left
+            if kind == 2: guess = above
+            if kind == 3: guess = (left + above) // 2
+            if kind == 4:
+                near, up, far = abs(above - corner), abs(left - corner), abs(left + above - 2 * corner)
+                guess = left if near <= up and near <= far else above if up <= far else corner
+            pixels[y + 1, x] = (int(rows[y, x - step + 1]) + guess) & 255
+    return 0
+
+
+@cache
+def _compiled_filters() -> Callable[[np.ndarray, np.ndarray, int], int]:
+    """`_undo_filters`, compiled on first use: numba is not imported for pictures of 8 bits."""
+    from numba import njit
+
+    return njit(cache=True)(_undo_filters)
+
+# %% ../../nbs/data/pictures.ipynb #0193d803
+_CHANNELS = {0: 1, 2: 3, 4: 2, 6: 4}          # of the colour types of a PNG that have 16 bits
+
+
+def _png_16_bits(data: bytes) -> np.ndarray | None:
+    """[H, W, channels] uint16 of the bytes of a PNG of 16 bits, alpha last; None for other pictures and for interlaced
+    ones. ValueError or zlib.error where it is damaged."""
+    if data[:8] != _PNG_START or data[24:25] != b"\x10" or data[28:29] != b"\0": return None
+    (width, height, _, kind, _), packed, clear = _png_parts(data)
+    if kind not in _CHANNELS: raise ValueError(f"colour type {kind} has no 16 bits")
+    if not 0 < min(width, height) <= max(width, height) <= MAX_SIDE: raise ValueError("its size is wrong")
+    step = 2 * _CHANNELS[kind]
+    rows = zlib.decompressobj().decompress(packed, height * (1 + width * step))
+    rows = np.frombuffer(rows, np.uint8).reshape(height, 1 + width * step)
+    pixels = np.zeros((height + 1, step + width * step), np.uint8)
+    if wrong := _compiled_filters()(rows, pixels, step): raise ValueError(f"a row has the filter {wrong}")
+    values = np.ascontiguousarray(pixels[1:, step:]).view(">u2").reshape(height, width, -1).astype(np.uint16)
+    if not clear or kind not in (0, 2): return values
+    alpha = (values != np.frombuffer(clear, ">u2")).any(-1, keepdims=True) * np.uint16(65535)
+    return np.concatenate([values, alpha], -1)
+
+# %% ../../nbs/data/pictures.ipynb #1fe1a1f8
+def decode_rgba(picture: Image.Image, path: str | os.PathLike) -> np.ndarray:
+    """The pixels of an opened picture as [H, W, 4] float32 in 0..1, straight alpha (1 where the file has none).
+
+    16 bits are kept, of PNGs and of grey pictures. Raises KiloError where the file is damaged or cut short.
+    """
+    try: deep = _png_16_bits(read_bytes(path)) if picture.format == "PNG" else None
+    except (ValueError, zlib.error, struct.error) as error:
+        raise KiloError(f"{path} is truncated or damaged ({shorten(str(error), 80)[1:-1]}): fetch or write it "
+                        "again.") from None
+    if picture.mode == "F":
+        raise KiloError(f"{path} holds floating-point values, of which nothing tells the range: save it with 8 or 16 "
+                        "bits.")
+    if deep is None and picture.mode.startswith("I"):
+        deep = np.clip(decode_picture(picture, path), 0, 65535).astype(np.uint16)[..., None]
+    if deep is None: return decode_picture(picture, path, "RGBA").astype(np.float32) / 255
+    colour, alpha = (deep[..., :-1], deep[..., -1:]) if deep.shape[-1] in (2, 4) else (deep, None)
+    alpha = np.full_like(colour[..., :1], 65535) if alpha is None else alpha
+    return np.concatenate([np.broadcast_to(colour, (*colour.shape[:2], 3)), alpha], -1).astype(np.float32) / 65535

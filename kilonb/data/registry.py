@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping
 
 from ..core.errors import KiloError, shorten, unknown_name
 
-# %% ../../nbs/data/registry.ipynb #614e02d1
+# %% ../../nbs/data/registry.ipynb #043fd974
 MAKERS = {"boxtown_argoverse2": "kilonb.scenes.boxtown_argoverse2:make_argoverse2",
           "boxtown_opv2v": "kilonb.scenes.boxtown:make_opv2v",
           "boxtown_pandaset": "kilonb.scenes.boxtown:make_pandaset",
+          "boxtown_rig": "kilonb.scenes.rig:make_boxtown_rig",
           "brickyard": "kilonb.scenes.brickyard:write_brickyard",
+          "brickyard_photographs": "kilonb.scenes.brickyard_photographs:write_brickyard_photographs",
           "critter": "kilonb.scenes.critter:make_critter",
           "pinpad": "kilonb.dream.episodes:make_pinpad"}
 READERS = {"anipose": "kilonb.scenes.anipose:read_anipose",
@@ -25,9 +27,11 @@ READERS = {"anipose": "kilonb.scenes.anipose:read_anipose",
            "dannce": "kilonb.scenes.dannce:read_dannce",
            "episodes": "kilonb.dream.episodes:read_recording_info",
            "middlebury": "kilonb.scenes.middlebury:read_middlebury",
+           "nuscenes": "kilonb.scenes.nuscenes:load_nuscenes",
            "opv2v": "kilonb.scenes.opv2v:load_opv2v",
            "pandaset": "kilonb.scenes.pandaset:load_pandaset",
-           "ply": "kilonb.splats.ply:read_ply",
+           "ply": "kilonb.splats.formats:read_gaussians",
+           "rig": "kilonb.scenes.rig:load_rig",
            "v2xsim": "kilonb.scenes.v2xsim:load_v2xsim"}
 
 # %% ../../nbs/data/registry.ipynb #b0bf1665

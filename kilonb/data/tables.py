@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FRAMES', 'write_table', 'read_table']
 
-# %% ../../nbs/data/tables.ipynb #113b45d3
+# %% ../../nbs/data/tables.ipynb #25b5e3fb
 import gzip
 import io
 import os
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..core.errors import KiloError, shorten
+from ..core.files import refuse_lfs_pointer
 from ..core.files import atomic_write
 from ..core.pickles import ARRAYS, merge_permissions, load_restricted
 
@@ -290,7 +291,7 @@ def _columns_of(frame: Any) -> dict[str, np.ndarray]:
     if missing: raise ValueError(f"no values of the column {shorten(missing[0])}")
     return {name: table[name] for name in names}
 
-# %% ../../nbs/data/tables.ipynb #fa209b80
+# %% ../../nbs/data/tables.ipynb #13e8174c
 def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
     """The columns of a pickled data frame, gzipped or not: name -> [rows], in the file's order and types (text as
     objects).
@@ -298,6 +299,7 @@ def read_table(path: str | os.PathLike, columns: tuple[str, ...] = ()) -> dict[s
     columns: names that must be present. Raises KiloError: no such file, not a whole pickle, not a data frame, or a
     missing column. Nothing in the file is executed.
     """
+    refuse_lfs_pointer(path)
     frame = load_restricted(path, FRAMES, _STAND_INS)
     try: table = _columns_of(frame)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError) as error:

@@ -35,7 +35,7 @@ class Ablation:
     changes: Mapping[str, Any] = field(default_factory=dict)
     terms: Mapping[str, Any] = field(default_factory=dict)
 
-# %% ../../nbs/distill/ablations.ipynb #677a0816
+# %% ../../nbs/distill/ablations.ipynb #6ff65451
 WHOLE = "whole"
 ABLATIONS = {
     WHOLE: Ablation(),
@@ -43,13 +43,17 @@ ABLATIONS = {
     "white background": Ablation({"rays.loss.background": "white"}),
     "no alpha loss": Ablation({"rays.loss.alpha_weight": 0.0}),
     "Charbonnier colour": Ablation({"rays.loss.colour": "charbonnier"}),
+    "blended colour": Ablation({"rays.loss.colour": "blend"}),
+    "resampled by error": Ablation({"rays.residual_share": 0.3}),
     "rays anywhere": Ablation({"rays.foreground": 0.3}),
     "space never refreshed": Ablation({"rays.first_refresh": 0}),
     "last weights": Ablation({"rays.loop.ema_decay": None}),
     "SWA": Ablation({"rays.loop.ema_decay": None, "rays.loop.swa_from": 0.75}),
     "no continuity": Ablation({"continuity": 0.0}),
     "overlapping cells": Ablation({"rays.overlap": 0.05}),
+    "blended cells": Ablation({"network": {"blend": 0.1}}),
     "no direction": Ablation({"network": {"direction_frequencies": 0}}),
+    "late direction": Ablation({"rays.direction.start": 0.3, "rays.direction.warmup": 0.1}),
     "learn from the teacher": Ablation({"targets": "teacher"}),
     "alpha guard": Ablation(terms={"alpha_guard": True, "alpha_band.patience": 10}),
     "opacity target 0.18": Ablation(terms={
@@ -67,11 +71,13 @@ def choose_ablations(names: str = "") -> list[str]:
         if name not in ABLATIONS: raise unknown_name("ablation", name, ABLATIONS)
     return [WHOLE, *(name for name in chosen if name != WHOLE)]
 
-# %% ../../nbs/distill/ablations.ipynb #5538cd96
-def ablated(config: TeachingConfig, name: str) -> tuple[TeachingConfig, ExtraTermsConfig]:
-    """(`config` with the change of an ablation, the settings of its further terms). name: in `ABLATIONS`."""
+# %% ../../nbs/distill/ablations.ipynb #66c27aea
+def ablated(config: TeachingConfig, name: str,
+            terms: ExtraTermsConfig | None = None) -> tuple[TeachingConfig, ExtraTermsConfig]:
+    """(`config` with the change of an ablation, `terms` (None: none) with its further ones). name: in `ABLATIONS`."""
     one = ABLATIONS[name]
-    return apply_settings(config, one.changes, "teaching"), apply_settings(ExtraTermsConfig(), one.terms, "extra_terms")
+    terms = apply_settings(terms or ExtraTermsConfig(), one.terms, "extra_terms")
+    return apply_settings(config, one.changes, "teaching"), terms
 
 # %% ../../nbs/distill/ablations.ipynb #2d2a1515
 def _scores_of(result: DistillationResult, data: DistillationData, targets: Sequence[ViewTarget]) -> dict[str, Any]:
@@ -82,20 +88,20 @@ def _scores_of(result: DistillationResult, data: DistillationData, targets: Sequ
     return {"psnr_db": scores["psnr_db"], "halo": alpha["halo_mean"], "leak": alpha["leak_mean"],
             "blank_db": scores["blank_db"], **result.results}
 
-# %% ../../nbs/distill/ablations.ipynb #8e9b7000
+# %% ../../nbs/distill/ablations.ipynb #e3f9cb67
 def run_ablations(names: Sequence[str], data: DistillationData, config: TeachingConfig, folder: Path,
-                  resume: bool = False) -> dict[str, dict[str, Any]]:
+                  resume: bool = False, terms: ExtraTermsConfig | None = None) -> dict[str, dict[str, Any]]:
     """Train and score the named ablations of `config`; prints a line for each.
 
-    folder: each has a folder in it. Returns name -> "psnr_db" and "blank_db" (`distill.evaluation.main_scores`),
-    "halo", "leak" (`imaging.silhouettes`), and the numbers of the training; name -> {"stopped": reason} where the
-    training stopped.
+    terms: of the whole training. folder: each has a folder in it. Returns name -> "psnr_db" and "blank_db"
+    (`distill.evaluation.main_scores`), "halo", "leak" (`imaging.silhouettes`), and the numbers of the training; name ->
+    {"stopped": reason} where the training stopped.
     """
     found, targets = {}, targets_from_teacher(data.teacher, data.test)
     for name in names:
-        changed, terms = ablated(config, name)
+        changed, extra = ablated(config, name, terms)
         try:
-            result = teach(data, changed, folder / name.replace(" ", "_"), terms=extra_terms(terms, changed.rays),
+            result = teach(data, changed, folder / name.replace(" ", "_"), terms=extra_terms(extra, changed.rays),
                            resume=resume, quiet=True)
             found[name] = _scores_of(result, data, targets)
             print(f"{name:<24}{found[name]['psnr_db']:.2f} dB, {result.seconds:.0f} s", flush=True)

@@ -8,7 +8,7 @@ penalty outside a band.
 __all__ = ['mean_where', 'quantile_where', 'halo_and_leak', 'OpacityTargetConfig', 'check_same_term', 'OpacityTarget',
            'AlphaBandConfig', 'next_band_state', 'AlphaBand', 'check_alpha_settings', 'alpha_terms']
 
-# %% ../../nbs/distill/alpha.ipynb #7abfc956
+# %% ../../nbs/distill/alpha.ipynb #03f97245
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import relu
 
-from .losses import Term
+from ..core.configs import checked
+from .losses import Term, band_penalty
 from .rays import RayBatch
 from ..fields.rendering import RayRender
 from ..core.errors import KiloError
@@ -38,8 +39,9 @@ def halo_and_leak(alpha: Tensor, target: Tensor, solid: float, q: float) -> tupl
     solid), both near 0 for a good student. alpha, target: [R], 0..1."""
     return quantile_where(alpha, target == 0, q), quantile_where(1 - alpha, target >= solid, q)
 
-# %% ../../nbs/distill/alpha.ipynb #71dceda3
+# %% ../../nbs/distill/alpha.ipynb #87cb5fdf
 @dataclass(frozen=True)
+@checked
 class OpacityTargetConfig:
     """Schedule of a target for the mean alpha of object rays.
 
@@ -112,8 +114,9 @@ class OpacityTarget(Term):
         """Raises KiloError where the checkpoint's settings are others."""
         check_same_term(self, state)
 
-# %% ../../nbs/distill/alpha.ipynb #06be80d0
+# %% ../../nbs/distill/alpha.ipynb #b83f80ed
 @dataclass(frozen=True)
+@checked
 class AlphaBandConfig:
     """Settings of the alpha band.
 
@@ -219,13 +222,12 @@ class AlphaBand(Term):
         check_same_term(self, state)
         self.state = {name: value.clone() for name, value in state["state"].items()}
 
-# %% ../../nbs/distill/alpha.ipynb #9ae0b93e
+# %% ../../nbs/distill/alpha.ipynb #28dcc0ba
 def _band_values(band: AlphaBand, batch: RayBatch, alpha: Tensor) -> dict[str, Tensor]:
     """Loss and logged values of a step; what `after_step` needs is kept in `measured`."""
     config = band.config
-    objects, background = batch.alpha >= config.solid, batch.alpha == 0
-    outside = relu(config.minimum - alpha).square() + relu(alpha - config.maximum).square()
-    penalty = mean_where(outside, objects) + mean_where(relu(alpha - config.halo).square(), background)
+    objects = batch.alpha >= config.solid
+    penalty = band_penalty(alpha, batch.alpha, config.minimum, config.maximum, config.halo, config.solid)
     halo, leak = halo_and_leak(alpha.detach(), batch.alpha, config.solid, config.quantile)
     band.measured = {"object": mean_where(alpha.detach(), objects).double(), "halo": halo.double(),
                      "any": objects.any()}

@@ -51,7 +51,7 @@ def training_blank_db(data: DistillationData, targets: str) -> float:
     first = data_of_view(data, 0).targets(targets)[0]
     return blank_baseline_db(over_background(first.rgb_premultiplied, first.alpha, check=False))
 
-# %% ../../nbs/distill/evaluation.ipynb #856b6755
+# %% ../../nbs/distill/evaluation.ipynb #8f6c4355
 def scene_results(result: DistillationResult, data: DistillationData, evaluation: Evaluation) -> dict[str, Any]:
     """The numbers of a distillation as results of a run: the scores (`test_...`), those of the training, and of the
     teacher.
@@ -59,7 +59,7 @@ def scene_results(result: DistillationResult, data: DistillationData, evaluation
     total_s: seconds from the data to the student, with the fit of the teacher (fit_s) where it was fitted.
     teacher_psnr_srgb_white_db: of the teacher against the photographs, where there are some. teacher_count: gaussians.
     """
-    scores = evaluation.results("test")
-    own = {"teacher_psnr_srgb_white_db": scores["test_teacher_psnr_srgb_white_db"]} if data.photos else {}
+    scores = evaluation.results("test", data.test_in_data)
+    own = {"teacher_psnr_srgb_white_db": scores["test_teacher_psnr_srgb_white_db"]} if data.test_photos else {}
     return {**scores, **result.results, "total_s": data.fit_s + result.seconds, "weights": result.weights,
             **({"fit_s": data.fit_s} if data.fit_s else {}), **own, "teacher_count": len(data.teacher)}

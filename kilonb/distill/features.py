@@ -9,7 +9,7 @@ __all__ = ['FEATURE_NAMES', 'teacher_features', 'principal_axes', 'random_axes',
            'Projector', 'feature_loss', 'FeatureConfig', 'feature_weights', 'draw_by_weight', 'FeatureTerm',
            'sample_features', 'student_features', 'feature_terms']
 
-# %% ../../nbs/distill/features.ipynb #c35f0cdb
+# %% ../../nbs/distill/features.ipynb #f8e8a3d6
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -19,11 +19,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from .alpha import check_same_term
 from .losses import Term
 from .rays import RayBatch
 from ..fields.rendering import RayRender
-from ..core.errors import KiloError
+from ..core.errors import KiloError, unknown_name
 from ..splats.gaussians import Gaussians
 from ..splats.lookup import GaussianLookup
 from ..training.guards import TrainingStopped
@@ -176,15 +177,18 @@ def feature_loss(predicted: Tensor, wanted: Tensor, cosine_weight: float, l2_wei
     return {"loss": cosine_weight * (1 - cosine) + l2_weight * l2, "cosine_similarity": cosine.detach(),
             "l2": l2.detach()}
 
-# %% ../../nbs/distill/features.ipynb #4c0ec872
+# %% ../../nbs/distill/features.ipynb #45515e02
 @dataclass(frozen=True)
+@checked
 class FeatureConfig:
     """Settings of feature distillation; shares are of the run, 0..1.
 
     channels, adapter: see `TeacherAdapter`. hidden: units of the projector, 0: linear.
     learning_rate_ratio: the projector's rate over the student's, at most .5.
-    cosine_weight, l2_weight: of the two losses. ramp: share in which they rise from 0.
-    fade_start, fade_end: shares between which the cosine fades into L2; both 1: cosine only, both 0: L2 only.
+    cosine_weight, l2_weight: of the two losses. schedule: "fade" from one to the other, or "separate" ones.
+    Of the fade: ramp: share in which the weights rise from 0; fade_start, fade_end: shares between which the cosine
+    fades into L2; both 1: cosine only, both 0: L2 only. Of separate ones: cosine_start, l2_start: shares before which
+    the weight is 0; cosine_ramp, l2_ramp: shares in which it rises after that.
     projector_alone: share in which the loss trains the projector only. freeze: share after which the projector is
     frozen, 1: never.
     mask_fraction: share of the samples at which features are compared, drawn by their weight in the image.
@@ -198,6 +202,11 @@ class FeatureConfig:
     learning_rate_ratio: float = 0.5
     cosine_weight: float = 0.01
     l2_weight: float = 0.01
+    schedule: Literal["fade", "separate"] = "fade"
+    cosine_start: float = 0.0
+    cosine_ramp: float = 0.05
+    l2_start: float = 0.3
+    l2_ramp: float = 0.3
     ramp: float = 0.05
     fade_start: float = 0.3
     fade_end: float = 0.6
@@ -211,10 +220,25 @@ class FeatureConfig:
 
     def __post_init__(self): _check_feature_config(self)
 
-# %% ../../nbs/distill/features.ipynb #f6354880
+# %% ../../nbs/distill/features.ipynb #d538244d
+_FADE, _SEPARATE = ("ramp", "fade_start", "fade_end"), ("cosine_start", "cosine_ramp", "l2_start", "l2_ramp")
+
+
+def _check_schedule(config: FeatureConfig) -> None:
+    """Raises KiloError for an unknown schedule, and for a value of the one that is not in use."""
+    if config.schedule not in ("fade", "separate"):
+        raise unknown_name("schedule of the feature loss", config.schedule, ("fade", "separate"))
+    unused = _SEPARATE if config.schedule == "fade" else _FADE
+    for name in unused:
+        if getattr(config, name) != FeatureConfig.__dataclass_fields__[name].default:
+            other = "separate" if config.schedule == "fade" else "fade"
+            raise KiloError(f"{name} = {getattr(config, name):g} of the feature loss has no effect with schedule = "
+                            f"'{config.schedule}': leave it out, or set schedule to {other}.")
+
+# %% ../../nbs/distill/features.ipynb #02882999
 def _check_feature_config(config: FeatureConfig) -> None:
     """Raises KiloError for values out of range and for contradictions."""
-    for name in ("ramp", "fade_start", "fade_end", "projector_alone", "freeze", "minimum_kept"):
+    for name in ("ramp", "fade_start", "fade_end", *_SEPARATE, "projector_alone", "freeze", "minimum_kept"):
         if not 0 <= getattr(config, name) <= 1:
             raise KiloError(f"{name} of the feature loss is {getattr(config, name)}; expected a share, 0 to 1.")
     if not 0 < config.mask_fraction <= 1:
@@ -225,6 +249,7 @@ def _check_feature_config(config: FeatureConfig) -> None:
     if config.fade_start > config.fade_end:
         raise KiloError(f"fade_start = {config.fade_start:g} is after fade_end = {config.fade_end:g}: give them in "
                         "order.")
+    _check_schedule(config)
     if config.freeze <= config.projector_alone:
         raise KiloError(f"freeze = {config.freeze:g} is not after projector_alone = {config.projector_alone:g}: the "
                         "projector would be frozen before the student is trained on features.")
@@ -234,9 +259,13 @@ def _check_feature_config(config: FeatureConfig) -> None:
     if min(config.minimum_density, config.cka_every) < 0 or config.patience < 1:
         raise KiloError("minimum_density and cka_every must be 0 or more, and patience 1 or more.")
 
-# %% ../../nbs/distill/features.ipynb #19a3c467
+# %% ../../nbs/distill/features.ipynb #4a9bbab3
 def feature_weights(config: FeatureConfig, share: float) -> tuple[float, float]:
     """(cosine weight, L2 weight) after a share of the run."""
+    if config.schedule == "separate":
+        rise = lambda start, ramp: min(1.0, max(0.0, share - start) / ramp) if ramp else float(share >= start)
+        return (config.cosine_weight * rise(config.cosine_start, config.cosine_ramp),
+                config.l2_weight * rise(config.l2_start, config.l2_ramp))
     ramp = min(1.0, share / config.ramp) if config.ramp else 1.0
     length = config.fade_end - config.fade_start
     progress = min(1.0, max(0.0, share - config.fade_start) / length) if length else float(share >= config.fade_end)
@@ -374,10 +403,13 @@ def _feature_values(term: FeatureTerm, step: int, student: nn.Module, render: Ra
     parts = {"loss": weights[0] * (1 - cosine) + weights[1] * l2, "cosine_similarity": cosine, "l2": l2}
     return loss["loss"], {**parts, **logged}
 
-# %% ../../nbs/distill/features.ipynb #a1eba324
+# %% ../../nbs/distill/features.ipynb #d4931683
 def _feature_state(term: FeatureTerm) -> dict[str, Any]:
     weights = {"projector": term.projector.state_dict(), "adapter": term.adapter.state_dict()}
-    return {"settings": {**asdict(term.config), "steps": term.steps, "width": term.width},
+    settings = asdict(term.config)
+    if term.config.schedule == "fade":
+        settings = {k: v for k, v in settings.items() if k not in ("schedule", *_SEPARATE)}
+    return {"settings": {**settings, "steps": term.steps, "width": term.width},
             "gradient_norm": term.gradient_norm, "misses": term.misses,
             **{name: {key: value.detach().clone() for key, value in state.items()} for name, state in weights.items()}}
 

@@ -95,7 +95,7 @@ def view_sheet(gaussians: Gaussians, student: Student, camera: PinholeCamera, se
     """
     return model_sheet([viewed_teacher(gaussians, student), viewed_student(student)], camera, settings, size)
 
-# %% ../../nbs/distill/orbit.ipynb #536a7363
+# %% ../../nbs/distill/orbit.ipynb #77f38600
 class Orbit(OrbitWidget):
     """Teacher and student side by side, turned by dragging.
 
@@ -108,7 +108,8 @@ class Orbit(OrbitWidget):
                  up: tuple[float, float, float] = (0.0, 0.0, 1.0), settings: ViewSettings | None = None,
                  difference: bool = False, title: str = ""):
         if not isinstance(teacher, Gaussians):
-            raise KiloError(f"teacher is of type {type(teacher).__name__}; expected Gaussians, such as read_ply gives.")
+            raise KiloError(f"teacher is of type {type(teacher).__name__}; expected Gaussians, such as "
+                            "read_gaussians gives.")
         if not isinstance(student, Student):
             raise KiloError(f"student is of type {type(student).__name__}; expected a Student, such as "
                             "load_student gives.")
@@ -120,7 +121,7 @@ class Orbit(OrbitWidget):
         """Speed of a drag on this machine, of both or of the student only; see `imaging.orbit_widget.drag_speed`."""
         return super().benchmark(pictures, ["student"] if student_only else None)
 
-# %% ../../nbs/distill/orbit.ipynb #20189ce3
+# %% ../../nbs/distill/orbit.ipynb #6f52831c
 def newest_student(sha256: str, outputs: str | Path | None = None) -> Path | None:
     """The student.pt of the newest finished run on the data with this hash, or None; single-view experiments come
     last."""
@@ -130,10 +131,10 @@ def newest_student(sha256: str, outputs: str | Path | None = None) -> Path | Non
                                                 for item in record.environment.get("data") or []):
             continue
         students = sorted(record.folder.rglob("student.pt"), key=lambda path: path.stat().st_mtime)
-        if students: found.append((not record.experiment.startswith("single_view"), record.started, students[-1]))
+        if students: found.append((not record.experiment.startswith("single_view"), record.age_key, students[-1]))
     return max(found)[-1] if found else None
 
-# %% ../../nbs/distill/orbit.ipynb #1b7ef6a7
+# %% ../../nbs/distill/orbit.ipynb #9fe1be46
 def find_student(name: str, reference: DataReference) -> Path | None:
     """The file or folder of the student to show.
 
@@ -141,7 +142,8 @@ def find_student(name: str, reference: DataReference) -> Path | None:
     where there is none. Raises KiloError where no run has that name.
     """
     if not name: return newest_student(reference.sha256)
-    return Path(name) if Path(name).exists() else find_run(name)
+    path = Path(name).expanduser()
+    return path if path.exists() else find_run(name)
 
 # %% ../../nbs/distill/orbit.ipynb #5c51ff89
 def teacher_of_student(reference: DataReference, choice: str = "auto", student: Path | None = None) -> Path:

@@ -9,7 +9,7 @@ __all__ = ['Condition', 'Phase', 'phases_of_run', 'check_lengths', 'PhaseStart',
            'waiting_steps', 'advance_plan', 'weights_at', 'plan_state', 'restore_plan', 'freeze_parameters',
            'PhaseScheduler', 'response_values', 'check_phase', 'PhasedTerm', 'apply_phases']
 
-# %% ../../nbs/distill/phases.ipynb #18e2d471
+# %% ../../nbs/distill/phases.ipynb #51bc04c5
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from .losses import ResponseLossConfig, Term, response_loss
 from .rays import RayBatch
 from ..fields.rendering import RayRender
@@ -24,8 +25,9 @@ from ..core.errors import KiloError, unknown_name
 from ..training.checkpoints import portable
 from ..training.guards import TrainingStopped
 
-# %% ../../nbs/distill/phases.ipynb #12918eab
+# %% ../../nbs/distill/phases.ipynb #3630a74c
 @dataclass(frozen=True)
+@checked
 class Condition:
     """A bound on a logged value that must hold in `patience` consecutive checks.
 
@@ -83,8 +85,9 @@ def _check_phase(phase: "Phase") -> None:
         raise KiloError(f"Phase '{phase.name}' has no gates, but maximum_wait or if_blocked: nothing would "
                         "wait; leave them out.")
 
-# %% ../../nbs/distill/phases.ipynb #16bdc167
+# %% ../../nbs/distill/phases.ipynb #86015c6f
 @dataclass(frozen=True)
+@checked
 class Phase:
     """One part of a training run.
 
@@ -366,7 +369,7 @@ def check_phase(scheduler: PhaseScheduler, step: int) -> None:
     scheduler.reset_means()
     freeze_parameters(plan, scheduler.groups)
 
-# %% ../../nbs/distill/phases.ipynb #1c08b0ce
+# %% ../../nbs/distill/phases.ipynb #079fd072
 class PhasedTerm(Term):
     """A term whose loss and logged effective weight are multiplied by the current phase's factor.
 
@@ -391,6 +394,10 @@ class PhasedTerm(Term):
         self.scheduler.observe(values)
         scaled = {key: factor * values[key] for key in ("loss", f"{self.name}_weight_effective") if key in values}
         return {**values, **scaled, f"{self.name}_phase_weight": factor}
+
+    def measure(self, step: int, losses: Mapping[str, Tensor], student: nn.Module) -> dict[str, float]:
+        """The term's own, in a step in which it was evaluated."""
+        return self.term.measure(step, losses, student) if self.active else {}
 
     def after_step(self, step: int) -> None:
         """The term's own, after a step in which it was evaluated."""

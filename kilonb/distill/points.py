@@ -6,7 +6,7 @@
 __all__ = ['visible_space', 'PointBank', 'points_in', 'rays_to', 'query_teacher', 'PointsConfig', 'point_loss',
            'query_in_parallel', 'distill_points']
 
-# %% ../../nbs/distill/points.ipynb #6af3bb6d
+# %% ../../nbs/distill/points.ipynb #00dcd126
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .student import Student
 from ..fields.occupancy import OccupancyGrid, VoxelContributions
@@ -104,8 +105,9 @@ def query_teacher(teacher: Field, grid: OccupancyGrid, cameras: Sequence[Pinhole
         raise KiloError("The teacher's density or colour has NaN or infinite values: check its parameters.")
     return PointBank(positions, directions, -torch.expm1(-sigma * step), rgb.clamp(0, 1))
 
-# %% ../../nbs/distill/points.ipynb #51bc15ea
+# %% ../../nbs/distill/points.ipynb #c18c7ec2
 @dataclass(frozen=True)
+@checked
 class PointsConfig:
     """Settings of the training on points.
 

@@ -5,24 +5,25 @@
 # %% auto #0
 __all__ = ['SingleView', 'load_single_view', 'all_white_scores', 'check_space']
 
-# %% ../../nbs/distill/single_view.ipynb #0dacba10
+# %% ../../nbs/distill/single_view.ipynb #26bc2c43
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core.errors import KiloError
-from .data import find_teacher
+from ..core.errors import KiloError, unknown_name
+from .data import find_teacher, teacher_in_frame
 from .marcher_check import check_marcher
 from .rays import RayPool
 from .space import occupancy_of_gaussians, visual_hull
-from ..fields.occupancy import OccupancyGrid
-from ..imaging.targets import ViewTarget, targets_from_images, targets_from_teacher
+from ..fields.occupancy import OccupancyGrid, occupancy_from_gaussians
+from ..imaging.targets import NamedView, ViewTarget, targets_from_images, targets_from_teacher
 from ..metrics.images import blank_baseline_db, foreground_psnr_db, over_background
-from ..scenes.blender import load_blender
+from ..scenes.photographs import open_views
 from ..splats.gaussians import Gaussians
-from ..splats.ply import read_ply
+from ..splats.formats import read_gaussians
 
 # %% ../../nbs/distill/single_view.ipynb #22d174c1
 @dataclass(frozen=True)
@@ -51,23 +52,48 @@ class SingleView:
                 f"the object covers {(self.target.alpha > 0).float().mean():.0%} of the picture; "
                 f"{self.grid.fraction:.1%} of {voxels} voxels are occupied")
 
-# %% ../../nbs/distill/single_view.ipynb #f90cef6c
+# %% ../../nbs/distill/single_view.ipynb #8ef70b35
+def _space_of_view(space: str, gaussians: Gaussians | None, scene: Sequence[NamedView], voxels: int) -> OccupancyGrid:
+    """The occupied space of one view: of the gaussians, of the masks, or of both; "auto": gaussians where there are
+    some. Raises KiloError for another word, without gaussians where they are needed, and where nothing remains."""
+    kinds = ("auto", "gaussians", "masks", "both")
+    if space not in kinds: raise unknown_name("space", space, kinds)
+    if gaussians is None and space in ("gaussians", "both"):
+        raise KiloError(f"space is '{space}', but the view has no teacher: give one, or set space to masks.")
+    hull = visual_hull(targets_from_images(scene), voxels) if space in ("masks", "both") or gaussians is None else None
+    if gaussians is None or space == "masks": return hull
+    if hull is None: return occupancy_of_gaussians(gaussians, voxels)
+    footprints = occupancy_from_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities,
+                                          voxels, hull.box)
+    inside = OccupancyGrid(hull.box, footprints.occupied & hull.occupied)
+    if inside.occupied.any(): return inside
+    raise KiloError("space is 'both', but the teacher's footprints and the hull of the masks have no voxel in common: "
+                    "they do not show the same object, or their poses differ.")
+
+# %% ../../nbs/distill/single_view.ipynb #a4e4eeb2
 def load_single_view(path: str | Path, split: str = "train", position: int = 0, width: int = 0, teacher: str = "auto",
-                     voxels: int = 128, needs_depth: bool = False) -> SingleView:
-    """One view of a dataset in Blender's layout.
+                     voxels: int = 128, needs_depth: bool = False, kind: str = "blender",
+                     space: str = "auto", masks: str = "auto", hold_out: int = 8) -> SingleView:
+    """One view of posed photographs.
 
     position: of the view in the split, from 0. width: of the pictures, pixels; 0: as they are.
     teacher: see `distill.data.find_teacher`; without one the target is the image. voxels: of the occupancy grid along
-    its longest edge. needs_depth: whether a loss compares depth.
-    Raises KiloError: no such view, an unreadable teacher, or depth needed without a teacher.
+    its longest edge. needs_depth: whether a loss compares depth. kind: of the data, see
+    `scenes.photographs.open_views`.
+    space: see `_space_of_view`. masks, hold_out: see `scenes.photographs.open_views`; auto: required where the space
+    needs them.
+    Raises KiloError: no such view, an unreadable teacher, depth needed without a teacher, or masks needed and none
+    there.
     """
-    scene, ply = load_blender(path, split, width or None), find_teacher(path, teacher)
-    view, gaussians = scene[position], read_ply(ply) if ply else None
+    ply = find_teacher(path, teacher)
+    if masks == "auto": masks = "none" if ply and space in ("auto", "gaussians") else "required"
+    scene = open_views(kind, path, split, width, masks=masks, hold_out=hold_out)
+    view, gaussians = scene[position], teacher_in_frame(read_gaussians(ply), scene.world_shift) if ply else None
     if gaussians is None and needs_depth:
         raise KiloError("depth_weight is set, but images have no depth: give a teacher, or depth_weight=0.")
     if gaussians is None: target, = targets_from_images([view])
     else: target, = targets_from_teacher(gaussians, [(view.name, view.camera)])
-    grid = occupancy_of_gaussians(gaussians, voxels) if ply else visual_hull(targets_from_images(scene), voxels)
+    grid = _space_of_view(space, gaussians, scene, voxels)
     return SingleView(target, gaussians, grid, position, len(scene))
 
 # %% ../../nbs/distill/single_view.ipynb #b5b892c5

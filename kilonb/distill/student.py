@@ -6,7 +6,7 @@
 __all__ = ['FieldConfig', 'Student', 'make_student', 'DistillConfig', 'overlapping', 'gather_render', 'Distillation',
            'distill', 'save_student', 'load_student']
 
-# %% ../../nbs/distill/student.ipynb #0164ca0f
+# %% ../../nbs/distill/student.ipynb #b3346fb9
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -16,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from .losses import ResponseLossConfig, Term, add_terms, response_loss
-from .rays import RayPool
+from .direction import DirectionConfig, schedule_direction
+from .heldout import held_out_scorer
+from .rays import RayBatch, RayPool, ResidualSampler
 from ..fields.hashgrid import HashGridConfig, HashGridField
 from ..fields.kilonerf import CellGrid, KiloNeRF, KiloNeRFConfig, cells_from_occupancy
 from ..fields.mlp import MLPConfig, MLPField
@@ -25,6 +28,7 @@ from ..fields.occupancy import OccupancyGrid, VoxelContributions
 from ..fields.rendering import FieldImage, RayRender, render_image, render_rays
 from ..geometry.cameras import PinholeCamera, Rays
 from ..imaging.sources import FrameSource, tensors_digest
+from ..imaging.targets import ViewTarget
 from ..core.errors import KiloError, shorten
 from ..core.numbers import positive
 from ..training.checkpoints import check_tensors, read_checkpoint, write_checkpoint
@@ -102,20 +106,23 @@ def make_student(grid: OccupancyGrid, config: FieldConfig, step: float, seed: in
     else: field = (MLPField if isinstance(config, MLPConfig) else HashGridField)(grid.box, config, generator)
     return Student(field, grid, step)
 
-# %% ../../nbs/distill/student.ipynb #0ef53629
+# %% ../../nbs/distill/student.ipynb #58f79469
 @dataclass(frozen=True)
+@checked
 class DistillConfig:
     """Settings of the training on rays.
 
     rays: per step. foreground: share of them with target alpha above 0.
-    first_refresh: step of the first occupancy refresh, repeated at its doublings and every refresh_every steps;
-    0: none.
-    refresh_until: share of the run after which the occupancy stays.
-    refresh_weight: contribution to a ray below which a voxel is dropped.
+    first_refresh: step of the first occupancy refresh, repeated at its doublings and every refresh_every steps; 0:
+    none. refresh_until: share of the run after which the occupancy stays. refresh_weight: contribution to a ray below
+    which a voxel is dropped.
     overlap: share of a cell, below 1/2, by which the cells of a KiloNeRF overlap in training (`distill.seams`).
-    fixed_batch: the same rays in every step; a student that cannot fit those has a defect in its machinery.
-    alpha_floor: mean alpha of foreground rays below which training stops.
-    loop: steps, learning rate, averaging, checkpoints. loss: weights of the loss terms.
+    fixed_batch: the same rays in every step. residual_share: of the rays, drawn by the errors of the last steps
+    (`distill.rays.ResidualSampler`).
+    march_start: distance between samples at the beginning, as a multiple of the student's; it falls to 1 over the
+    share march_ramp of the run. direction: schedule of the direction branch (`distill.direction`).
+    evaluate_views: scored every `loop.evaluate_every_steps`. alpha_floor: mean alpha of foreground rays below which
+    training stops. loop: steps, learning rate, averaging, checkpoints. loss: weights of the loss terms.
     """
 
     rays: int = 4096
@@ -126,24 +133,46 @@ class DistillConfig:
     refresh_weight: float = 0.01
     overlap: float = 0.0
     fixed_batch: bool = False
+    residual_share: float = 0.0
+    march_start: float = 1.0
+    march_ramp: float = 0.5
+    direction: DirectionConfig = DirectionConfig()
     alpha_floor: float = 0.1
-    loop: LoopConfig = field(default_factory=lambda: LoopConfig(steps=2000, learning_rate=5e-3, warmup_steps=50,
-                                                                ema_decay=0.99))
+    evaluate_views: int = 4
+    loop: LoopConfig = field(default_factory=lambda: LoopConfig(2000, 5e-3, warmup_steps=50, ema_decay=0.99))
     loss: ResponseLossConfig = field(default_factory=ResponseLossConfig)
 
-    def __post_init__(self):
-        if self.rays < 1: raise KiloError(f"rays is {self.rays}; expected at least 1 per step.")
-        if not 0 <= self.overlap < 0.5:
-            raise KiloError(f"overlap is {self.overlap:g}; expected a share of a cell from 0 to less than 1/2.")
-        if not 0 <= self.foreground <= 1:
-            raise KiloError(f"foreground is {self.foreground:g}; expected a share from 0 to 1.")
+    def __post_init__(self): _check_distill(self)
 
-    def refreshes(self, step: int) -> bool:
-        """Whether the occupancy is refreshed after `step` completed steps."""
-        return _refreshes(self, step)
+    def march_factor(self, step: int) -> float: return _march_factor(self, step)
+    def refreshes(self, step: int) -> bool: return _refreshes(self, step)
 
-# %% ../../nbs/distill/student.ipynb #7b7c41dd
+# %% ../../nbs/distill/student.ipynb #b488f572
+def _check_distill(config: DistillConfig) -> None:
+    """Raises KiloError for values out of range or at odds."""
+    if config.evaluate_views < 1:
+        raise KiloError(f"evaluate_views is {config.evaluate_views}; expected 1 or more held-out views.")
+    if config.rays < 1: raise KiloError(f"rays is {config.rays}; expected at least 1 per step.")
+    if not 0 <= config.overlap < 0.5:
+        raise KiloError(f"overlap is {config.overlap:g}; expected a share of a cell from 0 to less than 1/2.")
+    for name in ("foreground", "residual_share", "march_ramp"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise KiloError(f"{name} is {getattr(config, name):g}; expected a share from 0 to 1.")
+    if not 1 <= config.march_start <= 16:
+        raise KiloError(f"march_start is {config.march_start:g}; expected a multiple of the step from 1 to 16.")
+    if config.fixed_batch and config.residual_share:
+        raise KiloError(f"fixed_batch draws the same rays in every step, and residual_share = "
+                        f"{config.residual_share:g} others: set one of them only.")
+
+
+def _march_factor(config: DistillConfig, step: int) -> float:
+    """The distance between samples at `step`, as a multiple of the student's."""
+    progress = step / max(config.march_ramp * config.loop.steps, 1)
+    return 1.0 if config.march_start == 1 else 1 + (config.march_start - 1) * max(0.0, 1 - progress)
+
+# %% ../../nbs/distill/student.ipynb #6b24a2c4
 def _refreshes(config: DistillConfig, step: int) -> bool:
+    """Whether the occupancy is refreshed after `step` completed steps."""
     first = config.first_refresh
     if step > config.refresh_until * config.loop.steps or not first or step < first: return False
     ratio, rest = divmod(step, first)
@@ -179,7 +208,7 @@ def _terms_by_name(terms: Sequence[Term], world: World) -> dict[str, Term]:
                         "together: train on one, or without it.")
     return named
 
-# %% ../../nbs/distill/student.ipynb #8d0829f3
+# %% ../../nbs/distill/student.ipynb #3bf32882
 class Distillation:
     """One training run of a student: its step, the occupancy refresh after it, and the state for checkpoints.
 
@@ -192,6 +221,8 @@ class Distillation:
         self.terms = _terms_by_name(terms, world)
         self.mine = share(config.rays, world)
         self.contributions = VoxelContributions(student.grid)
+        self.residuals = ResidualSampler(pool) if config.residual_share else None
+        self.number = 0
 
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor | float]:
         """Loss and logged values of one batch of rays."""
@@ -213,6 +244,7 @@ class Distillation:
     def state_dict(self) -> dict[str, Any]:
         """The contributions and the state of every term."""
         return {**self.contributions.state_dict(),
+                **({"residuals": self.residuals.error} if self.residuals else {}),
                 "terms": {name: term.state_dict() for name, term in self.terms.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -221,29 +253,66 @@ class Distillation:
             raise KiloError(f"The checkpoint's run had the terms {sorted(state['terms'])}, this one has "
                             f"{sorted(self.terms)}.")
         self.contributions.load_state_dict(state)
+        if self.residuals: self.residuals.error = state["residuals"].clone()
         for name, term in self.terms.items(): term.load_state_dict(state["terms"][name])
 
-# %% ../../nbs/distill/student.ipynb #ee29ded2
+# %% ../../nbs/distill/student.ipynb #856f8b57
+def _draw_rays(run: Distillation, generator: torch.Generator) -> tuple[RayBatch, Tensor | None]:
+    """The rays of a step, at random and a share of them by the last errors, with their indices; None for all at
+    random."""
+    config = run.config
+    if not run.residuals: return run.pool.sample(config.rays, config.foreground, generator), None
+    own = round(config.rays * config.residual_share)
+    index = torch.cat([run.pool.draw(config.rays - own, config.foreground, generator),
+                       run.residuals.draw(own, generator)])
+    return run.pool.take(index), index
+
+
+def _ray_errors(render: RayRender, batch: RayBatch) -> Tensor:
+    """Squared error of premultiplied colour and alpha of each ray [R]."""
+    colour = (render.rgb_premultiplied.detach() - batch.rgb_premultiplied).square().mean(-1)
+    return colour + (render.alpha.detach() - batch.alpha).square()
+
+# %% ../../nbs/distill/student.ipynb #36a24508
 def _distillation_step(run: Distillation, step: int, generator: torch.Generator) -> dict[str, Tensor | float]:
     config, student = run.config, run.student
     drawn = torch.Generator().manual_seed(config.loop.seed) if config.fixed_batch else generator
-    batch = run.pool.sample(config.rays, config.foreground, drawn)
+    run.number = step
+    batch, index = _draw_rays(run, drawn)
     offset = torch.rand(len(batch.alpha), generator=drawn)
     rays = Rays(batch.rays.origins[run.mine], batch.rays.directions[run.mine])
     with overlapping(student.field, config.overlap):
-        render = render_rays(student.field, rays, student.grid, student.step, offset[run.mine])
+        render = render_rays(student.field, rays, student.grid, student.step * config.march_factor(step),
+                             offset[run.mine])
     if step <= config.refresh_until * config.loop.steps:
         run.contributions.add(render.samples.positions, render.weights, render.densities)
     samples = run.world.size * len(render.weights)
     render = gather_render(render, len(batch.alpha), run.world)
+    if run.residuals: run.residuals.update(index, _ray_errors(render, batch))
     values = response_loss(render, batch, config.loss, generator) | {"samples_per_ray": samples / len(batch.alpha)}
     further = {name: term(step, student, batch, render, generator) for name, term in run.terms.items()}
-    return add_terms(values, further)
+    values = add_terms(values, further)
+    losses = {name: entries["loss"] for name, entries in further.items() if "loss" in entries}
+    for term in run.terms.values(): values |= term.measure(step, {**losses, "total": values["loss"]}, student)
+    return values
 
-# %% ../../nbs/distill/student.ipynb #3b82829e
+# %% ../../nbs/distill/student.ipynb #d5f4cf74
+_LATER = {"residual_share", "march_start", "march_ramp", "direction", "evaluate_views"}  # not in 0.1
+
+
+def _recorded_config(config: DistillConfig) -> dict[str, Any]:
+    """What a resumed run must share, without the later fields that have their defaults, which older checkpoints
+    lack."""
+    whole, default = asdict(config), asdict(DistillConfig())
+    if config.loss.colour != "blend": del whole["loss"]["colour_blend"]
+    return {f"distill.{name}": value for name, value in whole.items()
+            if name != "loop" and not (name in _LATER and value == default[name])}
+
+# %% ../../nbs/distill/student.ipynb #c0d4cc41
 def distill(student: Student, pool: RayPool, config: DistillConfig, folder: Path | None = None, *,
             terms: Sequence[Term] = (), resume: bool = False, blank_db: float | None = None,
-            settings: dict | None = None, quiet: bool = False, world: World | None = None) -> TrainingResult:
+            settings: dict | None = None, quiet: bool = False, world: World | None = None,
+            held_out: Sequence[ViewTarget] = ()) -> TrainingResult:
     """Train a student on a pool of rays; afterwards it holds the averaged weights if the loop keeps an average, else
     the last ones.
 
@@ -251,6 +320,7 @@ def distill(student: Student, pool: RayPool, config: DistillConfig, folder: Path
     terms: further losses, see `distill.losses.Term`. blank_db: score of an all-white image, for the guard's message.
     settings: further values that must be the same when resuming.
     world: the ranks that share each step, with the same student and pool; rays and schedule do not depend on it.
+    held_out: views to score every `loop.evaluate_every_steps`, see `distill.heldout`.
     Raises TrainingStopped where alpha collapses or the loss is not finite, KeyboardInterrupt on Ctrl-C after a
     checkpoint was written.
     """
@@ -258,12 +328,13 @@ def distill(student: Student, pool: RayPool, config: DistillConfig, folder: Path
     groups = [{"params": list(student.parameters()), "lr": rate},
               *(group for term in terms for group in term.parameter_groups(rate))]
     optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99), eps=1e-15, fused=True)
+    schedule_direction(optimizer, student.field, config.direction, config.loop.steps, lambda: run.number)
     guard = AlphaGuard(config.alpha_floor, patience=5, warmup_steps=config.loop.warmup_steps, blank_db=blank_db)
-    known = {f"distill.{k}": v for k,
-             v in asdict(config).items() if k != "loop"} | {"views": list(pool.views)} | (settings or {})
+    scorer = held_out_scorer(student, held_out) if held_out else None
+    known = _recorded_config(config) | {"views": list(pool.views)} | (settings or {})
     result = train(run.step, optimizer, config.loop, model=student, folder=folder, stateful={"distillation": run},
                    guards=[guard], after_step=run.after_step, settings=known, resume=resume, description="distilling",
-                   quiet=quiet, world=world)
+                   quiet=quiet, world=world, evaluate=scorer)
     if result.averaged is not None: student.load_state_dict(result.averaged.average, strict=False)
     return result
 

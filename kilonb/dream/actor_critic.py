@@ -8,20 +8,22 @@ normalisation, a slow critic and an entropy bonus.
 __all__ = ['ActorCriticConfig', 'lambda_returns', 'ReturnRange', 'ActorCritic', 'Rollout', 'imagine_rollout',
            'actor_critic_loss']
 
-# %% ../../nbs/dream/actor_critic.ipynb #df6748de
+# %% ../../nbs/dream/actor_critic.ipynb #2ddc8c36
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .distributions import BINS, mix_uniform, sample_one_hot, two_hot_loss, two_hot_mean
 from .networks import MLP
 from .rssm import LatentState
 from .world_model import WorldModel
 
-# %% ../../nbs/dream/actor_critic.ipynb #46e181af
+# %% ../../nbs/dream/actor_critic.ipynb #a02c1ba8
 @dataclass(frozen=True)
+@checked
 class ActorCriticConfig:
     """Settings of `ActorCritic`.
 

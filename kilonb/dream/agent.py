@@ -7,7 +7,7 @@ scores in fresh environments.
 # %% auto #0
 __all__ = ['AGENT_FILE', 'AgentTraining', 'save_agent', 'load_agent', 'train_agent']
 
-# %% ../../nbs/dream/agent.ipynb #f4bb4222
+# %% ../../nbs/dream/agent.ipynb #c6e393bb
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core.configs import to_dict
+from ..core.configs import checked, to_dict
 from ..core.errors import KiloError
 from ..core.numbers import whole
 from .actor_critic import ActorCritic, ActorCriticConfig, actor_critic_loss, imagine_rollout
@@ -31,8 +31,9 @@ from ..training.guards import SkipGuard
 from ..training.loop import TrainingResult, train
 from ..training.saved_models import restore_model, saved_config
 
-# %% ../../nbs/dream/agent.ipynb #d4c76f41
+# %% ../../nbs/dream/agent.ipynb #12688e0a
 @dataclass(frozen=True)
+@checked
 class AgentTraining:
     """Settings of `train_agent`.
 
@@ -68,7 +69,7 @@ class AgentTraining:
         """Steps of the vector of environments per training step."""
         return self.world.batch * self.world.sequence / (self.train_ratio * self.environments * self.action_repeat)
 
-# %% ../../nbs/dream/agent.ipynb #dad31576
+# %% ../../nbs/dream/agent.ipynb #ccf5c6f4
 AGENT_FILE = "agent.pt"
 
 
@@ -82,7 +83,7 @@ def save_agent(folder: str | Path, model: WorldModel, agent: ActorCritic, detail
                             "agent": agent.state_dict(), "actions": model.config.actions})
     return path
 
-
+# %% ../../nbs/dream/agent.ipynb #4abc34b3
 def load_agent(folder: str | Path, device: torch.device | str = "cpu") -> tuple[WorldModel, ActorCritic]:
     """(world model, policy) of a pinpad_agent run. KiloError where the folder has none."""
     file = Path(folder) / AGENT_FILE
@@ -142,14 +143,14 @@ class _Steps:
         self.owed = state["owed"]
         self.collector.load_state_dict(state)
 
-# %% ../../nbs/dream/agent.ipynb #107ce65b
+# %% ../../nbs/dream/agent.ipynb #1711e32d
 def _prefill(collector: Collector, config: AgentTraining) -> None:
     """Random experience, from nothing: chunks of a run that was killed before its first checkpoint are removed."""
     keep_chunks(collector.replay, 0)
     play_random(collector, config.prefill // (config.environments * config.action_repeat))
     collector.take_rewards()
 
-
+# %% ../../nbs/dream/agent.ipynb #e7df4bb4
 def train_agent(model: WorldModel, agent: ActorCritic, layout: str, config: AgentTraining, folder: str | Path,
                 resume: bool = False, settings: Mapping[str, Any] | None = None, extra: Iterable[str | Path] = (),
                 quiet: bool = False) -> TrainingResult:

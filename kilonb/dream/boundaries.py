@@ -9,13 +9,14 @@ __all__ = ['SEMANTIC_EVENTS', 'THRESHOLD_RULES', 'BoundaryRecord', 'forced_share
            'pixel_events', 'delta_record', 'rate_matched_threshold', 'f1_threshold', 'choose_threshold', 'check_pairs',
            'BoundaryScoring', 'BoundaryScores', 'score_boundaries', 'chosen_f1', 'margin_over_baselines']
 
-# %% ../../nbs/dream/boundaries.ipynb #d15e34b1
+# %% ../../nbs/dream/boundaries.ipynb #a076df4e
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
+from ..core.configs import checked
 from ..core.errors import KiloError, unknown_name
 from ..core.text import text_table
 from .episodes import Episode
@@ -73,7 +74,7 @@ def semantic_events(episode: Episode, names: Sequence[str] = SEMANTIC_EVENTS) ->
     if not names: raise KiloError("No event is named; expected one or more, for example pad_change.")
     return np.any([episode.events[name] for name in names], 0)
 
-# %% ../../nbs/dream/boundaries.ipynb #87a45470
+# %% ../../nbs/dream/boundaries.ipynb #86f13d8c
 def frame_deltas(images: np.ndarray) -> np.ndarray:
     """Mean absolute differences [T] of pictures uint8 [T, H, W, 3] to the one before, 0..255; 0 for the first."""
     deltas = np.zeros(len(images))
@@ -81,7 +82,7 @@ def frame_deltas(images: np.ndarray) -> np.ndarray:
         deltas[t] = np.abs(images[t].astype(np.int16) - images[t - 1].astype(np.int16)).mean()
     return deltas
 
-
+# %% ../../nbs/dream/boundaries.ipynb #f6275a2e
 def pixel_events(episodes: Sequence[Episode], percentile: float = 90.0,
                  threshold: float | None = None) -> PercentileEvents:
     """Frames whose difference to the one before is strictly above the percentile over all valid frames of the episodes,
@@ -95,7 +96,7 @@ def delta_record(episode: Episode) -> BoundaryRecord:
     values = frame_deltas(episode.images) / 255
     return BoundaryRecord(values, values > .5, np.zeros(len(values), bool), np.zeros(len(values)))
 
-# %% ../../nbs/dream/boundaries.ipynb #0c20613f
+# %% ../../nbs/dream/boundaries.ipynb #b07b1c9b
 def rate_matched_threshold(values: Sequence[np.ndarray], valid: Sequence[np.ndarray], rate: float) -> float:
     """The threshold at which the share of valid frames with a value strictly above it is nearest to `rate`.
 
@@ -108,7 +109,7 @@ def rate_matched_threshold(values: Sequence[np.ndarray], valid: Sequence[np.ndar
     best = int(np.abs(above / len(pooled) - rate).argmin())
     return float(known[best] if best + 1 == len(known) else (known[best] + known[best + 1]) / 2)
 
-
+# %% ../../nbs/dream/boundaries.ipynb #185a9d68
 def f1_threshold(values: Sequence[np.ndarray], true: Sequence[np.ndarray], valid: Sequence[np.ndarray],
                  tolerance: int = 2, candidates: int = 60) -> float:
     """Of `candidates` quantiles of the values at valid frames, the threshold with the largest F1 on these episodes."""
@@ -121,7 +122,7 @@ def f1_threshold(values: Sequence[np.ndarray], true: Sequence[np.ndarray], valid
         return float(np.nan_to_num(event_ratios(sum(counts))["f1"]))
     return float(max(levels, key=f1))
 
-# %% ../../nbs/dream/boundaries.ipynb #bf312b36
+# %% ../../nbs/dream/boundaries.ipynb #31ad3f5a
 THRESHOLD_RULES = ("half", "rate", "f1")
 
 
@@ -138,7 +139,7 @@ def choose_threshold(rule: str, records: Sequence[BoundaryRecord], episodes: Seq
     if rule == "f1": return f1_threshold(values, true, valid, tolerance)
     return rate_matched_threshold(values, valid, float(np.concatenate([a[b] for a, b in zip(true, valid)]).mean()))
 
-
+# %% ../../nbs/dream/boundaries.ipynb #4569f0cf
 def check_pairs(records: Sequence[Any], episodes: Sequence[Episode]) -> None:
     """Raises KiloError unless there is one record per episode, one or more, with as many frames."""
     if len(records) != len(episodes) or not len(episodes):
@@ -149,8 +150,9 @@ def check_pairs(records: Sequence[Any], episodes: Sequence[Episode]) -> None:
             raise KiloError(f"Record {i} has {len(record)} frames and its episode {len(episode.is_first)}; expected "
                             "the record of that episode.")
 
-# %% ../../nbs/dream/boundaries.ipynb #80554069
+# %% ../../nbs/dream/boundaries.ipynb #68a57660
 @dataclass(frozen=True)
+@checked
 class BoundaryScoring:
     """Settings of `score_boundaries`.
 
@@ -173,14 +175,14 @@ class BoundaryScoring:
                 raise KiloError(f"{name} is {getattr(self, name)}; expected {least} or more.")
         if not 0 < self.percentile < 100: raise KiloError(f"percentile is {self.percentile}; expected 0 to 100.")
 
-# %% ../../nbs/dream/boundaries.ipynb #10bb6c64
+# %% ../../nbs/dream/boundaries.ipynb #17a19d49
 def _plain_name(key: str) -> str:
     """The names of lift and p against semantic events stand without the ending."""
     for name in ("lift_semantic", "p_circular_semantic"):
         if key.startswith(name): return key.replace("_semantic", "", 1)
     return key
 
-
+# %% ../../nbs/dream/boundaries.ipynb #bcbbe04b
 def _table_cells(scores: EventScores) -> list[str]:
     def cell(name: str) -> str:
         value, interval = scores.values[name], scores.intervals[name]
@@ -190,7 +192,7 @@ def _table_cells(scores: EventScores) -> list[str]:
     counts = [f"{scores.counts[name]:.0f}" for name in ("predicted", "true")]
     return [cell("f1"), cell("precision"), cell("recall"), cell("lift"), p, *counts]
 
-# %% ../../nbs/dream/boundaries.ipynb #1005d0b7
+# %% ../../nbs/dream/boundaries.ipynb #b1398f0e
 def _ranking(values: Sequence[np.ndarray], true: Sequence[np.ndarray], valid: Sequence[np.ndarray],
              tolerance: int) -> dict[str, float | None]:
     """AUC and average precision at the exact frames, and AUC for frames within the tolerance of an event."""
@@ -200,7 +202,7 @@ def _ranking(values: Sequence[np.ndarray], true: Sequence[np.ndarray], valid: Se
     return {"auc": event_auc(pooled, events), "average_precision": event_average_precision(pooled, events),
             "auc_near": event_auc(pooled, near)}
 
-
+# %% ../../nbs/dream/boundaries.ipynb #b393bb41
 def _detectors(predicted: Sequence[np.ndarray], half: Sequence[np.ndarray], episodes: Sequence[Episode],
                others: Mapping[str, Sequence[np.ndarray]], config: BoundaryScoring) -> dict[str, Sequence[np.ndarray]]:
     forced = [forced_length_boundaries(own.is_first, config.forced_length) for own in episodes]
@@ -309,7 +311,7 @@ def score_boundaries(records: Sequence[BoundaryRecord], episodes: Sequence[Episo
               "pixel_events": pixels.count, "pixel_events_or_equal": pixels.count_or_equal}
     return BoundaryScores(scores, details, config)
 
-# %% ../../nbs/dream/boundaries.ipynb #6bc381cb
+# %% ../../nbs/dream/boundaries.ipynb #8c296694
 def chosen_f1(records: Sequence[BoundaryRecord], episodes: Sequence[Episode], threshold: float,
               config: BoundaryScoring = BoundaryScoring()) -> float | None:
     """F1 of a threshold on the episodes on which it was chosen, against semantic events; None where undefined."""
@@ -320,7 +322,7 @@ def chosen_f1(records: Sequence[BoundaryRecord], episodes: Sequence[Episode], th
     value = event_ratios(sum(counts))["f1"]
     return None if value is None or np.isnan(value) else float(value)
 
-
+# %% ../../nbs/dream/boundaries.ipynb #89826a62
 def margin_over_baselines(scores: BoundaryScores) -> float | None:
     """Lower end of the model's F1 interval less the highest upper end of the periodic, forced-length and change-point
     detectors that have one; None where the model's is undefined, or none of theirs is defined."""

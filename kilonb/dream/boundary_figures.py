@@ -33,14 +33,14 @@ def _outlined(image: np.ndarray, boundary: bool, event: bool) -> np.ndarray:
         image = framed
     return np.pad(image, ((2, 2), (2, 2), (0, 0)), constant_values=255)
 
-# %% ../../nbs/dream/boundary_figures.ipynb #33096b68
+# %% ../../nbs/dream/boundary_figures.ipynb #ec130d43
 def boundary_frames(fired: np.ndarray, rows: int = 6, seed: int = 0) -> np.ndarray:
     """The frames of at most `rows` boundaries [T], in order: a random choice where there are more."""
     frames = np.flatnonzero(fired)
     if len(frames) <= rows: return frames
     return np.sort(np.random.default_rng(seed).choice(frames, rows, replace=False))
 
-
+# %% ../../nbs/dream/boundary_figures.ipynb #54b5729d
 def boundary_grid(episode: Episode, fired: np.ndarray, rows: int = 6, context: int = 4,
                   names: Sequence[str] = SEMANTIC_EVENTS, seed: int = 0) -> Any:
     """Frames from `context` before to `context` behind each of some boundaries, a row each, with outlines.
@@ -65,7 +65,7 @@ def boundary_grid(episode: Episode, fired: np.ndarray, rows: int = 6, context: i
     ax.set_title("boundaries (blue) and events (red)", fontsize=9)
     return fig
 
-# %% ../../nbs/dream/boundary_figures.ipynb #a3cabf2f
+# %% ../../nbs/dream/boundary_figures.ipynb #2d81c87e
 def boundary_timeline(record: BoundaryRecord, episode: Episode, first: int = 0, count: int = 200,
                       threshold: float | None = None, names: Sequence[str] = SEMANTIC_EVENTS) -> Any:
     """Internal probability, prior and threshold over frames, and below them true events, boundaries above the
@@ -92,7 +92,7 @@ def boundary_timeline(record: BoundaryRecord, episode: Episode, first: int = 0, 
                         "fired": record.fired, "forced": record.forced}, frames, len(names))
     return fig
 
-
+# %% ../../nbs/dream/boundary_figures.ipynb #06e63561
 def _draw_marks(ax: Any, marks: Mapping[str, np.ndarray], frames: np.ndarray, events: int) -> None:
     for row, marked in enumerate(marks.values()):
         at = frames[marked[frames]]

@@ -45,7 +45,7 @@ def encoder_features(encoder: Callable[[Tensor], Tensor], images: np.ndarray, de
     if not parts: raise KiloError("There are no pictures to encode; expected one or more.")
     return torch.cat(parts).numpy()
 
-# %% ../../nbs/dream/change_points.ipynb #f373de72
+# %% ../../nbs/dream/change_points.ipynb #3ed2b8e4
 @dataclass(frozen=True, eq=False)
 class FeatureProjection:
     """Principal components of features. mean: [F]. components: [K, F], orthonormal. explained: [K], shares of the
@@ -60,7 +60,7 @@ class FeatureProjection:
                             "the projection was fitted on.")
         return (features - self.mean) @ self.components.T
 
-
+# %% ../../nbs/dream/change_points.ipynb #c1985f44
 def fit_projection(features: Sequence[np.ndarray], components: int = 16) -> FeatureProjection:
     """The first `components` principal components of features [T, F] of several episodes."""
     from sklearn.decomposition import PCA
@@ -70,7 +70,7 @@ def fit_projection(features: Sequence[np.ndarray], components: int = 16) -> Feat
     with np.errstate(invalid="ignore"): fitted = PCA(min(components, *pooled.shape), random_state=0).fit(pooled)
     return FeatureProjection(fitted.mean_, fitted.components_, np.nan_to_num(fitted.explained_variance_ratio_))
 
-# %% ../../nbs/dream/change_points.ipynb #29f486c7
+# %% ../../nbs/dream/change_points.ipynb #90d39398
 CHANGE_POINT_METHODS = ("linear", "rbf", "window")
 
 
@@ -80,7 +80,7 @@ def _detector(method: str, least: int) -> Any:
     if method == "window": return ruptures.Window(width=8, model="l2", min_size=least, jump=1)
     return ruptures.KernelCPD(kernel=method, min_size=least)
 
-
+# %% ../../nbs/dream/change_points.ipynb #d5b2b472
 def change_points(features: np.ndarray, penalty: float, method: str = "rbf", least: int = 2) -> np.ndarray:
     """Boundaries bool [T] of features [T, F]: the first frame of each segment but the first.
 
@@ -134,7 +134,7 @@ def fit_change_points(features: Sequence[np.ndarray], true: Sequence[np.ndarray]
     best, method, penalty = max(tried)
     return ChangePointDetector(projection, method, penalty, best)
 
-# %% ../../nbs/dream/change_points.ipynb #a59db165
+# %% ../../nbs/dream/change_points.ipynb #c135173d
 @dataclass(frozen=True)
 class DeltaDetector:
     """Boundaries where the difference to the frame before is above a threshold, 0..255."""
@@ -144,7 +144,7 @@ class DeltaDetector:
         """Boundaries bool [T] of differences [T]."""
         return np.asarray(deltas) > self.threshold
 
-
+# %% ../../nbs/dream/change_points.ipynb #2f81c295
 def fit_deltas(deltas: Sequence[np.ndarray], true: Sequence[np.ndarray], valid: Sequence[np.ndarray],
                rule: str = "rate", tolerance: int = 2) -> DeltaDetector:
     """A detector with the threshold that fires as often as events happen (`rate`) or has the largest F1 (`f1`) on these

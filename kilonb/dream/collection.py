@@ -26,7 +26,7 @@ from .replay import Replay, keep_chunks
 from .rssm import LatentState
 from .world_model import WorldModel
 
-# %% ../../nbs/dream/collection.ipynb #bddabbd2
+# %% ../../nbs/dream/collection.ipynb #d8611370
 class _Chunks:
     """Frames and arrays of `count` environments in step, since their last full chunk."""
 
@@ -41,7 +41,7 @@ class _Chunks:
         self.rows = []
         return [_chunk_of({name: column[i] for name, column in columns.items()}) for i in range(self.count)]
 
-
+# %% ../../nbs/dream/collection.ipynb #0aa6f02b
 def _chunk_of(columns: Mapping[str, np.ndarray]) -> Episode:
     plain = {name: columns[name] for name in ("images", "actions", "rewards", "is_first", "is_last", "is_terminal")}
     return Episode(**plain, events={name: columns[name] for name in EVENTS}, positions=columns["position"],
@@ -93,7 +93,7 @@ class Collector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: _restore_collector(self, state)
 
-# %% ../../nbs/dream/collection.ipynb #5a998733
+# %% ../../nbs/dream/collection.ipynb #74d40601
 def play_random(collector: Collector, steps: int) -> None:
     """`steps` of random actions in each environment: uniform in one half, sticky in the other."""
     half, sticky = np.arange(collector.vector.count) % 2 == 0, Sticky()
@@ -101,7 +101,7 @@ def play_random(collector: Collector, steps: int) -> None:
         states = collector.states
         collector.advance(np.where(half, uniform(states, collector.rng), sticky(states, collector.rng)))
 
-
+# %% ../../nbs/dream/collection.ipynb #83b18bcb
 @torch.no_grad()
 def play_policy(collector: Collector, model: WorldModel, agent: ActorCritic, steps: int) -> None:
     """`steps` of the agent's policy in each environment."""
@@ -114,7 +114,7 @@ def play_policy(collector: Collector, model: WorldModel, agent: ActorCritic, ste
         collector.latent = model.observe(*tensors, latent).at((slice(None), 0))
         collector.advance(agent.act(collector.latent.features).cpu().numpy())
 
-# %% ../../nbs/dream/collection.ipynb #cab49391
+# %% ../../nbs/dream/collection.ipynb #a4901c2c
 def _packed(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     """Rows of arrays as tensors; the images compressed."""
     if not rows: return {}
@@ -123,7 +123,7 @@ def _packed(rows: list[dict[str, np.ndarray]]) -> dict[str, Any]:
     return {"images": torch.frombuffer(bytearray(images), dtype=torch.uint8),
             **{name: torch.from_numpy(column) for name, column in columns.items()}}
 
-
+# %% ../../nbs/dream/collection.ipynb #9f73ccd6
 def _unpacked(packed: Mapping[str, Tensor], count: int) -> list[dict[str, np.ndarray]]:
     if not packed: return []
     columns = {name: tensor.numpy() for name, tensor in packed.items()}
@@ -136,7 +136,7 @@ def _unpacked(packed: Mapping[str, Tensor], count: int) -> list[dict[str, np.nda
     columns["images"] = np.frombuffer(images, np.uint8).reshape(rows, count, 64, 64, 3)
     return [{name: column[t] for name, column in columns.items()} for t in range(rows)]
 
-# %% ../../nbs/dream/collection.ipynb #873c7d5c
+# %% ../../nbs/dream/collection.ipynb #6b41d94a
 def _collector_state(collector: Collector) -> dict[str, Any]:
     latent = None if collector.latent is None else [x.cpu() for x in vars(collector.latent).values()]
     return {"environments": torch.from_numpy(collector.vector._states.copy()),
@@ -145,7 +145,7 @@ def _collector_state(collector: Collector) -> dict[str, Any]:
             "written": collector.replay.written, "rewards": list(collector.rewards), "steps": collector.steps,
             "rng": collector.rng.bit_generator.state}
 
-
+# %% ../../nbs/dream/collection.ipynb #afe90b74
 def _restore_collector(collector: Collector, state: Mapping[str, Any]) -> None:
     collector.vector._states[:], collector.vector.images[:] = state["environments"].numpy(), state["images"].numpy()
     collector.states, collector.actions = collector.vector.states, state["actions"].numpy().copy()

@@ -72,12 +72,12 @@ def binary_log_density(relaxed: Tensor, logits: Tensor, temperature: float) -> T
     x = logits.float() - temperature * relaxed.float()
     return math.log(temperature) + x - 2 * F.softplus(x)
 
-# %% ../../nbs/dream/concrete.ipynb #208780d3
+# %% ../../nbs/dream/concrete.ipynb #a47ca8df
 def sampled_kl(relaxed: Tensor, posterior: Tensor, prior: Tensor, temperature: float) -> Tensor:
     """log q(y) - log p(y) of relaxed posterior samples: a one-sample estimate of the divergence, nats, any sign."""
     return binary_log_density(relaxed, posterior, temperature) - binary_log_density(relaxed, prior, temperature)
 
-
+# %% ../../nbs/dream/concrete.ipynb #f0d899f4
 def bernoulli_kl(posterior: Tensor, prior: Tensor) -> Tensor:
     """Divergence of Bernoulli variables with log-odds `posterior` from those with `prior`, nats, float32, >= 0."""
     a, b = posterior.float(), prior.float()

@@ -48,12 +48,12 @@ def categorical_kl(p: Tensor, q: Tensor) -> Tensor:
     """
     return (p.exp() * (p - q)).sum((-2, -1))
 
-# %% ../../nbs/dream/distributions.ipynb #9b01ce0e
+# %% ../../nbs/dream/distributions.ipynb #62849736
 def symlog(x: Tensor) -> Tensor:
     """sign(x) log(1 + |x|)."""
     return x.sign() * x.abs().log1p()
 
-
+# %% ../../nbs/dream/distributions.ipynb #b1377078
 def symexp(x: Tensor) -> Tensor:
     """The inverse of `symlog`."""
     return x.sign() * x.abs().expm1()
@@ -78,12 +78,12 @@ def two_hot(x: Tensor) -> Tensor:
     out = torch.zeros(*x.shape, BINS, device=x.device)
     return out.scatter(-1, index, 1 - share).scatter(-1, index + 1, share)
 
-# %% ../../nbs/dream/distributions.ipynb #178c5855
+# %% ../../nbs/dream/distributions.ipynb #51781c34
 def two_hot_loss(logits: Tensor, x: Tensor) -> Tensor:
     """Cross entropy of the distribution of `logits` [..., 255] against the two-hot one of x [...], nats, [...]."""
     return -(two_hot(x.detach()) * F.log_softmax(logits.float(), -1)).sum(-1)
 
-
+# %% ../../nbs/dream/distributions.ipynb #c7964591
 def two_hot_mean(logits: Tensor) -> Tensor:
     """The scalar [...] of two-hot logits [..., 255]: symexp of the bins, averaged. Bins of opposite sign are summed in
     pairs, so that equal probabilities give exactly 0."""

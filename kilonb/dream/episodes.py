@@ -169,7 +169,7 @@ def _parse_header(text: bytes) -> dict[str, Any]:
     _check_kinds({name: (kind, len(shape)) for name, kind, shape in arrays})
     return {**sizes, "shape": shape, "arrays": arrays}
 
-# %% ../../nbs/dream/episodes.ipynb #bf8cddb7
+# %% ../../nbs/dream/episodes.ipynb #1b916a0a
 def _inflate(data: bytes | memoryview, size: int) -> bytes:
     """zlib data that must be `size` bytes long when decompressed; no more memory than that is taken."""
     inflater = zlib.decompressobj()
@@ -177,7 +177,7 @@ def _inflate(data: bytes | memoryview, size: int) -> bytes:
     if len(out) != size or not inflater.eof: raise ValueError(f"expected {size:,} bytes when decompressed")
     return out
 
-
+# %% ../../nbs/dream/episodes.ipynb #53a5d187
 def _block_size(header: dict[str, Any]) -> int:
     arrays = sum(math.prod(shape) * np.dtype(kind).itemsize for _, kind, shape in header["arrays"])
     return arrays + 8 * (header["frames"] + 1)

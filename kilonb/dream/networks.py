@@ -63,11 +63,11 @@ def scaled_picture(images: Tensor) -> Tensor:
     """Pictures on the scale 0..1, float32, of uint8 0..255 or float 0..1."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
-# %% ../../nbs/dream/networks.ipynb #3d6f77c7
+# %% ../../nbs/dream/networks.ipynb #07ad7939
 def _stage(convolution: nn.Module, channels: int, norm: bool) -> list[nn.Module]:
     return [convolution, *([ChannelNorm(channels)] if norm else []), nn.SiLU()]
 
-
+# %% ../../nbs/dream/networks.ipynb #8d5d775c
 class ImageEncoder(nn.Module):
     """Convolutional encoder of square pictures.
 
@@ -95,12 +95,12 @@ class ImageEncoder(nn.Module):
         x = (scaled_picture(images.reshape(-1, *images.shape[-3:])) - self.mean).permute(0, 3, 1, 2)
         return self.layers(x).permute(0, 2, 3, 1).reshape(*images.shape[:-3], self.outputs)
 
-# %% ../../nbs/dream/networks.ipynb #5bd20f12
+# %% ../../nbs/dream/networks.ipynb #96500782
 def _first_layers(inputs: int, outputs: int, hidden: int) -> nn.Module:
     if not hidden: return nn.Linear(inputs, outputs)
     return nn.Sequential(nn.Linear(inputs, hidden), nn.SiLU(), nn.Linear(hidden, outputs))
 
-
+# %% ../../nbs/dream/networks.ipynb #1b9269e8
 class ImageDecoder(nn.Module):
     """Convolutional decoder, the mirror of `ImageEncoder`.
 

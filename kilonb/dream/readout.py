@@ -27,7 +27,7 @@ def cell_colours(images: Tensor) -> Tensor:
     scale = 255 if images.dtype == torch.uint8 else 1
     return images.float().div(scale).unflatten(-3, (16, 4)).unflatten(-2, (16, 4)).mean((-4, -2))
 
-# %% ../../nbs/dream/readout.ipynb #de050c56
+# %% ../../nbs/dream/readout.ipynb #cd505848
 def read_position(images: Tensor) -> Tensor:
     """Cell (x, y) [..., 2] int64 of the player in pictures [..., 64, 64, 3]: the darkest of the room's 14 x 12
     cells."""
@@ -35,19 +35,19 @@ def read_position(images: Tensor) -> Tensor:
     place = room.argmin(-1)
     return torch.stack([place % 14 + 1, place // 14 + 1], -1)
 
-
+# %% ../../nbs/dream/readout.ipynb #137ec857
 def read_sequence(images: Tensor, pads: int) -> Tensor:
     """Pad sequence [..., pads] int64 shown in pictures [..., 64, 64, 3], by the nearest colour; 0: empty."""
     shown = cell_colours(images)[..., 14, 1:2 * pads:2, :]
     colours = torch.from_numpy(np.concatenate([[[192, 192, 192]], PAD_COLOURS[:pads]])).to(shown) / 255
     return (shown.unsqueeze(-2) - colours).square().sum(-1).argmin(-1)
 
-# %% ../../nbs/dream/readout.ipynb #a25041e3
+# %% ../../nbs/dream/readout.ipynb #38cffb23
 def frame_error(predicted: Tensor, true: Tensor) -> Tensor:
     """Mean squared errors [...], 0..255 squared, of pictures 0..1 [..., 64, 64, 3], rounded to bytes, against uint8."""
     return ((predicted.clamp(0, 1) * 255).round() - true.float()).square().mean((-3, -2, -1))
 
-
+# %% ../../nbs/dream/readout.ipynb #3e4255b8
 def error_psnr(error: Tensor) -> Tensor:
     """PSNR in dB of mean squared errors on the scale 0..255, any shape; at most 99."""
     return (10 * torch.log10(255 ** 2 / error.clamp(min=1e-6))).clamp(max=99)
@@ -63,11 +63,11 @@ def episode_windows(episode: "Episode", context: int, horizon: int, every: int) 
     starts = range(0, len(episode.actions) - length + 1, every)
     return [start for start in starts if not episode.is_first[start + 1:start + length].any()]
 
-# %% ../../nbs/dream/readout.ipynb #adcb3b0f
+# %% ../../nbs/dream/readout.ipynb #b226f9e1
 def _cut(episode: "Episode", name: str, starts: Sequence[int], length: int) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(getattr(episode, name)[start:start + length]) for start in starts]))
 
-
+# %% ../../nbs/dream/readout.ipynb #e4677e15
 def imagined_windows(model: Any, episode: "Episode", starts: Sequence[int], context: int, horizon: int,
                      device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """(imagined pictures 0..1, true ones uint8) [W, horizon, 64, 64, 3] of windows that begin at `starts`.
@@ -116,24 +116,25 @@ def imagination_scores(model: Any, episodes: Sequence["Episode"], context: int =
     whole = {name: torch.cat([part[name] for part in parts]).float().cpu() for name in parts[0]}
     return _summary(whole), _curves(whole)
 
-# %% ../../nbs/dream/readout.ipynb #5707106a
-def _summary(whole: dict[str, Tensor]) -> dict[str, float]:
+# %% ../../nbs/dream/readout.ipynb #c989eef6
+def _summary(whole: dict[str, Tensor]) -> dict[str, float | None]:
     known, out = whole["known"], {}
     for prefix in ("", "repeat_"):
         error = whole[f"{prefix}error"]
-        out |= {f"{prefix}psnr_db": float(error_psnr((error * known).sum() / known.sum().clamp(min=1))),
+        seen = error[known > 0]
+        out |= {f"{prefix}psnr_db": float(error_psnr(seen.mean())) if len(seen) else None,
                 f"{prefix}psnr_db_all": float(error_psnr(error.mean())),
                 f"{prefix}frame_psnr_db": float(error_psnr(error).mean())}
         for name in ("position", "sequence"):
             right = whole[prefix + name]
-            out[f"{prefix}{name}_right"] = float((right * known).sum() / known.sum().clamp(min=1))
+            out[f"{prefix}{name}_right"] = float(right[known > 0].mean()) if len(seen) else None
             out[f"{prefix}{name}_right_all"] = float(right.mean())
     return out | {"predictable": float(known.mean()), "windows": len(known)}
 
-
+# %% ../../nbs/dream/readout.ipynb #72b099cf
 def _curves(whole: dict[str, Tensor]) -> dict[str, list[float]]:
     known = whole["known"]
-    counts = known.sum(0).clamp(min=1)
+    counts = torch.where(known.sum(0) > 0, known.sum(0), torch.nan)         # a step that no window knows has no score
     means = {name: (whole[name] * known).sum(0) / counts for name in ("error", "repeat_error", "position", "sequence")}
     return {"psnr_db": error_psnr(means["error"]).tolist(),
             "repeat_psnr_db": error_psnr(means["repeat_error"]).tolist(), "position_right": means["position"].tolist(),

@@ -18,12 +18,12 @@ from torch import Tensor
 from ..core.errors import KiloError
 from .episodes import Episode, EpisodeFile, open_episode, write_episode
 
-# %% ../../nbs/dream/replay.ipynb #9cb1ba71
+# %% ../../nbs/dream/replay.ipynb #fcb28685
 def replay_files(folder: str | Path) -> list[Path]:
     """The chunks of a replay's folder, oldest first."""
     return sorted(Path(folder).glob("*.episode"))
 
-
+# %% ../../nbs/dream/replay.ipynb #6b26933a
 def _rewarded_places(chunks: list[EpisodeFile]) -> np.ndarray:
     places = [(i, t) for i, chunk in enumerate(chunks) for t in np.flatnonzero(chunk.rewards)]
     return np.array(places, np.int64).reshape(-1, 2)
@@ -71,14 +71,14 @@ class Replay:
         places = _draw_places(self, batch, length, rng, rewarded, recent, recent_chunks)
         return stack_sequences(self.chunks, places, length)
 
-# %% ../../nbs/dream/replay.ipynb #3918d020
+# %% ../../nbs/dream/replay.ipynb #718e1dbc
 def _index_chunks(replay: Replay) -> None:
     """Lengths and places of rewards of the chunks, once after they have changed."""
     if replay._indexed: return
     replay._lengths = np.array([len(chunk) for chunk in replay.chunks], np.int64)
     replay._rewarded, replay._indexed = _rewarded_places(replay.chunks), True
 
-
+# %% ../../nbs/dream/replay.ipynb #e3c17b02
 def keep_chunks(replay: Replay, count: int) -> None:
     """Forget and delete the chunks of a replay's folder beyond the first `count`: those that a resumed run has yet to
     play."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .distributions import categorical_kl, mix_uniform, sample_one_hot, straight_through
 from .networks import MLP
 
-# %% ../../nbs/dream/rssm.ipynb #fa7ee6a6
+# %% ../../nbs/dream/rssm.ipynb #edffe375
 @dataclass(frozen=True, eq=False)
 class LatentState:
     """State of the model at one or more steps, any leading shape.
@@ -45,7 +45,7 @@ class LatentState:
         """All steps of [B, T, ...] as one batch [B T, ...], without gradient."""
         return LatentState(*(x.detach().flatten(0, 1) for x in (self.deter, self.stoch, self.logs)))
 
-
+# %% ../../nbs/dream/rssm.ipynb #e6ffcfc4
 def stack_states(states: list[LatentState], dim: int = 1) -> LatentState:
     """States of single steps [B, ...] along a new axis of time."""
     return LatentState(*(torch.stack([getattr(state, name) for state in states], dim)

@@ -8,7 +8,7 @@ their own for model and policy, compilation.
 __all__ = ['WorldModelTraining', 'ClippedAdam', 'compile_model', 'sequence_generator', 'FrameRate', 'to_device',
            'centre_on_replay', 'train_world_model']
 
-# %% ../../nbs/dream/training.ipynb #ed0e1643
+# %% ../../nbs/dream/training.ipynb #49f0c50c
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -19,14 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .replay import Replay
 from .world_model import WorldModel, WorldModelConfig, world_model_loss
 from ..training.guards import SkipGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 
-# %% ../../nbs/dream/training.ipynb #25e230c6
+# %% ../../nbs/dream/training.ipynb #eb32b130
 @dataclass(frozen=True)
+@checked
 class WorldModelTraining:
     """Settings of `train_world_model`.
 
@@ -83,14 +85,14 @@ class ClippedAdam(torch.optim.Adam):
         for group in self.param_groups: nn.utils.clip_grad_norm_(group["params"], group["clip"])
         return super().step(closure)
 
-# %% ../../nbs/dream/training.ipynb #371642b1
+# %% ../../nbs/dream/training.ipynb #7304a247
 def compile_model(model: WorldModel) -> WorldModel:
     """Compile the parts that are not recurrent, in place: encoder, decoder and heads. KiloError where torch finds no
     compiler."""
     for part in (model.encoder, model.decoder, model.reward, model.goes_on): part.compile(dynamic=False)
     return model
 
-
+# %% ../../nbs/dream/training.ipynb #aafbef3f
 def sequence_generator(seed: int, step: int) -> np.random.Generator:
     """The generator that draws the sequences of a step."""
     return np.random.default_rng((seed, 3, step))
@@ -107,18 +109,18 @@ class FrameRate:
         self.before = now
         return {} if before is None else {"frames_per_s": frames / max(now - before, 1e-9)}
 
-# %% ../../nbs/dream/training.ipynb #899384d3
+# %% ../../nbs/dream/training.ipynb #fb73e26c
 def to_device(batch: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
     """A batch of tensors on a device."""
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
-
+# %% ../../nbs/dream/training.ipynb #41947d59
 def centre_on_replay(model: WorldModel, replay: Replay, config: WorldModelTraining) -> None:
     """Set the model's mean picture to that of 64 sequences of a replay."""
     batch = replay.sample(64, config.sequence, np.random.default_rng((config.seed, 4)))
     model.centre(batch["images"].to(model.encoder.mean.device))
 
-
+# %% ../../nbs/dream/training.ipynb #3ac75dc7
 def train_world_model(model: WorldModel, replay: Replay, config: WorldModelTraining, folder: str | Path | None = None,
                       resume: bool = False, settings: Mapping[str, Any] | None = None,
                       quiet: bool = False) -> TrainingResult:

@@ -11,7 +11,7 @@ __all__ = ['ESTIMATORS', 'STATE_COSTS', 'STATE_KINDS', 'CONDITIONS', 'PRIOR_LOGI
            'predicted_code', 'ImaginedSegments', 'imagine_segments', 'read_advantage', 'vta_loss',
            'boundary_statistics', 'boundary_record', 'save_vta', 'load_vta']
 
-# %% ../../nbs/dream/vta.ipynb #5d287026
+# %% ../../nbs/dream/vta.ipynb #c2b16a6d
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.configs import to_dict
+from ..core.configs import checked, to_dict
 from ..core.errors import KiloError, unknown_name
 from .boundaries import BoundaryRecord
 from .components import PictureComponents
@@ -62,15 +62,15 @@ def _check_vta(config: "VTAConfig") -> None:
         if not 0 < getattr(config, name) < 1:
             raise KiloError(f"{name} is {getattr(config, name)}; expected a number between 0 and 1.")
 
-# %% ../../nbs/dream/vta.ipynb #f1a80a02
+# %% ../../nbs/dream/vta.ipynb #4c5c2077
 @dataclass(frozen=True)
+@checked
 class VTAConfig:
     """Settings of a `VTA`.
 
     belief, abstraction, hidden, state: widths of c, z, h, normal s. components: of pictures; 0: convolutions.
     boundary_rate, boundary_scale: r, w. read_price: nats. state_cost: "prior", or "unit": KL(s) from N(0, 1), p(s | h)
-    follows. state_kind: "normal" or "place". decoder: units of a decoder that adds parts of z and s; 0: one of both.
-    """
+    follows. state_kind: "normal" or "place". decoder: units of a decoder that adds parts of z and s; 0: one of both."""
     belief: int = 64
     abstraction: int = 16
     hidden: int = 64
@@ -192,13 +192,13 @@ def constrained_prior(logits: Tensor, boundaries: Boundaries, config: VTAConfig)
         logits = torch.where(count >= config.max_segments, -2 * PRIOR_LOGIT, logits)
     return torch.where(boundaries.before >= config.max_segment, 2 * PRIOR_LOGIT, logits)
 
-# %% ../../nbs/dream/vta.ipynb #2e85a532
+# %% ../../nbs/dream/vta.ipynb #468bfb7c
 def _normal(parameters: Tensor, start: float = .54) -> tuple[Tensor, Tensor]:
     """(mean, standard deviation) of a head's output; the deviation is softplus(start) + .01 where the output is 0."""
     mean, raw = parameters.float().chunk(2, -1)
     return mean, F.softplus(raw + start) + 1e-2
 
-
+# %% ../../nbs/dream/vta.ipynb #80849e9c
 def _draw(normal: tuple[Tensor, Tensor], sample: bool) -> Tensor:
     return normal[0] + normal[1] * torch.randn_like(normal[0]) if sample else normal[0]
 
@@ -251,7 +251,7 @@ class PlacePosterior(nn.Module):
         cells = (encoded.float() @ self.pooled(components.basis)).unflatten(-1, (self.grid ** 2, 3))
         return F.log_softmax(self.score(torch.cat([cells, cells.square()], -1)).float().squeeze(-1), -1)
 
-# %% ../../nbs/dream/vta.ipynb #aa40a1ff
+# %% ../../nbs/dream/vta.ipynb #7b8e2dd0
 StateDistribution = Tensor | tuple[Tensor, Tensor]              # log-probabilities of places, or mean and deviation
 
 
@@ -260,7 +260,7 @@ def _draw_state(distribution: StateDistribution, sample: bool) -> Tensor:
     if sample: return straight_through(sample_one_hot(distribution.detach()), distribution)
     return F.one_hot(distribution.argmax(-1), distribution.shape[-1]).float()
 
-
+# %% ../../nbs/dream/vta.ipynb #08641270
 def state_kl(posterior: StateDistribution, prior: StateDistribution | None = None) -> Tensor:
     """Divergence in nats [...] of two states, both normal (mean, deviation) [..., D] or both log-probabilities of
     places [..., C]. prior: None for N(0, 1), or equal probabilities."""
@@ -269,7 +269,7 @@ def state_kl(posterior: StateDistribution, prior: StateDistribution | None = Non
     flat = torch.full_like(posterior, -math.log(posterior.shape[-1])) if prior is None else prior
     return categorical_kl(posterior.unsqueeze(-2), flat.unsqueeze(-2))
 
-
+# %% ../../nbs/dream/vta.ipynb #baff0bdf
 def _state_prior(model: nn.Module, h: Tensor) -> StateDistribution:
     logits = model.state_prior(h)
     return mix_uniform(logits) if model.config.state_kind == "place" else _normal(logits)
@@ -288,13 +288,13 @@ class _SumDecoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.of_z(x[..., :self.abstraction]) + 8 * self.of_s(x[..., self.abstraction:])
 
-# %% ../../nbs/dream/vta.ipynb #762e7dbf
+# %% ../../nbs/dream/vta.ipynb #d822ca93
 def _mixer(c: VTAConfig) -> nn.Module:
     outputs = c.components or 2 * c.units
     if c.decoder: return _SumDecoder(c.abstraction, state_width(c), outputs, c.decoder)
     return MLP(c.abstraction + state_width(c), outputs, 2 * c.units, 2)
 
-
+# %% ../../nbs/dream/vta.ipynb #70c40d79
 def _add_states(model: nn.Module, c: VTAConfig) -> None:
     """Memory h, and prior and posterior of the state."""
     acts, place = c.action_count if c.actions else 0, c.state_kind == "place"
@@ -305,7 +305,7 @@ def _add_states(model: nn.Module, c: VTAConfig) -> None:
     model.boundary_prior = nn.Linear(c.hidden + state_width(c) + c.units + acts, 1)
     nn.init.constant_(model.boundary_prior.bias, float(torch.logit(torch.tensor(c.start_rate, device="cpu"))))
 
-# %% ../../nbs/dream/vta.ipynb #d4550a3d
+# %% ../../nbs/dream/vta.ipynb #e8eeb6ec
 def _add_pictures(model: nn.Module, config: VTAConfig) -> None:
     """Encoder and decoder of pictures: components or convolutions, and the layers between them and the latents."""
     units, c = config.units, config
@@ -315,7 +315,7 @@ def _add_pictures(model: nn.Module, config: VTAConfig) -> None:
     model.mix = _mixer(c)
     model.picture_decoder = None if c.components else ImageDecoder(2 * units, c.channels[::-1], c.patch, c.size)
 
-
+# %% ../../nbs/dream/vta.ipynb #a6a86807
 def _add_abstraction(model: nn.Module, c: VTAConfig) -> None:
     model.around = nn.Conv1d(c.units, c.units, 3, padding=1)
     model.abstraction_posterior = nn.Linear(c.units, 2 * c.abstraction)
@@ -323,7 +323,7 @@ def _add_abstraction(model: nn.Module, c: VTAConfig) -> None:
     model.abstraction_prior = MLP(c.belief, 2 * c.abstraction, c.units, 1)
     model.abstract = nn.Linear(c.belief + c.abstraction, c.units)
 
-
+# %% ../../nbs/dream/vta.ipynb #a2e08276
 def _add_heads(model: nn.Module, config: VTAConfig) -> None:
     features = config.belief + config.abstraction + config.hidden + state_width(config)
     model.reward = MLP(features, 255, config.units, 1, zero=True) if config.heads else None
@@ -395,7 +395,7 @@ def _embed(model: VTA, encoded: Tensor) -> Tensor:
     if model.components is None: return model.embed(encoded)
     return model.embed(encoded / model.components.deviation.clamp(min=.05))
 
-# %% ../../nbs/dream/vta.ipynb #66ce44d6
+# %% ../../nbs/dream/vta.ipynb #b6539f1b
 def _abstractions(model: VTA, proposed: Tensor, read: Tensor, is_first: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(c, z, c if this step were READ) [B, T, ...] from the posterior's samples at every step [B, T, D], READ or COPY
     [B, T]."""
@@ -410,7 +410,7 @@ def _abstractions(model: VTA, proposed: Tensor, read: Tensor, is_first: Tensor) 
         abstractions.append(z)
     return torch.stack(beliefs, 1), torch.stack(abstractions, 1), torch.stack(renewed, 1)
 
-
+# %% ../../nbs/dream/vta.ipynb #bbd43c75
 def _memories(model: VTA, inputs: Tensor, start: Tensor, read: Tensor) -> Tensor:
     """h [B, T, H] from the inputs of the cell, the starts of segments, READ or COPY [B, T]."""
     h, memories = torch.zeros_like(start[:, 0], dtype=torch.float32), []
@@ -419,27 +419,27 @@ def _memories(model: VTA, inputs: Tensor, start: Tensor, read: Tensor) -> Tensor
         memories.append(h)
     return torch.stack(memories, 1)
 
-# %% ../../nbs/dream/vta.ipynb #139626eb
+# %% ../../nbs/dream/vta.ipynb #6ea4a7c5
 def _action_inputs(model: VTA, actions: Tensor) -> Tensor:
     if not model.config.actions: return torch.zeros(*actions.shape, 0, device=actions.device)
     return F.one_hot(actions, model.config.action_count).float()
 
-
+# %% ../../nbs/dream/vta.ipynb #fd1bb730
 def _shift(x: Tensor) -> Tensor:
     """The values of the step before; zeros at the first."""
     return torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], 1)
 
-
+# %% ../../nbs/dream/vta.ipynb #115e55a1
 def _prior_logits(model: VTA, h: Tensor, s: Tensor, abstract: Tensor, action: Tensor) -> Tensor:
     """Log-odds of READ at the step after (h, s, f(c, z)), under the action [..., A] that leads to it."""
     return model.boundary_prior(torch.cat([h, s, abstract, action], -1)).float().squeeze(-1)
 
-# %% ../../nbs/dream/vta.ipynb #65727cac
+# %% ../../nbs/dream/vta.ipynb #9e90ff05
 def _state_posterior(model: VTA, encoded: Tensor, embedded: Tensor, abstract: Tensor) -> StateDistribution:
     if model.config.state_kind == "place": return model.state_posterior(model.components, encoded)
     return _normal(model.state_posterior(torch.cat([embedded, abstract], -1)), -2.2)
 
-
+# %% ../../nbs/dream/vta.ipynb #2403b35f
 def _state_costs(model: VTA, state: StateDistribution, h: Tensor) -> tuple[Tensor, Tensor | None]:
     """(what the state costs, divergence of the state, held fixed, from p(s | h) where that is another) [B, T]."""
     prior = _state_prior(model, h)
@@ -493,12 +493,12 @@ def segment(model: VTA, encoded: Tensor, actions: Tensor, is_first: Tensor, temp
     return Segmentation(VTAState(c, z, h, s, boundaries.length), boundaries, prior, proposed, kl_proposed, kl_state,
                         dynamics)
 
-# %% ../../nbs/dream/vta.ipynb #07a9ac06
+# %% ../../nbs/dream/vta.ipynb #5f6c6f97
 def predicted_code(model: VTA, state: VTAState) -> Tensor:
     """What the decoder predicts from z and s: components [..., K], or pictures [..., size, size, 3]."""
     return _code(model, state.abstraction, state.state)
 
-
+# %% ../../nbs/dream/vta.ipynb #5d9a667c
 def _code(model: VTA, z: Tensor, s: Tensor) -> Tensor:
     mixed = model.mix(torch.cat([z, s], -1)).float()
     return mixed * model.components.deviation if model.components is not None else model.picture_decoder(mixed)
@@ -582,14 +582,14 @@ def _placement(model: VTA, found: Segmentation, target: Tensor) -> Tensor:
     value = (chance * cost.clamp(-500, 500)).mean()
     return value - value.detach()
 
-# %% ../../nbs/dream/vta.ipynb #facb0318
+# %% ../../nbs/dream/vta.ipynb #83fc9c3f
 def _head_losses(model: VTA, states: VTAState, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if model.reward is None: return {}
     goes_on = model.goes_on(states.features).float().squeeze(-1)
     return {"reward": two_hot_loss(model.reward(states.features).float(), batch["rewards"]).mean(),
             "continue": F.binary_cross_entropy_with_logits(goes_on, 1 - batch["is_terminal"].float())}
 
-
+# %% ../../nbs/dream/vta.ipynb #1b43a490
 def _boundary_losses(found: Segmentation, config: VTAConfig, temperature: float) -> dict[str, Tensor]:
     own = found.boundaries
     counted = (~own.initial).float()
@@ -651,7 +651,7 @@ def boundary_record(model: VTA, episode: Episode, device: torch.device | str = "
             torch.sigmoid(found.prior_logits.double()))
     return BoundaryRecord(*(row[0].cpu().numpy() for row in rows), model.config.threshold)
 
-# %% ../../nbs/dream/vta.ipynb #525f7103
+# %% ../../nbs/dream/vta.ipynb #0386f5bd
 VTA_FILE = "vta.pt"
 
 
@@ -662,7 +662,7 @@ def save_vta(path: str | Path, model: VTA, details: Mapping[str, Any] | None = N
                             "model": model.state_dict()})
     return path
 
-
+# %% ../../nbs/dream/vta.ipynb #67349179
 def load_vta(path: str | Path, device: torch.device | str = "cpu") -> VTA:
     """The model of a file, or of a run's folder. KiloError where there is none or the file is of another kind."""
     path = Path(path)

@@ -8,7 +8,7 @@ skipped steps, exact resumption.
 __all__ = ['VTATraining', 'vta_condition', 'boundary_temperature', 'EncodedEpisodes', 'make_vta',
            'train_only_boundaries', 'make_vta_step', 'train_vta', 'frames_per_second']
 
-# %% ../../nbs/dream/vta_training.ipynb #3deeb387
+# %% ../../nbs/dream/vta_training.ipynb #c110d308
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError, unknown_name
 from .components import fit_components
 from .episodes import Episode
@@ -25,8 +26,9 @@ from .vta import CONDITIONS, VTA, VTAConfig, vta_loss
 from ..training.guards import SkipGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 
-# %% ../../nbs/dream/vta_training.ipynb #302e7f72
+# %% ../../nbs/dream/vta_training.ipynb #fcb2d376
 @dataclass(frozen=True)
+@checked
 class VTATraining:
     """Settings of `train_vta`.
 
@@ -140,13 +142,13 @@ def train_only_boundaries(model: VTA, only: bool) -> None:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(not only or name.startswith("boundary_"))
 
-# %% ../../nbs/dream/vta_training.ipynb #c0fc3aa1
+# %% ../../nbs/dream/vta_training.ipynb #96f33d20
 def _explore_rate(config: VTATraining, done: float) -> float:
     """Rate of random boundaries at a share of the steps, 0 after exploration."""
     if done >= config.explore: return 0.0
     return config.explore_rate if 2 * done < config.explore else config.explore_rate_end
 
-
+# %% ../../nbs/dream/vta_training.ipynb #f6cbae56
 def make_vta_step(model: VTA, data: EncodedEpisodes, config: VTATraining) -> Callable:
     """Step function for `training.loop.train`; its values are the terms of the loss, the shares of boundaries and of
     forced ones, and the temperature."""

@@ -8,7 +8,7 @@ under given actions, and the loss that trains them.
 __all__ = ['SIZES', 'PRECISIONS', 'WORLD_MODEL_FILE', 'Size', 'WorldModelConfig', 'Imagined', 'WorldModel',
            'world_model_loss', 'save_world_model', 'load_world_model']
 
-# %% ../../nbs/dream/world_model.ipynb #1228562f
+# %% ../../nbs/dream/world_model.ipynb #d8b13b0f
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..core.configs import to_dict
+from ..core.configs import checked, to_dict
 from ..core.errors import KiloError, unknown_name
 from .distributions import BINS, two_hot_loss, two_hot_mean
 from .networks import MLP, ImageDecoder, ImageEncoder, centre_pictures
@@ -50,8 +50,9 @@ SIZES = {
     "published": Size((32, 64, 128, 256), (256, 128, 64, 32), 2, True, 0, 512, 32, 32, 512, 2),
 }
 
-# %% ../../nbs/dream/world_model.ipynb #cdb0fe83
+# %% ../../nbs/dream/world_model.ipynb #4c5dd83c
 @dataclass(frozen=True)
+@checked
 class WorldModelConfig:
     """Settings of a `WorldModel`.
 
@@ -167,7 +168,7 @@ def world_model_loss(model: WorldModel, batch: Mapping[str, Tensor]) -> tuple[Te
     terms["psnr_db"] = -10 * torch.log10(squared.detach().mean() / images[0, 0].numel())
     return loss, terms, states
 
-# %% ../../nbs/dream/world_model.ipynb #4e23e02b
+# %% ../../nbs/dream/world_model.ipynb #2061cc8c
 WORLD_MODEL_FILE = "world_model.pt"
 
 
@@ -178,7 +179,7 @@ def save_world_model(path: str | Path, model: WorldModel, details: Mapping[str, 
                             "model": model.state_dict()})
     return path
 
-
+# %% ../../nbs/dream/world_model.ipynb #dd9b8a9d
 def load_world_model(path: str | Path, device: torch.device | str = "cpu") -> WorldModel:
     """The world model of a file, or of a run's folder. KiloError where there is none or the file is of another kind."""
     path = Path(path)

@@ -13,7 +13,7 @@ __all__ = ['PRIMES', 'LEVEL_RESOLUTION', 'LEVEL_LAST_X', 'LEVEL_LAST_Y', 'LEVEL_
            'HashGridConfig', 'Level', 'place_levels', 'kernel_levels', 'read_grids', 'write_grids', 'HeadLayout',
            'encode_reference', 'HashGridField']
 
-# %% ../../nbs/fields/hashgrid.ipynb #d1dd4132
+# %% ../../nbs/fields/hashgrid.ipynb #406ba03e
 from dataclasses import dataclass
 from itertools import product
 from math import prod
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .encodings import fourier_encode, fourier_width
 from .kernels import BLOCK, RowLayout, _encode, _layer, _layer_backward, _mask, slot_table
@@ -30,8 +31,9 @@ from .mlp import BoxField
 
 PRIMES = 1, 2654435761, 805459861
 
-# %% ../../nbs/fields/hashgrid.ipynb #a661b384
+# %% ../../nbs/fields/hashgrid.ipynb #16f2147d
 @dataclass(frozen=True)
+@checked
 class HashGridConfig:
     """Shape of a multiresolution hash grid and its network.
 

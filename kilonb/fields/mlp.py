@@ -7,7 +7,7 @@ grids.
 # %% auto #0
 __all__ = ['KEYS_0_1', 'activate', 'place_rows', 'BoxField', 'MLPConfig', 'fresh_layer', 'upgrade_state', 'MLPField']
 
-# %% ../../nbs/fields/mlp.ipynb #34e5c500
+# %% ../../nbs/fields/mlp.ipynb #244b05f0
 from collections.abc import MutableMapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .encodings import fourier_encode, fourier_width
 
@@ -72,8 +73,9 @@ class BoxField(nn.Module):
         index = self._inside(positions).nonzero().flatten()
         return place_rows(self._features(positions[index]), index, len(positions))
 
-# %% ../../nbs/fields/mlp.ipynb #f6e9bafe
+# %% ../../nbs/fields/mlp.ipynb #aeb42ec5
 @dataclass(frozen=True)
+@checked
 class MLPConfig:
     """Shape of the network.
 

@@ -8,7 +8,7 @@ __all__ = ['OCCLUDED', 'ClipOptions', 'resize_picture', 'clip_frame', 'ClipFrame
            'DepthTarget', 'PicturePoints', 'points_in_picture', 'z_buffer', 'nearest_around', 'depth_target',
            'PointFlow', 'point_flow']
 
-# %% ../../nbs/flux4d/clip_data.ipynb #3abaf4e6
+# %% ../../nbs/flux4d/clip_data.ipynb #14558adf
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .clips import Clip
 from ..geometry.cameras import PinholeCamera
@@ -26,8 +27,9 @@ from ..scenes.pandaset import PandasetFrame, PandasetSequence, load_pandaset
 from ..scenes.surround import read_rgb
 from ..scenes.tracks import Tracks, box_flow, build_tracks, dynamic_mask
 
-# %% ../../nbs/flux4d/clip_data.ipynb #a62727ae
+# %% ../../nbs/flux4d/clip_data.ipynb #11e6f7a3
 @dataclass(frozen=True)
+@checked
 class ClipOptions:
     """How frames are read. camera: name. width: of the pictures, pixels. far_m: largest depth target. labels: whether
     cuboids are read, for scores."""
@@ -121,7 +123,7 @@ def _check_clip_times(clip: Clip, frames: Sequence[PandasetFrame], camera: str) 
                                     f"the {what} time stamp of frame {frame.index} is not after that of the frame "
                                     "before: fetch the sequence again.")
 
-# %% ../../nbs/flux4d/clip_data.ipynb #23e19e9c
+# %% ../../nbs/flux4d/clip_data.ipynb #1b4f1c02
 def _check_present(clip: Clip, sequence: PandasetSequence, camera: str) -> list[PandasetFrame]:
     """The clip's frames of the sequence; KiloError where a sweep, a picture or a pose of one is missing."""
     if sequence.root.name != clip.sequence:
@@ -140,7 +142,7 @@ def _check_present(clip: Clip, sequence: PandasetSequence, camera: str) -> list[
     _check_sizes(clip, frames, camera)
     return frames
 
-
+# %% ../../nbs/flux4d/clip_data.ipynb #f5c0d1d2
 def _check_sizes(clip: Clip, frames: Sequence[PandasetFrame], camera: str) -> None:
     """KiloError unless all pictures have one size: the intrinsics hold for that size only."""
     sizes = [(frame.cameras[camera].width, frame.cameras[camera].height) for frame in frames]

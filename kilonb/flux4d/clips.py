@@ -7,11 +7,12 @@ contract, and which frames are inputs and targets.
 # %% auto #0
 __all__ = ['SETTINGS', 'TEST_LOGS', 'SPLITS', 'CLIP_PARTS', 'CONTRACT_TEXT', 'MOST_FRAME', 'Split', 'ROLE_COLOURS',
            'ClipSetting', 'split_of', 'CoordinateContract', 'Clip', 'spread_evenly', 'IndexHeader', 'ClipIndex',
-           'cut_clips', 'build_clip_index', 'clips_of', 'write_clip_index', 'read_clip_index', 'clip_counts',
-           'missing_clip_files', 'inspect_clip_index', 'clip_picture']
+           'cut_clips', 'build_clip_index', 'clip_gaps', 'missing_parts', 'clips_of', 'write_clip_index',
+           'read_clip_index', 'clip_counts', 'missing_clip_files', 'inspect_clip_index', 'clip_picture']
 
-# %% ../../nbs/flux4d/clips.ipynb #7f8dd090
+# %% ../../nbs/flux4d/clips.ipynb #0ec292af
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -257,16 +258,40 @@ def build_clip_index(sequences: Mapping[str, int | PandasetSequence], setting: s
     if not clips: raise _no_clip(header, sequences)
     return ClipIndex(header, tuple(clips))
 
-# %% ../../nbs/flux4d/clips.ipynb #9c048995
+# %% ../../nbs/flux4d/clips.ipynb #62b685c2
+def clip_gaps(sequences: Mapping[str, PandasetSequence], parts: Sequence[str] = CLIP_PARTS) -> list[str]:
+    """Files of these parts that are missing between others, as <sequence>/<part>/<file>: clips with them are not
+    cut."""
+    return [f"{name}/{_part_file(Path(), part, number).as_posix()}" for name, sequence in sequences.items()
+            for part, numbers in sequence.gaps().items() if part in parts for number in numbers]
+
+# %% ../../nbs/flux4d/clips.ipynb #4d7fb327
+def _part_file(folder: Path, part: str, number: int) -> Path:
+    """The file of a frame in a part of a sequence."""
+    return folder / part / f"{number:02d}.jpg" if part.startswith("camera/") else table_path(folder / part, number)
+
+# %% ../../nbs/flux4d/clips.ipynb #74a1e337
+def missing_parts(path: str | Path) -> list[str]:
+    """The sweeps, front pictures and cuboids that are missing between others in the recordings at `path`, a PandaSet
+    sequence or a folder of sequences, as <sequence>/<part>/<file>: what an experiment leaves out without being asked.
+
+    Raises KiloError where there is no sequence.
+    """
+    return clip_gaps({folder.name: load_pandaset(folder) for folder in find_sequences(path)})
+
+# %% ../../nbs/flux4d/clips.ipynb #5d693ea9
 def clips_of(path: str | Path, setting: str = "evaluation", split: Split = "all", tiny: bool = False,
              labels: bool = False) -> ClipIndex:
     """The clips of the data that is present at `path`, a PandaSet sequence or a folder of sequences.
 
     Arguments as `build_clip_index`; by default evaluation clips of every sequence. labels: whether every frame must
-    have cuboids, which only scores need. Raises KiloError: no sequence, a
-    damaged one, or no clip.
+    have cuboids, which only scores need. A file that is missing between others is named in a warning (`clip_gaps`),
+    because its clips are left out. Raises KiloError: no sequence, a damaged one, or no clip.
     """
     sequences = {folder.name: load_pandaset(folder) for folder in find_sequences(path)}
+    if gaps := clip_gaps(sequences, CLIP_PARTS if labels else CLIP_PARTS[:2]):
+        more = f" and {len(gaps) - 6} more" if len(gaps) > 6 else ""
+        warnings.warn(f"clips are left out, these files are missing: {', '.join(gaps[:6])}{more}", stacklevel=2)
     return build_clip_index(sequences, setting, split, tiny, Path(path).resolve().name,
                             CLIP_PARTS if labels else CLIP_PARTS[:2])
 
@@ -318,11 +343,6 @@ def _check_one_sequence(values: Any, path: str) -> None:
 def clip_counts(index: ClipIndex) -> dict[tuple[str, str], int]:
     """(setting, split) -> number of clips."""
     return dict(Counter((clip.setting or "-", clip.split or "-") for clip in index))
-
-# %% ../../nbs/flux4d/clips.ipynb #4d7fb327
-def _part_file(folder: Path, part: str, number: int) -> Path:
-    """The file of a frame in a part of a sequence."""
-    return folder / part / f"{number:02d}.jpg" if part.startswith("camera/") else table_path(folder / part, number)
 
 # %% ../../nbs/flux4d/clips.ipynb #9cf8fa4b
 def _shared_files(parts: Sequence[str]) -> list[str]:

@@ -5,18 +5,20 @@
 # %% auto #0
 __all__ = ['ClusterOptions', 'cluster_moving', 'cluster_velocities', 'share_motion', 'without_cluster']
 
-# %% ../../nbs/flux4d/clusters.ipynb #e7c94da7
+# %% ../../nbs/flux4d/clusters.ipynb #7da55bf0
 from dataclasses import dataclass, replace
 
 import torch
 from sklearn.cluster import DBSCAN
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .motion import MovingGaussians, positions_at, velocities_at
 
-# %% ../../nbs/flux4d/clusters.ipynb #3dfea325
+# %% ../../nbs/flux4d/clusters.ipynb #8e7ab141
 @dataclass(frozen=True)
+@checked
 class ClusterOptions:
     """Dynamic clustering. least_speed: of a moving gaussian, m/s. eps_m: reach of DBSCAN. velocity_s: metres that 1 m/s
     of difference counts. min_points: of a dense place."""

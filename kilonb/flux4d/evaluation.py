@@ -6,9 +6,10 @@
 # %% auto #0
 __all__ = ['Renderer', 'ROLES', 'depth_scores', 'picture_scores', 'score_frames', 'mean_of_rows', 'score_views',
            'nearest_input', 'flow_truth_of', 'point_velocities', 'predicted_flow', 'name_flow_scores', 'score_motion',
-           'score_models', 'describe_models', 'compare_models', 'describe_motion', 'score_clips']
+           'score_box_motion', 'score_models', 'describe_models', 'describe_flow', 'compare_models', 'describe_motion',
+           'score_clips']
 
-# %% ../../nbs/flux4d/evaluation.ipynb #f035fa07
+# %% ../../nbs/flux4d/evaluation.ipynb #ff9c2e61
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from ..core.errors import KiloError
+from ..core.errors import KiloError, unknown_name
 from ..core.text import text_table
 from .clip_data import ClipData, ClipFrame, depth_target, point_flow
 from .examples import ClipExample
@@ -24,7 +25,7 @@ from .flow_samples import pandaset_flow_class
 from .motion import MovingGaussians, velocities_at
 from .render import MovingRender, render_at
 from ..metrics.flow import FlowTruth, INTERVAL_S, join_truths, score_flow
-from ..metrics.images import masked_psnr_db, masked_ssim, psnr_srgb_db, ssim
+from ..metrics.images import masked_psnr_db, masked_ssim, mean_over_views, psnr_srgb_db, ssim
 
 # %% ../../nbs/flux4d/evaluation.ipynb #ca7088b7
 def depth_scores(depth: Tensor, frame: ClipFrame, far_m: float) -> dict[str, float | None]:
@@ -66,27 +67,27 @@ def score_frames(render: Renderer | MovingGaussians, data: ClipData, positions: 
                      **depth_scores(picture.depth, frame, data.options.far_m)})
     return rows
 
-# %% ../../nbs/flux4d/evaluation.ipynb #f22239ad
+# %% ../../nbs/flux4d/evaluation.ipynb #826380b9
 ROLES = {"input": "inputs", "interp": "interpolation", "future": "future"}
 
 
 def mean_of_rows(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean of each score over the rows that have it, and `_skipped` counts for scores that some rows lack. A score that
-    no row has is None."""
+    """Mean of each score over the rows that have it, and `_skipped` counts for scores that some rows lack (an infinite
+    PSNR is none: `mean_over_views`). A score that no row has is None."""
     results: dict[str, Any] = {}
     for name in dict.fromkeys(name for row in rows for name in row if name not in ("position", "frame")):
-        values = [row[name] for row in rows if row.get(name) is not None]
-        results[name] = sum(values) / len(values) if values else None
-        if len(values) < len(rows): results[f"{name}_skipped"] = len(rows) - len(values)
+        results[name], left_out = mean_over_views(row.get(name) for row in rows)
+        if left_out: results[f"{name}_skipped"] = left_out
     return results
 
-# %% ../../nbs/flux4d/evaluation.ipynb #526cc4e0
+# %% ../../nbs/flux4d/evaluation.ipynb #8091dbf3
 def score_views(render: Renderer | MovingGaussians, data: ClipData, prefix: str = "",
                 roles: Sequence[str] = tuple(ROLES)) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(results named {prefix}{role}_{score}, rows of all frames). roles: of input, interp, future; those that the clip
     has."""
     results, rows = {}, []
     for role in roles:
+        if role not in ROLES: raise unknown_name("role of frames", role, ROLES)
         positions = getattr(data.clip, ROLES[role])
         if not positions: continue
         own = score_frames(render, data, positions)
@@ -159,18 +160,26 @@ def score_motion(motion: MovingGaussians | Sequence[Tensor], data: ClipData, pre
     """Scene-flow scores of the input frames of one clip; arguments as `predicted_flow`."""
     return name_flow_scores(*predicted_flow(motion, data), prefix)
 
-# %% ../../nbs/flux4d/evaluation.ipynb #8fac860d
+# %% ../../nbs/flux4d/evaluation.ipynb #b82b6e79
+def score_box_motion(data: ClipData) -> dict[str, Any]:
+    """Scores of the rigid baseline, named box_rigid_flow_...: points move with their cuboids. The labels are made of
+    the same cuboids, so its errors are 0 on this data; on labels of another source they are not (`flow_check`)."""
+    truth, _ = flow_truth_of(data)
+    return name_flow_scores(truth.flow, truth, "box_rigid_")
+
+# %% ../../nbs/flux4d/evaluation.ipynb #786af3ed
 def score_models(models: Mapping[str, MovingGaussians], data: ClipData, moving: Sequence[str] = (),
                  roles: Sequence[str] = ("interp", "future")) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(results, rows of all frames) of several models of one clip and of the copied nearest input (`copy_`).
 
-    moving: models whose scene flow is scored too, where the clip has labels.
+    moving: models whose scene flow is scored too, beside the rigid baseline `box_rigid_`, where the clip has labels.
     """
     results, rows = score_views(nearest_input(data), data, "copy_", [role for role in roles if role != "input"])
     for name, gaussians in models.items():
         scores, own = score_views(gaussians, data, f"{name}_", roles)
         results, rows = results | scores, rows + own
         if name in moving and data.tracks is not None: results |= score_motion(gaussians, data, f"{name}_")
+    if moving and data.tracks is not None: results |= score_box_motion(data)
     return results, rows
 
 # %% ../../nbs/flux4d/evaluation.ipynb #f8375904
@@ -183,6 +192,22 @@ def describe_models(results: Mapping[str, Any], names: Sequence[str]) -> str:
     show = lambda value: "-" if value is None else f"{value:.3f}" if abs(value) < 2 else f"{value:.2f}"
     return text_table(["model", *columns], [[name, *(show(results.get(f"{name}_{key}")) for key in columns.values())]
                                             for name in names])
+
+# %% ../../nbs/flux4d/evaluation.ipynb #71f62b18
+def describe_flow(results: Mapping[str, Any], names: Sequence[str]) -> str:
+    """A table of scene flow: zero flow and the rigid baseline (where it was scored) above the models of `names` that
+    have scores; EPE, Acc5 and Acc10, angle, the three-way errors BS, FS, FD and their mean, and the dynamic-normalised
+    errors of the buckets of cars and pedestrians. Empty without scores; "-" where a set has no point."""
+    columns = {"EPE m": "epe_m", "Acc5": "acc5_absolute", "Acc10": "acc10_absolute", "angle rad": "angle_av2_rad",
+               "BS m": "epe_bs_m", "FS m": "epe_fs_m", "FD m": "epe_fd_m", "3-way m": "epe_three_way_m"}
+    buckets = {"CAR": "dynamic_normalised_car", "PED": "dynamic_normalised_ped"}
+    keys = {label: f"flow_{key}" for label, key in columns.items()} | buckets
+    found = [name for name in dict.fromkeys(("box_rigid", *names)) if f"{name}_flow_epe_m" in results]
+    if not found: return ""
+    show = lambda value: "-" if value is None else f"{value:.3f}"
+    rows = {"zero flow": [results.get(f"{found[0]}_{key}_zero_flow") for key in keys.values()],
+            **{name: [results.get(f"{name}_{key}") for key in keys.values()] for name in found}}
+    return text_table(["scene flow", *keys], [[name, *map(show, values)] for name, values in rows.items()])
 
 # %% ../../nbs/flux4d/evaluation.ipynb #3ce16d05
 def compare_models(results: Mapping[str, Any], name: str, baseline: str) -> str:
@@ -209,10 +234,24 @@ def _dynamic_share(data: ClipData) -> float | None:
     truth, _ = flow_truth_of(data)
     return (truth.moved >= 0.05).float().mean().item() if len(truth) else 0.0
 
-# %% ../../nbs/flux4d/evaluation.ipynb #f8cb756c
+# %% ../../nbs/flux4d/evaluation.ipynb #0f913ef5
+def _target_scores(gaussians: MovingGaussians, data: ClipData) -> dict[str, Any]:
+    """The scores of a clip's target frames: of all, of those between the inputs (`interp_`) and after (`future_`)."""
+    parts, frames = score_views(gaussians, data, "", ("interp", "future"))
+    return mean_of_rows([{k: v for k, v in row.items() if k not in ("model", "role")} for row in frames]) | parts
+
+
+def _means_over_clips(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean of each score over the clips that have it; of frames without a score (`_skipped`) the sum over all clips."""
+    own = [{k: v for k, v in row.items() if k not in ("model", "clip", "dynamic_share")} for row in rows]
+    counts = {k: sum(row.get(k, 0) for row in own) for row in own for k in row if k.endswith("_skipped")}
+    return mean_of_rows([{k: v for k, v in row.items() if k not in counts} for row in own]) | counts
+
+# %% ../../nbs/flux4d/evaluation.ipynb #89f7caf3
 def score_clips(models: Mapping[str, Callable[[ClipExample], MovingGaussians]], examples: Sequence[ClipExample],
                 least_dynamic: float = 0.0) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(results named {model}_psnr_full_db ... over the target frames and {model}_flow_..., a row per clip and model).
+    """(results named {model}_psnr_full_db ... over the target frames, {model}_interp_... over those between the inputs,
+    {model}_future_... over those after them, and {model}_flow_..., a row per clip and model).
 
     models: name -> function from a prepared clip to gaussians. least_dynamic: share of dynamic points that a clip
     needs; clips without labels are kept, and have no scores of flow. Where no clip is left, there are only counts.
@@ -225,14 +264,13 @@ def score_clips(models: Mapping[str, Callable[[ClipExample], MovingGaussians]], 
             continue
         for name, predict in models.items():
             gaussians = predict(example)
-            scores = mean_of_rows(score_frames(gaussians, example.data, example.data.clip.targets))
-            rows.append({"model": name, "clip": example.data.clip.name, "dynamic_share": share, **scores})
+            rows.append({"model": name, "clip": example.data.clip.name, "dynamic_share": share,
+                         **_target_scores(gaussians, example.data)})
             if share is not None: flows[name].append(predicted_flow(gaussians, example.data))
     results: dict[str, Any] = {"clips": len(rows) // len(models), "clips_skipped_static": skipped}
     for name, own in flows.items() if rows else ():
-        means = mean_of_rows([{k: v for k, v in row.items() if k not in ("model", "clip")} for row in rows
-                              if row["model"] == name])
+        means = _means_over_clips([row for row in rows if row["model"] == name])
         pooled = name_flow_scores(torch.cat([flow for flow, _ in own]), join_truths([truth for _, truth in own])
                                   ) if own else {}
-        results |= {f"{name}_{key}": value for key, value in (means | pooled).items() if key != "dynamic_share"}
+        results |= {f"{name}_{key}": value for key, value in (means | pooled).items()}
     return results, rows

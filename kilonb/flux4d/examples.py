@@ -6,7 +6,7 @@
 __all__ = ['flow_path', 'cached_flow', 'velocities_of_gaussians', 'ExampleOptions', 'ClipExample', 'prepare_clip',
            'ClipExamples', 'split_clips']
 
-# %% ../../nbs/flux4d/examples.ipynb #b4bfcfc3
+# %% ../../nbs/flux4d/examples.ipynb #8c31e159
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +18,10 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .clip_data import ClipData, ClipOptions, DepthTarget, depth_target, load_clip
-from .clips import Clip, clips_of
+from .clips import Clip, clips_of, missing_clip_files, read_clip_index
 from .lift import LiftOptions, cache_file, cached_lift
 from .motion import MovingGaussians
 from .network import NetworkClip, network_clip
@@ -76,8 +77,9 @@ def velocities_of_gaussians(gaussians: MovingGaussians, data: ClipData, velociti
     result[own] = torch.cat(list(velocities))[torch.from_numpy(nearest)].to(result)
     return result
 
-# %% ../../nbs/flux4d/examples.ipynb #2e5afaf2
+# %% ../../nbs/flux4d/examples.ipynb #8837d698
 @dataclass(frozen=True)
+@checked
 class ExampleOptions:
     """How clips are prepared. start: initial velocities of the gaussians, zero or those of the voxel flow. teacher:
     whether the voxel flow's velocities are kept beside. in_memory: prepared clips that are kept. workers: threads that
@@ -163,13 +165,30 @@ class ClipExamples(Sequence):
             del self._kept[number]
             raise
 
-# %% ../../nbs/flux4d/examples.ipynb #4da01db7
-def split_clips(root: str | Path, held_out: int) -> tuple[list[Clip], list[Clip]]:
+# %% ../../nbs/flux4d/examples.ipynb #f14b39d2
+def _indexed_clips(root: str | Path, path: str | Path) -> tuple[list[Clip], list[Clip]]:
+    """The clips of an index file that are trained on and held out. KiloError: none to train on, or missing files."""
+    index = read_clip_index(path)
+    if lost := missing_clip_files(index, root):
+        name, files = next(iter(lost.items()))
+        raise KiloError(f"Clip {name} of '{path}' needs {files[0]}, which '{Path(root).name}' does not have "
+                        f"({len(lost)} of {len(index)} clips lack files): fetch it, or build an index of what is there "
+                        "(kilonb data clips).")
+    training = [clip for clip in index if clip.split == "train"]
+    if not training:
+        raise KiloError(f"'{path}' has no clip of the split train among {len(index)}: build it with --split paper or "
+                        "train.")
+    return training, [clip for clip in index if clip.split == "test" and clip.setting == "evaluation"]
+
+# %% ../../nbs/flux4d/examples.ipynb #1f558e52
+def split_clips(root: str | Path, held_out: int, index: str | Path = "") -> tuple[list[Clip], list[Clip]]:
     """(training clips, held-out clips) of the data at `root`, cut as for evaluation: the clips of the last `held_out`
     sequences are held out.
 
-    KiloError where no training clip would be left.
+    index: a file of `kilonb data clips`, whose splits hold instead: clips of the split "train", and evaluation clips
+    of "test". KiloError where no training clip would be left, or where a file of the index is missing.
     """
+    if index: return _indexed_clips(root, index)
     clips = list(clips_of(root))
     names = sorted({clip.sequence for clip in clips})
     if not 0 <= held_out < len(names):

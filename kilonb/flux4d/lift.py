@@ -9,7 +9,7 @@ __all__ = ['LiftOptions', 'sample_pixels', 'view_points', 'nearest_exposure', 'C
            'thin_points', 'neighbour_scales', 'color_logits', 'hemisphere', 'lift_sky', 'inside_share', 'lift',
            'cache_file', 'lift_path', 'cached_lift', 'warm_lifts']
 
-# %% ../../nbs/flux4d/lift.ipynb #90f595ef
+# %% ../../nbs/flux4d/lift.ipynb #df397573
 import hashlib
 import json
 import math
@@ -24,6 +24,7 @@ import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .clip_data import (OCCLUDED, ClipData, ClipFrame, ClipOptions, PicturePoints, load_clip,
                                      nearest_around, points_in_picture, z_buffer)
@@ -32,8 +33,9 @@ from .motion import MovingGaussians, concatenate_moving, load_moving, save_movin
 from .voxels import FLUX4D_BOUNDS
 from ..geometry.cameras import PinholeCamera
 
-# %% ../../nbs/flux4d/lift.ipynb #8f66649d
+# %% ../../nbs/flux4d/lift.ipynb #f2c8bffa
 @dataclass(frozen=True)
+@checked
 class LiftOptions:
     """How gaussians are made. max_gaussians: kept points; 0: all. neighbours: for the scale. scale: factor on the
     neighbour distance. largest_m: bound of the scale. opacity: initial. sky: gaussians of the whole hemisphere, 0 for

@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['ClipLossConfig', 'blur_map', 'weight_map', 'depth_loss', 'mean_speed', 'frame_loss']
 
-# %% ../../nbs/flux4d/losses.ipynb #cbd70a53
+# %% ../../nbs/flux4d/losses.ipynb #027cb3ba
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .clip_data import DepthTarget
 from .motion import MovingGaussians
 from .render import MovingRender
 from ..metrics.images import structural_similarity
 
-# %% ../../nbs/flux4d/losses.ipynb #e3f21ab6
+# %% ../../nbs/flux4d/losses.ipynb #266e118e
 @dataclass(frozen=True)
+@checked
 class ClipLossConfig:
     """Weights of the terms. l1, ssim: of the picture. depth: per metre. speed: per m/s. reweight: multiply the absolute
     error by the weight map. clip_px: largest |v_r|. blur_px: standard deviation of the blur of the map; 0: none."""

@@ -8,7 +8,7 @@ gradients.
 __all__ = ['PARTS', 'OUTPUT_SCALES', 'VELOCITY_SCALE', 'gaussian_table', 'network_inputs', 'apply_update',
            'ReconstructionConfig', 'NetworkClip', 'network_clip', 'gaussian_gradient', 'ReconstructionNetwork']
 
-# %% ../../nbs/flux4d/network.ipynb #fdaeb955
+# %% ../../nbs/flux4d/network.ipynb #2145ede5
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .motion import MovingGaussians
 from .unet import GaussianNetwork, GaussianUpdate, SparseUNetConfig
@@ -55,8 +56,9 @@ def apply_update(gaussians: MovingGaussians, update: GaussianUpdate) -> MovingGa
         moved["velocities"] = own + torch.where(gaussians.sky[:, None, None], 0.0, new)
     return replace(gaussians, **moved)
 
-# %% ../../nbs/flux4d/network.ipynb #55bea76b
+# %% ../../nbs/flux4d/network.ipynb #0d7e5ac7
 @dataclass(frozen=True)
+@checked
 class ReconstructionConfig:
     """Shape of a `ReconstructionNetwork`.
 

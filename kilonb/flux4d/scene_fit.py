@@ -6,7 +6,7 @@
 # %% auto #0
 __all__ = ['SceneFitConfig', 'SceneGaussians', 'scene_optimizer', 'fit_scene']
 
-# %% ../../nbs/flux4d/scene_fit.ipynb #576dd70b
+# %% ../../nbs/flux4d/scene_fit.ipynb #3ceb915b
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .clip_data import ClipData, depth_target
 from .clusters import ClusterOptions, cluster_moving, cluster_velocities
@@ -25,8 +26,9 @@ from .render import render_at
 from ..splats.fit import view_order
 from ..training.loop import LoopConfig, TrainingResult, train
 
-# %% ../../nbs/flux4d/scene_fit.ipynb #524a5d93
+# %% ../../nbs/flux4d/scene_fit.ipynb #1587e07b
 @dataclass(frozen=True)
+@checked
 class SceneFitConfig:
     """Settings of `fit_scene`.
 

@@ -9,7 +9,7 @@ __all__ = ['ReconstructionTraining', 'supervised_positions', 'views_loss', 'grad
            'clip_loss', 'teacher_error', 'draw_step', 'make_reconstruction_step', 'checkpoint_at', 'keep_checkpoints',
            'start_from_checkpoint', 'make_reconstruction', 'training_figure', 'train_reconstruction']
 
-# %% ../../nbs/flux4d/training.ipynb #552990a0
+# %% ../../nbs/flux4d/training.ipynb #834a46a4
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .clips import Clip, spread_evenly
 from .examples import ClipExample
@@ -41,8 +42,9 @@ def _check_training(config: "ReconstructionTraining") -> None:
     for name in ("teacher", "keep_every_steps", "time_limit_s", "weight_decay"):
         if getattr(config, name) < 0: raise KiloError(f"{name} is {getattr(config, name)}; expected 0 or more.")
 
-# %% ../../nbs/flux4d/training.ipynb #56e75bbd
+# %% ../../nbs/flux4d/training.ipynb #7dacb4cf
 @dataclass(frozen=True)
+@checked
 class ReconstructionTraining:
     """Settings of `train_reconstruction`.
 

@@ -8,7 +8,7 @@ velocities of gaussians.
 __all__ = ['SparseUNetConfig', 'SparseConv', 'ChannelBias', 'SparseBlock', 'SparseUNet', 'offset_features',
            'GaussianUpdate', 'GaussianHeads', 'GaussianNetwork', 'calibrate_norms']
 
-# %% ../../nbs/flux4d/unet.ipynb #ebbed247
+# %% ../../nbs/flux4d/unet.ipynb #3cd0cad5
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,13 +18,15 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .point_mlp import point_mlp
 from .sparse_conv import BACKENDS, KernelMap, convolve, voxel_levels
 from .voxels import SparseVoxels, pool
 
-# %% ../../nbs/flux4d/unet.ipynb #5d964580
+# %% ../../nbs/flux4d/unet.ipynb #4d49f7cf
 @dataclass(frozen=True)
+@checked
 class SparseUNetConfig:
     """Shape of a `GaussianNetwork`.
 

@@ -8,7 +8,7 @@ vectors.
 __all__ = ['VoxelFlowConfig', 'cluster_points', 'motion_evidence', 'flow_loss', 'FlowEstimate', 'estimate_flow',
            'estimate_pair_flow', 'clip_velocities']
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #20d504c4
+# %% ../../nbs/flux4d/voxel_flow.ipynb #229392d8
 import math
 import time
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from scipy.spatial import cKDTree
 from sklearn.cluster import DBSCAN
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from kilonb.flux4d.flow_grids import (
     DistanceGrid, FlowGrid, GroundGrid, SweepSurface, corner_weights, distance_grid, fill_nearest, fit_ground,
@@ -46,8 +47,9 @@ def _check_config(config: "VoxelFlowConfig") -> None:
         if not low <= value <= high:
             raise KiloError(f"{name} of the voxel flow is {value}: expected {low} to {high}.")
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #594f002b
+# %% ../../nbs/flux4d/voxel_flow.ipynb #42724799
 @dataclass(frozen=True)
+@checked
 class VoxelFlowConfig:
     """Settings of the voxel flow; lengths in metres, speeds in m/s. KiloError for values outside their range.
 

@@ -7,9 +7,12 @@ facing bodies.
 # %% auto #0
 __all__ = ['quat_to_rotmat', 'rotmat_to_quat', 'quat_multiply', 'rigid', 'rigid_inverse', 'transform_points',
            'check_rigid', 'look_at', 'carla_pose_to_matrix', 'left_to_right_handed', 'mirror_y', 'forward_to_opencv',
-           'opencv_to_forward']
+           'opencv_to_forward', 'far_origin']
 
-# %% ../../nbs/geometry/transforms.ipynb #89766154
+# %% ../../nbs/geometry/transforms.ipynb #9bc165f7
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -164,3 +167,15 @@ def opencv_to_forward(camera_to_world: Tensor) -> Tensor:
     """`body_to_world` [..., 4, 4] with x forward, y left, z up at an OpenCV camera: the inverse of
     `forward_to_opencv`."""
     return camera_to_world @ _FORWARD_FROM_OPENCV.mT.to(camera_to_world)
+
+# %% ../../nbs/geometry/transforms.ipynb #332b408c
+def far_origin(positions: Tensor) -> np.ndarray:
+    """[3] float64 to subtract from positions [N, 3] before they become float32; zeros where they are near the
+    origin."""
+    if not len(positions): return np.zeros(3)
+    centre = positions.double().mean(0)
+    extent = (positions - centre).norm(dim=-1).max().item()
+    if extent <= 1e-6 * centre.norm().item(): extent = 100.0              # one place: nothing tells its scale
+    if centre.norm().item() <= max(100 * extent, 1e-3): return np.zeros(3)
+    step = 10.0 ** (math.floor(math.log10(max(extent, 1e-6))) - 1)
+    return (centre.numpy() / step).round() * step

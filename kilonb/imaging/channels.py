@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'MOTION_CHANNELS', 'ViewSettings', 'RenderedView', 'apply_colormap', 'colour_bar',
            'label_colours', 'ChannelPicture', 'colourise', 'channel_sheet']
 
-# %% ../../nbs/imaging/channels.ipynb #dc8cd6ee
+# %% ../../nbs/imaging/channels.ipynb #644aa224
 import colorsys
 import math
 from dataclasses import dataclass, replace
@@ -18,17 +18,19 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from ..geometry.cameras import PinholeCamera
 from .frames import parse_background
 from .normals import normals_from_depth
 
-# %% ../../nbs/imaging/channels.ipynb #8b7a8ac0
+# %% ../../nbs/imaging/channels.ipynb #460bab62
 CHANNELS = ("rgb", "alpha", "depth", "normals", "cells", "samples", "error")
 MOTION_CHANNELS = ("velocity", "age")
 
 
 @dataclass(frozen=True)
+@checked
 class ViewSettings:
     """Size and content of a viewer's image.
 

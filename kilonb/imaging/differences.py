@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FrameDifference', 'frame_difference', 'draw_difference', 'picture_readers', 'folder_differences']
 
-# %% ../../nbs/imaging/differences.ipynb #1771d859
+# %% ../../nbs/imaging/differences.ipynb #77754dd4
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ..core.errors import KiloError
-from .frames import FrameFolder, describe_frames, parse_background, read_frame, read_frames, recomposite
-from ..metrics.images import check_images, over_background, decibels, straight_to_premultiplied
-from ..scenes.blender import read_rgba
+from .frames import FrameFolder, describe_frames, parse_background
+from .picture_folders import match_pictures, pictures_of
+from ..metrics.images import check_images, decibels
 
 # %% ../../nbs/imaging/differences.ipynb #3c2d6d86
 @dataclass(frozen=True)
@@ -57,40 +57,33 @@ def draw_difference(difference: FrameDifference, axes: Sequence[Any], gain: floa
     axes[1].set_title(f"{difference.psnr_db:.1f} dB", fontsize=8)
     for ax in axes: ax.axis("off")
 
-# %% ../../nbs/imaging/differences.ipynb #2eaa7f56
+# %% ../../nbs/imaging/differences.ipynb #08c09a1a
 def picture_readers(
     folder: str | Path | FrameFolder, background: str | float | Sequence[float] = "white"
 ) -> dict[str, Callable[[], Tensor]]:
     """name -> function that reads the image [H, W, 3] over a background.
 
-    folder: with a frames.json (names as listed there), or with .npz frames or RGBA PNGs (named as the files).
-    Raises KiloError where it holds none.
+    folder: with a frames.json (names as listed there), with .npz frames or with pictures, see
+    `picture_folders.pictures_of`. A picture without alpha is taken as it is. Raises KiloError where it holds none.
     """
-    if isinstance(folder, FrameFolder) or (Path(folder) / "frames.json").is_file():
-        frames = folder if isinstance(folder, FrameFolder) else read_frames(folder)
-        return {name: lambda name=name: recomposite(frames.read(name), background) for name in frames.names}
     colour = parse_background(background)[1]
-    png = lambda path: lambda: over_background(*straight_to_premultiplied(read_rgba(path)), colour)
-    npz = lambda path: lambda: recomposite(read_frame(path), background)
-    found = {path.stem: (png if path.suffix == ".png" else npz)(path) for path in sorted(Path(folder).glob("*"))
-             if path.suffix in (".png", ".npz")}
-    if not found: raise KiloError(f"{folder} holds no images: expected a frames.json, .npz frames or PNGs.")
-    return found
+    return {name: lambda read=read: read().over(colour) for name, read in pictures_of(folder).items()}
 
-# %% ../../nbs/imaging/differences.ipynb #5e6beaae
+# %% ../../nbs/imaging/differences.ipynb #edfaf470
 def folder_differences(one: str | Path | FrameFolder, two: str | Path | FrameFolder,
                        background: str | float | Sequence[float] = "white",
-                       names: Sequence[str] | None = None) -> dict[str, dict[str, float]]:
+                       names: Sequence[str] | None = None, common: bool = False) -> dict[str, dict[str, float]]:
     """`FrameDifference.numbers` of each pair of images of two folders, the lowest PSNR first.
 
-    names: the images to compare; None: all, and both folders must have the same.
+    names: the images to compare, as the second folder has them; None: all, and both folders must have the same (names
+    are matched by `picture_folders.match_pictures`). common: leave images out that only one folder has.
     Raises KiloError where an image is in one folder only, sizes differ, or a file is damaged.
     """
     sides = picture_readers(one, background), picture_readers(two, background)
-    if names is None: lone = sorted(set(sides[0]) ^ set(sides[1]))
-    else: lone = [name for name in names if not all(name in side for side in sides)]
+    pairs = {name: keys for name, *keys in match_pictures(*sides, common=common or names is not None).pairs}
+    lone = [name for name in names or () if name not in pairs]
     if lone: raise KiloError(f"Only one of the two folders holds {describe_frames(lone)}: name the frames to compare.")
-    rows = {name: frame_difference(sides[0][name](), sides[1][name]()).numbers()
-            for name in (sides[0] if names is None else names)}
+    rows = {name: frame_difference(*(side[key]() for side, key in zip(sides, pairs[name]))).numbers()
+            for name in (pairs if names is None else names)}
     if not rows: raise KiloError("There are no frames to compare: the list is empty.")
     return dict(sorted(rows.items(), key=lambda item: item[1]["psnr_db"]))

@@ -96,20 +96,20 @@ def _changes(picture: np.ndarray, colour: np.ndarray, noise: np.ndarray) -> tupl
             if kinds[v, u]: bins[v, u] = _colour_bin(pixel[0], pixel[1], pixel[2])
     return kinds, bins
 
-# %% ../../nbs/imaging/foreground.ipynb #15fe7277
+# %% ../../nbs/imaging/foreground.ipynb #630de875
 def _disc(radius: int) -> np.ndarray:
     """[2 radius + 1, 2 radius + 1] bool."""
     reach = np.arange(-radius, radius + 1)
     return reach ** 2 + reach[:, None] ** 2 <= radius ** 2 + 1
 
-
+# %% ../../nbs/imaging/foreground.ipynb #7f133344
 def _small_holes_filled(mask: np.ndarray, largest: int) -> np.ndarray:
     """`mask` with the holes of at most `largest` pixels filled."""
     holes, count = ndimage.label(ndimage.binary_fill_holes(mask) & ~mask)
     areas = ndimage.sum_labels(np.ones_like(holes), holes, np.arange(count + 1))
     return mask | ((holes > 0) & (areas <= largest)[holes])
 
-# %% ../../nbs/imaging/foreground.ipynb #0151b5e7
+# %% ../../nbs/imaging/foreground.ipynb #5d7b1c2f
 def _cells(values: np.ndarray, size: int) -> np.ndarray:
     """Sums of values [h, w] over cells of size x size pixels, [ceil(h / size), ceil(w / size)]."""
     high, wide = (-(-length // size) for length in values.shape)
@@ -117,12 +117,12 @@ def _cells(values: np.ndarray, size: int) -> np.ndarray:
     padded[:values.shape[0], :values.shape[1]] = values
     return padded.reshape(high, size, wide, size).sum((1, 3))
 
-
+# %% ../../nbs/imaging/foreground.ipynb #e92cec5f
 def _spread_cells(cells: np.ndarray, size: int, shape: tuple[int, int]) -> np.ndarray:
     """The value of its cell for every pixel, [h, w] as in `shape`."""
     return cells.repeat(size, 0).repeat(size, 1)[:shape[0], :shape[1]]
 
-# %% ../../nbs/imaging/foreground.ipynb #fd89f6ab
+# %% ../../nbs/imaging/foreground.ipynb #40ede335
 def _opened(mask: np.ndarray) -> np.ndarray:
     """Opening of a mask with 2 x 2 pixels."""
     inner = mask[:-1, :-1] & mask[1:, :-1] & mask[:-1, 1:] & mask[1:, 1:]
@@ -131,7 +131,7 @@ def _opened(mask: np.ndarray) -> np.ndarray:
         result[down:len(mask) - 1 + down, right:mask.shape[1] - 1 + right] |= inner
     return result
 
-
+# %% ../../nbs/imaging/foreground.ipynb #a419e650
 def _largest(mask: np.ndarray, size: int = 4) -> np.ndarray:
     """The pixels of `mask` [h, w] in the largest connected set of cells (of size x size pixels) that hold any."""
     areas = _cells(mask, size)
@@ -197,13 +197,13 @@ def _estimate(samples: np.ndarray, iterations: int = 10) -> tuple[np.ndarray, np
         if (np.abs(colour - before).max(-1) > 12).sum() < 3: break
     return colour, noise, keep
 
-# %% ../../nbs/imaging/foreground.ipynb #dd0b7173
+# %% ../../nbs/imaging/foreground.ipynb #a8ad63a2
 def _table(bins: np.ndarray) -> np.ndarray:
     """A smoothed histogram [luma, chroma, chroma] of bins."""
     counts = np.bincount(bins, minlength=_LUMA * _CHROMA ** 2).astype(float)
     return ndimage.gaussian_filter(counts.reshape(_LUMA, _CHROMA, _CHROMA), .7)
 
-
+# %% ../../nbs/imaging/foreground.ipynb #d4f51cf4
 def _learn_colours(samples: np.ndarray, colour: np.ndarray, noise: np.ndarray, rounds: int = 4) -> np.ndarray:
     """[bins] float32: share of the animal among changed pixels of each colour near it, .5 for colours never seen."""
     bins, animal = [], []
@@ -238,12 +238,12 @@ class BackgroundModel:
     height: int
     area: float = 0.0
 
-# %% ../../nbs/imaging/foreground.ipynb #dc1e426a
+# %% ../../nbs/imaging/foreground.ipynb #4e387b2a
 def _reduced(picture: np.ndarray, reduction: int) -> np.ndarray:
     """A picture with blocks of reduction x reduction pixels averaged."""
     return np.asarray(Image.fromarray(picture).reduce(reduction)) if reduction > 1 else picture
 
-
+# %% ../../nbs/imaging/foreground.ipynb #75355178
 def _small_mask(model: BackgroundModel, small: np.ndarray) -> np.ndarray:
     """The mask at the model's size of a reduced picture."""
     kinds, bins = _changes(small, model.colour, model.noise)

@@ -36,25 +36,28 @@ def parse_indices(text: str) -> list[int] | None:
         raise KiloError(f"frames is '{text}'; expected 'all' or indices separated by commas, such as 0,3,7.")
     return [int(part) for part in text.split(",")]
 
-# %% ../../nbs/imaging/frames.ipynb #4be99db2
+# %% ../../nbs/imaging/frames.ipynb #d0b3f5ab
 def choose_frames(count: int, start: int = 0, stop: int | None = None, step: int = 1, max_frames: int | None = None,
                   explicit: Sequence[int] | None = None) -> list[int]:
     """Indices into `count` frames.
 
     start, stop, step: a range as in a slice. max_frames: at most so many of it.
-    explicit: these indices in their order, instead of the range.
+    explicit: those of these indices that lie in the range, in their order.
     Raises KiloError where nothing is left, or an index does not exist or is named twice.
     """
     if step < 1: raise KiloError(f"step is {step}; expected 1 or more.")
     if max_frames is not None and max_frames < 1:
         raise KiloError(f"max_frames is {max_frames}; expected 1 or more, or None for all.")
-    chosen = list(range(count)[start:stop:step] if explicit is None else explicit)
-    absent = [i for i in chosen if not 0 <= i < count]
+    named = list(range(count) if explicit is None else explicit)
+    absent = [i for i in named if not 0 <= i < count]
     if absent: raise KiloError(f"Frame {absent[0]} does not exist: there are {count} frames, 0 to {count - 1}.")
-    if len(set(chosen)) < len(chosen):
-        raise KiloError(f"Frame {next(i for i in chosen if chosen.count(i) > 1)} is named twice.")
+    if len(set(named)) < len(named):
+        raise KiloError(f"Frame {next(i for i in named if named.count(i) > 1)} is named twice.")
+    within = range(count)[start:stop:step]
+    chosen = [i for i in named if i in within]
     if not chosen:
-        raise KiloError(f"No frame is chosen: start {start}, stop {stop}, step {step} leave nothing of {count} frames.")
+        raise KiloError(f"No frame is chosen: start {start}, stop {stop}, step {step} leave nothing of {len(named)} "
+                        "frames.")
     return chosen[:max_frames]
 
 # %% ../../nbs/imaging/frames.ipynb #4ceb33e5
@@ -102,6 +105,56 @@ def camera_digest(camera: PinholeCamera) -> str:
     return hashlib.sha256(
         " ".join([*numbers, f"{camera.width}x{camera.height}"]).replace("-0.00000", "0.00000").encode()
     ).hexdigest()[:16]
+
+# %% ../../nbs/imaging/frames.ipynb #66a03a74
+def _unpack_frame(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise KiloError(f"The frame {path} is missing: render it again, the frames that are there are kept.")
+    try: return read_arrays(path, most_bytes=MOST_FRAME_BYTES)
+    except KiloError as error:
+        raise KiloError(f"The frame {path} cannot be read; it is cut off, damaged or not an "
+                        ".npz: delete it and render it " "again "
+                        f"({shorten(str(error).replace(str(path), 'it'), 120)[1:-1].rstrip('.')}).") from None
+
+# %% ../../nbs/imaging/frames.ipynb #1d4e9606
+def _frame_array(path: Path, content: dict[str, Any], name: str) -> Tensor:
+    """An array of a frame as float32; KiloError where it holds no numbers."""
+    if content[name].dtype.kind not in "biuf":
+        raise KiloError(f"The frame {path} holds {content[name].dtype} in '{name}'; expected numbers.")
+    with np.errstate(over="ignore"): return torch.from_numpy(content[name].astype(np.float32))
+
+# %% ../../nbs/imaging/frames.ipynb #ff2729de
+def _frame_value(path: Path, content: dict[str, Any], name: str, default: Any) -> Any:
+    """A single value of a frame: a text, or a number of at least 0 (NaN is allowed); KiloError elsewhere."""
+    value = np.asarray(content.get(name, default))
+    if isinstance(default, str): right = value.ndim == 0 and value.dtype.kind == "U"
+    else: right = value.ndim == 0 and value.dtype.kind in "biuf" and not value < 0 and not np.isinf(value)
+    if not right:
+        raise KiloError(f"The frame {path} has {shorten(value.tolist())} in '{name}'; expected a value such as "
+                        f"{shorten(default)}.")
+    return value.item()
+
+# %% ../../nbs/imaging/frames.ipynb #f9136219
+def _stored_colour(path: Path, content: dict[str, Any]) -> tuple[Tensor, str]:
+    """(the colours, their convention) of a frame file; KiloError where the file does not state them consistently."""
+    stated = {key: _frame_value(path, content, key, "") for key in ("alpha_convention", "colour_space")
+              if key in content}
+    absent = next((key for key in ("alpha_convention", "colour_space", "alpha") if key not in content), None)
+    if absent:
+        raise KiloError(f"The frame {path} has no '{absent}': a frame states its alpha convention, its colour space "
+                        "and its alpha; render it again.")
+    convention = stated["alpha_convention"]
+    if convention not in CONVENTIONS:
+        raise KiloError(f"The frame {path} has alpha convention {shorten(convention)}; expected premultiplied or "
+                        "straight.")
+    if stated["colour_space"] != "srgb":
+        raise KiloError(f"The frame {path} is in colour space {shorten(stated['colour_space'])}; only srgb frames can "
+                        "be scored or recomposed.")
+    if f"rgb_{convention}" not in content:
+        held = shorten(", ".join(name for name in content if name.startswith("rgb")))[1:-1] or "no colours"
+        raise KiloError(f"The frame {path} states that its alpha is {convention}, but holds {held}; expected "
+                        f"rgb_{convention}.")
+    return _frame_array(path, content, f"rgb_{convention}"), convention
 
 # %% ../../nbs/imaging/frames.ipynb #b1927f8b
 CONVENTIONS = ("premultiplied", "straight")
@@ -159,56 +212,6 @@ def write_frame(path: str | Path, frame: RenderedFrame, dtype: str = "float16") 
                    "samples_per_ray": np.nan if frame.samples_per_ray is None else frame.samples_per_ray,
                    "warm": frame.warm}
     with atomic_write(path) as partial, open(partial, "wb") as file: np.savez_compressed(file, **arrays, **description)
-
-# %% ../../nbs/imaging/frames.ipynb #66a03a74
-def _unpack_frame(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise KiloError(f"The frame {path} is missing: render it again, the frames that are there are kept.")
-    try: return read_arrays(path, most_bytes=MOST_FRAME_BYTES)
-    except KiloError as error:
-        raise KiloError(f"The frame {path} cannot be read; it is cut off, damaged or not an "
-                        ".npz: delete it and render it " "again "
-                        f"({shorten(str(error).replace(str(path), 'it'), 120)[1:-1].rstrip('.')}).") from None
-
-# %% ../../nbs/imaging/frames.ipynb #4949c076
-def _frame_array(path: Path, content: dict[str, Any], name: str) -> Tensor:
-    """An array of a frame as float32; KiloError where it holds no numbers."""
-    if content[name].dtype.kind not in "biuf":
-        raise KiloError(f"The frame {path} holds {content[name].dtype} in '{name}'; expected numbers.")
-    with np.errstate(over="ignore"): return torch.from_numpy(content[name].astype(np.float32))
-
-
-def _frame_value(path: Path, content: dict[str, Any], name: str, default: Any) -> Any:
-    """A single value of a frame: a text, or a number of at least 0 (NaN is allowed); KiloError elsewhere."""
-    value = np.asarray(content.get(name, default))
-    if isinstance(default, str): right = value.ndim == 0 and value.dtype.kind == "U"
-    else: right = value.ndim == 0 and value.dtype.kind in "biuf" and not value < 0 and not np.isinf(value)
-    if not right:
-        raise KiloError(f"The frame {path} has {shorten(value.tolist())} in '{name}'; expected a value such as "
-                        f"{shorten(default)}.")
-    return value.item()
-
-# %% ../../nbs/imaging/frames.ipynb #f9136219
-def _stored_colour(path: Path, content: dict[str, Any]) -> tuple[Tensor, str]:
-    """(the colours, their convention) of a frame file; KiloError where the file does not state them consistently."""
-    stated = {key: _frame_value(path, content, key, "") for key in ("alpha_convention", "colour_space")
-              if key in content}
-    absent = next((key for key in ("alpha_convention", "colour_space", "alpha") if key not in content), None)
-    if absent:
-        raise KiloError(f"The frame {path} has no '{absent}': a frame states its alpha convention, its colour space "
-                        "and its alpha; render it again.")
-    convention = stated["alpha_convention"]
-    if convention not in CONVENTIONS:
-        raise KiloError(f"The frame {path} has alpha convention {shorten(convention)}; expected premultiplied or "
-                        "straight.")
-    if stated["colour_space"] != "srgb":
-        raise KiloError(f"The frame {path} is in colour space {shorten(stated['colour_space'])}; only srgb frames can "
-                        "be scored or recomposed.")
-    if f"rgb_{convention}" not in content:
-        held = shorten(", ".join(name for name in content if name.startswith("rgb")))[1:-1] or "no colours"
-        raise KiloError(f"The frame {path} states that its alpha is {convention}, but holds {held}; expected "
-                        f"rgb_{convention}.")
-    return _frame_array(path, content, f"rgb_{convention}"), convention
 
 # %% ../../nbs/imaging/frames.ipynb #9ea17ad1
 def read_frame(path: str | Path) -> RenderedFrame:
@@ -319,13 +322,13 @@ class FrameFolder:
         """A frame. Raises KiloError where it is missing, damaged, of another render or of another size."""
         return _read_listed_frame(self, name)
 
-# %% ../../nbs/imaging/frames.ipynb #a5cdce29
+# %% ../../nbs/imaging/frames.ipynb #72f51453
 def _identity(folder: FrameFolder, name: str) -> str:
     parts = [FORMAT, folder.source["sha256"], folder.source["weights"], folder.frames[name]["camera"], folder.dtype,
              folder.alpha_convention, folder.colour_space]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
 
-
+# %% ../../nbs/imaging/frames.ipynb #256b6128
 def _read_listed_frame(folder: FrameFolder, name: str) -> RenderedFrame:
     path, frame = folder.path(name), read_frame(folder.path(name))
     if frame.identity != folder.identity(name):

@@ -6,7 +6,7 @@
 __all__ = ['resolve_pictures_and_ply', 'HeldOutScores', 'score_gaussians', 'pictures_on_white', 'error_figure',
            'orbit_figure', 'gaussian_shares', 'distribution_figure', 'fit_figure', 'best_seconds']
 
-# %% ../../nbs/imaging/inspection.ipynb #0186ed3b
+# %% ../../nbs/imaging/inspection.ipynb #d114cff3
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,35 +17,39 @@ from torch import Tensor
 from ..core.errors import KiloError
 from ..data.references import DataReference, resolve_data
 from ..geometry.cameras import PinholeCamera
+from ..metrics.flow import mean_or_none
 from ..metrics.images import evaluate_image, self_check, straight_to_premultiplied
+from ..scenes.photographs import PHOTOGRAPH_KINDS
 from ..splats.gaussians import Gaussians
 from ..splats.rasterizer import render_gaussians
 
-# %% ../../nbs/imaging/inspection.ipynb #6938c689
+# %% ../../nbs/imaging/inspection.ipynb #76512f5f
 def resolve_pictures_and_ply(data: str, ply: str = "",
                              stand_in: str = "brickyard") -> tuple[DataReference | None, DataReference | None]:
     """(existing gaussians or None, pictures or None) that an experiment's parameters `data` and `ply` name.
 
-    data: of kind blender or ply. ply: path of a PLY file; with it, `data` counts only if it is not the stand-in.
+    data: photographs (blender, nerfstudio, colmap) or ply. ply: path of a PLY file; with it, `data` counts only if it
+    is not the stand-in.
     Raises KiloError for another kind of data, or where both name gaussians.
     """
     existing = resolve_data(f"ply:{ply}") if ply else None
     pictures = None if ply and data == stand_in else resolve_data(data)
-    if pictures is None or pictures.kind == "blender": return existing, pictures
-    if pictures.kind != "ply": raise KiloError(f"data '{data}' is of kind {pictures.kind}; expected blender or ply.")
+    if pictures is None or pictures.kind in PHOTOGRAPH_KINDS: return existing, pictures
+    if pictures.kind != "ply":
+        raise KiloError(f"data '{data}' is of kind {pictures.kind}; expected {', '.join(PHOTOGRAPH_KINDS)} or ply.")
     if ply: raise KiloError("Both data and ply name gaussians: give one of them, or pictures as data.")
     return pictures, None
 
-# %% ../../nbs/imaging/inspection.ipynb #600e819c
+# %% ../../nbs/imaging/inspection.ipynb #7ff50b92
 class HeldOutScores(NamedTuple):
     """scores: view -> metric -> value. background_alpha, object_alpha: mean rendered alpha of each view where the
-    target's alpha is 0, and where it is above .99."""
+    target's alpha is 0, and where it is above .99; None for a view without such a pixel."""
 
-    scores: dict[str, dict[str, float]]
-    background_alpha: list[float]
-    object_alpha: list[float]
+    scores: dict[str, dict[str, float | None]]
+    background_alpha: list[float | None]
+    object_alpha: list[float | None]
 
-# %% ../../nbs/imaging/inspection.ipynb #c0abb49d
+# %% ../../nbs/imaging/inspection.ipynb #66b0fde3
 @torch.no_grad()
 def score_gaussians(gaussians: Gaussians, views: Sequence[Any], lpips: Mapping[str, Callable] | None = None,
                     lpips_every: int = 1) -> HeldOutScores:
@@ -62,8 +66,8 @@ def score_gaussians(gaussians: Gaussians, views: Sequence[Any], lpips: Mapping[s
         self_check(target, alpha, dict(lpips or {}) if index == 0 else {})
         render = render_gaussians(gaussians, view.camera)
         found.scores[view.name] = evaluate_image(render.rgb_premultiplied, render.alpha, target, alpha, metrics)
-        found.background_alpha.append(render.alpha[alpha == 0].mean().item())
-        found.object_alpha.append(render.alpha[alpha > .99].mean().item())
+        found.background_alpha.append(mean_or_none(render.alpha[alpha == 0]))
+        found.object_alpha.append(mean_or_none(render.alpha[alpha > .99]))
     return found
 
 # %% ../../nbs/imaging/inspection.ipynb #5dd3c01a

@@ -61,6 +61,35 @@ def _settings_of(request: Mapping[str, Any], settings: ViewSettings) -> ViewSett
     chosen = replace(settings, **{name: given[name] for name in kinds if name in given})
     return chosen if request.get("full") else replace(chosen.dragging(), drag_width=chosen.drag_width)
 
+# %% ../../nbs/imaging/orbit_widget.ipynb #b3aa8f6c
+def _pictures(models: Sequence[ViewedModel], views: Mapping[str, RenderedView], settings: ViewSettings,
+              difference: bool) -> Iterator[tuple[str, ChannelPicture]]:
+    """(name, image) of each rendered model, and of the difference of the first two where it is wanted."""
+    reference = views.get(models[0].name)
+    for i, model in enumerate(models):
+        if model.name not in views: continue
+        own = replace(settings, channel="rgb") if i == 0 and settings.channel == "error" else settings
+        yield model.name, picture_of_view(model, views[model.name], own, reference)
+    if difference and len(views) == 2 == len(models):
+        last = models[-1]
+        yield "difference", picture_of_view(last, views[last.name], replace(settings, channel="error"), reference)
+
+# %% ../../nbs/imaging/orbit_widget.ipynb #a5d36d0a
+def _frame_message(request: Mapping[str, Any], settings: ViewSettings, views: Mapping[str, RenderedView],
+                   pictures: Iterator[tuple[str, ChannelPicture]], began: float) -> tuple[dict, list[bytes]]:
+    """The answer to a request: a message that can be written as JSON, and one buffer per image."""
+    described, buffers, full = [], [], bool(request.get("full"))
+    for name, picture in pictures:
+        kind, packed = encode_frame(picture.image, full or picture.statistics["channel"] == "cells")
+        described.append({"name": name, "type": kind, "bar": picture.statistics["bar"],
+                          "milliseconds": views[name].milliseconds if name in views else None})
+        buffers.append(packed)
+    counted = [view.samples for view in views.values() if view.samples is not None]
+    return {"kind": "frame", "view": request.get("view"), "number": request.get("number"), "full": full,
+            "pictures": described, "width": settings.width, "height": settings.height,
+            "samples_per_ray": counted[-1].double().mean().item() if counted else None,
+            "milliseconds": 1e3 * (time.perf_counter() - began)}, buffers
+
 # %% ../../nbs/imaging/orbit_widget.ipynb #02fad9a9
 BAND_ROWS = 64                        # of a full image
 
@@ -93,35 +122,6 @@ class RequestRenderer:
                 elif full: yield None
         difference = bool((request.get("settings") or {}).get("difference"))
         yield _frame_message(request, settings, views, _pictures(self.models, views, settings, difference), began)
-
-# %% ../../nbs/imaging/orbit_widget.ipynb #b3aa8f6c
-def _pictures(models: Sequence[ViewedModel], views: Mapping[str, RenderedView], settings: ViewSettings,
-              difference: bool) -> Iterator[tuple[str, ChannelPicture]]:
-    """(name, image) of each rendered model, and of the difference of the first two where it is wanted."""
-    reference = views.get(models[0].name)
-    for i, model in enumerate(models):
-        if model.name not in views: continue
-        own = replace(settings, channel="rgb") if i == 0 and settings.channel == "error" else settings
-        yield model.name, picture_of_view(model, views[model.name], own, reference)
-    if difference and len(views) == 2 == len(models):
-        last = models[-1]
-        yield "difference", picture_of_view(last, views[last.name], replace(settings, channel="error"), reference)
-
-# %% ../../nbs/imaging/orbit_widget.ipynb #a5d36d0a
-def _frame_message(request: Mapping[str, Any], settings: ViewSettings, views: Mapping[str, RenderedView],
-                   pictures: Iterator[tuple[str, ChannelPicture]], began: float) -> tuple[dict, list[bytes]]:
-    """The answer to a request: a message that can be written as JSON, and one buffer per image."""
-    described, buffers, full = [], [], bool(request.get("full"))
-    for name, picture in pictures:
-        kind, packed = encode_frame(picture.image, full or picture.statistics["channel"] == "cells")
-        described.append({"name": name, "type": kind, "bar": picture.statistics["bar"],
-                          "milliseconds": views[name].milliseconds if name in views else None})
-        buffers.append(packed)
-    counted = [view.samples for view in views.values() if view.samples is not None]
-    return {"kind": "frame", "view": request.get("view"), "number": request.get("number"), "full": full,
-            "pictures": described, "width": settings.width, "height": settings.height,
-            "samples_per_ray": counted[-1].double().mean().item() if counted else None,
-            "milliseconds": 1e3 * (time.perf_counter() - began)}, buffers
 
 # %% ../../nbs/imaging/orbit_widget.ipynb #146c0f1e
 class LatestRequest:

@@ -42,7 +42,7 @@ def encode_picture(image: Image.Image, longest: int = 400, maximum_bytes: int = 
         image, settings = image.resize([max(1, round(side * 0.75)) for side in image.size],
                                        Image.Resampling.LANCZOS), [{"quality": 50, "method": 4}]
 
-# %% ../../nbs/imaging/pictures.ipynb #2ac0636c
+# %% ../../nbs/imaging/pictures.ipynb #7e8864c0
 FOLDER, INDEX = "pictures", "pictures.json"
 
 
@@ -60,7 +60,7 @@ class Comparison:
     higher_is_better: bool
     images: dict[str, Path]
 
-
+# %% ../../nbs/imaging/pictures.ipynb #3cadce19
 def _file_name(name: str, image: str) -> str:
     """A file name for a view and a label, unique for each pair and valid on every file system."""
     plain = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", word).strip("_")[:40] for word in (name, image))

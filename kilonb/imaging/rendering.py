@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['nvml_power', 'PowerMeter', 'device_power', 'peak_memory', 'frame_statistics', 'frame_seconds',
-           'RenderOutcome', 'render_frames']
+           'RenderOutcome', 'render_frames', 'reduced_frame', 'reduce_frames']
 
-# %% ../../nbs/imaging/rendering.ipynb #22c8f786
+# %% ../../nbs/imaging/rendering.ipynb #0c157e95
 import ctypes
 import threading
 import time
@@ -35,7 +35,7 @@ from kilonb.imaging.frames import (
 from .sources import FrameSource
 from ..metrics.images import check_premultiplied
 from ..runs.environment import peak_memory_mb
-from ..scenes.blender import write_rgba
+from ..scenes.posed_images import write_rgba
 from ..training.progress import Progress
 
 # %% ../../nbs/imaging/rendering.ipynb #7ead6e41
@@ -163,24 +163,6 @@ def frame_seconds(render: Callable[[PinholeCamera], Any], cameras: Iterable[Pinh
     if not seconds: raise KiloError("There is no camera to time a render with: the list is empty.")
     return min(seconds)
 
-# %% ../../nbs/imaging/rendering.ipynb #23c1d0ca
-@dataclass(frozen=True)
-class RenderOutcome:
-    """Result of `render_frames`: the folder, the requested names, how many of them were complete already, and the
-    statistics."""
-
-    frames: FrameFolder
-    names: list[str]
-    kept: int
-    statistics: dict[str, Any]
-
-    def results(self) -> dict[str, Any]:
-        """The statistics under the names of a run's results; those that were not measured are left out."""
-        speed = {name: self.statistics[name] for name in ("frames_per_s", "seconds_per_frame", "first_frame_s",
-                                                          "samples_per_ray", "power_w")}
-        return {**{name: value for name, value in speed.items() if value is not None},
-                "render_peak_memory_mb": self.statistics["peak_memory_mb"], "frames_kept": self.kept}
-
 # %% ../../nbs/imaging/rendering.ipynb #d7bf4148
 def _synchronise(device: str) -> None:
     if torch.device(device).type == "cuda": torch.cuda.synchronize(device)
@@ -241,6 +223,25 @@ def _render_missing(source: FrameSource, cameras: Sequence[NamedCamera], manifes
     progress.close()
     return done, kept
 
+# %% ../../nbs/imaging/rendering.ipynb #5999beb7
+@dataclass(frozen=True)
+class RenderOutcome:
+    """Result of `render_frames`: the folder, the requested names, how many of them were complete already, and the
+    statistics."""
+
+    frames: FrameFolder
+    names: list[str]
+    kept: int
+    statistics: dict[str, Any]
+
+    def results(self) -> dict[str, Any]:
+        """The statistics under the names of a run's results; those that were not measured are left out."""
+        speed = {name: self.statistics[name] for name in ("frames_per_s", "seconds_per_frame", "first_frame_s",
+                                                          "samples_per_ray", "power_w")}
+        return {**{name: value for name, value in speed.items() if value is not None},
+                "render_width": self.statistics["width"], "render_height": self.statistics["height"],
+                "render_peak_memory_mb": self.statistics["peak_memory_mb"], "frames_kept": self.kept}
+
 # %% ../../nbs/imaging/rendering.ipynb #ef035bc2
 def render_frames(source: FrameSource, views: Iterable[Any], folder: str | Path, frames: Sequence[int] | None = None,
                   resolution: int | tuple[int, int] | None = None, chunk_rays: int | None = None,
@@ -266,3 +267,40 @@ def render_frames(source: FrameSource, views: Iterable[Any], folder: str | Path,
                   **peak_memory(source.device), "power_w": meter.mean_w}
     write_json(folder / "render_stats.json", {"source": manifest.source, **statistics, "names": names})
     return RenderOutcome(manifest, names, kept, statistics)
+
+# %% ../../nbs/imaging/rendering.ipynb #ecf4be7c
+def _area_mean(image: torch.Tensor, width: int, height: int) -> torch.Tensor:
+    """An area average of [H, W] or [H, W, C] to [height, width(, C)]."""
+    planes = image.reshape(*image.shape[:2], -1).movedim(-1, 0)[None]
+    small = torch.nn.functional.interpolate(planes, (height, width), mode="area")[0].movedim(0, -1)
+    return small.reshape(height, width, *image.shape[2:])
+
+# %% ../../nbs/imaging/rendering.ipynb #96925360
+def reduced_frame(frame: RenderedFrame, width: int, height: int, identity: str = "") -> RenderedFrame:
+    """A frame averaged down to a size, with the identity of its new file. KiloError where it would grow."""
+    if width > frame.alpha.shape[1] or height > frame.alpha.shape[0]:
+        raise KiloError(f"Frame '{frame.name}' is {frame.alpha.shape[1]}x{frame.alpha.shape[0]} and cannot be "
+                        "averaged to " f"{width}x{height}: render it with as many pixels.")
+    rgb, alpha = (_area_mean(part.float(), width, height) for part in (frame.rgb_premultiplied, frame.alpha))
+    depth = frame.expected_depth
+    if depth is not None:
+        depth = _area_mean(depth.float() * frame.alpha, width, height) / alpha.clamp(min=1e-6) * (alpha > 0)
+    return replace(frame, rgb_premultiplied=rgb, alpha=alpha, expected_depth=depth, identity=identity)
+
+# %% ../../nbs/imaging/rendering.ipynb #cb21bf28
+def reduce_frames(frames: FrameFolder, views: Iterable[Any], folder: str | Path) -> FrameFolder:
+    """A folder of frames averaged down to the size of their views, under the cameras of these views.
+
+    views: as for `render_frames`, with the names of frames. Raises KiloError where a frame is missing or smaller.
+    """
+    cameras = named_cameras(views)
+    entries = {view.name: {"index": view.index, "file": file_name(view.name), "camera": camera_digest(view.camera)}
+               for view in cameras}
+    size = cameras[0].camera
+    small = replace(frames, folder=Path(folder), width=size.width, height=size.height, frames=entries)
+    for view in cameras:
+        reduced = reduced_frame(frames.read(view.name), view.camera.width, view.camera.height,
+                                small.identity(view.name))
+        write_frame(small.path(view.name), reduced, small.dtype)
+    write_frames(small)
+    return small

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Metrics', 'Subject', 'score_against_photo', 'score_against_teacher', 'as_subject', 'frame_of_subject',
-           'Evaluation', 'check_targets', 'score_view', 'evaluate_frames', 'target_picture']
+           'Evaluation', 'views_without_error', 'check_targets', 'score_view', 'evaluate_frames', 'target_picture']
 
-# %% ../../nbs/imaging/scoring.ipynb #3d476642
+# %% ../../nbs/imaging/scoring.ipynb #7ad909c5
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from kilonb.metrics.images import (
     psnr_srgb_db,
     self_check,
     ssim,
+    views_left_out,
 )
 from ..runs.gates import lower_is_better
 
@@ -111,13 +111,14 @@ def frame_of_subject(subject: FrameSource | FrameFolder, name: str, camera: Pinh
         raise KiloError(f"Frame '{name}' of {subject.folder} was rendered from another camera than its target's.")
     return frame
 
-# %% ../../nbs/imaging/scoring.ipynb #24d3a2bd
+# %% ../../nbs/imaging/scoring.ipynb #884be337
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of a subject on named views.
 
     subject: its description. sha256, weights: of its checkpoint. scores: view -> metric -> value.
-    lpips_views: the views that have an LPIPS.
+    lpips_views: the views that have an LPIPS. checked: views whose targets were scored against themselves first, as
+    perfect (`check_targets`).
     """
 
     subject: str
@@ -125,12 +126,13 @@ class Evaluation:
     weights: str
     scores: dict[str, dict[str, float]]
     lpips_views: list[str]
+    checked: int = 0
 
     @property
     def names(self) -> list[str]: return list(self.scores)
 
-    def means(self) -> dict[str, float]:
-        """The mean of each metric over the views that have it."""
+    def means(self) -> dict[str, float | None]:
+        """The mean of each metric over the views that have it, empty views drawn empty excepted (`mean_scores`)."""
         return mean_scores(self.scores)
 
     def worst(self, count: int = 8, metric: str = "") -> list[str]:
@@ -138,35 +140,58 @@ class Evaluation:
         come last."""
         return _worst_views(self, count, metric)
 
-    def results(self, prefix: str = "test") -> dict[str, Any]:
-        """The means as results of a run (`test_psnr_srgb_white_db`), with the numbers of views and the worst view."""
-        return _as_results(self, prefix)
+    def results(self, prefix: str = "test", in_data: int = 0) -> dict[str, Any]:
+        """The means as results of a run (`test_psnr_srgb_white_db`), with the numbers of views and the worst view.
+
+        in_data: views of the split, of which these are some (`test_views_in_data`); 0: not known.
+        """
+        return _as_results(self, prefix) | ({f"{prefix}_views_in_data": in_data} if in_data else {})
 
     def table(self) -> str:
         """One line per view and the mean; a dash where a metric was not measured."""
-        table = re.sub(r"(?<= )nan(?= |$)", "  –", evaluation_table(self.scores), flags=re.MULTILINE)
+        table = evaluation_table(self.scores)
         some = 0 < len(self.lpips_views) < len(self.scores)
-        return table + (f"\nLPIPS on {len(self.lpips_views)} of {len(self.scores)} views" if some else "")
+        return (table + (f"\nLPIPS on {len(self.lpips_views)} of {len(self.scores)} views" if some else "")
+                + _check_line(self))
 
     def write(self, path: str | Path) -> None:
         """Write everything as JSON, atomically."""
         write_json(path, {**asdict(self), "frames": self.names, "means": self.means()})
 
-# %% ../../nbs/imaging/scoring.ipynb #58eb68bf
+# %% ../../nbs/imaging/scoring.ipynb #ec871dfe
 def _worst_views(evaluation: Evaluation, count: int, metric: str) -> list[str]:
     scores, means = evaluation.scores, evaluation.means()
     metric = metric or next(name for name in means if name.startswith("psnr"))
     if metric not in means: raise KiloError(f"There is no metric '{metric}'; there are {', '.join(means)}.")
     sign = -1 if lower_is_better(metric) else 1
-    value = lambda name: sign * scores[name].get(metric, math.nan)
+    def value(name: str) -> float:
+        own = scores[name].get(metric)
+        return math.nan if own is None else sign * own
     return sorted(scores, key=lambda name: math.inf if math.isnan(value(name)) else value(name))[:count]
 
-# %% ../../nbs/imaging/scoring.ipynb #a1f0dd4c
+# %% ../../nbs/imaging/scoring.ipynb #30baf84e
+def _check_line(evaluation: Evaluation) -> str:
+    """A line about the self-check and the views that equal the teacher; empty without a self-check."""
+    if not evaluation.checked: return ""
+    equal = views_without_error(evaluation.scores, "psnr_vs_teacher_db")
+    return (f"\nself-check: the targets of {evaluation.checked} of {len(evaluation.scores)} views against themselves "
+            "have infinite PSNR and SSIM 1" + (f"; {equal} views equal the teacher" if equal else ""))
+
+# %% ../../nbs/imaging/scoring.ipynb #f5c95d26
+def views_without_error(scores: Mapping[str, Mapping[str, float | None]], metric: str) -> int:
+    """In how many views a PSNR is infinite: drawn without any error. Their mean PSNR leaves them out."""
+    return sum(one.get(metric) == math.inf for one in scores.values())
+
+# %% ../../nbs/imaging/scoring.ipynb #bc7b0fcc
 def _as_results(evaluation: Evaluation, prefix: str) -> dict[str, Any]:
     means = {f"{prefix}_{name}": value for name, value in evaluation.means().items()}
     own, teacher = means.get(f"{prefix}_psnr_srgb_white_db"), means.get(f"{prefix}_teacher_psnr_srgb_white_db")
     gap = {f"{prefix}_gap_to_teacher_db": teacher - own} if own is not None and teacher is not None else {}
-    return {**means, **gap, f"{prefix}_views": len(evaluation.scores),
+    left_out = len(views_left_out(evaluation.scores))
+    equal = views_without_error(evaluation.scores, "psnr_vs_teacher_db")
+    if f"{prefix}_psnr_vs_teacher_db" in means: gap[f"{prefix}_views_equal_to_teacher"] = equal
+    if evaluation.checked: gap[f"{prefix}_self_check"] = evaluation.checked / len(evaluation.scores)
+    return {**means, **gap, f"{prefix}_views": len(evaluation.scores), f"{prefix}_views_left_out": left_out,
             f"{prefix}_lpips_views": len(evaluation.lpips_views),
             f"{prefix}_worst_view": _worst_views(evaluation, 1, "")[0]}
 
@@ -215,7 +240,7 @@ def _describe_subject(subject: FrameSource | FrameFolder) -> tuple[str, str, str
     description = f"frames in {subject.folder}: {source['kind']} {source['name']}{weights}"
     return description, source["sha256"], source["weights"]
 
-# %% ../../nbs/imaging/scoring.ipynb #146255ab
+# %% ../../nbs/imaging/scoring.ipynb #b4e98791
 def evaluate_frames(subject: Subject, views: Iterable[Any], *, teacher: Subject | None = None,
                     lpips: Metrics | None = None, lpips_every: int = 1,
                     background: str | float | Sequence[float] = "white", weights: str | None = None,
@@ -247,7 +272,7 @@ def evaluate_frames(subject: Subject, views: Iterable[Any], *, teacher: Subject 
         frame = frame_of_subject(subject, *_name_and_camera(view))
         scores[name] = score_view(frame, photo, target, chosen, background)
         if chosen: with_lpips.append(name)
-    return Evaluation(description, sha256, held, scores, with_lpips)
+    return Evaluation(description, sha256, held, scores, with_lpips, len(scores))
 
 # %% ../../nbs/imaging/scoring.ipynb #b6a30a27
 def target_picture(view: Any, background: str | float | Sequence[float] = "white") -> Tensor:

@@ -31,7 +31,7 @@ def _quantiles(values: Tensor, name: str, levels: Sequence[float]) -> dict[str, 
     found = torch.quantile(values.double(), torch.tensor(levels, dtype=torch.float64)).tolist()
     return {f"{name}_p{round(100 * level):02d}": value for level, value in zip(levels, found)}
 
-# %% ../../nbs/imaging/silhouettes.ipynb #744a183c
+# %% ../../nbs/imaging/silhouettes.ipynb #95b554fa
 def _check_alphas(alpha: Tensor, target_alpha: Tensor) -> None:
     if alpha.shape != target_alpha.shape or alpha.ndim != 2:
         raise KiloError(f"The alpha is {list(alpha.shape)} and the target's {list(target_alpha.shape)}; "
@@ -39,7 +39,7 @@ def _check_alphas(alpha: Tensor, target_alpha: Tensor) -> None:
     if not torch.isfinite(alpha).all():
         raise KiloError("The alpha holds NaN or infinite values: check the checkpoint or its render.")
 
-
+# %% ../../nbs/imaging/silhouettes.ipynb #ab99a03d
 def alpha_report(alpha: Tensor, target_alpha: Tensor, rim_pixels: int = 1, band_pixels: int = 4) -> dict[str, float]:
     """Alpha errors of a rendering [H, W] against a target [H, W], all in 0..1; regions without pixels are left out.
 

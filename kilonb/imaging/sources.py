@@ -6,7 +6,7 @@
 __all__ = ['MODEL_KINDS', 'Rendering', 'render_displayable', 'FrameSource', 'tensors_digest', 'source_of_gaussians',
            'ModelKind', 'register_model_kind', 'model_of_checkpoint', 'find_model', 'open_source', 'source_of_model']
 
-# %% ../../nbs/imaging/sources.ipynb #32404ec9
+# %% ../../nbs/imaging/sources.ipynb #8f541a3c
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ..core.hashing import hash_file
 from ..geometry.cameras import PinholeCamera
 from ..runs.records import find_run
 from ..splats.gaussians import Gaussians
-from ..splats.ply import read_ply
+from ..splats.formats import read_gaussians
 from ..splats.rasterizer import render_gaussians
 from ..training.averaging import load_weights
 from ..training.checkpoints import newest_checkpoint, read_checkpoint
@@ -147,21 +147,29 @@ def _load_model(path: Path, weights: str | None) -> tuple[Any, str]:
                         "the training loop.")
     return model, held
 
-# %% ../../nbs/imaging/sources.ipynb #41e9cf11
+# %% ../../nbs/imaging/sources.ipynb #f081f9e1
 def find_model(name: str) -> Path | None:
     """The file or run folder that an experiment's parameter names; None for an empty name.
 
     name: a path, or a run as `runs.records.find_run` finds it. Raises KiloError where neither exists.
     """
     if not name: return None
-    return Path(name) if Path(name).exists() else find_run(name)
+    path = Path(name).expanduser()
+    return path if path.exists() else find_run(name)
 
-# %% ../../nbs/imaging/sources.ipynb #3026bf08
+# %% ../../nbs/imaging/sources.ipynb #232a92e5
+def _is_checkpoint(path: Path) -> bool:
+    """Whether a file begins as `torch.save` writes one, or is called as one; gaussians may have any name."""
+    with open(path, "rb") as file: start = file.read(4)
+    ending = path.suffix.lower()
+    return ending in (".pt", ".pth", ".ckpt") or (start == b"PK\x03\x04" and ending not in (".sog", ".zip"))
+
+# %% ../../nbs/imaging/sources.ipynb #f78a669f
 def open_source(path: str | Path, weights: str | None = None, like: Any = None, device: str = "cpu") -> FrameSource:
     """A source from a file or the folder of a run.
 
     path: a saved model, a checkpoint of the training loop, the folder of a run (its saved model, else its newest
-    checkpoint), or a PLY of gaussians.
+    checkpoint), or a file of gaussians (`splats.formats.read_gaussians`).
     weights: None prefers averaged ones; "averaged" or "raw" requires them. like: see `model_of_checkpoint`.
     device: torch device to render on.
     Raises KiloError where the file is missing, damaged, of an unknown kind or of another configuration.
@@ -171,8 +179,10 @@ def open_source(path: str | Path, weights: str | None = None, like: Any = None, 
         saved = (path / kind.file_name for kind in MODEL_KINDS.values())
         path = next((file for file in saved if file.is_file()), None) or newest_checkpoint(path)
     if not path.is_file():
-        raise KiloError(f"There is no {path}: give a saved model, a run's folder, a checkpoint or a PLY of gaussians.")
-    if path.suffix.lower() == ".ply": return source_of_gaussians(read_ply(path).to(device), str(path), hash_file(path))
+        raise KiloError(f"There is no {path}: give a saved model, a run's folder, a checkpoint or a file of "
+                        "gaussians.")
+    if not _is_checkpoint(path):
+        return source_of_gaussians(read_gaussians(path).to(device), str(path), hash_file(path))
     training = read_checkpoint(path).get("kind") is None
     model, held = model_of_checkpoint(path, weights, like) if training else _load_model(path, weights)
     return model.to(device).frame_source(held, str(path), hash_file(path))

@@ -68,25 +68,6 @@ def targets_from_images(views: Iterable[NamedView]) -> list[ViewTarget]:
     """Targets from frames with straight alpha; they have no depth."""
     return [ViewTarget(v.name, v.camera, *straight_to_premultiplied(v.rgba_straight()), None, "image") for v in views]
 
-# %% ../../nbs/imaging/targets.ipynb #e91050ba
-def render_digest(gaussians: Gaussians, camera: PinholeCamera) -> str:
-    """Sixteen hexadecimal digits over all parameters of the gaussians and the camera's pose, intrinsics and size."""
-    content = hashlib.sha256()
-    for tensor in (*gaussians.parameters().values(), camera.camera_to_world,
-                   torch.tensor([camera.fx, camera.fy, camera.cx, camera.cy], dtype=torch.float64)):
-        content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    content.update(f"{camera.width}x{camera.height} v1".encode())
-    return content.hexdigest()[:16]
-
-# %% ../../nbs/imaging/targets.ipynb #21360ac2
-def targets_from_teacher(gaussians: Gaussians, views: Sequence[tuple[str, PinholeCamera]],
-                         cache: Path | None = None) -> list[ViewTarget]:
-    """Renders of gaussians for (name, camera) pairs: colour, alpha and expected depth.
-
-    cache: folder in which renders are kept and found again; None keeps none.
-    """
-    return [_rendered_target(gaussians, name, camera, cache) for name, camera in views]
-
 # %% ../../nbs/imaging/targets.ipynb #b1a0347f
 def _kept_render(path: Path, camera: PinholeCamera) -> tuple[Tensor, ...] | None:
     """Colour, alpha and depth in a file of the cache; None where there is none or it is damaged."""
@@ -109,3 +90,22 @@ def _rendered_target(gaussians: Gaussians, name: str, camera: PinholeCamera, cac
             np.savez(file, rgb_premultiplied=target.rgb_premultiplied.numpy(), alpha=target.alpha.numpy(),
                      expected_depth=target.expected_depth.numpy())
     return target
+
+# %% ../../nbs/imaging/targets.ipynb #e91050ba
+def render_digest(gaussians: Gaussians, camera: PinholeCamera) -> str:
+    """Sixteen hexadecimal digits over all parameters of the gaussians and the camera's pose, intrinsics and size."""
+    content = hashlib.sha256()
+    for tensor in (*gaussians.parameters().values(), camera.camera_to_world,
+                   torch.tensor([camera.fx, camera.fy, camera.cx, camera.cy], dtype=torch.float64)):
+        content.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    content.update(f"{camera.width}x{camera.height} v1".encode())
+    return content.hexdigest()[:16]
+
+# %% ../../nbs/imaging/targets.ipynb #21360ac2
+def targets_from_teacher(gaussians: Gaussians, views: Sequence[tuple[str, PinholeCamera]],
+                         cache: Path | None = None) -> list[ViewTarget]:
+    """Renders of gaussians for (name, camera) pairs: colour, alpha and expected depth.
+
+    cache: folder in which renders are kept and found again; None keeps none.
+    """
+    return [_rendered_target(gaussians, name, camera, cache) for name, camera in views]

@@ -37,7 +37,7 @@ def _match_frames(predicted: np.ndarray, true: np.ndarray, tolerance: int, pairs
             count, i, j = count + 1, i + 1, j + 1
     return count
 
-# %% ../../nbs/metrics/events.ipynb #df0fd8e2
+# %% ../../nbs/metrics/events.ipynb #5ec776a7
 def match_events(predicted: np.ndarray, true: np.ndarray, tolerance: int = 2) -> np.ndarray:
     """[M, 2] frames (predicted, true) of a largest one-to-one matching of pairs at most `tolerance` frames apart.
 
@@ -52,7 +52,7 @@ def match_events(predicted: np.ndarray, true: np.ndarray, tolerance: int = 2) ->
     pairs = pairs[:_match_frames(fired, events, tolerance, pairs)]
     return np.stack([fired[pairs[:, 0]], events[pairs[:, 1]]], 1)
 
-
+# %% ../../nbs/metrics/events.ipynb #01db70d5
 def _check_tolerance(tolerance: int) -> None:
     if int(tolerance) != tolerance or tolerance < 0:
         raise KiloError(f"tolerance is {tolerance}; expected a whole number of frames, 0 or more.")
@@ -98,7 +98,7 @@ class EventEpisode:
         """Events at the valid frames, bool [V]."""
         return self.true[self.valid]
 
-# %% ../../nbs/metrics/events.ipynb #f0a53e97
+# %% ../../nbs/metrics/events.ipynb #fe355658
 EVENT_COUNTS = ("matched", "predicted", "true", "near", "covered", "frames")
 
 
@@ -108,7 +108,7 @@ def near_events(times: np.ndarray, events: np.ndarray, tolerance: int) -> np.nda
     after = np.searchsorted(events, times).clip(max=len(events) - 1)
     return np.minimum(np.abs(events[after] - times), np.abs(events[(after - 1).clip(0)] - times)) <= tolerance
 
-
+# %% ../../nbs/metrics/events.ipynb #1563bbf9
 def event_counts(episode: EventEpisode, tolerance: int) -> np.ndarray:
     """The counts [6] of EVENT_COUNTS: matches, predictions, events, predictions within `tolerance` of an event, valid
     frames within it, valid frames."""
@@ -132,7 +132,7 @@ def event_ratios(counts: np.ndarray) -> dict[str, np.ndarray]:
             "f1": 2 * matched / (predicted + true),
             "lift": np.where(true > 0, near / predicted * frames / np.maximum(covered, 1), np.nan)}
 
-# %% ../../nbs/metrics/events.ipynb #b755cc0f
+# %% ../../nbs/metrics/events.ipynb #6cf5d391
 def resample_episodes(counts: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
     """Summed counts [A, resamples, 6] of episodes drawn with replacement from counts [A, episodes, 6]."""
     if resamples < 1000: raise KiloError(f"resamples is {resamples}; expected 1,000 or more for an interval of 95%.")
@@ -140,13 +140,13 @@ def resample_episodes(counts: np.ndarray, resamples: int = 2000, seed: int = 0) 
     drawn = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=resamples)
     return drawn @ counts
 
-
+# %% ../../nbs/metrics/events.ipynb #a5c72214
 def _interval(values: np.ndarray) -> tuple[float, float] | None:
     """Percentiles 2.5 and 97.5 of the finite values; None where fewer than 95% of them are finite."""
     known = values[np.isfinite(values)]
     return tuple(np.percentile(known, [2.5, 97.5]).tolist()) if len(known) >= .95 * len(values) else None
 
-# %% ../../nbs/metrics/events.ipynb #c4f790b9
+# %% ../../nbs/metrics/events.ipynb #4e5a0b66
 @njit(cache=True)
 def _shifted_matches(rows: np.ndarray, times: np.ndarray, events: np.ndarray, offsets: np.ndarray,
                      tolerance: int) -> np.ndarray:
@@ -161,14 +161,14 @@ def _shifted_matches(rows: np.ndarray, times: np.ndarray, events: np.ndarray, of
         result[r] = _match_frames(moved, events, tolerance, none)
     return result
 
-
+# %% ../../nbs/metrics/events.ipynb #d58b90f0
 def shifted_matches(episode: EventEpisode, offsets: np.ndarray, tolerance: int) -> np.ndarray:
     """Numbers of matches [R] with the predictions of an episode shifted around by `offsets` [R] valid frames."""
     times = episode.times(tolerance)
     offsets = np.asarray(offsets, np.int64) % len(times)
     return _shifted_matches(np.flatnonzero(episode.fired), times, times[episode.events], offsets, tolerance)
 
-# %% ../../nbs/metrics/events.ipynb #33f26f05
+# %% ../../nbs/metrics/events.ipynb #8225d686
 POSITIONS, STATISTICS = ("circular", "independent"), ("matched", "near")
 
 
@@ -183,7 +183,7 @@ def _chance_counts(episode: EventEpisode, tolerance: int, count: int, rng: np.ra
     if statistic == "near": return near_events(times, times[episode.events], tolerance)[rows].sum(1)
     return np.array([_match_frames(own, times[episode.events], tolerance, none) for own in times[np.sort(rows, 1)]])
 
-
+# %% ../../nbs/metrics/events.ipynb #8470f23a
 def chance_counts(episodes: Sequence[EventEpisode], tolerance: int = 2, count: int = 999, seed: int = 0,
                   positions: str = "circular", statistic: str = "matched") -> np.ndarray:
     """Numbers [count] of matches by chance, summed over episodes.
@@ -203,7 +203,7 @@ def permutation_p(observed: float, chance: np.ndarray) -> float:
     """(1 + number of chance values >= observed) / (1 + number of chance values): at least 1 / (1 + R)."""
     return float((1 + (np.asarray(chance) >= observed).sum()) / (1 + len(chance)))
 
-# %% ../../nbs/metrics/events.ipynb #c5a0ee1f
+# %% ../../nbs/metrics/events.ipynb #4f2eba3e
 def _remarks(counts: Mapping[str, float], episodes: int) -> tuple[str, ...]:
     remarks = []
     if not counts["true"]: remarks.append("no true event in any episode: no score is defined")
@@ -214,7 +214,7 @@ def _remarks(counts: Mapping[str, float], episodes: int) -> tuple[str, ...]:
     if episodes == 1: remarks.append("one episode: no confidence interval over episodes is defined")
     return tuple(remarks)
 
-
+# %% ../../nbs/metrics/events.ipynb #aa7467c1
 def _scores_of(counts: np.ndarray, tolerance: int, resamples: int, seed: int) -> "EventScores":
     """Scores of counts [A, episodes, 6]: ratios of sums over episodes, then the mean over the A alternatives."""
     episodes, totals = counts.shape[1], dict(zip(EVENT_COUNTS, counts.sum(1).mean(0).tolist()))
@@ -276,12 +276,12 @@ def score_events(episodes: Sequence[EventEpisode], tolerance: int = 2, shifts: i
     chance = chance_counts(episodes, tolerance, shifts, seed)
     return replace(scores, shifts=shifts, p_circular=permutation_p(scores.counts["matched"], chance))
 
-# %% ../../nbs/metrics/events.ipynb #57223aa9
+# %% ../../nbs/metrics/events.ipynb #491ad2e9
 def _conditions(scores: EventScores) -> tuple[int, ...]:
     """What two scores must share to be compared: episodes, tolerance, number of resamples."""
     return scores.episodes, scores.tolerance, *sorted({len(own) for own in scores.samples.values()})
 
-
+# %% ../../nbs/metrics/events.ipynb #70384a4f
 def paired_difference(scores: EventScores, baseline: EventScores, name: str = "f1") -> dict[str, float | None]:
     """The difference (scores - baseline) of one ratio, its 95% interval `low` and `high` over the same resampled
     episodes, and `share_not_above`, the share of resamples in which the baseline is as good; None where undefined.
@@ -300,7 +300,7 @@ def paired_difference(scores: EventScores, baseline: EventScores, name: str = "f
     if result["low"] is None: return result
     return result | {"share_not_above": float((differences[np.isfinite(differences)] <= 0).mean())}
 
-# %% ../../nbs/metrics/events.ipynb #c8b18993
+# %% ../../nbs/metrics/events.ipynb #f54f9e27
 def periodic_boundaries(length: int, period: float) -> np.ndarray:
     """Boundaries bool [phases, length] every `period` frames (1 or more, may be fractional), for each phase."""
     if not period >= 1: raise KiloError(f"period is {period}; expected 1 frame or more.")
@@ -309,7 +309,7 @@ def periodic_boundaries(length: int, period: float) -> np.ndarray:
     step = np.floor((frames - phases[:, None]) / period + 1e-9)
     return np.diff(step, axis=1, prepend=np.floor((-1 - phases[:, None]) / period + 1e-9)) > 0
 
-
+# %% ../../nbs/metrics/events.ipynb #1430e210
 def periodic_scores(episodes: Sequence[EventEpisode], tolerance: int = 2, resamples: int = 2000, seed: int = 0,
                     period: float | None = None) -> EventScores:
     """Scores of periodic boundaries, mean over all phases. period: frames; None: that of the episodes' own predictions
@@ -332,7 +332,7 @@ def forced_length_boundaries(is_first: np.ndarray, length: int) -> np.ndarray:
     since = frames - np.maximum.accumulate(np.where(first, frames, 0))
     return first | (since % length == 0)
 
-# %% ../../nbs/metrics/events.ipynb #6008c962
+# %% ../../nbs/metrics/events.ipynb #afc9e550
 @dataclass(frozen=True, eq=False)
 class PercentileEvents:
     """Frames whose value is strictly above a percentile: bool arrays [T], one per episode. threshold: the percentile's
@@ -342,7 +342,7 @@ class PercentileEvents:
     count: int
     count_or_equal: int
 
-
+# %% ../../nbs/metrics/events.ipynb #9d3f65fb
 def events_above(values: Sequence[np.ndarray], valid: Sequence[np.ndarray], percentile: float = 90.0,
                  threshold: float | None = None) -> PercentileEvents:
     """Events of values [T] (one array per episode), strictly above the percentile of all valid frames, or above a given
@@ -353,7 +353,7 @@ def events_above(values: Sequence[np.ndarray], valid: Sequence[np.ndarray], perc
     events = [(np.asarray(own) > threshold) & use for own, use in zip(values, valid)]
     return PercentileEvents(events, threshold, int((pooled > threshold).sum()), int((pooled >= threshold).sum()))
 
-# %% ../../nbs/metrics/events.ipynb #a0bcf487
+# %% ../../nbs/metrics/events.ipynb #feba02b4
 def event_auc(probability: np.ndarray, true: np.ndarray) -> float | None:
     """Area under the ROC curve of `probability` [N] for events `true` bool [N]: the share of (event, other) pairs that
     are in the right order, ties half; None where one of the two is missing."""
@@ -362,7 +362,7 @@ def event_auc(probability: np.ndarray, true: np.ndarray) -> float | None:
     if not positive or not negative: return None
     return float((rankdata(probability)[true].sum() - positive * (positive + 1) / 2) / (positive * negative))
 
-
+# %% ../../nbs/metrics/events.ipynb #b1c08f95
 def event_average_precision(probability: np.ndarray, true: np.ndarray) -> float | None:
     """Mean over events of the precision at the threshold that includes the event; frames of equal probability are
     included together. None without an event."""
@@ -373,7 +373,7 @@ def event_average_precision(probability: np.ndarray, true: np.ndarray) -> float 
     hits = np.cumsum(true[order])[last]
     return float((np.diff(hits, prepend=0) * hits / (last + 1)).sum() / true.sum())
 
-# %% ../../nbs/metrics/events.ipynb #0fd70248
+# %% ../../nbs/metrics/events.ipynb #0c0d88c6
 @njit(cache=True)
 def _two_states(leave: np.ndarray, state: int) -> np.ndarray:
     """States [T] (0 or 1) from the first one and `leave` bool [2, T], whether each state is left after frame t."""
@@ -383,7 +383,7 @@ def _two_states(leave: np.ndarray, state: int) -> np.ndarray:
         if leave[state, t]: state = 1 - state
     return states
 
-
+# %% ../../nbs/metrics/events.ipynb #81a213a7
 def bursty_events(rng: np.random.Generator, length: int, quiet: float = .01, busy: float = .3,
                   stay: tuple[float, float] = (.985, .94)) -> np.ndarray:
     """Events bool [length] of a process with a quiet and a busy state.

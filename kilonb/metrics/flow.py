@@ -8,8 +8,8 @@ scores, and an error per object, always beside zero flow and ego motion.
 __all__ = ['INTERVAL_S', 'FLOW_CLASSES', 'DYNAMIC_M', 'BUCKET_MPS', 'LAST_BUCKET_MPS', 'OBJECT_POINTS',
            'end_point_error', 'accurate_absolute', 'accurate_av2', 'angle_av2_rad', 'angle_storm_rad', 'FlowTruth',
            'is_dynamic', 'join_truths', 'zero_flow', 'ego_motion_flow', 'perfect_flow', 'box_rigid_flow',
-           'mean_or_none', 'three_way_error', 'FlowBucket', 'flow_buckets', 'bucketed_error', 'object_errors',
-           'flow_counts', 'score_flow']
+           'mean_or_none', 'median_or_none', 'three_way_error', 'FlowBucket', 'flow_buckets', 'bucketed_error',
+           'object_errors', 'flow_counts', 'score_flow']
 
 # %% ../../nbs/metrics/flow.ipynb #7533aa59
 import math
@@ -171,6 +171,11 @@ def box_rigid_flow(points: Tensor, owners: Tensor, poses0: Tensor, poses1: Tenso
 def mean_or_none(values: Tensor) -> float | None:
     """The mean; None for no values: an empty set has no score."""
     return values.double().mean().item() if values.numel() else None
+
+# %% ../../nbs/metrics/flow.ipynb #1e060289
+def median_or_none(values: Tensor) -> float | None:
+    """The lower median; None for no values."""
+    return values.double().median().item() if values.numel() else None
 
 # %% ../../nbs/metrics/flow.ipynb #6cd744ff
 def three_way_error(error: Tensor, truth: FlowTruth) -> dict[str, float | None]:

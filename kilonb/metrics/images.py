@@ -8,11 +8,11 @@ docstring.
 __all__ = ['check_images', 'decibels', 'psnr_srgb_db', 'srgb_to_linear', 'linear_to_srgb', 'psnr_linear_db',
            'alpha_channel', 'straight_to_premultiplied', 'check_premultiplied', 'over_background', 'foreground_psnr_db',
            'blank_baseline_db', 'gaussian_window', 'structural_similarity', 'ssim', 'masked_psnr_db', 'masked_ssim',
-           'evaluate_image', 'self_check', 'mean_scores', 'evaluation_table']
+           'evaluate_image', 'self_check', 'mean_over_views', 'views_left_out', 'mean_scores', 'evaluation_table']
 
-# %% ../../nbs/metrics/images.ipynb #910ee58b
+# %% ../../nbs/metrics/images.ipynb #bd799dab
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -215,17 +215,17 @@ def _check_finite(images: Mapping[str, Tensor]) -> None:
             raise KiloError(f"The {name} has NaN or infinite values; expected finite values: check the model that "
                             "rendered it or the file it came from.")
 
-# %% ../../nbs/metrics/images.ipynb #493f2c0a
+# %% ../../nbs/metrics/images.ipynb #f3aa9cdb
 def evaluate_image(
     rgb_premultiplied: Tensor, alpha: Tensor, target_rgb_premultiplied: Tensor, target_alpha: Tensor,
     lpips: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None,
-) -> dict[str, float]:
+) -> dict[str, float | None]:
     """Every image metric of one view, by name.
 
     rgb_premultiplied, target_rgb_premultiplied: `[H, W, 3]` sRGB; alpha, target_alpha: `[H, W]`. Both are composited on
     white; the prediction is then clamped to 0..1.
     lpips: name -> function of two `[H, W, 3]` images, e.g. `lpips_metrics()`; None or empty leaves them out.
-    Returns psnr_srgb_white_db, psnr_srgb_foreground_db (weighted by the target's alpha; NaN where it is 0 everywhere),
+    Returns psnr_srgb_white_db, psnr_srgb_foreground_db (weighted by the target's alpha; None where it is 0 everywhere),
     psnr_linear_white_db, psnr_blank_white_db, ssim_white, lpips_*.
     """
     check_images(rgb_premultiplied, target_rgb_premultiplied)
@@ -233,23 +233,23 @@ def evaluate_image(
                    "target's alpha": target_alpha})
     prediction = over_background(rgb_premultiplied, alpha).detach().clamp(0, 1)
     target = over_background(target_rgb_premultiplied, target_alpha).detach()
-    scores = {"psnr_srgb_white_db": psnr_srgb_db(prediction, target), "psnr_srgb_foreground_db": math.nan,
+    scores = {"psnr_srgb_white_db": psnr_srgb_db(prediction, target), "psnr_srgb_foreground_db": None,
               "psnr_linear_white_db": psnr_linear_db(prediction, target),
               "psnr_blank_white_db": blank_baseline_db(target), "ssim_white": ssim(prediction, target)}
     if (target_alpha > 0).any():
         scores["psnr_srgb_foreground_db"] = foreground_psnr_db(prediction, target, target_alpha)
     return scores | {name: float(distance(prediction, target)) for name, distance in (lpips or {}).items()}
 
-# %% ../../nbs/metrics/images.ipynb #12eb51c2
-def _check_perfect(name: str, value: float) -> None:
+# %% ../../nbs/metrics/images.ipynb #9652411d
+def _check_perfect(name: str, value: float | None) -> None:
     expected = 1.0 if name.startswith("ssim") else 0.0 if name.startswith("lpips") else math.inf
-    if "blank" in name or (math.isnan(value) and "foreground" in name): return
+    if "blank" in name or value is None: return
     if value == expected or abs(value - expected) < 1e-6: return
     raise KiloError(f"Self-check: {name} of the target against itself is {value:.6g}, expected {expected:g}.")
 
-# %% ../../nbs/metrics/images.ipynb #168905fb
+# %% ../../nbs/metrics/images.ipynb #391f7089
 def self_check(target_rgb_premultiplied: Tensor, target_alpha: Tensor,
-               lpips: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None) -> dict[str, float]:
+               lpips: Mapping[str, Callable[[Tensor, Tensor], float]] | None = None) -> dict[str, float | None]:
     """Score the target against itself; KiloError unless PSNR is infinite, SSIM 1 and LPIPS 0. Run before evaluations.
 
     target_rgb_premultiplied: `[H, W, 3]`, 0..1; target_alpha: `[H, W]`, 0..1; lpips as in `evaluate_image`. Returns the
@@ -264,26 +264,66 @@ def self_check(target_rgb_premultiplied: Tensor, target_alpha: Tensor,
     for name, value in scores.items(): _check_perfect(name, value)
     return scores
 
-# %% ../../nbs/metrics/images.ipynb #3a10cc89
-def mean_scores(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The mean of each metric over views (NaN left out); `results` maps a view's name to its `evaluate_image` dict."""
-    names = list(dict.fromkeys(name for scores in results.values() for name in scores))
-    columns = {name: [scores[name] for scores in results.values() if name in scores and not math.isnan(scores[name])]
-               for name in names}
-    return {name: sum(values) / len(values) if values else math.nan for name, values in columns.items()}
+# %% ../../nbs/metrics/images.ipynb #339e97ff
+def mean_over_views(values: Iterable[float | None]) -> tuple[float | None, int]:
+    """(mean, views left out) of one score of several views.
 
-# %% ../../nbs/metrics/images.ipynb #f5f46e6c
+    Left out and counted: None and NaN (no number for this view) and +inf (a PSNR without any error, which is what an
+    empty view drawn empty has). The mean is None where no view is left. -inf is a fault and stays in the mean.
+    """
+    values = list(values)
+    known = [float(value) for value in values if value is not None and not math.isnan(value) and value != math.inf]
+    return (math.fsum(known) / len(known) if known else None), len(values) - len(known)
+
+# %% ../../nbs/metrics/images.ipynb #708b34ec
+def views_left_out(results: Mapping[str, Mapping[str, float | None]], only_empty: bool = False) -> list[str]:
+    """Names of the views that are left out of the mean PSNR: drawn without any error, as an empty view drawn empty is.
+
+    results: view -> dict of `evaluate_image`; the first PSNR that is not a baseline's decides. only_empty: only the
+    views in which an all-white image has no error either; they are left out of all means.
+    """
+    def left_out(scores: Mapping[str, float | None]) -> bool:
+        own = next((name for name in scores if name.startswith("psnr") and "blank" not in name), None)
+        blank = [scores[name] for name in scores if name.startswith("psnr_blank")]
+        return own is not None and scores[own] == math.inf and (math.inf in blank or not only_empty)
+    return [name for name, scores in results.items() if left_out(scores)]
+
+# %% ../../nbs/metrics/images.ipynb #f26d651a
+def mean_scores(results: Mapping[str, Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The mean of each metric over the views that have it, empty views drawn empty excepted; None where there is none.
+
+    results: view -> dict of `evaluate_image`. See `mean_over_views`.
+    """
+    names = list(dict.fromkeys(name for scores in results.values() for name in scores))
+    without = set(views_left_out(results, only_empty=True))
+    kept = [scores for view, scores in results.items() if view not in without]
+    return {name: mean_over_views(scores[name] for scores in kept if name in scores)[0] for name in names}
+
+# %% ../../nbs/metrics/images.ipynb #072741ba
 def evaluation_table(results: Mapping[str, Mapping[str, float]]) -> str:
     """Scores as aligned text: one row per view, below them the mean if there are several.
 
-    results: view name -> dict of `evaluate_image`. KiloError when empty.
+    results: view name -> dict of `evaluate_image`. A dash stands where there is no number. KiloError when empty.
     """
     if not results: raise KiloError("There are no views to tabulate; expected the scores of at least one.")
     rows = {**results, **({"mean": mean_scores(results)} if len(results) > 1 else {})}
     columns, first = list(mean_scores(results)), max(4, *map(len, rows))
     lines = [" ".join([f"{'view':<{first}}", *columns])]
-    for view, scores in rows.items():
-        lines.append(" ".join([f"{view:<{first}}",
-                               *(f"{scores.get(c, math.nan):>{len(c)}.{2 if c.endswith('_db') else 4}f}"
-                                 for c in columns)]))
-    return "\n".join(lines)
+    lines += [" ".join([f"{view:<{first}}", *(_cell(scores.get(name), name) for name in columns)])
+              for view, scores in rows.items()]
+    return "\n".join(lines + _left_out_line(results))
+
+
+def _cell(value: float | None, column: str) -> str:
+    """A value right-aligned under the name of its column; a dash for None and NaN."""
+    missing = value is None or math.isnan(value)
+    return f"{'–' if missing else format(value, '.2f' if column.endswith('_db') else '.4f'):>{len(column)}}"
+
+
+def _left_out_line(results: Mapping[str, Mapping[str, float | None]]) -> list[str]:
+    """A line that names the views left out of the mean, if there are some."""
+    names = views_left_out(results)
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    if not names: return []
+    return [f"{len(names)} of {len(results)} views left out of the mean PSNR (no error, as empty views drawn empty): "
+            f"{shown}"]

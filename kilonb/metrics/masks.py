@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# %% ../../nbs/metrics/masks.ipynb #035d729b
+# %% ../../nbs/metrics/masks.ipynb #39e4c7d3
 def intersection_over_union(predicted: Tensor, mask: Tensor) -> Tensor:
-    """IoU [...], 0..1, of masks [..., H, W] (bool, or numbers with a threshold of 0.5); 1 where both are empty."""
+    """IoU [...], 0..1, of masks [..., H, W] (bool, or numbers with a threshold of 0.5); NaN where both are empty: take
+    means with `nanmean`."""
     a, b = predicted > .5, mask > .5
     union = (a | b).sum((-1, -2))
-    return torch.where(union > 0, (a & b).sum((-1, -2)) / union.clamp(min=1), 1.0)
+    return torch.where(union > 0, (a & b).sum((-1, -2)) / union.clamp(min=1), torch.nan)
 
 # %% ../../nbs/metrics/masks.ipynb #900303ea
 def dilate_mask(mask: Tensor, pixels: int) -> Tensor:

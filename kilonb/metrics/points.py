@@ -9,11 +9,11 @@ __all__ = ['chamfer_m', 'relative_error', 'within_factor_share']
 import torch
 from torch import Tensor
 
-# %% ../../nbs/metrics/points.ipynb #d5e52948
-def chamfer_m(first: Tensor, second: Tensor) -> float:
+# %% ../../nbs/metrics/points.ipynb #fa0feac5
+def chamfer_m(first: Tensor, second: Tensor) -> float | None:
     """Chamfer distance in metres of points [N, 3] and [M, 3]: the mean distance to the nearest point of the other set,
-    averaged over both directions. NaN where a set is empty. Takes memory for N x M distances."""
-    if not len(first) or not len(second): return float("nan")
+    averaged over both directions. None where a set is empty. Takes memory for N x M distances."""
+    if not len(first) or not len(second): return None
     apart = torch.cdist(first, second)
     return (apart.amin(0).mean() + apart.amin(1).mean()).item() / 2
 
@@ -22,7 +22,8 @@ def relative_error(predicted: Tensor, true: Tensor) -> Tensor:
     """|predicted - true| / true, elementwise, without unit, of distances > 0 in one unit."""
     return (predicted - true).abs() / true
 
-# %% ../../nbs/metrics/points.ipynb #481a6726
+# %% ../../nbs/metrics/points.ipynb #19769d2d
 def within_factor_share(predicted: Tensor, true: Tensor, factor: float) -> Tensor:
-    """Share 0..1 (a Tensor of one number) of distances with max(predicted / true, true / predicted) < `factor`."""
+    """Share 0..1 (a Tensor of one number) of distances with max(predicted / true, true / predicted) < `factor`; NaN for
+    no distances."""
     return (torch.maximum(predicted / true, true / predicted) < factor).float().mean()

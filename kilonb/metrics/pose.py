@@ -29,14 +29,19 @@ def pose_errors(predicted: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
     """(translation error [...] in metres, rotation error [...] in degrees) between poses [..., 4, 4]."""
     return translation_error_m(predicted, true), rotation_error_deg(predicted, true)
 
-# %% ../../nbs/metrics/pose.ipynb #ad2f27e5
+# %% ../../nbs/metrics/pose.ipynb #c21ecf97
 def direction_error_deg(predicted: Tensor, true: Tensor) -> Tensor:
-    """Angle [...] in degrees, 0..180, between translations [..., 3]; 0 where one of them has no length."""
+    """Angle [...] in degrees, 0..180, between translations [..., 3]; NaN where one of them has no length, hence no
+    direction."""
     sine = torch.linalg.cross(predicted, true).norm(dim=-1)
-    return torch.rad2deg(torch.atan2(sine, (predicted * true).sum(-1)))
+    angle = torch.rad2deg(torch.atan2(sine, (predicted * true).sum(-1)))
+    return torch.where((predicted == 0).all(-1) | (true == 0).all(-1), torch.nan, angle)
 
-# %% ../../nbs/metrics/pose.ipynb #917cccdf
-def auc_at(errors: Tensor, limit: float) -> float:
+# %% ../../nbs/metrics/pose.ipynb #2a175a2c
+def auc_at(errors: Tensor, limit: float) -> float | None:
     """AUC@`limit`: area under the share of `errors` [N] (>= 0, the unit of `limit`) that are at most x, for x from 0 to
-    `limit`, divided by `limit`: 1 where all are 0."""
+    `limit`, divided by `limit`: 1 where all are 0. Errors that are not finite count as beyond the limit. None without
+    errors."""
+    if not errors.numel(): return None
+    errors = torch.where(errors.isfinite(), errors, limit)
     return (1 - errors.clamp(max=limit) / limit).mean().item()

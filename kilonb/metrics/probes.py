@@ -43,11 +43,13 @@ def angle_targets(angle: np.ndarray) -> np.ndarray:
     """[N, 2] cosine and sine of `angle` [N], radians."""
     return np.stack([np.cos(angle), np.sin(angle)], 1)
 
-# %% ../../nbs/metrics/probes.ipynb #47d8bb9e
-def r_squared(prediction: np.ndarray, target: np.ndarray) -> float:
-    """R^2 of `prediction` [N, D] for `target` [N, D], the columns pooled; NaN where the target is constant."""
+# %% ../../nbs/metrics/probes.ipynb #b170f6d9
+def r_squared(prediction: np.ndarray, target: np.ndarray) -> float | None:
+    """R^2 of `prediction` [N, D] for `target` [N, D], the columns pooled; None where the target is constant or there
+    are no rows."""
+    if not len(target): return None
     total = np.square(target - target.mean(0)).sum()
-    return float(1 - np.square(target - prediction).sum() / total) if total > 0 else float("nan")
+    return float(1 - np.square(target - prediction).sum() / total) if total > 0 else None
 
 # %% ../../nbs/metrics/probes.ipynb #f19a0ff9
 PROBES = ("ridge", "neighbours", "forest")
@@ -85,9 +87,9 @@ def cross_validated_prediction(features: Features, target: np.ndarray, probe: st
         result[test] = fit.predict(values[test]).reshape(len(test), -1)
     return result
 
-# %% ../../nbs/metrics/probes.ipynb #0454f822
+# %% ../../nbs/metrics/probes.ipynb #0aaf30c9
 def cross_validated_r2(features: Features, target: np.ndarray, probes: Sequence[str] = PROBES, folds: int = 6,
-                       gap: int = 5, where: np.ndarray | None = None) -> dict[str, float]:
+                       gap: int = 5, where: np.ndarray | None = None) -> dict[str, float | None]:
     """Probe name -> R^2 of the held-out predictions over the rows `where`; see `cross_validated_prediction`."""
     use = slice(None) if where is None else np.asarray(where, bool)
     return {name: r_squared(cross_validated_prediction(features, target, name, folds, gap, where)[use],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['shortest_ms', 'RigPictures', 'boxtown_rig', 'stitching_times']
 
-# %% ../../nbs/panoramas/benchmark.ipynb #10372a64
+# %% ../../nbs/panoramas/benchmark.ipynb #55454137
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..geometry.cameras import PinholeCamera
 from .stitch import Stitcher
+from .surfaces import CAMERA_HEIGHT_M, bowl_range
 from .tiles import PanoramaOptions
 from ..scenes.boxtown import TownConfig, build_town, opv2v_cameras
 from ..scenes.raycast import render
@@ -30,7 +31,7 @@ def shortest_ms(call: Callable[[], object], repeats: int) -> float:
         seconds.append(time.perf_counter() - started)
     return 1000 * min(seconds)
 
-# %% ../../nbs/panoramas/benchmark.ipynb #720f235c
+# %% ../../nbs/panoramas/benchmark.ipynb #64515085
 class RigPictures(NamedTuple):
     """Four cameras of a vehicle with their pictures [4, H, W, 3] (sRGB 0..1), depths [H, W] (camera z, metres) and the
     pose [4, 4] of the panorama."""
@@ -53,7 +54,11 @@ def boxtown_rig(seed: int = 0, width: int = 800, height: int = 600) -> RigPictur
 
 
 def stitching_times(rig: RigPictures, options: PanoramaOptions, repeats: int = 7) -> dict[str, float]:
-    """`stitch_far_field_ms` and `stitch_depth_aware_ms` of a rig's pictures."""
-    stitcher = Stitcher(rig.cameras, options.camera(rig.pose))
+    """`stitch_far_field_ms`, `stitch_bowl_ms` (the default without depth and LiDAR, holes filled) and
+    `stitch_depth_aware_ms` of a rig's pictures."""
+    target = options.camera(rig.pose)
+    stitcher = Stitcher(rig.cameras, target)
+    bowl = Stitcher(rig.cameras, target, assumed_range_m=bowl_range(target, CAMERA_HEIGHT_M), fill_holes=True)
     return {"stitch_far_field_ms": shortest_ms(lambda: stitcher(rig.rgb_srgb), repeats),
+            "stitch_bowl_ms": shortest_ms(lambda: bowl(rig.rgb_srgb), repeats),
             "stitch_depth_aware_ms": shortest_ms(lambda: stitcher(rig.rgb_srgb, rig.z_depth), repeats)}

@@ -10,7 +10,7 @@ __all__ = ['UNSEEN', 'SCENE', 'FAR', 'OWN_BODY', 'HIDDEN', 'UNKNOWN', 'CLASSES',
            'stitching_code_digest', 'tile_digest', 'write_panorama_tile', 'check_tile', 'read_panorama_tile',
            'constant_mask_iou']
 
-# %% ../../nbs/panoramas/tiles.ipynb #1f5ea3a3
+# %% ../../nbs/panoramas/tiles.ipynb #f0cea78a
 import hashlib
 import importlib.util
 import json
@@ -23,22 +23,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.bounded import read_arrays
-from ..core.errors import KiloError
+from ..core.errors import KiloError, unknown_name
 from ..core.files import atomic_write
 from ..core.numbers import LARGEST
 from ..geometry.boxes import Boxes, upright_boxes
 from ..geometry.panoramas import CylindricalCamera, EquirectangularCamera, PanoramaCamera
 from ..geometry.transforms import check_rigid
 from .stitch import Panorama, stitch
+from .surfaces import SURFACES
 from ..scenes.opv2v import FrameEntry, Instant
 from ..scenes.surround import CameraImage, SurroundFrame, panorama_pose
 
-# %% ../../nbs/panoramas/tiles.ipynb #2d75237f
+# %% ../../nbs/panoramas/tiles.ipynb #5bdcb1a1
 _PROJECTIONS = {"equirectangular": EquirectangularCamera, "cylindrical": CylindricalCamera}
 
 
 @dataclass(frozen=True)
+@checked
 class PanoramaOptions:
     """Size, projection and centre of a vehicle's panorama.
 
@@ -46,6 +49,8 @@ class PanoramaOptions:
     from the horizon.
     height_m: centre above the ground, metres; 0: the mean height of the vehicle's cameras.
     reach_m: ranges beyond this are of class "far".
+    surface: on which checks stitch, see `panoramas.surfaces`; tiles are stitched on depth, or in the far field.
+    balance_exposure: whether checks equalise the cameras' exposures.
     """
     width: int = 256
     height: int = 64
@@ -53,11 +58,14 @@ class PanoramaOptions:
     elevation_deg: float = 45.0
     height_m: float = 0.0
     reach_m: float = 120.0
+    surface: str = "auto"
+    balance_exposure: bool = True
 
     def validate(self) -> None:
         """Raise KiloError for an unknown projection or a reach that is not positive."""
         if self.projection not in _PROJECTIONS:
             raise KiloError(f"projection is '{self.projection}': expected one of {', '.join(_PROJECTIONS)}.")
+        if self.surface not in SURFACES: raise unknown_name("surface", self.surface, SURFACES)
         if not self.reach_m > 0: raise KiloError(f"reach_m is {self.reach_m:g}: expected a positive number of metres.")
 
     def camera(self, camera_to_world: Tensor | None = None) -> PanoramaCamera:
@@ -79,14 +87,19 @@ def _depth_labels(view: CameraImage) -> Tensor:
     if view.z_depth is None: return torch.full((view.camera.height, view.camera.width), _NO_VALUE)
     return torch.where(view.z_depth.isinf(), _NO_SURFACE, torch.where(view.z_depth > 0, _MEASURED, _NO_VALUE))
 
-# %% ../../nbs/panoramas/tiles.ipynb #1bd30c7d
-def stitch_views(views: Sequence[CameraImage], camera: PanoramaCamera) -> Panorama:
-    """Panorama of decoded camera images, depth-aware if any of them has depth; its labels give the kind of depth of
-    each pixel's source."""
+# %% ../../nbs/panoramas/tiles.ipynb #5ac9110d
+def stitch_views(views: Sequence[CameraImage], camera: PanoramaCamera, surface: str = "", fill_holes: bool = False,
+                 **options) -> Panorama:
+    """Panorama of decoded camera images; its labels give the kind of depth of each pixel's source.
+
+    surface: see `stitch`; empty: depth if any image has it, else far. options: of `stitch` (points, height_m, balance)
+    and of `Stitcher`.
+    """
     depths = [view.z_depth for view in views]
+    known = any(depth is not None for depth in depths)
     return stitch([view.camera for view in views], [view.rgb_srgb for view in views], camera,
-                  depths if any(depth is not None for depth in depths) else None,
-                  [_depth_labels(view) for view in views])
+                  depths if known else None, [_depth_labels(view) for view in views],
+                  surface=surface or ("depth" if known else "far"), fill_holes=fill_holes, **options)
 
 # %% ../../nbs/panoramas/tiles.ipynb #3a550711
 CAR_SIZE_M = (4.8, 2.0, 1.6)
@@ -132,7 +145,7 @@ def _pixel_classes(frame: SurroundFrame, views: Sequence[CameraImage], panorama:
     classes[ranges > 0], classes[ranges > reach_m], classes[own] = SCENE, FAR, OWN_BODY
     return classes
 
-# %% ../../nbs/panoramas/tiles.ipynb #a36d76d0
+# %% ../../nbs/panoramas/tiles.ipynb #36b749fa
 def make_tile(frame: SurroundFrame, options: PanoramaOptions, stitch_with: StitchViews = stitch_views) -> Tile:
     """Stitch a frame and classify its pixels. Raises KiloError if none of the frame's pictures can be read."""
     views = frame.views()
@@ -140,12 +153,12 @@ def make_tile(frame: SurroundFrame, options: PanoramaOptions, stitch_with: Stitc
     pose = panorama_pose(frame, options.height_m or None, torch.float64)
     panorama = stitch_with(views, options.camera(pose.float()))
     classes = _pixel_classes(frame, views, panorama, options.reach_m)
-    rgb = (panorama.rgb_srgb.clamp(0, 1) * 255).round().to(torch.uint8)
+    rgb = ((panorama.rgb_srgb * panorama.coverage[..., None]).clamp(0, 1) * 255).round().to(torch.uint8)
     return Tile(rgb.numpy(), panorama.range_m.float().numpy(), classes.numpy(), panorama.coverage.numpy(), pose.numpy())
 
-# %% ../../nbs/panoramas/tiles.ipynb #af5076b4
-_MAKERS = ("kilonb.panoramas.tiles", "kilonb.panoramas.stitch", "kilonb.panoramas.warp", "kilonb.geometry.panoramas",
-           "kilonb.scenes.opv2v", "kilonb.scenes.surround")
+# %% ../../nbs/panoramas/tiles.ipynb #9480ae78
+_MAKERS = ("kilonb.panoramas.tiles", "kilonb.panoramas.stitch", "kilonb.panoramas.warp", "kilonb.panoramas.exposure",
+           "kilonb.panoramas.surfaces", "kilonb.geometry.panoramas", "kilonb.scenes.opv2v", "kilonb.scenes.surround")
 
 
 def stitching_code_digest(function: Callable = stitch_views) -> str:
@@ -156,12 +169,12 @@ def stitching_code_digest(function: Callable = stitch_views) -> str:
         if spec and spec.origin: digest.update(Path(spec.origin).read_bytes())
     return digest.hexdigest()
 
-# %% ../../nbs/panoramas/tiles.ipynb #88a33b31
+# %% ../../nbs/panoramas/tiles.ipynb #93cc538a
 def tile_digest(entry: FrameEntry, instant: Instant, options: PanoramaOptions, code: str) -> str:
     """32 hexadecimal digits that name the tile of `entry`, from its files' bytes, its instant's yaml files, the options
     and the code digest."""
     digest = hashlib.sha256(json.dumps([entry.name, asdict(options), code], sort_keys=True).encode())
-    files = [other.path(".yaml") for other in instant.entries] + sorted(entry.folder.glob(f"{entry.prefix}_*"))
+    files = [other.file("yaml") for other in instant.entries] + sorted(entry.folder.glob(f"{entry.prefix}_*"))
     for path in files:
         digest.update(path.name.encode() + b"\0"
                       + hashlib.sha256(path.read_bytes() if path.is_file() else b"").digest())

@@ -24,7 +24,7 @@ from .scores import SCORES, summarise_scores
 from ..runs.figures import write_figure
 from ..runs.records import read_run
 
-# %% ../../nbs/pose/analysis.ipynb #005ea044
+# %% ../../nbs/pose/analysis.ipynb #59f80d2b
 ScoreRows = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
@@ -33,7 +33,7 @@ def _kinds(own: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [(kind, title) for kind, title, flag in (("heldout", "held out", True), ("seen", "seen", False))
             if any(row["held_out"] is flag for row in own)]
 
-
+# %% ../../nbs/pose/analysis.ipynb #ac0eca36
 def comparison_rows(rows: ScoreRows) -> list[dict[str, Any]]:
     """Means of several sets of rows of `score_recording`: for each label, in held-out and in seen cameras, the model,
     carving and the empty picture.
@@ -95,10 +95,10 @@ def _notes(mask_source: str, rows: ScoreRows) -> str:
              "scores high there.")
     return "".join(f"<p>{html.escape(text)}</p>" for text in (masks, count, terms) if text)
 
-# %% ../../nbs/pose/analysis.ipynb #0c37cdc9
+# %% ../../nbs/pose/analysis.ipynb #f5cf6728
 def _section(title: str, content: str) -> str: return f"<h2>{html.escape(title)}</h2>{content}"
 
-
+# %% ../../nbs/pose/analysis.ipynb #cc76f484
 def analysis_page(title: str, rows: ScoreRows, figures: Mapping[str, Any] | None = None,
                   used: Mapping[str, Any] | None = None, mask_source: str = "true") -> str:
     """The page as HTML text.

@@ -68,7 +68,7 @@ def animal_to_world(centre: Tensor, heading: float | Tensor) -> Tensor:
     pose[:3, 3] = torch.as_tensor(centre).double().cpu()
     return pose
 
-# %% ../../nbs/pose/carve.ipynb #ce4fa594
+# %% ../../nbs/pose/carve.ipynb #8c10d695
 class _Views(NamedTuple):
     """Cameras as arrays. poses: [C, 3, 4] animal to camera. intrinsics: [C, 4] fx, fy, cx, cy. lenses: [C, 9]
     coefficients of `geometry.cameras.Lens` and its reach squared."""
@@ -76,7 +76,7 @@ class _Views(NamedTuple):
     intrinsics: np.ndarray
     lenses: np.ndarray
 
-
+# %% ../../nbs/pose/carve.ipynb #d3951255
 def _views(cameras: Sequence[Camera], pose: Tensor) -> _Views:
     lenses = np.zeros((len(cameras), 9))
     lenses[:, 8] = np.inf
@@ -230,14 +230,14 @@ def _check_pictures(rgb: Tensor, masks: Tensor, cameras: Sequence[Camera]) -> No
             raise KiloError(f"A camera of {camera.width} x {camera.height} pixels has a mask of {masks.shape[2]} x "
                             f"{masks.shape[1]}; expected the same size.")
 
-# %% ../../nbs/pose/carve.ipynb #0ac2660f
+# %% ../../nbs/pose/carve.ipynb #9617c0e1
 def _sums_of(masks: Tensor) -> np.ndarray:
     """Tables of sums [C, H + 1, W + 1] of masks [C, H, W] in 0..1."""
     sums = np.zeros((len(masks), masks.shape[1] + 1, masks.shape[2] + 1))
     np.cumsum(masks.detach().cpu().numpy(), 1, out=sums[:, 1:, 1:])
     return np.cumsum(sums, 2, out=sums)
 
-
+# %% ../../nbs/pose/carve.ipynb #31902c0d
 def _coloured(rgb: Tensor, views: _Views, grid: VoxelGrid, lowest: np.ndarray, second: np.ndarray, hidden: float,
               fill: float) -> tuple[np.ndarray, np.ndarray]:
     """Colours [X, Y, Z, 3] and numbers of cameras [X, Y, Z] that see a voxel first."""

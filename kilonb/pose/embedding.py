@@ -9,7 +9,7 @@ __all__ = ['REMOVALS', 'EmbeddingConfig', 'principal_components', 'heading_terms
            'embed_magnitudes', 'fit_embedding', 'load_embedding', 'recording_coefficients', 'held_out_embedding',
            'embedding_scores', 'read_truth', 'later_r2', 'embedding_rows']
 
-# %% ../../nbs/pose/embedding.ipynb #76058c70
+# %% ../../nbs/pose/embedding.ipynb #4012cf75
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.bounded import read_arrays
 from ..core.errors import KiloError, unknown_name
 from ..core.numbers import finite
@@ -30,11 +31,12 @@ from ..splats.gaussians import Gaussians
 from ..training.checkpoints import check_tensors, read_checkpoint, write_checkpoint
 from ..training.saved_models import saved_config
 
-# %% ../../nbs/pose/embedding.ipynb #e3b8e15b
+# %% ../../nbs/pose/embedding.ipynb #7c60fef3
 REMOVALS = ("none", "regression", "adversarial")
 
 
 @dataclass(frozen=True)
+@checked
 class EmbeddingConfig:
     """How the embedding is fitted.
 
@@ -252,14 +254,15 @@ def held_out_embedding(magnitudes: Tensor, headings: Tensor,
         return fitted[key]
     return features
 
-# %% ../../nbs/pose/embedding.ipynb #370003cc
+# %% ../../nbs/pose/embedding.ipynb #1fd735a8
 def embedding_scores(magnitudes: Tensor, headings: Tensor, phase: np.ndarray | None = None,
                      walking: np.ndarray | None = None, config: EmbeddingConfig | None = None,
-                     folds: int = 6, gap: int = 5) -> dict[str, float]:
+                     folds: int = 6, gap: int = 5) -> dict[str, float | None]:
     """R^2 of the heading and of the gait phase from the embedding, for each probe, on held-out contiguous blocks.
 
     phase: [N] radians; None where unknown. walking: [N] bool, the frames in which the phase is defined by movement.
-    Returns `azimuth_r2_PROBE`, `phase_r2_PROBE`, and `azimuth_r2`, `phase_r2`: the highest over the probes.
+    Returns `azimuth_r2_PROBE`, `phase_r2_PROBE`, and `azimuth_r2`, `phase_r2`: the highest over the probes; None where
+    the angle does not change, or no frame walks.
     Embedding and probes are fitted on the other blocks alone.
     """
     features, scores = held_out_embedding(magnitudes, headings, config), {}
@@ -268,10 +271,10 @@ def embedding_scores(magnitudes: Tensor, headings: Tensor, phase: np.ndarray | N
     for name, (angle, where) in wanted.items():
         found = cross_validated_r2(features, angle_targets(angle), PROBES, folds, gap, where)
         scores |= {f"{name}_r2_{probe}": value for probe, value in found.items()}
-        scores[f"{name}_r2"] = max(found.values())
+        scores[f"{name}_r2"] = max((value for value in found.values() if value is not None), default=None)
     return scores
 
-# %% ../../nbs/pose/embedding.ipynb #f7178f2b
+# %% ../../nbs/pose/embedding.ipynb #76fd3e9e
 def read_truth(folder: str | Path, frames: np.ndarray,
                names: Sequence[str] = ("phase", "speed")) -> dict[str, np.ndarray]:
     """Known quantities [F] of the recording's `frames` by name, from `truth.npz` of a procedural animal; {} without
@@ -287,7 +290,7 @@ def read_truth(folder: str | Path, frames: np.ndarray,
         found[name] = values[frames].astype(there[name].dtype)
     return found
 
-
+# %% ../../nbs/pose/embedding.ipynb #a61995e7
 def later_r2(points: np.ndarray, angles: np.ndarray, known: np.ndarray, judged: np.ndarray) -> float:
     """R^2 of an angle [F], radians, in the frames `judged`, read from embeddings [F, E] by a ridge regression that is
     fitted on the frames `known`."""

@@ -39,7 +39,7 @@ from .toy_recordings import gaussians_of_hull
 from ..scenes.datasets import check_index
 from ..splats.gaussians import Gaussians
 
-# %% ../../nbs/pose/explorer.ipynb #caaadd1d
+# %% ../../nbs/pose/explorer.ipynb #b4c74056
 LAYERS = ("picture", "model", "hull", "difference")
 FREE = "free camera"
 
@@ -53,7 +53,7 @@ class Shown(NamedTuple):
     azimuth_deg: float = 40.0
     elevation_deg: float = 20.0
 
-
+# %% ../../nbs/pose/explorer.ipynb #096378e3
 def check_shown(shown: Shown, frames: int, names: Sequence[str]) -> Shown:
     """The state itself; KiloError for a frame, camera or layer that is not there, or a picture from a free camera."""
     check_index(int(shown.frame), frames, "the explorer")
@@ -103,13 +103,13 @@ def _camera_of(content: ReconstructedFrames, shown: Shown) -> PinholeCamera:
     return turntable_camera(own.centres[content.frames[shown.frame]], own.grid, shown.azimuth_deg, shown.elevation_deg,
                             first.width, first.height)
 
-# %% ../../nbs/pose/explorer.ipynb #77f7e909
+# %% ../../nbs/pose/explorer.ipynb #3e0ea984
 def _target(content: ReconstructedFrames, shown: Shown) -> Tensor:
     own = content.prepared
     rgb, masks = (part[own.names.index(shown.camera)] for part in own.pictures(content.frames[shown.frame]))
     return over_white(rgb, masks)
 
-
+# %% ../../nbs/pose/explorer.ipynb #35b9e21c
 def layer_picture(content: ReconstructedFrames, shown: Shown) -> np.ndarray:
     """The picture [H, W, 3] uint8 of a state. Raises KiloError as `check_shown`."""
     check_shown(shown, len(content.frames), content.prepared.names)
@@ -121,12 +121,12 @@ def layer_picture(content: ReconstructedFrames, shown: Shown) -> np.ndarray:
     if shown.layer == "model": return frame_bytes(drawn)
     return apply_colormap((drawn - _target(content, shown)).abs().mean(-1), 0.0, 0.5, "magma")
 
-# %% ../../nbs/pose/explorer.ipynb #8563b4a8
+# %% ../../nbs/pose/explorer.ipynb #e2db9e6e
 def _at(content: ReconstructedFrames, make: Any, times: Tensor, time_s: float, channel: str) -> ViewedModel:
     """The model of the frame nearest to an instant."""
     return viewed_gaussians(make(int((times - time_s).abs().argmin())))
 
-
+# %% ../../nbs/pose/explorer.ipynb #f43bd162
 def orbit_of_frames(content: ReconstructedFrames, title: str = "", settings: ViewSettings | None = None) -> OrbitWidget:
     """A widget with a free camera and a time slider: the model and, side by side, its hull, from all cameras.
 
@@ -185,7 +185,7 @@ def _describe(content: ReconstructedFrames, shown: Shown) -> str:
     return (f"{own.name}: frame {int(own.frames[content.frames[shown.frame]])}, {camera}{held}, {shown.layer}; masks: "
             f"{own.mask_source}")
 
-# %% ../../nbs/pose/explorer.ipynb #f91ac29f
+# %% ../../nbs/pose/explorer.ipynb #79f699b1
 def _changed(explorer: "PoseExplorer", name: str, change: Any) -> None:
     """A control has a new value: a layer that a free camera lacks becomes the model."""
     changes = {name: change["new"]}
@@ -193,7 +193,7 @@ def _changed(explorer: "PoseExplorer", name: str, change: Any) -> None:
     if wanted.camera == FREE and wanted.layer in ("picture", "difference"): changes["layer"] = "model"
     if explorer.shown != explorer.shown._replace(**changes): explorer.show(**changes)
 
-
+# %% ../../nbs/pose/explorer.ipynb #389df9c9
 def _refresh(explorer: "PoseExplorer") -> None:
     """Set the controls and the picture to the state."""
     controls, free = explorer.controls, explorer.shown.camera == FREE

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ..core.errors import KiloError, unknown_name
 from ..core.text import format_value, html_table, text_table
 
-# %% ../../nbs/pose/findings.ipynb #33de7e5c
+# %% ../../nbs/pose/findings.ipynb #1368ea1b
 VERDICTS = ("ok", "warning", "fault", "not_run")
 FAULT_NAMES = {
     "one_camera": "fewer than two cameras are calibrated",
@@ -22,6 +22,7 @@ FAULT_NAMES = {
     "unequal_lengths": "videos of different length", "picture_size": "intrinsics of pictures of another size",
     "principal_point": "a principal point far from the middle of the pictures",
     "handedness": "a left-handed calibration", "not_a_rotation": "a rotation matrix that is none",
+    "missing_masks": "masks missing that other cameras have",
     "no_masks": "cameras without masks", "empty_masks": "masks that are empty although the animal is in view",
     "out_of_view": "cameras that do not see the animal", "cut_by_border": "the animal is cut by the picture's border",
     "mirrored_video": "a video mirrored left to right", "upside_down_video": "a video mirrored top to bottom",

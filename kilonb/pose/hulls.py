@@ -40,13 +40,13 @@ def cameras_with_masks(masks: Tensor, least_pixels: float = 6.0) -> list[int]:
     """Indices of the cameras whose mask in [C, H, W], 0..1, covers at least `least_pixels` pixels."""
     return np.flatnonzero(np.asarray(masks.cpu()).sum((1, 2)) >= least_pixels).tolist()
 
-# %% ../../nbs/pose/hulls.ipynb #c419057a
+# %% ../../nbs/pose/hulls.ipynb #7f9f4de7
 def _triangulated(masks: Tensor, cameras: Sequence[PinholeCamera], usable: Sequence[int]) -> Triangulation:
     rays = [ray_through(cameras[c], mask_median(masks[c])) for c in usable]
     try: return triangulate(*map(torch.stack, zip(*rays)))
     except KiloError as error: raise FrameSkipped("triangulation", str(error)) from None
 
-
+# %% ../../nbs/pose/hulls.ipynb #27a39dea
 def _few_masks(masks: Tensor, cameras: Sequence[PinholeCamera], usable: Sequence[int]) -> FrameSkipped:
     """Why more than half of the cameras have no mask."""
     count, lacking = len(cameras), [c for c in range(len(cameras)) if c not in usable]
@@ -91,14 +91,14 @@ def locate_animal(masks: Tensor, cameras: Sequence[PinholeCamera]) -> Location:
                            "show different things, or the videos are out of step.")
     return Location(found.point, usable, max(extents), float(found.distances.median()))
 
-# %% ../../nbs/pose/hulls.ipynb #09ea3301
+# %% ../../nbs/pose/hulls.ipynb #079c603c
 def _largest_part(occupied: np.ndarray) -> np.ndarray:
     """The largest connected part (26 neighbours) of bool [X, Y, Z]."""
     labels, count = ndimage.label(occupied, np.ones((3, 3, 3)))
     if count < 2: return occupied
     return labels == 1 + int(np.bincount(labels.ravel())[1:].argmax())
 
-
+# %% ../../nbs/pose/hulls.ipynb #3f821948
 def _voxels_above(coverage: np.ndarray, share: float, grid: VoxelGrid, location: Location) -> Tensor:
     """Centres [N, 3] of the largest connected part of `coverage` [X, Y, Z] above `share`, around a location."""
     occupied = _largest_part(coverage > share)
@@ -108,7 +108,7 @@ def _voxels_above(coverage: np.ndarray, share: float, grid: VoxelGrid, location:
     local = (np.argwhere(occupied) + .5) * grid.voxel_m - grid.side_m / 2
     return torch.from_numpy(local) + location.point.double()
 
-
+# %% ../../nbs/pose/hulls.ipynb #82e2c025
 def coarse_hulls(masks: Tensor, cameras: Sequence[PinholeCamera], location: Location, side_m: float,
                  resolution: int = 48, missing: int = 1, shares: Sequence[float] = (.5,)) -> list[Tensor]:
     """Voxel centres [N, 3] float64, metres, of hulls in a cube of `side_m` around a location, one for each share.
@@ -142,7 +142,7 @@ def to_animal(points: Tensor, centre: Tensor, heading: float | Tensor) -> Tensor
     x, y, z = (points.double() - centre.double()).unbind(-1)
     return torch.stack([c * x + s * y, c * y - s * x, z], -1)
 
-# %% ../../nbs/pose/hulls.ipynb #10c3cc96
+# %% ../../nbs/pose/hulls.ipynb #586b45da
 def _block(low: float, high: float, resolution: int, multiple: int = 16) -> tuple[int, int]:
     """First and one past the last cell of a block that contains low..high (cells) and has a multiple of cells."""
     size = min(-(-int(np.ceil(high) - np.floor(low)) // multiple) * multiple, resolution)
@@ -150,7 +150,7 @@ def _block(low: float, high: float, resolution: int, multiple: int = 16) -> tupl
     start = min(max(start, 0), resolution - size)
     return start, start + size
 
-
+# %% ../../nbs/pose/hulls.ipynb #be862acd
 def fit_grid(hulls: Sequence[Tensor], resolution: int = 112, side_m: float = 0.0, margin: float = .05) -> VoxelGrid:
     """The cube and block of voxels that contain hulls, each [N, 3] in the animal's frame (`to_animal`).
 

@@ -10,7 +10,7 @@ __all__ = ['SIZE_FACTORS', 'K1_GRID', 'mirror_pictures', 'swap_pictures', 'shift
            'hypotheses', 'corrected_errors', 'rank_hypotheses', 'Decrease', 'measure_decrease', 'Explanation',
            'ExplainOptions', 'find_explanations']
 
-# %% ../../nbs/pose/hypotheses.ipynb #c34ad1d1
+# %% ../../nbs/pose/hypotheses.ipynb #71cb720c
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .consistency import RigState, camera_pairs, mean_error, outline_rays, tangent_errors, world_rays
 
@@ -242,8 +243,9 @@ class Explanation:
     ranking: list[tuple[float, str, tuple[int, ...], float]]
     state: RigState
 
-# %% ../../nbs/pose/hypotheses.ipynb #df65ef03
+# %% ../../nbs/pose/hypotheses.ipynb #225bc5ed
 @dataclass(frozen=True)
+@checked
 class ExplainOptions:
     """Bounds of the search. least_share, least_z: part of the error of the touched pairs that a correction has to
     remove, and its significance; large_share, large_share_z: a larger part needs less. longest_shift: frames. least_k1:

@@ -20,14 +20,14 @@ from ..core.errors import KiloError
 from ..core.files import atomic_write
 from ..data.hdf5 import create_hdf5, open_hdf5
 
-# %% ../../nbs/pose/images.ipynb #597961bf
+# %% ../../nbs/pose/images.ipynb #f7d5fa47
 def _allocate(file: h5py.File, name: str, shape: tuple[int, ...]) -> None:
     """A contiguous uint8 dataset whose space is allocated now and comes as zeros."""
     layout = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
     layout.set_alloc_time(h5py.h5d.ALLOC_TIME_EARLY)
     h5py.h5d.create(file.id, name.encode(), h5py.h5t.NATIVE_UINT8, h5py.h5s.create_simple(shape), layout)
 
-
+# %% ../../nbs/pose/images.ipynb #7ddb7284
 def _create(path: Path, identity: str, frames: Sequence[int], names: Sequence[str], height: int, width: int) -> None:
     count = (len(frames), len(names))
     with atomic_write(path) as partial, create_hdf5(partial) as file:

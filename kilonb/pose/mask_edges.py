@@ -32,19 +32,6 @@ def background_estimate(pictures: np.ndarray, masks: np.ndarray, margin: int = 3
     count = clear.sum(0)
     return total / np.maximum(count, 1)[..., None], count >= 2
 
-# %% ../../nbs/pose/mask_edges.ipynb #42620b3e
-_REACH = 4
-_THRESHOLD = .35
-
-
-class MaskExcess(NamedTuple):
-    """excess: area of masks beyond the animal over the area of the masks; negative where they fall short. profile: [14]
-    mean difference from the background, 0 to 1 of its value inside, by distance from the border: from 7 pixels inside
-    to 7 outside. contrast: difference inside over that outside."""
-    excess: float
-    profile: np.ndarray
-    contrast: float
-
 # %% ../../nbs/pose/mask_edges.ipynb #629a23bc
 def _crop(mask: np.ndarray, margin: int = 16) -> tuple[slice, slice]:
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -73,6 +60,19 @@ def _count_excess(difference: np.ndarray, mask: np.ndarray, known: np.ndarray) -
     near = (distance >= 0) & (distance < 14) & known
     return (int(extra) - int(lacking), np.bincount(distance[near], difference[near], 14),
             np.bincount(distance[near], minlength=14))
+
+# %% ../../nbs/pose/mask_edges.ipynb #42620b3e
+_REACH = 4
+_THRESHOLD = .35
+
+
+class MaskExcess(NamedTuple):
+    """excess: area of masks beyond the animal over the area of the masks; negative where they fall short. profile: [14]
+    mean difference from the background, 0 to 1 of its value inside, by distance from the border: from 7 pixels inside
+    to 7 outside. contrast: difference inside over that outside."""
+    excess: float
+    profile: np.ndarray
+    contrast: float
 
 # %% ../../nbs/pose/mask_edges.ipynb #ad633b0e
 def mask_excess(pictures: np.ndarray, masks: np.ndarray) -> MaskExcess | None:

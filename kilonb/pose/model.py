@@ -9,7 +9,7 @@ __all__ = ['INPUTS', 'PARAMETERS', 'PUBLISHED', 'PoseConfig', 'volume_features',
            'conv_block', 'VolumeUNet', 'VolumeStack', 'occupancy', 'choose_voxels', 'PoseModel', 'local_gaussians',
            'move_gaussians', 'gaussians_of', 'draw_animals', 'draw_animal']
 
-# %% ../../nbs/pose/model.ipynb #bf609781
+# %% ../../nbs/pose/model.ipynb #1f66cb5d
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import quat_multiply, rotmat_to_quat
@@ -40,12 +41,13 @@ def _check_config(config: "PoseConfig") -> None:
         raise KiloError(f"min_gaussians {config.min_gaussians} is above max_gaussians {config.max_gaussians}.")
     if not 0 < config.occupied < 1: raise KiloError(f"occupied is {config.occupied}; expected a number in 0..1.")
 
-# %% ../../nbs/pose/model.ipynb #73ea7709
+# %% ../../nbs/pose/model.ipynb #ba79205d
 INPUTS = 6                            # channels of the carved volume
 PARAMETERS = 14                       # of a gaussian: quaternion 4, scale 3, opacity 1, colour 3, offset 3
 
 
 @dataclass(frozen=True)
+@checked
 class PoseConfig:
     """Settings of the model.
 

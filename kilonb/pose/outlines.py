@@ -44,6 +44,17 @@ def _support(mask: np.ndarray, axes: np.ndarray) -> np.ndarray:
                 if along > best[k]: best[k], points[k, 0], points[k, 1] = along, column, row
     return points
 
+# %% ../../nbs/pose/outlines.ipynb #b8d3b382
+def _largest_part(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """(the largest connected part cut out, its corner (column, row), pixels outside it)."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    corner = np.array([columns[0], rows[0]])
+    crop = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
+    labels, count = ndimage.label(crop, np.ones((3, 3)))
+    if count == 1: return crop, corner, 0
+    areas = np.bincount(labels.ravel())[1:]
+    return labels == 1 + areas.argmax(), corner, int(areas.sum() - areas.max())
+
 # %% ../../nbs/pose/outlines.ipynb #298a2c85
 @dataclass(frozen=True, eq=False)
 class MaskOutline:
@@ -55,17 +66,6 @@ class MaskOutline:
     area: int
     centroid: np.ndarray
     specks: int
-
-# %% ../../nbs/pose/outlines.ipynb #b8d3b382
-def _largest_part(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
-    """(the largest connected part cut out, its corner (column, row), pixels outside it)."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    corner = np.array([columns[0], rows[0]])
-    crop = mask[rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    labels, count = ndimage.label(crop, np.ones((3, 3)))
-    if count == 1: return crop, corner, 0
-    areas = np.bincount(labels.ravel())[1:]
-    return labels == 1 + areas.argmax(), corner, int(areas.sum() - areas.max())
 
 # %% ../../nbs/pose/outlines.ipynb #82b19b78
 def mask_outline(mask: np.ndarray, fewest: int = 12) -> MaskOutline | None:

@@ -8,7 +8,7 @@ masks, hulls, up direction, track, voxel grid, Zarr.
 __all__ = ['PrepareConfig', 'MaskChoice', 'choose_masks', 'Hulls', 'find_hulls', 'AnimalTrack', 'find_track', 'prepare',
            'TrackErrors', 'track_errors', 'prepared_of']
 
-# %% ../../nbs/pose/prepare.ipynb #e8ac140d
+# %% ../../nbs/pose/prepare.ipynb #fbf97177
 import fcntl
 import hashlib
 import io
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..core.bounded import read_arrays
-from ..core.configs import check_config, to_dict
+from ..core.configs import check_config, checked, to_dict
 from ..core.documents import parse_json
 from ..core.errors import KiloError
 from ..core.numbers import finite, positive, whole
@@ -48,8 +48,9 @@ from ..runs.figures import write_figure
 from ..imaging.foreground import background_of, foreground_mask
 from ..scenes.multiview import Recording, check_recording, read_recording
 
-# %% ../../nbs/pose/prepare.ipynb #26421183
+# %% ../../nbs/pose/prepare.ipynb #b0a9e997
 @dataclass(frozen=True)
+@checked
 class PrepareConfig:
     """How a recording is prepared.
 
@@ -91,7 +92,7 @@ def _check_prepare_config(config: PrepareConfig) -> None:
     if config.workers < 1: raise KiloError(f"workers is {config.workers}; expected 1 or more.")
     config.tracking.validate()
 
-# %% ../../nbs/pose/prepare.ipynb #ec876f62
+# %% ../../nbs/pose/prepare.ipynb #d517111e
 class MaskChoice(NamedTuple):
     """frames: numbers in the recording. source: "true", "derived" or "background subtraction"; files: whether the masks
     come from files."""
@@ -110,6 +111,8 @@ def choose_masks(recording: Recording, config: PrepareConfig) -> MaskChoice:
         if not frames:
             raise KiloError(f"No frame from {config.first} to {end - 1} of {recording.name} has mask files in all "
                             f"{len(has)} cameras: set masks to background.")
+        if lost := sum(not all(frame in files for files in has) for frame in whole):
+            print(f"{recording.name}: {lost} of {len(whole)} frames have no mask in some camera and are left out.")
         return MaskChoice(frames, recording.mask_source, True)
     frames = list(whole[::config.every])
     if not frames:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RefineConfig', 'refine_animal', 'animal_predictor']
 
-# %% ../../nbs/pose/refine.ipynb #1a71c8a3
+# %% ../../nbs/pose/refine.ipynb #c262492d
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from ..geometry.cameras import PinholeCamera
 from .model import PoseModel, draw_animals
@@ -20,8 +21,9 @@ from .prepared import PreparedRecording
 from .training import FrameStore, PoseTraining, drawing_loss, reconstruct
 from ..splats.gaussians import Gaussians
 
-# %% ../../nbs/pose/refine.ipynb #2f541187
+# %% ../../nbs/pose/refine.ipynb #cddfa920
 @dataclass(frozen=True)
+@checked
 class RefineConfig:
     """Settings of `refine_animal`.
 

@@ -142,12 +142,12 @@ def read_pose_renders(path: str | Path) -> PoseRenders:
         raise KiloError(f"'{path}' is no complete file of renders ({reason}): it was cut short or is another file; "
                         "write the renders again.") from None
 
-# %% ../../nbs/pose/renders.ipynb #a49bcbc2
+# %% ../../nbs/pose/renders.ipynb #3147cf88
 def _camera_json(camera: PinholeCamera) -> dict[str, Any]:
     return {"K": camera.K.tolist(), "camera_to_world": camera.camera_to_world.tolist(), "width": camera.width,
             "height": camera.height}
 
-
+# %% ../../nbs/pose/renders.ipynb #5fdf1407
 def _fill_renders(file: h5py.File, predict: Predict, prepared: PreparedRecording, frames: Sequence[int],
                   given: np.ndarray) -> None:
     camera = prepared.cameras[0]

@@ -95,6 +95,15 @@ def _march(starts: np.ndarray, rays: np.ndarray, near: float, far: float, steps:
                 break
     return out
 
+# %% ../../nbs/pose/rig_hulls.ipynb #9c4ea12c
+def _window(mask: np.ndarray, pixel: np.ndarray, reach: float) -> tuple[slice, slice]:
+    """Rows and columns of the window around a mask, or around `pixel` where it is empty, wider by `reach` pixels."""
+    rows, columns = np.nonzero(mask)
+    if not len(rows): rows, columns = np.array([pixel[1]]), np.array([pixel[0]])
+    low = np.maximum([rows.min() - reach, columns.min() - reach], 0).astype(int)
+    high = np.minimum([rows.max() + reach + 1, columns.max() + reach + 1], mask.shape).astype(int)
+    return slice(low[0], high[0]), slice(low[1], high[1])
+
 # %% ../../nbs/pose/rig_hulls.ipynb #8b8e0d0f
 class PredictedSilhouette(NamedTuple):
     """The silhouette that other cameras allow. hull, mask: [h, w] bool, every `stride`-th pixel of a window whose first
@@ -105,15 +114,6 @@ class PredictedSilhouette(NamedTuple):
     stride: int
     coverage: float
     iou: float
-
-# %% ../../nbs/pose/rig_hulls.ipynb #9c4ea12c
-def _window(mask: np.ndarray, pixel: np.ndarray, reach: float) -> tuple[slice, slice]:
-    """Rows and columns of the window around a mask, or around `pixel` where it is empty, wider by `reach` pixels."""
-    rows, columns = np.nonzero(mask)
-    if not len(rows): rows, columns = np.array([pixel[1]]), np.array([pixel[0]])
-    low = np.maximum([rows.min() - reach, columns.min() - reach], 0).astype(int)
-    high = np.minimum([rows.max() + reach + 1, columns.max() + reach + 1], mask.shape).astype(int)
-    return slice(low[0], high[0]), slice(low[1], high[1])
 
 # %% ../../nbs/pose/rig_hulls.ipynb #ee067461
 def predict_silhouette(state: RigState, masks: Sequence[np.ndarray], frame: int, camera: int, position: np.ndarray,

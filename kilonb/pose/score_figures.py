@@ -183,13 +183,13 @@ def body_errors(prepared: PreparedRecording, renders: PoseRenders, grid: VoxelGr
             views.index_put_(tuple(cells.T), torch.ones_like(values), accumulate=True)
     return BodyErrors(grid, torch.where(views > 0, total / views, torch.nan), views)
 
-# %% ../../nbs/pose/score_figures.ipynb #709e65ea
+# %% ../../nbs/pose/score_figures.ipynb #23e15f73
 def _projected(errors: BodyErrors, axis: int) -> np.ndarray:
     """Mean over the voxels along an axis, weighted by the number of samples, with the second remaining axis upwards."""
     total = torch.where(errors.views > 0, errors.error * errors.views, 0.0).sum(axis)
     return (total / errors.views.sum(axis)).T.flip(0).numpy()
 
-
+# %% ../../nbs/pose/score_figures.ipynb #8ab11f74
 def body_error_figure(errors: BodyErrors) -> Any:
     """Errors per voxel from above and from the side (the head is on the right), and by thirds of the body. Returns the
     figure."""
@@ -209,7 +209,7 @@ def body_error_figure(errors: BodyErrors) -> Any:
     axes[2].set_ylabel("mean |difference|"), axes[2].tick_params(labelsize=8)
     return fig
 
-# %% ../../nbs/pose/score_figures.ipynb #e993db03
+# %% ../../nbs/pose/score_figures.ipynb #81ae21c8
 def scores_over_frames(rows: Mapping[str, Sequence[Mapping[str, Any]]], score: str = "iou") -> Any:
     """A score per frame (mean over cameras) of several sets of rows of `score_recording`, with carving dashed.
 
@@ -227,7 +227,7 @@ def scores_over_frames(rows: Mapping[str, Sequence[Mapping[str, Any]]], score: s
     ax.set(xlabel="frame", ylabel=score), ax.legend(frameon=False, fontsize=7, ncols=2), ax.grid(alpha=.3)
     return fig
 
-
+# %% ../../nbs/pose/score_figures.ipynb #1beb4a63
 def frame_means(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[list[int], list[float]]:
     """(frames in order, mean of a column over the rows of each); frames without a number are left out."""
     if rows and name not in rows[0]:

@@ -10,13 +10,13 @@ __all__ = ['Predict', 'SCORES', 'Inputs', 'over_white', 'foreground_box', 'anima
            'score_recording', 'summarise_scores', 'score_counts', 'summarise_counts', 'score_table',
            'write_score_table']
 
-# %% ../../nbs/pose/scores.ipynb #1f57028a
+# %% ../../nbs/pose/scores.ipynb #7be06ed8
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ from ..core.errors import KiloError
 from ..core.text import text_table
 from ..geometry.cameras import PinholeCamera
 from ..imaging.summaries import SummaryTable
-from ..metrics.images import foreground_psnr_db, psnr_srgb_db, ssim
+from ..metrics.images import foreground_psnr_db, mean_over_views, psnr_srgb_db, ssim
 from ..metrics.masks import intersection_over_union
 from .carve import CarvedVolume, VoxelGrid, carve, draw_hull
 from .model import draw_animals
@@ -77,7 +77,7 @@ def animal_scores(rgb: Tensor, alpha: Tensor, target: Tensor, mask: Tensor) -> d
               "ssim_full": ssim(rgb, target)}
     return {name: value if isfinite(value) else None for name, value in scores.items()}
 
-# %% ../../nbs/pose/scores.ipynb #47913f65
+# %% ../../nbs/pose/scores.ipynb #a6e19e0b
 Inputs = str | int | Sequence[Sequence[int]]
 
 
@@ -89,7 +89,7 @@ def _check_sets(cameras: int, sets: list[list[int]]) -> list[list[int]]:
     if not sets: raise KiloError("No set of input cameras was given; expected one or more.")
     return sets
 
-
+# %% ../../nbs/pose/scores.ipynb #97780a3d
 def input_sets(cameras: int, inputs: Inputs = "leave_one_out") -> list[list[int]]:
     """Sets of input cameras (indices) out of `cameras`.
 
@@ -181,13 +181,13 @@ def draw_prediction(predict: Predict, prepared: PreparedRecording, i: int, input
         rgb, alpha = draw_animals(gaussians.detach(), [camera.to(gaussians.device) for camera in cameras])
     return rgb.float().cpu().clamp(0, 1), alpha.float().cpu().clamp(0, 1), seconds
 
-# %% ../../nbs/pose/scores.ipynb #8d6e80f5
+# %% ../../nbs/pose/scores.ipynb #66230ecb
 class _View(NamedTuple):
     """One view: its row without carving, and the scores of each way to carve."""
     row: dict[str, Any]
     carved: list[dict[str, float | None]]
 
-
+# %% ../../nbs/pose/scores.ipynb #e4643de7
 def _score_set(predict: Predict, prepared: PreparedRecording, i: int, inputs: Sequence[int], targets: Sequence[int],
                variants: Sequence[CarvingVariant]) -> list[_View]:
     """The views of one frame in the cameras `targets`, predicted from the cameras `inputs`."""
@@ -205,13 +205,12 @@ def _score_set(predict: Predict, prepared: PreparedRecording, i: int, inputs: Se
         views.append(_View(row, [animal_scores(hull[n], shape[n], *pair) for hull, shape in carved]))
     return views
 
-# %% ../../nbs/pose/scores.ipynb #8c8c7ca3
+# %% ../../nbs/pose/scores.ipynb #78c4302e
 def _mean_of(values: Iterable[float | None]) -> float | None:
     """Mean of the values that are not None; None where there are none."""
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None
+    return mean_over_views(values)[0]
 
-
+# %% ../../nbs/pose/scores.ipynb #823e69a1
 def _with_best_carving(views: Sequence[_View], variants: Sequence[CarvingVariant]) -> list[dict[str, Any]]:
     """Rows with the scores of the variant whose mean IoU over all views is the highest."""
     means = [_mean_of(view.carved[v]["iou"] for view in views) for v in range(len(variants))]
@@ -241,12 +240,12 @@ def score_recording(predict: Predict, prepared: PreparedRecording, frames: Itera
     if not views: raise KiloError(f"No frame of '{prepared.path}' was given to score: give indices of a split.")
     return _with_best_carving(views, variants)
 
-# %% ../../nbs/pose/scores.ipynb #e34802f7
+# %% ../../nbs/pose/scores.ipynb #f9eb26d4
 def _plain_name(text: str) -> str:
     """A camera's name as part of a result's name: letters, digits and underscores."""
     return "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in text)
 
-
+# %% ../../nbs/pose/scores.ipynb #400b646a
 def _group_means(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, Any]:
     results = {f"{prefix}{kind}_{name}": _mean_of(row.get(f"{prefix}{name}") for row in rows)
                for prefix in ("", "carving_", "empty_") for name in SCORES}
@@ -275,7 +274,7 @@ def summarise_scores(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ways = list(dict.fromkeys(row["carving"] for row in rows))
     return results | {"predict_s": median(row["predict_s"] for row in rows), "carving": "; ".join(ways)}
 
-# %% ../../nbs/pose/scores.ipynb #419130fc
+# %% ../../nbs/pose/scores.ipynb #b2ec7e1f
 def score_counts(predict: Predict, prepared: PreparedRecording, frames: Sequence[int],
                  counts: Sequence[int] = ()) -> dict[int, list[dict[str, Any]]]:
     """Rows of `score_recording` by the number of input cameras: all of them, and each of `counts`, which are by default
@@ -284,7 +283,7 @@ def score_counts(predict: Predict, prepared: PreparedRecording, frames: Sequence
     numbers = counts or [k for k in (total - 1, total - 2, total - 3) if k >= min(3, total - 1)]
     return {k: score_recording(predict, prepared, frames, int(k)) for k in dict.fromkeys((total, *numbers))}
 
-
+# %% ../../nbs/pose/scores.ipynb #ea697dfd
 def summarise_counts(rows: Mapping[int, Sequence[Mapping[str, Any]]], total: int) -> dict[str, Any]:
     """Results from `score_counts` of a recording with `total` cameras: those of `summarise_scores` for the most input
     cameras below `total`, "input_cameras"; the same names with _from_K for fewer; ceiling_iou, the hull of all

@@ -48,13 +48,13 @@ def draw_toy(camera: PinholeCamera, pose: Tensor) -> tuple[Tensor, Tensor]:
     size = (camera.height, camera.width)
     return colours.view(*size, 3).float(), nearest.isfinite().float().view(size)
 
-# %% ../../nbs/pose/toy_recordings.ipynb #4fc7a467
+# %% ../../nbs/pose/toy_recordings.ipynb #ce5038bc
 def _toy_cameras(count: int, width: int, height: int) -> list[PinholeCamera]:
     low = (count + 1) // 2
     size = dict(width=width, height=height, field_of_view_deg=20)
     return [*orbit_cameras(low, .5, 15, **size), *orbit_cameras(count - low, .5, 55, **size)]
 
-
+# %% ../../nbs/pose/toy_recordings.ipynb #f9f9e51f
 def _toy_track(frames: int) -> tuple[Tensor, Tensor]:
     """Centres [F, 3] and headings [F] of a walk along a circle."""
     angle = torch.arange(frames) * (pi / 12)

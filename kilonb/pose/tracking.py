@@ -9,7 +9,7 @@ __all__ = ['mask_profiles', 'profile_quantile', 'mask_median', 'Triangulation', 
            'HullShape', 'hull_shape', 'angle_between', 'HeadingScore', 'score_headings', 'TrackingConfig',
            'track_headings']
 
-# %% ../../nbs/pose/tracking.ipynb #4756a71a
+# %% ../../nbs/pose/tracking.ipynb #67b40107
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from ..geometry.cameras import Camera
 
@@ -117,7 +118,7 @@ def angle_between(first: Tensor, second: Tensor) -> Tensor:
     """Absolute difference of angles in radians, 0..pi."""
     return (torch.remainder(first - second + math.pi, 2 * math.pi) - math.pi).abs()
 
-# %% ../../nbs/pose/tracking.ipynb #db3ef607
+# %% ../../nbs/pose/tracking.ipynb #28a9b72d
 class HeadingScore(NamedTuple):
     """Errors of headings. mean_deg, median_deg: of the absolute error after each flipped heading is turned by half a
     turn. flipped_share: share of headings that are more than 90 degrees off, 0..1. worst_deg: largest error,
@@ -127,7 +128,7 @@ class HeadingScore(NamedTuple):
     flipped_share: float
     worst_deg: float
 
-
+# %% ../../nbs/pose/tracking.ipynb #b1d26161
 def score_headings(headings: Tensor, truth: Tensor) -> HeadingScore:
     """Errors of headings [F] against true ones [F], radians about +z."""
     error = torch.rad2deg(angle_between(headings.double(), truth.double()))
@@ -135,8 +136,9 @@ def score_headings(headings: Tensor, truth: Tensor) -> HeadingScore:
     axis = torch.where(flipped, 180 - error, error)
     return HeadingScore(float(axis.mean()), float(axis.median()), float(flipped.double().mean()), float(error.max()))
 
-# %% ../../nbs/pose/tracking.ipynb #bee0a3af
+# %% ../../nbs/pose/tracking.ipynb #d61150d5
 @dataclass(frozen=True)
+@checked
 class TrackingConfig:
     """Weights of the heading's cost, and its grid of angles. axis, motion, continuity: weights. turn_s: unit of time,
     seconds. still: movement in that time at which motion counts half, body lengths. angles: number of headings."""
@@ -153,7 +155,7 @@ class TrackingConfig:
                             f"turn_s {self.turn_s}; expected weights of 0 or more, and positive values.")
         if not 8 <= self.angles <= 720: raise KiloError(f"angles is {self.angles}; expected 8 to 720.")
 
-# %% ../../nbs/pose/tracking.ipynb #88988f14
+# %% ../../nbs/pose/tracking.ipynb #af0b0297
 class _Movement(NamedTuple):
     """directions: [F] radians. lengths: [F] metres per unit of time. halves: [F] half of the time they are taken
     over."""
@@ -161,7 +163,7 @@ class _Movement(NamedTuple):
     lengths: np.ndarray
     halves: np.ndarray
 
-
+# %% ../../nbs/pose/tracking.ipynb #03fb86f0
 def _movement(positions: np.ndarray, times: np.ndarray) -> _Movement:
     """Movements on the floor from one unit of time before each of `times` [F] to one after, at least between the
     neighbouring frames."""

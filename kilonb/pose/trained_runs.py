@@ -77,7 +77,7 @@ def unseen_rows(prepared: PreparedRecording, rows: Sequence[int], earlier: str |
                         f"{trained.min()} " f"to {trained.max()}: give other frames.")
     return left
 
-# %% ../../nbs/pose/trained_runs.ipynb #bee8781e
+# %% ../../nbs/pose/trained_runs.ipynb #f952afa9
 @dataclass(frozen=True, eq=False)
 class TrainedAnimal:
     """A trained model with its recording. predict: (prepared, frame index, input cameras) -> gaussians. data: name of
@@ -89,7 +89,7 @@ class TrainedAnimal:
     predict: Callable[..., Any]
     data: str
 
-
+# %% ../../nbs/pose/trained_runs.ipynb #d5e3d6bb
 def open_trained(name: str | Path, device: torch.device | str = "cpu", refine_steps: int = 0) -> TrainedAnimal:
     """The model of a finished training, see `find_trained`. refine_steps: of the predictions; -1: those of the run.
 

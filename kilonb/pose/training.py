@@ -9,7 +9,7 @@ __all__ = ['VARIANTS', 'MODEL_FILE', 'PoseTraining', 'training_variant', 'FrameS
            'drawing_loss', 'StepDraw', 'make_pose_model', 'make_pose_step', 'reconstruct', 'validation_loss',
            'check_frames', 'PoseResult', 'train_pose', 'save_pose', 'load_pose', 'continue_from']
 
-# %% ../../nbs/pose/training.ipynb #77cad203
+# %% ../../nbs/pose/training.ipynb #ed12aa05
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.configs import to_dict
+from ..core.configs import checked, to_dict
 from ..core.errors import KiloError, unknown_name
 from ..metrics.images import structural_similarity
 from .carve import CarvedVolume, VoxelGrid, carve
@@ -47,8 +47,9 @@ def _check_pose_training(config: "PoseTraining") -> None:
             raise KiloError(f"{name} is {getattr(config, name)}; expected a share from 0 to below 1.")
     config.model.validate()
 
-# %% ../../nbs/pose/training.ipynb #36bd86c3
+# %% ../../nbs/pose/training.ipynb #a59077a1
 @dataclass(frozen=True)
+@checked
 class PoseTraining:
     """Settings of `train_pose`.
 

@@ -33,12 +33,12 @@ class UpDirection:
         x, y, z = self.vector.tolist()
         return f"up is ({x:+.3f}, {y:+.3f}, {z:+.3f}) from {self.source}, spread {self.spread_deg:.1f} degrees"
 
-# %% ../../nbs/pose/upright.ipynb #e76588b4
+# %% ../../nbs/pose/upright.ipynb #ce38f3a2
 def _axes(cameras: Sequence[Camera]) -> Tensor:
     """[C, 3, 3] float64 rotations camera to world, on the CPU."""
     return torch.stack([camera.camera_to_world[:3, :3].double().cpu() for camera in cameras])
 
-
+# %% ../../nbs/pose/upright.ipynb #76ee1742
 def up_of_axes(cameras: Sequence[Camera]) -> UpDirection:
     """The direction orthogonal to the x axes of cameras that do not roll. spread_deg: their remaining roll."""
     axes = _axes(cameras)
@@ -48,13 +48,13 @@ def up_of_axes(cameras: Sequence[Camera]) -> UpDirection:
     up = up * torch.sign(up @ own)
     return UpDirection(up, "camera axes", degrees(asin(min(float((across @ up).square().mean().sqrt()), 1.0))))
 
-# %% ../../nbs/pose/upright.ipynb #2cb8dd11
+# %% ../../nbs/pose/upright.ipynb #13232f68
 def _plane_normal(points: Tensor) -> tuple[Tensor, Tensor]:
     """(unit normal [3], standard deviations [3] along the principal axes, largest first) of points [N, 3]."""
     _, sizes, axes = torch.linalg.svd(points - points.mean(0), full_matrices=False)
     return axes[2], sizes / len(points) ** .5
 
-
+# %% ../../nbs/pose/upright.ipynb #773ce71c
 def up_of_ring(cameras: Sequence[Camera]) -> UpDirection:
     """The normal of the plane through the cameras' positions, on the side of the cameras' own up vectors.
 

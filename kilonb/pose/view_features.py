@@ -7,7 +7,7 @@ averaged over the cells of a grid.
 # %% auto #0
 __all__ = ['ViewFeatures', 'depth_layers', 'oriented_gradients', 'view_features', 'frame_coefficients']
 
-# %% ../../nbs/pose/view_features.ipynb #a59a9be3
+# %% ../../nbs/pose/view_features.ipynb #b18bd9c3
 import math
 from dataclasses import dataclass
 
@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from .view_sphere import ViewSphere, draw_views, harmonic_coefficients
 from ..splats.gaussians import Gaussians
 
-# %% ../../nbs/pose/view_features.ipynb #b420f23c
+# %% ../../nbs/pose/view_features.ipynb #e2aa6041
 @dataclass(frozen=True)
+@checked
 class ViewFeatures:
     """Which features of a picture are computed.
 

@@ -8,7 +8,7 @@ these views, which a rotation about the vertical axis leaves unchanged.
 __all__ = ['ViewSphere', 'view_directions', 'view_cameras', 'draw_views', 'sphere_sheet', 'harmonic_coefficients',
            'harmonic_magnitudes']
 
-# %% ../../nbs/pose/view_sphere.ipynb #5e37bd98
+# %% ../../nbs/pose/view_sphere.ipynb #dad56d45
 import math
 from dataclasses import dataclass
 
@@ -16,14 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from ..geometry.transforms import look_at
 from ..splats.gaussians import Gaussians
 from ..splats.harmonics import sh_basis
 from ..splats.rasterizer import rasterize
 
-# %% ../../nbs/pose/view_sphere.ipynb #4f30da0d
+# %% ../../nbs/pose/view_sphere.ipynb #12834718
 @dataclass(frozen=True)
+@checked
 class ViewSphere:
     """Cameras on a sphere around the animal.
 

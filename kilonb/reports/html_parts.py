@@ -7,7 +7,7 @@ __all__ = ['tag', 'scalar_or_json', 'escaped_value', 'with_unit', 'count_noun', 
            'shared_decimals', 'align_decimals', 'Cell', 'text_cell', 'number_column', 'setting_column', 'rows_of',
            'data_table', 'name_value_table', 'key_figures', 'report_header']
 
-# %% ../../nbs/reports/html_parts.ipynb #7554e615
+# %% ../../nbs/reports/html_parts.ipynb #bcf9109b
 import html
 import math
 from collections.abc import Mapping, Sequence
@@ -16,6 +16,7 @@ from typing import Any
 
 from ..core.files import dumps
 from ..core.text import format_value
+from ..runs.selection import format_minute
 
 # %% ../../nbs/reports/html_parts.ipynb #3e0d9c36
 def tag(name: str, content: str = "", **attributes: Any) -> str:
@@ -57,10 +58,11 @@ def first_few(words: Sequence[str], most: int) -> str:
     """`a, b, c`, or the first `most` words and the number of the others."""
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
-# %% ../../nbs/reports/html_parts.ipynb #a40b56f1
+# %% ../../nbs/reports/html_parts.ipynb #522bc5ef
 def minute_of(moment: str) -> str:
-    """An ISO 8601 time to the minute: `2026-05-04 17:30`."""
-    return moment.replace("T", " ")[:16]
+    """An ISO 8601 time to the minute, in the time zone of the reader (`runs.selection.format_minute`):
+    `2026-05-04 17:30`."""
+    return format_minute(moment)
 
 # %% ../../nbs/reports/html_parts.ipynb #2b3a1d6c
 def byte_size(text: str) -> int:

@@ -162,12 +162,12 @@ def summarise_browser(browser: RunBrowser) -> str:
     rest = f"; {len(browser.unreadable)} cannot be read." if browser.unreadable else "."
     return f"{count} run{'s' * (count != 1)}{of} in {browser.outputs}{rest}"
 
-# %% ../../nbs/reports/run_browser.ipynb #e63d1d2b
+# %% ../../nbs/reports/run_browser.ipynb #2477e2f9
 def _browser_colours(browser: RunBrowser) -> dict[str, str]:
     """Label -> colour of the chosen runs."""
     return {label: run_colour(browser, record) for label, record in zip(run_labels(browser.chosen), browser.chosen)}
 
-
+# %% ../../nbs/reports/run_browser.ipynb #92908e6d
 def _axis_label(browser: RunBrowser) -> str: return "step" if browser.x == "step" else "seconds"
 
 # %% ../../nbs/reports/run_browser.ipynb #b5efc9c6

@@ -25,12 +25,12 @@ from ..runs.comparison import compare_runs
 from ..runs.records import RunRecord
 from ..runs.scalars import SCALARS_NAME, find_scalars, read_columns
 
-# %% ../../nbs/reports/run_curves.ipynb #a66b3e0b
+# %% ../../nbs/reports/run_curves.ipynb #382e8315
 @functools.lru_cache(maxsize=256)
 def _parsed(path: str, changed: int, size: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return read_columns(path, tolerant=True)
 
-
+# %% ../../nbs/reports/run_curves.ipynb #4a65649f
 def cached_columns(path: str | os.PathLike) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The scalars file `path`, read tolerantly (`kilonb.runs.scalars.read_columns`) and again only after it changed.
 

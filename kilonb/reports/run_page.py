@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['figures_html', 'page_html', 'write_page']
 
-# %% ../../nbs/reports/run_page.ipynb #7fdb1b82
+# %% ../../nbs/reports/run_page.ipynb #d4ec0b64
 import html
 import json
 import os
@@ -20,6 +20,7 @@ from ..core.text import format_duration, format_value, html_table
 from .offline_html import IMAGE_SUFFIXES, data_uri, is_own_file, notebook_html
 from ..runs.comparison import flat_environment
 from ..runs.records import RunRecord, data_label, read_run
+from ..runs.selection import format_minute
 
 # %% ../../nbs/reports/run_page.ipynb #10abbfbb
 def _scrolling(table: str) -> str:
@@ -63,11 +64,11 @@ def figures_html(folder: Path) -> str:
     return shown + (f"<p>{lost} of {len(paths)} figures are links or no regular files and are left out.</p>"
                     if lost else "")
 
-# %% ../../nbs/reports/run_page.ipynb #0fd5a1d1
+# %% ../../nbs/reports/run_page.ipynb #522db03a
 def _headline(record: RunRecord, title: str) -> str:
     """Title, run, data, start and duration, and the verdict in one sentence."""
     look = "good" if record.ok else "bad" if record.status != "finished" or record.report.count("red") else ""
-    facts = (record.name, data_label(record), record.started.replace("T", " ")[:16], format_duration(record.elapsed_s))
+    facts = (record.name, data_label(record), format_minute(record.started), format_duration(record.elapsed_s))
     verdict = record.report.sentence() if record.status == "finished" else record.error
     return (f"<h1>{html.escape(title or record.experiment)}</h1>"
             f'<p class="subtitle">{html.escape(" · ".join(filter(None, facts)))}</p>'

@@ -40,14 +40,14 @@ def line_colours(axis: Axis, goal: int) -> np.ndarray:
     coloured = 2 * _RED_UNTIL + (1 - 2 * _RED_UNTIL) * (height if goal > 0 else 1 - height)
     return coloured if axis.missing is None else np.where(axis.positions == axis.missing, 0.0, coloured)
 
-# %% ../../nbs/reports/sweep_explorer.ipynb #2db7608d
+# %% ../../nbs/reports/sweep_explorer.ipynb #95ed815c
 def _colour_scale() -> list[list[Any]]:
     """plotly's colour scale: [coordinate, colour] with a step from the red of missing values to the worst."""
     first = 2 * _RED_UNTIL
     blend = [[first + (1 - first) * k / (len(WORST_TO_BEST) - 1), colour] for k, colour in enumerate(WORST_TO_BEST)]
     return [[0.0, FAILED_COLOUR], [_RED_UNTIL, FAILED_COLOUR], [_RED_UNTIL + 1e-6, WORST_TO_BEST[0]], *blend]
 
-
+# %% ../../nbs/reports/sweep_explorer.ipynb #cea12e36
 def _colour_map() -> Any:
     """The same scale for matplotlib."""
     from matplotlib.colors import LinearSegmentedColormap

@@ -168,7 +168,7 @@ def pareto_section(context: ReportContext) -> str:
     notes = "".join(tag("p", html.escape(words), class_="note") for words in sentences)
     return tag("div", small_multiples(charts, "25rem"), class_="pareto") + notes
 
-# %% ../../nbs/reports/sweep_report.ipynb #82a8cce8
+# %% ../../nbs/reports/sweep_report.ipynb #9b659a53
 def _spread_cell(group: Statistics, form: Any, pad: bool) -> Cell:
     """`mean ± deviation`; pad: an invisible deviation keeps the place where there is none."""
     if not group.count: return Cell("", math.nan, "n")
@@ -176,7 +176,7 @@ def _spread_cell(group: Statistics, form: Any, pad: bool) -> Cell:
     deviation = tag("span", f" ± {html.escape(form(group.deviation))}", class_="soft") if group.count > 1 else lone
     return Cell(html.escape(form(group.mean)) + deviation, group.mean, "n")
 
-
+# %% ../../nbs/reports/sweep_report.ipynb #f161cb40
 def spread_column(groups: Sequence[Statistics]) -> list[Cell]:
     """A column of means with their standard deviations, sorted by mean."""
     decimals = shared_decimals([group.mean for group in groups])

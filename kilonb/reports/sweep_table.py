@@ -74,7 +74,7 @@ def summarise_sweep(table: SweepTable) -> str:
     rest = f" {len(table.unreadable)} left out." if table.unreadable else ""
     return f"{table.name} is {table.status}: {states}.{rest}"
 
-# %% ../../nbs/reports/sweep_table.ipynb #964b90ef
+# %% ../../nbs/reports/sweep_table.ipynb #39eda126
 def _plan_of(folder: Path) -> dict[str, Any]:
     """The plan of a sweep as far as it has the types of one; empty where the file is missing or damaged."""
     try: plan = read_json_object(folder / "sweep.json")
@@ -84,7 +84,7 @@ def _plan_of(folder: Path) -> dict[str, Any]:
     return {**texts, "runs": _named(plan.get("runs")),
             "varied": [name for name in varied if isinstance(name, str)] if isinstance(varied, list) else []}
 
-
+# %% ../../nbs/reports/sweep_table.ipynb #1dd9aced
 def _named(runs: Any) -> list[dict[str, Any]]:
     """The entries of a list of runs that name a folder, with mappings where the code expects them."""
     fits = lambda run: (isinstance(run, dict) and isinstance(run.get("name"), str)

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['colour_verdicts', 'describe_results', 'describe_run']
 
-# %% ../../nbs/reports/terminal.ipynb #7eb59124
+# %% ../../nbs/reports/terminal.ipynb #af3e3db8
 import os
 import sys
 from typing import Any
 
 from ..core.errors import printable
 from ..core.text import format_duration, format_value, text_table
+from ..runs.selection import format_minute
 
 # %% ../../nbs/reports/terminal.ipynb #dd6b8bb8
 _COLOURS = {"✔ green": "32", "✘ red": "31", "– not run": "33"}
@@ -33,16 +34,16 @@ def describe_results(record: Any) -> str:
              text_table(("result", "value", "baseline"), rest)]
     return "\n\n".join(filter(None, parts))
 
-# %% ../../nbs/reports/terminal.ipynb #37032dd4
+# %% ../../nbs/reports/terminal.ipynb #c49337fc
 def _where(record: Any) -> list[list[str]]:
     environment, hardware = record.environment, record.environment.get("hardware", {})
     commit = f"{(environment.get('commit') or 'unknown')[:10]}{' with changes' if environment.get('dirty') else ''}"
     machine = filter(None, (hardware.get("processor"), *hardware.get("graphics_cards", [])))
-    return [["started", record.started], ["took", format_duration(record.elapsed_s)], ["commit", commit],
+    return [["started", format_minute(record.started)], ["took", format_duration(record.elapsed_s)], ["commit", commit],
             ["command", environment.get("command", "")], ["machine", ", ".join(map(str, machine))],
             ["folder", str(record.folder)]]
 
-
+# %% ../../nbs/reports/terminal.ipynb #a880d15d
 def describe_run(record: Any) -> str:
     """A run as text: status, gates, results, parameters, and where and when it ran."""
     parameters = [[name, repr(value)] for name, value in record.parameters.items()]

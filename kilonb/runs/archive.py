@@ -191,7 +191,7 @@ def _read_manifest(tar: tarfile.TarFile, path: Path) -> dict[str, Any]:
                         f"{shorten(manifest['experiment'])} with a status.json.")
     return manifest
 
-# %% ../../nbs/runs/archive.ipynb #c89dddac
+# %% ../../nbs/runs/archive.ipynb #611399d1
 def _is_manifest(value: Any) -> bool:
     if not isinstance(value, dict) or value.get("format") != 1 or not isinstance(value.get("place"), str): return False
     files, folders, links, again = (value.get(key, {}) for key in ("files", "folders", "links", "again"))
@@ -201,10 +201,10 @@ def _is_manifest(value: Any) -> bool:
         return False
     return all(isinstance(name, str) for name in (*folders, *links.values(), *again.values()))
 
-
+# %% ../../nbs/runs/archive.ipynb #bdba6071
 def _is_label(value: Any) -> bool: return isinstance(value, str) and len(value) <= 1000 and value.isprintable()
 
-
+# %% ../../nbs/runs/archive.ipynb #94470d73
 def _is_entry(entry: Any) -> bool:
     if not isinstance(entry, dict) or type(entry.get("bytes")) is not int or not 0 <= entry["bytes"] <= 2**50:
         return False
@@ -287,21 +287,21 @@ def archive_path(record: RunRecord, target: str | os.PathLike | None = None) -> 
     name = "-".join(part for part in parts if part != SWEEPS) + ".tar.gz"
     return absolute_path(target or root / "archive", "archive folder") / name
 
-# %% ../../nbs/runs/archive.ipynb #3708d968
+# %% ../../nbs/runs/archive.ipynb #00e51584
 def _remove(folder: Path) -> None:
     aside = folder.parent / f".removing-{owner_name()}-{uuid.uuid4().hex[:8]}"
     aside.mkdir()
     os.replace(folder, aside / folder.name)
     shutil.rmtree(aside, ignore_errors=True)
 
-
+# %% ../../nbs/runs/archive.ipynb #08c2bd2d
 def _tidy(folders: Sequence[Path]) -> None:
     """Removes runs that were moved aside for removal, and what dead processes left, from these folders."""
     for folder in folders:
         sweep_leftovers(folder)
         for leftover in folder.glob(".removing-*"): shutil.rmtree(leftover, ignore_errors=True)
 
-
+# %% ../../nbs/runs/archive.ipynb #4a2dea10
 def _pack(record: RunRecord, path: Path) -> None:
     manifest = _make_manifest(record)
     if path.exists():

@@ -14,7 +14,7 @@ from typing import Any
 from ..core.text import format_value
 from .records import RunRecord
 
-# %% ../../nbs/runs/comparison.ipynb #d1ce846a
+# %% ../../nbs/runs/comparison.ipynb #afff5e0b
 NOT_COMPARED = ("run_dir", "resume", "outputs")
 
 
@@ -27,7 +27,7 @@ def compare_runs(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str
         return [line for line in lines if every or len(set(line[1:])) > 1]
     return ["", *run_headings(records)], rows("parameters", False) + rows("results", True)
 
-
+# %% ../../nbs/runs/comparison.ipynb #8e735b3a
 def run_headings(records: Sequence[RunRecord]) -> list[str]:
     """A column heading for each run: its folder's name, with experiment or number where that is not unique."""
     names = [record.folder.name for record in records]
@@ -64,17 +64,17 @@ def _dataset_digests(environment: Mapping[str, Any]) -> dict[str, str]:
     digest = lambda item: next((str(item[key]) for key in DIGESTS if item.get(key)), "not hashed")
     return {name: digest(item) for name, item in _named_datasets(environment).items()}
 
-# %% ../../nbs/runs/comparison.ipynb #4c7a9ee3
+# %% ../../nbs/runs/comparison.ipynb #39ef1cef
 def _compared_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
     """The flat environment with each hashed dataset reduced to its digest."""
     hashed = [f"data.{name}." for name, digest in _dataset_digests(environment).items() if digest != "not hashed"]
     return {name: value for name, value in flat_environment(environment).items()
             if not name.startswith(tuple(hashed)) or name.rpartition(".")[2] in DIGESTS}
 
-
+# %% ../../nbs/runs/comparison.ipynb #9e0d20b6
 def _same(value: Any) -> str: return json.dumps(value, sort_keys=True, default=str)
 
-
+# %% ../../nbs/runs/comparison.ipynb #3db587a3
 _ORDER = ("data", "commit", "dirty", "changes", "seed", "python", "packages", "hardware", "threads", "platform", "host",
           "command")
 
@@ -100,14 +100,14 @@ def compare_environments(records: Sequence[RunRecord],
         else: differing[name] = sorted(groups.values(), key=lambda group: -len(group[1]))
     return same, differing
 
-# %% ../../nbs/runs/comparison.ipynb #9a8a5bf3
+# %% ../../nbs/runs/comparison.ipynb #2147817b
 def _short(value: Any) -> str:
     """A value for a table; of a hexadecimal digest its first twelve digits."""
     if isinstance(value, list): value = ", ".join(map(str, value))
     text = "" if value is None else format_value(value) if isinstance(value, (str, int, float)) else str(value)
     return text[:12] + "…" if len(text) in (40, 64) and set(text) <= set("0123456789abcdef") else text
 
-
+# %% ../../nbs/runs/comparison.ipynb #8d2a16ac
 def environment_differences(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows: what differs between the runs' environments, a column for each run; an empty cell was not
     recorded."""
@@ -148,7 +148,7 @@ def _code_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
         known = "which differ" if None not in changes else "and it was not recorded which"
         yield f"{' and '.join(dirty)} ran with uncommitted changes, {known}."
 
-# %% ../../nbs/runs/comparison.ipynb #689200fa
+# %% ../../nbs/runs/comparison.ipynb #ec4cc8ce
 def _parameter_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     same_data = not any(_data_sentences(a, b))
     skipped = (*NOT_COMPARED, "seed", *(["data"] if same_data else []))
@@ -159,7 +159,7 @@ def _parameter_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     if names:
         yield "Parameters differ: " + ", ".join(f"{name} {value(a, name)} and {value(b, name)}" for name in names) + "."
 
-
+# %% ../../nbs/runs/comparison.ipynb #b81642f7
 def _seed_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     one, two = (record.environment.get("seed", record.parameters.get("seed")) for record in (a, b))
     if one != two: yield f"The seeds differ: {one} and {two}."

@@ -6,7 +6,7 @@
 # %% auto #0
 __all__ = ['outputs_root', 'fresh_name', 'prepare_run', 'Run', 'open_run', 'RunResult', 'finish_run']
 
-# %% ../../nbs/runs/folders.ipynb #9893ebae
+# %% ../../nbs/runs/folders.ipynb #82b4482f
 import datetime
 import fcntl
 import itertools
@@ -24,7 +24,7 @@ from ..core.errors import KiloError, shorten
 from ..core.files import absolute_path, atomic_folder, current_folder, dumps, temporary_path, write_json
 from ..core.processes import ALIVE, process_state, sweep_leftovers, this_process
 from ..core.text import format_value, html_table
-from .environment import checkout_root, describe_environment, peak_memory_mb
+from .environment import checkout_root, describe_environment, keep_changes, peak_memory_mb
 from .figures import write_figure
 from .files import read_part
 from .gates import Gate, GateReport, check_gates
@@ -35,22 +35,23 @@ from kilonb.runs.status import (
     INTERRUPTED,
     PREPARED,
     RUNNING,
+    check_tag,
     describe_writer,
     mark_run,
     read_status,
     timestamp,
 )
 
-# %% ../../nbs/runs/folders.ipynb #6751e50e
+# %% ../../nbs/runs/folders.ipynb #b9689e48
 def outputs_root() -> Path:
     """The folder of all runs unless a caller names another: `outputs/` of the checkout, whatever the current folder is;
     without a checkout, that of the current folder."""
     return (checkout_root() or current_folder()) / "outputs"
 
-
+# %% ../../nbs/runs/folders.ipynb #1b4dd4f6
 def fresh_name() -> str:
-    """A name for a new run that sorts by time: `20260131-235959-1f3a`."""
-    return f"{datetime.datetime.now():%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
+    """A name for a new run that sorts by time, which is that of UTC: `20260131-235959-1f3a`."""
+    return f"{datetime.datetime.now(datetime.UTC):%Y%m%d-%H%M%S}-{uuid.uuid4().hex[:4]}"
 
 # %% ../../nbs/runs/folders.ipynb #f6b85cf4
 def _take_folder(folder: Path, status: Mapping[str, Any]) -> None:
@@ -160,7 +161,7 @@ def _only_one(folder: Path) -> Iterator[None]:
     finally:
         if handle is not None: os.close(handle)
 
-# %% ../../nbs/runs/folders.ipynb #5467301e
+# %% ../../nbs/runs/folders.ipynb #3d5c6ae5
 def _resume_in(folder: Path, experiment: str, take_over: bool, new: Mapping[str, Any],
                same: Callable[[Path], None] | None) -> None:
     """Checks that the run of a folder can be resumed, and then reopens it. new: entries of its status."""
@@ -169,24 +170,26 @@ def _resume_in(folder: Path, experiment: str, take_over: bool, new: Mapping[str,
         if same is not None: same(folder)
         sweep_leftovers(folder.parent)
         sweep_leftovers(folder, below=True)
-        _reopen(folder, {**new, "resumed": True, "elapsed_s": earlier.get("elapsed_s", 0.0)})
+        kept = {"tag": earlier["tag"]} if earlier.get("tag") else {}
+        _reopen(folder, {**kept, **new, "resumed": True, "elapsed_s": earlier.get("elapsed_s", 0.0)})
 
-# %% ../../nbs/runs/folders.ipynb #37eff973
+# %% ../../nbs/runs/folders.ipynb #1cd71bc3
 def prepare_run(experiment: str, run_dir: str | os.PathLike = "", command: str = "", resume: bool = False,
                 outputs: str | os.PathLike | None = None, take_over: bool = False,
-                same: Callable[[Path], None] | None = None) -> Path:
+                same: Callable[[Path], None] | None = None, tag: str = "") -> Path:
     """Creates the folder of a run that a notebook will open next, and returns its absolute path.
 
     run_dir, resume, outputs: as for `open_run`. command: the command line, recorded in the environment.
     take_over: resume a run that is marked as running, because the caller has made sure that its process is gone (this
     cannot be seen from another machine). same: called with the folder of a run to be resumed before anything in it is
-    changed; raises KiloError to refuse (`resuming.check_same_parameters`).
+    changed; raises KiloError to refuse (`resuming.check_same_parameters`). tag: a name for the run, see `check_tag`.
     Raises KiloError where the folder is in use, cannot be written, or holds nothing to resume.
     """
     if resume and not run_dir: raise KiloError("Resuming needs the run's folder: give run_dir.")
     folder = absolute_path(run_dir or Path(outputs or outputs_root()) / experiment / fresh_name(), "run folder")
     status = {"status": PREPARED, "experiment": experiment, "resumed": False, "command": command,
-              "started": timestamp(), "elapsed_s": 0.0, "process": this_process(), "error": ""}
+              "started": timestamp(), "elapsed_s": 0.0, "process": this_process(), "error": "",
+              **({"tag": check_tag(tag)} if tag else {})}
     if resume: _resume_in(folder, experiment, take_over, status, same)
     else:
         _check_fresh(folder)
@@ -232,7 +235,7 @@ class _RunPaths:
         (self.folder / name).mkdir(parents=True, exist_ok=True)
         return self.folder / name
 
-# %% ../../nbs/runs/folders.ipynb #adcee810
+# %% ../../nbs/runs/folders.ipynb #6c408858
 @dataclass
 class Run(_RunPaths):
     """An open run. As a context manager it marks the run failed or interrupted when an exception leaves the block.
@@ -256,9 +259,9 @@ class Run(_RunPaths):
         return self.elapsed_before_s + time.monotonic() - self.started
 
     def finish(self, results: Mapping[str, Any], gates: Sequence[Gate] = (), baselines: Mapping[str, Any] | None = None,
-               tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> "RunResult":
+               tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, note: str = "") -> "RunResult":
         """Writes `results.json`, marks the run finished and returns its results with their gates; see `finish_run`."""
-        return finish_run(self, results, gates, baselines, tables)
+        return finish_run(self, results, gates, baselines, tables, note)
 
     def __enter__(self) -> "Run": return self
 
@@ -275,7 +278,7 @@ def _why_it_ended(kind: type | None, error: BaseException | None) -> str:
     if error is None: return "The run ended without results."
     return str(error) if isinstance(error, KiloError) else f"{kind.__name__}: {error}"
 
-# %% ../../nbs/runs/folders.ipynb #468f7969
+# %% ../../nbs/runs/folders.ipynb #334bc911
 def open_run(experiment: str, run_dir: str | os.PathLike = "", parameters: Mapping[str, Any] | None = None,
              data: Any = None, seed: int | None = None, resume: bool = False,
              outputs: str | os.PathLike | None = None) -> Run:
@@ -300,6 +303,7 @@ def open_run(experiment: str, run_dir: str | os.PathLike = "", parameters: Mappi
     parameters = {**read_part(folder, "parameters"), **(parameters or {})}
     write_json(folder / "parameters.json", parameters)
     write_json(folder / "environment.json", environment)
+    keep_changes(folder)
     mark_run(folder, RUNNING, experiment=experiment, process=this_process())
     return Run(folder, experiment, parameters, seed, status["resumed"], status["elapsed_s"])
 
@@ -344,15 +348,15 @@ def _scalar(value: Any) -> Any:
     """A zero-dimensional array or tensor as its Python number, anything else unchanged."""
     return value.item() if hasattr(value, "item") and getattr(value, "ndim", 0) == 0 else value
 
-# %% ../../nbs/runs/folders.ipynb #195b9c3b
+# %% ../../nbs/runs/folders.ipynb #ef9ae5a4
 def finish_run(run: Run, results: Mapping[str, Any], gates: Sequence[Gate] = (),
                baselines: Mapping[str, Any] | None = None,
-               tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> RunResult:
+               tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None, note: str = "") -> RunResult:
     """Writes `results.json` and marks the run finished.
 
     results: name with unit -> number, text or bool; `total_s` (wall seconds) and `peak_memory_mb` are added where they
     are missing. gates: checked against the results; an empty list means no gates. baselines: result name -> score of
-    the trivial baseline. tables: name -> rows, each a mapping.
+    the trivial baseline. tables: name -> rows, each a mapping. note: why the run does not decide (`GateReport`).
     """
     if was_put_back(run.folder):
         raise KiloError(f"The resumption of {run.folder} was refused and its earlier state put back: open the run "
@@ -361,9 +365,9 @@ def finish_run(run: Run, results: Mapping[str, Any], gates: Sequence[Gate] = (),
     measured.setdefault("total_s", run.elapsed_s)
     measured.setdefault("peak_memory_mb", peak_memory_mb())
     baselines = {key: _scalar(value) for key, value in (baselines or {}).items()}
-    report = check_gates(measured, list(gates), baselines)
-    written = {"experiment": run.experiment, "run": run.folder.name, "ok": report.ok, "results": measured,
-               "gates": report.to_dict(), "baselines": baselines,
+    report = check_gates(measured, list(gates), baselines, note)
+    written = {"experiment": run.experiment, "run": run.folder.name, "ok": report.ok, "verdict": report.words,
+               "note": note, "results": measured, "gates": report.to_dict(), "baselines": baselines,
                "tables": {name: [dict(row) for row in rows] for name, rows in (tables or {}).items()}}
     write_json(run.folder / "results.json", written)
     mark_run(run.folder, FINISHED, elapsed_s=run.elapsed_s)

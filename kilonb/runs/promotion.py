@@ -4,36 +4,41 @@
 
 # %% auto #0
 __all__ = ['POLICY_HEADINGS', 'STAGE_HEADINGS', 'Stage', 'check_policy', 'StageStatus', 'PolicyReport', 'policy_rows',
-           'read_policy', 'require_unlocked', 'Decision', 'Rule', 'explain_status', 'Promotion', 'promotion_dict',
-           'Promotions', 'promotions']
+           'read_policy', 'require_unlocked', 'advice', 'Decision', 'Rule', 'explain_status', 'Promotion',
+           'promotion_dict', 'Promotions', 'promotions']
 
-# %% ../../nbs/runs/promotion.ipynb #03a71230
+# %% ../../nbs/runs/promotion.ipynb #04bc7440
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ..core.errors import KiloError, unknown_name
+from ..core.errors import KiloError, shorten, unknown_name
 from ..core.text import format_value, html_table, text_table
 from .folders import outputs_root
+from .gates import GREEN, NOT_RUN, RED, Gate, GateReport, check_gates, shortfall
+from .notebooks import list_notebooks
 from .records import RunRecord, data_label, list_runs
 from .status import FINISHED
-from .gates import GREEN, Gate, GateReport, check_gates, shortfall
+from .verdicts import decisive_run
 
-# %% ../../nbs/runs/promotion.ipynb #495ba2b4
+# %% ../../nbs/runs/promotion.ipynb #b19d54a3
 @dataclass(frozen=True)
 class Stage:
     """One stage of a policy.
 
-    experiment: whose runs are judged. gates: what its newest finished run must pass; empty: finishing is enough.
-    after: the experiments that must be passed before this one.
+    experiment: whose runs are judged. gates: what its newest run must pass; empty: finishing is enough. after: the
+    experiments that must be passed before this one. conditions: gates on what a run may or may not have measured, of
+    which none may be red. kinds: the kinds of data that the experiment reads; empty: any.
     """
 
     name: str
     experiment: str
     gates: Sequence[Gate] = ()
     after: Sequence[str] = ()
+    conditions: Sequence[Gate] = ()
+    kinds: Sequence[str] = ()
 
 # %% ../../nbs/runs/promotion.ipynb #802a9377
 def check_policy(policy: Sequence[Stage]) -> None:
@@ -47,47 +52,65 @@ def check_policy(policy: Sequence[Stage]) -> None:
             if name not in before: raise unknown_name(f"experiment that '{stage.experiment}' comes after", name, before)
         before.append(stage.experiment)
 
-# %% ../../nbs/runs/promotion.ipynb #68cc8c7d
+# %% ../../nbs/runs/promotion.ipynb #8e4110b7
 @dataclass(frozen=True)
 class StageStatus:
-    """A stage, the newest finished run of its experiment (None: there is none), and that run's gates.
+    """A stage, the run of its experiment that decides (None: there is none), and that run's gates.
 
-    open: the stages before it are passed.
+    open: the stages before it are passed, or cannot be run on this data. conditions: those for going on. passed_over:
+    newer finished runs that are not at the experiment's own settings, with the reason. possible: whether the
+    experiment reads this kind of data. searched: the data and the outputs folder where runs were looked for, in words.
     """
 
     stage: Stage
     run: RunRecord | None
     report: GateReport
     open: bool
+    conditions: GateReport = GateReport(())
+    passed_over: tuple[tuple[RunRecord, str], ...] = ()
+    possible: bool = True
+    searched: str = ""
 
     @property
     def passed(self) -> bool:
-        """There is a finished run, and it passes the gates."""
-        return self.run is not None and self.report.ok
+        """There is a run that decides, it passes the gates, and no condition that it measured is red."""
+        return self.run is not None and self.report.ok and not self.conditions.count(RED)
 
     @property
     def state(self) -> str:
-        """`passed`, `open` or `locked`; `passed, out of order` where a stage before it is not passed."""
+        """`passed`, `open` or `locked`; `passed, out of order` where a stage before it is not passed; `not for this
+        data` where the experiment does not read it."""
+        if not self.possible: return "not for this data"
         if self.passed: return "passed" if self.open else "passed, out of order"
         return "open" if self.open else "locked"
 
     def missing(self) -> str:
         """What it lacks, in words; empty where it is passed."""
-        if self.run is None: return f"{self.stage.experiment} has no finished run"
-        lacking = [f"{line.gate.result} is {shortfall(line.gate, line.value)}" for line in self.report.lines
-                   if line.verdict != GREEN]
+        if not self.possible: return ""
+        if self.run is None: return _no_run(self)
+        lines = [line for line in self.report.lines if line.verdict != GREEN]
+        lines += [line for line in self.conditions.lines if line.verdict == RED]
+        lacking = [f"{line.gate.result} is {shortfall(line.gate, line.value)}" for line in lines]
         return f"in {self.run.name} {', '.join(lacking)}" if lacking else ""
 
-# %% ../../nbs/runs/promotion.ipynb #ed0591eb
+# %% ../../nbs/runs/promotion.ipynb #bff644e0
+def _no_run(status: StageStatus) -> str:
+    where = f" {status.searched}" if status.searched else ""
+    if not status.passed_over: return f"{status.stage.experiment} has no finished run{where}"
+    last, gap = status.passed_over[-1]
+    return f"{status.stage.experiment} has no run at its own settings{where}: {last.folder.name} has {gap}"
+
+# %% ../../nbs/runs/promotion.ipynb #bba4933f
 POLICY_HEADINGS = ("stage", "experiment", "state", "run", "result", "ours", "bound", "notes", "published",
                    "trivial baseline", "missing")
 
 
 @dataclass(frozen=True)
 class PolicyReport:
-    """The state of all stages of a policy, in their order."""
+    """The state of all stages of a policy, in their order. searched: on which data and in which outputs folder."""
 
     statuses: tuple[StageStatus, ...]
+    searched: str = ""
 
     def of(self, experiment: str) -> StageStatus:
         """The status of an experiment's stage. Raises KiloError where the policy has none for it."""
@@ -101,7 +124,7 @@ class PolicyReport:
         while names:
             reached.append(names.pop())
             names += [name for name in self.of(reached[-1]).stage.after if name not in reached]
-        return [s for s in self.statuses if s.stage.experiment in reached and not s.passed]
+        return [s for s in self.statuses if s.stage.experiment in reached and not s.passed and s.possible]
 
     def table(self) -> str:
         """The report for a terminal, a row for each gate."""
@@ -109,53 +132,78 @@ class PolicyReport:
 
     def _repr_html_(self) -> str: return html_table(POLICY_HEADINGS, policy_rows(self))
 
-# %% ../../nbs/runs/promotion.ipynb #c56ba3a8
+# %% ../../nbs/runs/promotion.ipynb #a15e7047
 def policy_rows(report: PolicyReport) -> list[list[str]]:
     """The cells of a policy's table, a row for each gate; a stage's name, state and run are in its first row."""
     rows = []
     for s in report.statuses:
         head = [s.stage.name, s.stage.experiment, s.state, s.run.folder.name if s.run else "none finished"]
-        lines = [[*line.cells()[:-1], shortfall(line.gate, line.value)] for line in s.report.lines]
+        lines = [[*line.cells()[:-1], shortfall(line.gate, line.value)] for line in (*s.report.lines,
+                                                                                     *s.conditions.lines)]
         rows += [(head if not i else [""] * 4) + line for i, line in enumerate(lines or [[""] * 7])]
     return rows
 
-# %% ../../nbs/runs/promotion.ipynb #d09ee5c3
-def read_policy(policy: Sequence[Stage], outputs: str | os.PathLike | None = None, data: str = "") -> PolicyReport:
-    """The state of a policy's stages by the newest finished run of each experiment under `outputs`.
+# %% ../../nbs/runs/promotion.ipynb #92be5115
+def _kind_of(data: str, records: Sequence[RunRecord]) -> str:
+    """The kind of the data with a label: that of the runs on it, else what stands before the colon; \"\" if unknown."""
+    kinds = {str(item.get("kind") or "") for run in records if data for item in run.environment.get("data") or ()}
+    return kinds.pop() if len(kinds) == 1 else data.partition(":")[0] if ":" in data else ""
 
+# %% ../../nbs/runs/promotion.ipynb #ebefe121
+def read_policy(policy: Sequence[Stage], outputs: str | os.PathLike | None = None, data: str = "",
+                kind: str = "") -> PolicyReport:
+    """The state of a policy's stages by the newest run of each experiment under `outputs` that decides.
+
+    A run decides that finished and is at the experiment's own settings (`runs.gate_files`).
     outputs: default `outputs_root()`. data: only runs on this data count, as `data_label` names it
-    ("blender:lego_400"); empty: any. A stage is open when all stages before it are passed.
+    ("blender:lego_400"); empty: any. kind: of this data; default: that of the runs, or what is before the colon. A
+    stage is open when all stages before it are passed; one that does not read this kind of data holds up none.
     Raises KiloError where the policy contradicts itself (`check_policy`).
     """
     check_policy(policy)
-    finished = [run for run in list_runs(Path(outputs or outputs_root())) if run.status == FINISHED
-                and data in ("", data_label(run))]
-    newest = {run.experiment: run for run in finished}
+    root = Path(outputs or outputs_root())
+    records = [run for run in list_runs(root) if run.status == FINISHED and data in ("", data_label(run))]
+    kind, searched = kind or _kind_of(data, records), f"on {data or 'any data'} in {root}"
+    if not any(kind in stage.kinds for stage in policy): kind = ""
     statuses: dict[str, StageStatus] = {}
     for stage in policy:
-        run, before = newest.get(stage.experiment), [statuses[name] for name in stage.after]
-        report = check_gates(run.results if run else {}, list(stage.gates), run.baselines if run else None)
-        opened = all(s.passed and s.open for s in before)
-        statuses[stage.experiment] = StageStatus(stage, run, report, opened)
-    return PolicyReport(tuple(statuses.values()))
+        run, passed_over = decisive_run([one for one in records if one.experiment == stage.experiment])
+        results, baselines = (run.results, run.baselines) if run else ({}, None)
+        opened = all((s.passed or not s.possible) and s.open for s in (statuses[name] for name in stage.after))
+        statuses[stage.experiment] = StageStatus(
+            stage, run, check_gates(results, list(stage.gates), baselines), opened,
+            check_gates(results, list(stage.conditions), baselines), passed_over,
+            not kind or not stage.kinds or kind in stage.kinds, searched)
+    return PolicyReport(tuple(statuses.values()), searched)
 
-# %% ../../nbs/runs/promotion.ipynb #03ed5692
+# %% ../../nbs/runs/promotion.ipynb #4996043f
 def require_unlocked(experiment: str, policy: Sequence[Stage], outputs: str | os.PathLike | None = None,
-                     mode: Literal["off", "warn", "enforce"] = "warn", data: str = "") -> bool:
-    """Whether the stages before an experiment are passed; `outputs` and `data` as for `read_policy`.
+                     mode: Literal["off", "warn", "enforce"] = "warn", data: str = "", kind: str = "") -> bool:
+    """Whether the stages before an experiment are passed; `outputs`, `data` and `kind` as for `read_policy`.
 
     mode: "off" skips the check and returns True; "warn" prints what is missing; "enforce" raises KiloError with it.
     """
     if mode not in ("off", "warn", "enforce"):
         raise KiloError(f"The policy's mode is '{mode}'; expected 'off', 'warn' or 'enforce'.")
     if mode == "off": return True
-    blocking = read_policy(policy, outputs, data).blocking(experiment)
+    report = read_policy(policy, outputs, data, kind)
+    blocking = report.blocking(experiment)
     if not blocking: return True
-    sentence = (f"'{experiment}' is locked: {'; '.join(s.missing() for s in blocking)}. Run what comes before it, or "
-                "set the policy's mode to off.")
+    first = next((s for s in blocking if s.open), blocking[0])
+    more = f", and {len(blocking) - 1} more stages are not passed" if len(blocking) > 1 else ""
+    sentence = (f"'{experiment}' is locked {shorten(report.searched, 120)[1:-1]}: "
+                f"{shorten(replace(first, searched='').missing(), 140)[1:-1]}{more}. "
+                f"{advice(first.stage.experiment, data)}, or set the policy's mode to off.")
     if mode == "enforce": raise KiloError(sentence)
     print(sentence)
     return False
+
+# %% ../../nbs/runs/promotion.ipynb #30ca2576
+def advice(experiment: str, data: str = "") -> str:
+    """What to do next, in words: run an experiment; where it has no notebook here, that it has none."""
+    on = f" on {data}" if data else ""
+    if experiment in list_notebooks(): return f"Run {experiment}{on} first"
+    return f"{experiment} comes first, and there is no notebook of it here"
 
 # %% ../../nbs/runs/promotion.ipynb #bcf4063d
 @dataclass(frozen=True)
@@ -190,18 +238,30 @@ class Rule:
     experiment: str
     decide: Callable[[Mapping[str, RunRecord]], Decision]
 
-# %% ../../nbs/runs/promotion.ipynb #e77c00ff
+# %% ../../nbs/runs/promotion.ipynb #54429684
 def explain_status(status: StageStatus, report: PolicyReport) -> str:
     """Why a stage is passed, open or locked: what was reached, or what is missing."""
     before = "; ".join(other.missing() for other in report.blocking(status.stage.experiment))
     if status.passed:
         reached = ", ".join(f"{line.gate.result} is {format_value(line.value)} ({line.gate.bound})"
                             for line in status.report.lines) or "it finished"
-        return f"in {status.run.name} {reached}" + ("" if status.open else f"; but before it: {before}")
+        return (f"in {status.run.name} {reached}{_condition_words(status)}"
+                + ("" if status.open else f"; but before it: {before}"))
+    if not status.possible: return f"it reads {' or '.join(status.stage.kinds)} data"
     if not status.open: return f"waits: {before}"
     return ("" if status.stage.after else "nothing comes before it; ") + status.missing()
 
-# %% ../../nbs/runs/promotion.ipynb #d6c28fc4
+# %% ../../nbs/runs/promotion.ipynb #e06e0b41
+def _condition_words(status: StageStatus) -> str:
+    """How many of a stage's conditions were measured; and which runs were passed over."""
+    report, words = status.conditions, ""
+    if report.lines:
+        words = (f"; conditions: {report.count(GREEN)} of {len(report.lines)} green, {report.count(NOT_RUN)} not "
+                 "measured")
+    for record, gap in status.passed_over[-1:]: words += f"; {record.folder.name} does not decide ({gap})"
+    return words
+
+# %% ../../nbs/runs/promotion.ipynb #cd2929a4
 STAGE_HEADINGS = ("stage", "experiment", "state", "why")
 
 
@@ -216,7 +276,7 @@ class Promotion:
     @property
     def next(self) -> list[str]:
         """The experiments that are open and not passed: to be run, or improved, next."""
-        return [s.stage.experiment for s in self.policy.statuses if s.open and not s.passed]
+        return [s.stage.experiment for s in self.policy.statuses if s.open and s.possible and not s.passed]
 
     def rows(self) -> list[list[str]]:
         """The cells of the table under STAGE_HEADINGS."""
@@ -226,8 +286,10 @@ class Promotion:
     def text(self) -> str:
         """The promotion for a terminal."""
         lines = [f"{state}: {experiment} ({stage})\n    {why}" for stage, experiment, state, why in self.rows()]
-        following = f"Next: {' or '.join(self.next)}." if self.next else "All stages are passed."
-        return "\n".join([f"Promotions on {self.data or 'no data yet'}", *lines, following,
+        following = f"Next: {' or '.join(map(_next_words, self.next))}." if self.next else "All stages are passed."
+        searched = self.policy.searched.partition(" in ")[2]
+        return "\n".join([f"Promotions on {self.data or 'no data yet'}" + (f", runs in {searched}" if searched else ""),
+                          *lines, following,
                           *(f"{title.capitalize()}: {_sentence(one)}" for title, one in self.decisions.items())])
 
     def __repr__(self) -> str: return self.text()
@@ -236,16 +298,22 @@ class Promotion:
         tables = [html_table((title,), [[_sentence(one)]]) for title, one in self.decisions.items()]
         return html_table((self.data, *STAGE_HEADINGS[1:]), self.rows()) + "".join(tables)
 
-# %% ../../nbs/runs/promotion.ipynb #8955dc6f
+# %% ../../nbs/runs/promotion.ipynb #4c1fd963
+def _next_words(experiment: str) -> str:
+    return experiment if experiment in list_notebooks() else f"{experiment} (no notebook of it here)"
+
+
 def _sentence(decision: Decision) -> str: return f"{decision.sentence} {decision.note}".strip()
 
 
 def promotion_dict(promotion: Promotion) -> dict[str, Any]:
     """A promotion as plain values; each decision under its title, with underscores."""
     stages = [{**dict(zip(STAGE_HEADINGS, row)), "run": s.run.name if s.run else None, "missing": s.missing(),
-               "gates": s.report.to_dict()} for row, s in zip(promotion.rows(), promotion.policy.statuses)]
+               "gates": s.report.to_dict(), "conditions": s.conditions.to_dict()}
+              for row, s in zip(promotion.rows(), promotion.policy.statuses)]
     decisions = {title.replace(" ", "_"): one.to_dict() for title, one in promotion.decisions.items()}
-    return {"data": promotion.data, "stages": stages, "next": promotion.next, **decisions}
+    return {"data": promotion.data, "searched": promotion.policy.searched, "stages": stages, "next": promotion.next,
+            **decisions}
 
 # %% ../../nbs/runs/promotion.ipynb #c72f9ce2
 @dataclass(frozen=True, repr=False)
@@ -269,12 +337,13 @@ class Promotions:
 
     def _repr_html_(self) -> str: return "".join(one._repr_html_() for one in self.by_data)
 
-# %% ../../nbs/runs/promotion.ipynb #41fd9c92
+# %% ../../nbs/runs/promotion.ipynb #bbe39cfe
 def promotions(policy: Sequence[Stage], rules: Sequence[Rule] = (), outputs: str | os.PathLike | None = None,
                data: str = "") -> Promotions:
     """What a policy and its rules allow by the runs under `outputs`, for each dataset that their experiments ran on.
 
-    outputs: default `outputs_root()`. data: only this dataset, as `data_label` names it. Runs of sweeps do not count.
+    outputs: default `outputs_root()`. data: only this dataset, as `data_label` names it. Runs of sweeps and runs that
+    are not at their experiment's own settings do not count.
     """
     experiments = {*(stage.experiment for stage in policy), *(rule.experiment for rule in rules)}
     finished = [record for record in list_runs(Path(outputs or outputs_root())) if record.status == FINISHED
@@ -282,7 +351,9 @@ def promotions(policy: Sequence[Stage], rules: Sequence[Rule] = (), outputs: str
     labels = [data] if data else sorted({data_label(record) for record in finished}) or [""]
     found = []
     for label in labels:
-        newest = {record.experiment: record for record in finished if data_label(record) == label}
+        own = [record for record in finished if data_label(record) == label]
+        newest = {name: run for name in experiments
+                  if (run := decisive_run([record for record in own if record.experiment == name])[0])}
         decisions = {rule.title: rule.decide(newest) for rule in rules}
         found.append(Promotion(label, read_policy(policy, outputs, label), decisions))
     return Promotions(tuple(found))

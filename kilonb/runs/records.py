@@ -30,14 +30,14 @@ from kilonb.runs.status import (
     running_elsewhere,
 )
 
-# %% ../../nbs/runs/records.ipynb #c2fc17da
+# %% ../../nbs/runs/records.ipynb #7f09d44c
 @dataclass(frozen=True)
 class RunRecord:
     """A run as read from its folder.
 
     status: one of `runs.status.STATUSES`; `unreadable` where a file of it is damaged, and `error` names the file.
     started: ISO time. report: the gates, checked against `results`. elsewhere: the host of a run that goes on where its
-    process cannot be seen; empty for every other.
+    process cannot be seen; empty for every other. tag: a name that its user gave it.
     """
 
     folder: Path
@@ -53,6 +53,7 @@ class RunRecord:
     parameters: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     elsewhere: str = ""
+    tag: str = ""
 
     @property
     def age_key(self) -> tuple[float, str]:
@@ -70,17 +71,18 @@ class RunRecord:
         """The run finished and its gates are green."""
         return self.status == FINISHED and self.report.ok
 
-# %% ../../nbs/runs/records.ipynb #8c90e9d8
+# %% ../../nbs/runs/records.ipynb #f6b90b49
 def _read_report(path: Path, written: Mapping[str, Any]) -> GateReport:
     bounds = tuple(Gate.__dataclass_fields__)
     try:
         gates = [{"result": name, **{key: gate[key] for key in bounds if key in gate}} for name,
                  gate in written.get("gates", {}).items()]
-        return check_gates(written.get("results", {}), build_gates(gates), written.get("baselines"))
+        return check_gates(written.get("results", {}), build_gates(gates), written.get("baselines"),
+                           str(written.get("note") or ""))
     except KiloError:
         raise KiloError(f"{path} does not hold the results of a run: delete the run or repeat it.") from None
 
-# %% ../../nbs/runs/records.ipynb #8d93f584
+# %% ../../nbs/runs/records.ipynb #6594105d
 def read_run(folder: str | os.PathLike) -> RunRecord:
     """The run in `folder`. Raises KiloError where there is none, or naming the file that is damaged."""
     folder = absolute_path(folder, "run folder")
@@ -93,7 +95,7 @@ def read_run(folder: str | os.PathLike) -> RunRecord:
                      results=written.get("results", {}), report=_read_report(folder / "results.json", written),
                      baselines=written.get("baselines", {}), tables=written.get("tables", {}),
                      parameters=read_part(folder, "parameters"), environment=read_part(folder, "environment"),
-                     elsewhere=running_elsewhere(status))
+                     elsewhere=running_elsewhere(status), tag=str(status.get("tag") or ""))
 
 # %% ../../nbs/runs/records.ipynb #452da44e
 def read_run_or_error(folder: str | os.PathLike) -> RunRecord:
@@ -125,16 +127,18 @@ def list_runs(outputs: str | os.PathLike | None = None, experiment: str = "", sw
     return sorted((record for record in found if not experiment or record.experiment == experiment),
                   key=lambda record: record.age_key)
 
-# %% ../../nbs/runs/records.ipynb #6d4813f9
+# %% ../../nbs/runs/records.ipynb #2176b5f4
 def find_run(name: str, outputs: str | os.PathLike | None = None) -> Path:
-    """The folder of the run `name`: a path, `experiment/run`, a run's name or its beginning, or an experiment (its
-    newest run).
+    """The folder of the run `name`: a path, `experiment/run`, a run's tag, a run's name or its beginning, or an
+    experiment (its newest run). Of several runs with one tag the newest.
 
     Raises KiloError where no run, or more than one, fits.
     """
     root = absolute_path(outputs or outputs_root(), "outputs folder")
     for path in (absolute_path(name, "run"), root / name):
         if has_status(path): return path.resolve()
+    tagged = [record for record in list_runs(root, sweeps=True) if record.tag and record.tag == name]
+    if tagged: return tagged[-1].folder
     newest = list_runs(root, name) if name.replace("_", "").isalnum() else []
     matches = newest[-1:] or [record for record in list_runs(root, sweeps=True) if record.folder.name.startswith(name)
                               or record.name.startswith(name)]

@@ -202,20 +202,48 @@ def _has_results(folder: Path) -> bool:
     return os.path.lexists(folder / "results.json") or any(
         next(folder.glob(pattern), None) for pattern in ("checkpoints/*.pt", "*/checkpoints/*.pt"))
 
-# %% ../../nbs/runs/resuming.ipynb #75fd439a
+# %% ../../nbs/runs/resuming.ipynb #e2a2caec
+def _asks_to_extend(values: Mapping[str, Any]) -> bool:
+    return any(name.rpartition(".")[2] == "extend" and value for name, value in values.items())
+
+
+def _larger_steps(values: Mapping[str, Any], before: Mapping[str, Any]) -> frozenset[str]:
+    """The names of the numbers of steps that are larger than before."""
+    pairs = {name: (value, before.get(name)) for name, value in values.items() if name.rpartition(".")[2] == "steps"}
+    return frozenset(name for name, (now, had) in pairs.items()
+                     if type(now) is type(had) is int and now > had)
+
+# %% ../../nbs/runs/resuming.ipynb #989da6a7
+def _check_extended(folder: Path, more: frozenset[str]) -> None:
+    """Raises KiloError where a run is to be extended that never finished, or to no larger number of steps."""
+    name = shorten(str(folder), 120)[1:-1]
+    finished = os.path.lexists(folder / "results.json")
+    if finished and not more:
+        raise KiloError(f"--extend was given for {name}, but no number of steps is larger than it was: give a larger "
+                        "one, as in -p steps=60000.")
+    if not finished and not any(folder.glob("earlier/*/results.json")):
+        raise KiloError(f"{name} is not a finished run, and only these are extended: resume it without --extend first.")
+
+# %% ../../nbs/runs/resuming.ipynb #10fe0abf
 def check_same_parameters(folder: str | os.PathLike, values: Mapping[str, Any],
-                          free: Iterable[str] | None = ()) -> None:
+                          free: Iterable[str] | None = (), extend: str = "") -> None:
     """Raises KiloError where a run with results or checkpoints would be resumed with other parameters.
 
     values: name -> value of every parameter and dotted setting, flat. free: names that may change; None: all are fixed
-    in a run with results, and what a checkpoint fixes is left to the notebook in one without.
+    in a run with results, and what a checkpoint fixes is left to the notebook in one without. extend: a finished run
+    is extended, so its numbers of steps may be larger (`training.extending`); a value that ends in `.extend` says so
+    too.
     """
     folder = Path(folder)
     before = read_part(folder, "parameters")
     if not before or not _has_results(folder): return
     if free is None and not os.path.lexists(folder / "results.json"): return
-    name = next(_changed(values, before, _FREE | frozenset(free or ())), None)
+    more = _larger_steps(values, before) if extend or _asks_to_extend(values) else frozenset()
+    if extend: _check_extended(folder, more)
+    name = next(_changed(values, before, _FREE | more | frozenset(free or ())), None)
     if name is None: return
     had, has = (shorten(side[name]) if name in side else "not set" for side in (before, values))
     raise KiloError(f"{shorten(str(folder), 120)[1:-1]} comes from a run with {name} = {had}, this request has "
-                    f"{name} = {has}: resume with the same parameters, or start a fresh run.")
+                    f"{name} = {has}: resume with the same parameters, or start a fresh run"
+                    + (", or add --extend to train the finished run further." if name in _larger_steps(values, before)
+                       and not more else "."))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['choose_runs', 'folder_bytes', 'format_bytes', 'format_minute', 'gate_counts', 'run_rows']
 
-# %% ../../nbs/runs/selection.ipynb #e49d1371
+# %% ../../nbs/runs/selection.ipynb #ebc0efb9
+import datetime
 import math
 import os
 import time
@@ -55,7 +56,7 @@ def choose_runs(outputs: str | os.PathLike | None = None, experiments: Sequence[
     records = [record for record in records if fits(record)]
     return records if keep_newest is None else _without_newest(records, int(keep_newest))
 
-# %% ../../nbs/runs/selection.ipynb #348c6b36
+# %% ../../nbs/runs/selection.ipynb #c195d13b
 def folder_bytes(folder: str | os.PathLike) -> int:
     """The size of all files in a folder, in bytes: symbolic links as links, a file with several names once."""
     total, files = 0, {}
@@ -67,7 +68,7 @@ def folder_bytes(folder: str | os.PathLike) -> int:
             else: files[found.st_dev, found.st_ino] = found.st_size
     return total + sum(files.values())
 
-
+# %% ../../nbs/runs/selection.ipynb #5367a094
 def format_bytes(count: float) -> str:
     """A size in powers of ten: `512 B`, `1.2 MB`."""
     for unit in ("B", "kB", "MB"):
@@ -80,21 +81,28 @@ def _status_of(record: RunRecord) -> str:
     """The status; of a run that cannot be seen from here with its host: `running on node7`."""
     return f"{record.status} on {shorten(record.elsewhere, 40)[1:-1]}" if record.elsewhere else record.status
 
-# %% ../../nbs/runs/selection.ipynb #1350f82e
+# %% ../../nbs/runs/selection.ipynb #ea33ac74
 def format_minute(moment: str) -> str:
-    """An ISO time to the minute: `2026-01-31 23:59`."""
-    return moment[:16].replace("T", " ")
+    """An ISO time to the minute, in the time zone of the reader: `2026-01-31 23:59`."""
+    try: return f"{datetime.datetime.fromisoformat(moment).astimezone():%Y-%m-%d %H:%M}"
+    except (ValueError, OverflowError, OSError): return moment[:16].replace("T", " ")
 
 
 def gate_counts(record: RunRecord) -> str:
-    """The green gates of a run and all of them: `3/4`; empty without gates."""
-    return f"{record.report.count(GREEN)}/{len(record.report.lines)}" if record.report.lines else ""
+    """The green gates of a run and all of them: `3/4`; empty without gates. A star marks a run that is not at the
+    experiment's own settings."""
+    star = "*" if record.report.note else ""
+    return f"{record.report.count(GREEN)}/{len(record.report.lines)}{star}" if record.report.lines else ""
 
 
 def run_rows(records: Sequence[RunRecord]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of a list of runs."""
+    """Headings and rows of a list of runs; with a column for tags where one has a tag."""
+    tagged = any(record.tag for record in records)
+
     def row(record: RunRecord) -> list[str]:
         size = format_bytes(folder_bytes(record.folder))
-        return [record.name, _status_of(record), format_minute(record.started), format_duration(record.elapsed_s),
-                data_label(record), gate_counts(record), size, shorten(record.error[:60], 200)[1:-1]]
-    return ["run", "status", "started", "took", "data", "gates", "size", "error"], [row(record) for record in records]
+        return [record.name, *([record.tag] if tagged else []), _status_of(record), format_minute(record.started),
+                format_duration(record.elapsed_s), data_label(record), gate_counts(record), size,
+                shorten(record.error[:60], 200)[1:-1]]
+    return ["run", *(["tag"] if tagged else []), "status", "started", "took", "data", "gates", "size",
+            "error"], [row(record) for record in records]

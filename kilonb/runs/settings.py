@@ -44,8 +44,10 @@ def config_paths(annotation: str) -> tuple[str, ...]:
     raise KiloError(f"{shorten(wrong)} in the type of '{SETTINGS}' is not the path of a class of kilonb: write "
                     "\"kilonb.package.module.Class\", several separated by |.")
 
-# %% ../../nbs/runs/settings.ipynb #748650c9
-FREE_SETTINGS = frozenset({"checkpoint_every_seconds", "checkpoint_every_steps", "time_limit_s"})
+# %% ../../nbs/runs/settings.ipynb #56ba97d6
+FREE_SETTINGS = frozenset({"checkpoint_every_seconds", "checkpoint_every_steps", "time_limit_s", "keep_every_steps",
+                           "keep_from", "keep_until", "keep_last", "keep_best", "extend", "tensorboard_time",
+                           "tensorboard_graph"})
 
 # %% ../../nbs/runs/settings.ipynb #a73ff3e0
 def settings_prefix(path: str) -> str:
@@ -76,15 +78,15 @@ def import_configs(paths: Iterable[str]) -> dict[str, type]:
         found[prefix] = config
     return found
 
-# %% ../../nbs/runs/settings.ipynb #be36efb4
+# %% ../../nbs/runs/settings.ipynb #06fe9f6a
 def _settings_of(configs: Mapping[str, type]) -> dict[str, Any]:
     return {f"{prefix}.{setting.name}": setting for prefix, config in configs.items()
             for setting in list_settings(config)}
 
-
+# %% ../../nbs/runs/settings.ipynb #794cd9f7
 def _default_text(value: Any) -> str: return "required" if value is dataclasses.MISSING else repr(to_dict(value))
 
-
+# %% ../../nbs/runs/settings.ipynb #fccabcf5
 def settings_rows(paths: Iterable[str]) -> list[list[str]]:
     """Name, type and default of every dotted setting of the config classes `paths`, as rows of a table."""
     return [[name, type_name(setting.annotation), _default_text(setting.default)]
@@ -117,13 +119,13 @@ def typed_settings(paths: Iterable[str], values: Mapping[str, Any],
               for name, text in (texts or {}).items()}
     return to_dict(typed)
 
-# %% ../../nbs/runs/settings.ipynb #49a5c71c
+# %% ../../nbs/runs/settings.ipynb #26fa8850
 def flat_parameters(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters with the entries of `settings` beside the others: as `parameters.json` and the tables have them."""
     flat = {name: value for name, value in parameters.items() if name != SETTINGS}
     return flat | dict(parameters.get(SETTINGS) or {})
 
-
+# %% ../../nbs/runs/settings.ipynb #b57792d0
 def nested_parameters(flat: Mapping[str, Any]) -> dict[str, Any]:
     """The inverse of `flat_parameters`: dotted names gathered in `settings`, which is left out where there are none."""
     plain = {name: value for name, value in flat.items() if "." not in name}

@@ -34,7 +34,7 @@ class ReportedResults:
     speed: str
     gated: tuple[str, ...]
 
-# %% ../../nbs/runs/statistics.ipynb #fe52207c
+# %% ../../nbs/runs/statistics.ipynb #c7d22872
 _NOT_THE_MODEL = ("blank", "gap", "teacher", "oracle", "baseline", "target")
 _PREFERRED = ("test_psnr", "psnr", "train_s", "fit_s", "student_s", "total_s", "frames_per_s")
 
@@ -44,7 +44,7 @@ def numeric_results(records: Sequence[RunRecord]) -> list[str]:
     is_number = lambda value: isinstance(value, (int, float)) and not isinstance(value, bool)
     return list(dict.fromkeys(name for record in records for name, value in record.results.items() if is_number(value)))
 
-
+# %% ../../nbs/runs/statistics.ipynb #6b9eb84a
 def gates_of(records: Sequence[RunRecord]) -> dict[str, Gate]:
     """Result -> gate over several runs; where runs have different gates, that of the newest run."""
     return {line.gate.result: line.gate for record in sorted(records, key=lambda record: record.age_key)

@@ -5,16 +5,18 @@
 
 # %% auto #0
 __all__ = ['PREPARED', 'RUNNING', 'FINISHED', 'FAILED', 'INTERRUPTED', 'ABANDONED', 'UNREADABLE', 'SWEEPS',
-           'read_status', 'has_status', 'timestamp', 'mark_run', 'instant', 'running_elsewhere', 'describe_writer']
+           'read_status', 'has_status', 'timestamp', 'mark_run', 'check_tag', 'tag_run', 'instant', 'running_elsewhere',
+           'describe_writer']
 
-# %% ../../nbs/runs/status.ipynb #c592bfa7
+# %% ../../nbs/runs/status.ipynb #456faa67
 import datetime
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import shorten
+from ..core.errors import KiloError, shorten
 from ..core.files import write_json
 from ..core.processes import UNKNOWN, is_alive, process_state
 from .files import STATUSES, read_part
@@ -52,13 +54,29 @@ def mark_run(folder: str | os.PathLike, status: str, error: str = "", **more: An
     write_json(Path(folder) / "status.json",
                {**known, "status": status, "error": error, "changed": timestamp(), **more})
 
+# %% ../../nbs/runs/status.ipynb #d10fe599
+def check_tag(tag: str) -> str:
+    """The tag itself; KiloError where it is no name of 1 to 60 letters, digits, dots, dashes and underscores."""
+    if re.fullmatch(r"\w[\w.-]{0,59}", tag): return tag
+    raise KiloError(f"The tag is {shorten(tag)}; expected 1 to 60 letters, digits, dots, dashes and underscores, the "
+                    "first a letter or digit.")
+
+
+def tag_run(folder: str | os.PathLike, tag: str) -> None:
+    """Give the run of a folder a tag; an empty one removes it. Raises KiloError where there is no run or the tag is no
+    name."""
+    status = read_part(folder, "status") if has_status(folder) else {}
+    if not status: raise KiloError(f"There is no run in {folder} to tag.")
+    others = {name: value for name, value in status.items() if name != "tag"}
+    write_json(Path(folder) / "status.json", others | ({"tag": check_tag(tag)} if tag else {}))
+
 # %% ../../nbs/runs/status.ipynb #b88ba40b
 def instant(moment: str) -> float:
     """An ISO time as seconds since 1970, for sorting; minus infinity where there is none."""
     try: return datetime.datetime.fromisoformat(moment).timestamp()
     except (ValueError, OverflowError, OSError): return float("-inf")
 
-# %% ../../nbs/runs/status.ipynb #4c334f25
+# %% ../../nbs/runs/status.ipynb #201d5e7a
 def running_elsewhere(status: Mapping[str, Any]) -> str:
     """The host of a run that is prepared or running by its status, and whose process cannot be seen from here (another
     host or container); empty for every other."""
@@ -66,7 +84,7 @@ def running_elsewhere(status: Mapping[str, Any]) -> str:
     if status.get("status") not in (PREPARED, RUNNING) or process_state(process) != UNKNOWN: return ""
     return str(process.get("host", "")) or "an unknown host"
 
-
+# %% ../../nbs/runs/status.ipynb #68b02e66
 def describe_writer(status: Mapping[str, Any]) -> str:
     """What is known of the process that writes a run: `process 12 on node7, last change 2026-01-31T23:59:59+01:00`."""
     process = status.get("process", {})

@@ -11,9 +11,10 @@ __all__ = ['AV2_CATEGORIES', 'MOST_POINTS', 'REACH_M', 'flow_classes', 'Argovers
            'labels_from_boxes', 'FlowPair', 'flow_truth', 'pair_box_flow', 'RecordedSweep', 'write_argoverse2',
            'Argoverse2Frame', 'Argoverse2Log', 'load_argoverse2', 'load_flow_pair']
 
-# %% ../../nbs/scenes/argoverse2.ipynb #5650a8d5
+# %% ../../nbs/scenes/argoverse2.ipynb #f1b52e53
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -437,18 +438,32 @@ class Argoverse2Frame:
         """Read the points, see `read_argoverse2_sweep`."""
         return read_argoverse2_sweep(self.path)
 
-# %% ../../nbs/scenes/argoverse2.ipynb #9b52db1c
+# %% ../../nbs/scenes/argoverse2.ipynb #cde9349b
 @dataclass(frozen=True)
 class Argoverse2Log(FrameSequence[Argoverse2Frame]):
-    """One log. frames: its sweeps in order of time."""
+    """One log. frames: its sweeps in order of time. missing: time stamps between the first and the last sweep at which
+    cuboids were annotated, or a whole number of intervals, but whose sweep is not there."""
     root: Path
     frames: tuple[Argoverse2Frame, ...] = field(repr=False)
+    missing: tuple[int, ...] = ()
 
     def calibration(self) -> dict[str, Argoverse2Sensor]:
         """The sensors by name, see `read_argoverse2_calibration`."""
         return read_argoverse2_calibration(self.root / "calibration")
 
-# %% ../../nbs/scenes/argoverse2.ipynb #c900d8ef
+# %% ../../nbs/scenes/argoverse2.ipynb #35adaa26
+def _missing_sweeps(times: Sequence[int], annotated: Sequence[int]) -> tuple[int, ...]:
+    """Time stamps of sweeps that are not there: annotated ones, and the middle of intervals that are at least 1.5 times
+    the usual one. times: of the sweeps, increasing."""
+    span = range(times[0], times[-1] + 1)
+    found = {time for time in annotated if time in span and time not in set(times)}
+    steps = sorted(b - a for a, b in pairwise(times))
+    usual = steps[len(steps) // 2] if len(steps) > 1 else 0
+    for a, b in pairwise(times):
+        if usual and b - a > 1.5 * usual and not any(a < time < b for time in found): found.add((a + b) // 2)
+    return tuple(sorted(found))
+
+# %% ../../nbs/scenes/argoverse2.ipynb #afc05cd1
 def load_argoverse2(path: str | Path) -> Argoverse2Log:
     """The log in a folder; points and labels are read on access.
 
@@ -465,16 +480,22 @@ def load_argoverse2(path: str | Path) -> Argoverse2Log:
     _check_increasing(root / "sensors" / "lidar", times, True)
     poses = read_ego_poses(root / "city_SE3_egovehicle.feather")
     cuboids = read_argoverse2_cuboids(root / "annotations.feather")
+    missing = _missing_sweeps(times.tolist(), cuboids.timestamps_ns.unique().tolist())
     return Argoverse2Log(root, tuple(
         Argoverse2Frame(f"{root.name}/{time}", time, file, poses.at(time), cuboids.at(time), cuboids.points_at(time))
-        for file, time in zip(sweeps, times.tolist())))
+        for file, time in zip(sweeps, times.tolist())), missing)
 
-# %% ../../nbs/scenes/argoverse2.ipynb #0d59850c
+# %% ../../nbs/scenes/argoverse2.ipynb #0a3341f5
 def load_flow_pair(log: Argoverse2Log) -> FlowPair:
-    """The first two sweeps with flow_labels.feather and ego_motion.npz. Raises KiloError: a file that is missing or
-    damaged, labels of another number of points, an ego motion that differs from the poses by more than 1 cm."""
+    """The first two sweeps with flow_labels.feather and ego_motion.npz. Raises KiloError: a file or a sweep between
+    them that is missing, a damaged file, labels of another number of points, an ego motion that differs from the poses
+    by more than 1 cm."""
     if len(log) < 2: raise KiloError(f"'{log.root}' holds {len(log)} sweep: labelled flow needs two.")
     first, second = log[0], log[1]
+    lost = [time for time in log.missing if first.timestamp_ns < time < second.timestamp_ns]
+    if lost:
+        raise KiloError(f"The sweep {lost[0]} of '{log.root}' is missing between its first two: the "
+                        "labelled pair needs " "neighbours; fetch it again.")
     motion = read_ego_motion(log.root / "ego_motion.npz")
     apart = (motion - rigid_inverse(second.ego_to_city) @ first.ego_to_city).abs().max().item()
     if apart > .01:

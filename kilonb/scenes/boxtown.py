@@ -10,7 +10,7 @@ __all__ = ['PAVEMENT', 'OPV2V_CAMERAS', 'OPV2V_LIDAR', 'OPV2V_FOCAL', 'FIRST_FRA
            'TownConfig', 'ActorState', 'Town', 'build_town', 'scene_flow', 'opv2v_cameras', 'opv2v_record', 'write_pcd',
            'write_opv2v', 'pandaset_lidars', 'pandaset_cameras', 'write_pandaset', 'make_opv2v', 'make_pandaset']
 
-# %% ../../nbs/scenes/boxtown.ipynb #35698c36
+# %% ../../nbs/scenes/boxtown.ipynb #ae9ffe11
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +23,7 @@ import torch
 import yaml
 from PIL import Image
 
+from ..core.configs import checked
 from ..core.errors import KiloError, unknown_name
 from ..core.files import atomic_folder, dumps
 from ..data.tables import write_table
@@ -57,8 +58,9 @@ def _check_town(config: "TownConfig") -> None:
     if not 2 <= low <= high <= 12:
         raise KiloError(f"storeys of a town are {low} to {high}: expected a smallest and a largest within 2 to 12.")
 
-# %% ../../nbs/scenes/boxtown.ipynb #bf0d17b6
+# %% ../../nbs/scenes/boxtown.ipynb #17e67bd9
 @dataclass(frozen=True)
+@checked
 class TownConfig:
     """Parameters of a town. KiloError for values outside their range.
 

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['read_colmap_recording']
 
-# %% ../../nbs/scenes/colmap.ipynb #25787cbc
+# %% ../../nbs/scenes/colmap.ipynb #16b4f122
 from pathlib import Path
 
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
 from ..geometry.cameras import DistortedPinholeCamera, PinholeCamera
 from ..geometry.colmap import read_colmap
+from ..geometry.fisheye import FisheyeCamera
 from .dannce import find_masks
 from .multiview import Calibration, Recording
 
@@ -23,7 +24,7 @@ def _calibration(camera: PinholeCamera | DistortedPinholeCamera, unit_m: float) 
     return Calibration(K, pose[:3, :3], pose[:3, 3] * unit_m, getattr(camera, "distortion", ()), camera.width,
                        camera.height)
 
-# %% ../../nbs/scenes/colmap.ipynb #58d3a328
+# %% ../../nbs/scenes/colmap.ipynb #c2d83e7d
 def read_colmap_recording(folder: str | Path, unit_m: float = 1.0) -> Recording:
     """The pictures of a COLMAP project, `images/<name>` with its model, as a recording of one frame. Cameras are named
     as the pictures; masks are masks/<name without ending>_0.png.
@@ -33,6 +34,9 @@ def read_colmap_recording(folder: str | Path, unit_m: float = 1.0) -> Recording:
     folder = Path(folder)
     model, masks = read_colmap(folder), find_masks(folder / "masks")
     inside = {name: Path(name) for name in model.cameras}
+    if wide := [name for name, camera in model.cameras.items() if isinstance(camera, FisheyeCamera)]:
+        raise KiloError(f"The picture {shorten(wide[0])} of the model in {folder} has a fisheye camera, which a "
+                        "recording cannot hold: undistort the pictures in COLMAP first.")
     if out := [name for name, path in inside.items() if path.is_absolute() or ".." in path.parts]:
         raise KiloError(f"The model in {folder} names the picture '{out[0]}', which is outside its folder of images.")
     sources = {name: (folder / "images" / path,) for name, path in inside.items()}

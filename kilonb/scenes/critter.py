@@ -6,7 +6,7 @@
 # %% auto #0
 __all__ = ['CritterConfig', 'critter_cameras', 'write_critter', 'make_critter']
 
-# %% ../../nbs/scenes/critter.ipynb #b269dca5
+# %% ../../nbs/scenes/critter.ipynb #3d4610ee
 import math
 import os
 from collections.abc import Iterator
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from ..core.files import atomic_folder, write_json
 from ..data.video import write_video
@@ -28,8 +29,9 @@ from .critter_motion import CritterStates, wander
 from .critter_render import CritterView
 from .datasets import check_new_folder
 
-# %% ../../nbs/scenes/critter.ipynb #707a85ff
+# %% ../../nbs/scenes/critter.ipynb #234f8a78
 @dataclass(frozen=True)
+@checked
 class CritterConfig:
     """Settings of the recording.
 

@@ -9,8 +9,8 @@ __all__ = ['CAMERAS', 'ORIGIN_HEIGHT_M', 'FORWARD_FROM_RIGHT', 'TABLE_ENDINGS', 
            'PandasetFrame', 'PandasetSequence', 'find_sequences', 'load_pandaset', 'recording_folders',
            'missing_recording_files', 'load_surround_frames']
 
-# %% ../../nbs/scenes/pandaset.ipynb #7e50b822
-from collections.abc import Mapping
+# %% ../../nbs/scenes/pandaset.ipynb #96148d49
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -180,6 +180,15 @@ def read_cuboids(path: str | Path) -> Cuboids:
     return Cuboids(boxes, torch.from_numpy(stationary), _texts(table, "attributes.object_motion"),
                    torch.from_numpy(sensors), siblings)
 
+# %% ../../nbs/scenes/pandaset.ipynb #98758512
+_PICTURES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+
+
+def _picture(folder: Path, number: int) -> Path:
+    """The picture of a frame in a camera's folder: `47.jpg`, or with another ending where only that is there."""
+    paths = [folder / f"{number:02d}{ending}" for ending in _PICTURES]
+    return next((path for path in paths if path.is_file()), paths[0])
+
 # %% ../../nbs/scenes/pandaset.ipynb #0b7e8fbc
 TABLE_ENDINGS = (".pkl.gz", ".pkl")
 
@@ -342,7 +351,7 @@ def _numbered(folder: Path, *endings: str) -> set[int]:
     stems = {path.name.split(".")[0] for ending in endings for path in folder.glob(f"*{ending}")}
     return {int(stem) for stem in stems if stem.isascii() and stem.isdigit()}
 
-# %% ../../nbs/scenes/pandaset.ipynb #657b315a
+# %% ../../nbs/scenes/pandaset.ipynb #136961e6
 @dataclass(frozen=True)
 class PandasetSequence(FrameSequence[PandasetFrame]):
     """One sequence. frames: those with a LiDAR sweep or an image, in order. length: frames of the recording.
@@ -359,8 +368,8 @@ class PandasetSequence(FrameSequence[PandasetFrame]):
 
     def at(self, number: int) -> PandasetFrame:
         """The frame of that number in the recording; KiloError where it has no data."""
-        for frame in self.frames:
-            if frame.index == number: return frame
+        found = next((frame for frame in self.frames if frame.index == number), None)
+        if found is not None: return found
         raise KiloError(f"{self.root} has no data of frame {number}: it has the frames "
                         f"{', '.join(str(frame.index) for frame in self.frames)}.")
 
@@ -368,11 +377,12 @@ class PandasetSequence(FrameSequence[PandasetFrame]):
         """Part -> frame numbers without a file, between the first and the last frame with data, of the parts that more
         than half of these frames have."""
         return _gaps({frame.index for frame in self.frames}, self.missing)
-
+    def lost(self) -> list[Problem]:
+        """What the sequence says should be there and is not, by frame (`002/47`) or for the whole sequence (`002`)."""
+        return _lost_parts(self)
     def semantic_classes(self) -> dict[int, str]:
         """Class number -> name. Raises KiloError where classes.json is missing."""
         return read_semantic_classes(self.root / "annotations" / "semseg" / "classes.json")
-
     def gps(self) -> GpsTrack:
         """The vehicle's GPS. Raises KiloError where it is missing."""
         return read_gps(self.root / "meta")
@@ -380,10 +390,14 @@ class PandasetSequence(FrameSequence[PandasetFrame]):
     def relative_s(self, times_s: Tensor | float) -> Tensor:
         """Times (float64 seconds since 1970) as float32 seconds after frame 0. Raises KiloError for times that are not
         float64."""
-        times = torch.as_tensor(times_s, dtype=torch.float64) if isinstance(times_s, float) else times_s
-        if times.dtype != torch.float64:
-            raise KiloError(f"Times since 1970 must be float64 until they are relative, but {times.dtype} was given.")
-        return (times - self.start_s).float()
+        return _relative_s(times_s, self.start_s)
+
+# %% ../../nbs/scenes/pandaset.ipynb #0a757437
+def _relative_s(times_s: Tensor | float, start_s: float) -> Tensor:
+    """See `PandasetSequence.relative_s`."""
+    times = torch.as_tensor(times_s, dtype=torch.float64) if isinstance(times_s, float) else times_s
+    if times.dtype == torch.float64: return (times - start_s).float()
+    raise KiloError(f"Times since 1970 must be float64 until they are relative, but {times.dtype} was given.")
 
 # %% ../../nbs/scenes/pandaset.ipynb #e34e817e
 def _gaps(present: set[int], missing: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -392,14 +406,42 @@ def _gaps(present: set[int], missing: Mapping[str, tuple[int, ...]]) -> dict[str
     inside = {part: tuple(n for n in numbers if n in span) for part, numbers in missing.items()}
     return {part: numbers for part, numbers in inside.items() if 0 < 2 * len(numbers) < len(span)}
 
-# %% ../../nbs/scenes/pandaset.ipynb #715195b1
+# %% ../../nbs/scenes/pandaset.ipynb #b3699689
+def _whole_part_is_due(root: Path, part: str) -> bool:
+    """Whether a part that no frame has should be there: LiDAR and cameras always, semantic labels where their folder
+    exists, cuboids where there are annotations."""
+    if part == "annotations/cuboids": return (root / "annotations").is_dir()
+    return part != "annotations/semseg" or (root / part).is_dir()
+
+
+def _lost_parts(sequence: PandasetSequence) -> list[Problem]:
+    """See `PandasetSequence.lost`."""
+    root, found = sequence.root, []
+    present = {frame.index for frame in sequence.frames}
+    for part, numbers in sequence.gaps().items():
+        found += [Problem(f"{root.name}/{number:02d}", f"{part} is missing") for number in numbers]
+    for part, numbers in sequence.missing.items():
+        if not present <= set(numbers): continue
+        due, folder = _whole_part_is_due(root, part), (root / part).is_dir()
+        what = "no frame has a file of it" if folder else "there is no such folder"
+        found.append(Problem(root.name if due else f"{root.name}/annotations", f"{part} is missing: {what}"))
+    if 2 * len(present) > sequence.length:
+        found += [Problem(root.name, f"frame {number:02d} has no file, but lidar/poses.json a pose of it")
+                  for number in range(sequence.length) if number not in present]
+    for part in ("lidar", *(f"camera/{name}" for name in CAMERAS)):
+        endings = TABLE_ENDINGS if part == "lidar" else _PICTURES
+        found += [Problem(root.name, f"{part} has a file of frame {number:02d}, but {part}/poses.json no pose of it")
+                  for number in sorted(_numbered(root / part, *endings)) if number >= sequence.length]
+    return found
+
+# %% ../../nbs/scenes/pandaset.ipynb #770e6d56
 def _frame_cameras(folder: Path, number: int, tracks: dict[str, _CameraTrack], images: dict[str, set[int]], name: str,
                    problems: list[Problem]) -> tuple[dict[str, PinholeCamera], dict[str, Path]]:
     """(cameras, image paths) by name, of the cameras with a readable image."""
     cameras, paths = {}, {}
     for camera, track in tracks.items():
         if number not in images[camera]: continue
-        path = folder / "camera" / camera / f"{number:02d}.jpg"
+        path = _picture(folder / "camera" / camera, number)
         try: cameras[camera] = check_camera(PinholeCamera(track.poses[number].float(), *track.intrinsics,
                                                           *image_size(path)), camera)
         except KiloError as error: add_problem(problems, name, f"{camera} was left out: {error}")
@@ -461,7 +503,7 @@ def _missing_numbers(folder: Path, count: int, sweeps: set[int],
     missing = {part: tuple(i for i in range(count) if i not in numbers) for part, numbers in present.items()}
     return {part: numbers for part, numbers in missing.items() if numbers}
 
-# %% ../../nbs/scenes/pandaset.ipynb #c5e2799d
+# %% ../../nbs/scenes/pandaset.ipynb #3e9935fa
 def load_pandaset(path: str | Path) -> PandasetSequence:
     """The sequence at `path` (a sequence folder, or a folder with exactly one); points, images and labels are read on
     access.
@@ -478,7 +520,7 @@ def load_pandaset(path: str | Path) -> PandasetSequence:
     tracks = {name: _read_camera_track(folder / "camera" / name) for name in names}
     _check_lengths(folder, len(vehicle), times, tracks)
     sweeps = _numbered(folder / "lidar", *TABLE_ENDINGS)
-    images = {name: _numbered(folder / "camera" / name, ".jpg") for name in tracks}
+    images = {name: _numbered(folder / "camera" / name, *_PICTURES) for name in tracks}
     problems: list[Problem] = []
     for part in ("lidar", "annotations/cuboids", "annotations/semseg"): _add_double_tables(folder, part, problems)
     frames = tuple(_frame(folder, i, vehicle[i], times[i].item(), tracks, images, i in sweeps, problems)
@@ -486,23 +528,32 @@ def load_pandaset(path: str | Path) -> PandasetSequence:
     missing = _missing_numbers(folder, len(vehicle), sweeps, images)
     return PandasetSequence(folder, frames, len(vehicle), times[0].item(), missing, problems)
 
-# %% ../../nbs/scenes/pandaset.ipynb #2e7019dd
+# %% ../../nbs/scenes/pandaset.ipynb #36c67b5a
 def recording_folders(path: str | Path) -> list[Path]:
     """`path` and its subfolders, as far as they hold LiDAR tables or poses: sequences, whole or not."""
     root = Path(path).resolve()
     return [folder for folder in (root, *sorted(root.glob("*"))) if (folder / "lidar" / "poses.json").is_file()
             or _numbered(folder / "lidar", *TABLE_ENDINGS)]
 
-# %% ../../nbs/scenes/pandaset.ipynb #9c6c700a
+
+def _unposed(folder: Path) -> list[Path]:
+    """Subfolders that hold LiDAR tables or pictures without lidar/poses.json: sequences that cannot be read."""
+    return [inner for inner in sorted(folder.iterdir()) if not (inner / "lidar" / "poses.json").is_file()
+            and (_numbered(inner / "lidar", *TABLE_ENDINGS)
+                 or any((inner / "camera" / name).is_dir() for name in CAMERAS))]
+
+# %% ../../nbs/scenes/pandaset.ipynb #897030fe
 def missing_recording_files(path: str | Path) -> list[str]:
     """What is missing in the recordings at `path`: `<sequence>/<part>/<file>` for the gaps of each sequence, and a
     sentence for each sequence that cannot be opened. Raises KiloError where there is no recording at all."""
     folders, found = recording_folders(path), []
     if not folders: find_sequences(path)
     for folder in folders:
-        try: gaps = load_pandaset(folder).gaps() if (folder / "lidar" / "poses.json").is_file() else None
+        try: sequence = load_pandaset(folder) if (folder / "lidar" / "poses.json").is_file() else None
         except KiloError as error: found.append(str(error))
-        else: found += [f"{folder.name}/lidar/poses.json"] if gaps is None else _gap_names(folder.name, gaps)
+        else:
+            if sequence is None: found.append(f"{folder.name}/lidar/poses.json")
+            else: found += _gap_names(folder.name, sequence.gaps())
     return found
 
 # %% ../../nbs/scenes/pandaset.ipynb #b6be5881
@@ -510,16 +561,33 @@ def _gap_names(sequence: str, gaps: Mapping[str, tuple[int, ...]]) -> list[str]:
     return [f"{sequence}/{part}/{number:02d}{'.jpg' if part.startswith('camera/') else TABLE_ENDINGS[0]}"
             for part, numbers in gaps.items() for number in numbers]
 
-# %% ../../nbs/scenes/pandaset.ipynb #512724cd
+# %% ../../nbs/scenes/pandaset.ipynb #8b34ecc4
+def _openable(folders: Sequence[Path], problems: list[Problem]) -> Iterator[PandasetSequence]:
+    """The sequences that can be opened; the others are added to `problems`. KiloError where none can."""
+    opened = False
+    for folder in folders:
+        try: sequence = load_pandaset(folder)
+        except KiloError as error:
+            add_problem(problems, folder.name, f"the sequence cannot be opened: {str(error).rstrip('.')}")
+            if folder == folders[-1] and not opened: raise
+        else:
+            opened = True
+            yield sequence
+
+
 def load_surround_frames(path: str | Path) -> SurroundScene:
-    """The frames with at least two cameras of all sequences at `path`; the others are listed in `problems`."""
+    """The frames with at least two cameras of all sequences at `path`; the others, and what is missing
+    (`PandasetSequence.lost`), are listed in `problems`. Raises KiloError where no sequence can be opened."""
     frames, problems = [], []
-    for folder in find_sequences(path):
-        sequence = load_pandaset(folder)
-        problems += sequence.problems
-        for part, numbers in sequence.gaps().items():
-            for number in numbers: add_problem(problems, f"{folder.name}/{number:02d}", f"{part} is missing")
+    for sequence in _openable(find_sequences(path), problems):
+        for problem in (*sequence.problems, *sequence.lost()): add_problem(problems, problem.frame, problem.message)
         for frame in sequence:
             if len(frame.cameras) > 1: frames.append(replace(frame, problems=problems))
             else: add_problem(problems, frame.name, f"only {next(iter(frame.cameras), 'no camera')} has a picture")
+    for folder in _unposed(Path(path)):
+        add_problem(problems, folder.name, "lidar/poses.json of the sequence is missing")
+    if not frames:
+        why = next((f" ({one.frame}: {one.message})" for one in problems if "/" in one.frame), "")
+        raise KiloError(f"{path} has no frame with pictures of two cameras{why}: a surround view needs them; fetch the "
+                        "camera folders of the sequence.")
     return SurroundScene(Path(path), frames, problems)

@@ -9,7 +9,7 @@ __all__ = ['FAR_CENTIMETRES', 'MOST_DEPTH_BYTES', 'READERS', 'Problem', 'add_pro
            'read_rgb', 'read_z_depth', 'CameraImage', 'no_boxes', 'SurroundFrame', 'SurroundScene', 'CameraRig',
            'camera_height_m', 'panorama_pose', 'load_surround']
 
-# %% ../../nbs/scenes/surround.ipynb #ef532cd4
+# %% ../../nbs/scenes/surround.ipynb #deb8a12a
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +25,8 @@ from ..core.errors import KiloError, unknown_name
 from ..core.numbers import LARGEST
 from ..data.pictures import decode_picture, open_picture, picture_size
 from ..geometry.boxes import Boxes, upright_boxes
-from ..geometry.cameras import PinholeCamera
+from ..geometry.cameras import DistortedPinholeCamera, PinholeCamera
+from ..geometry.fisheye import FisheyeCamera, undistort_picture
 from ..geometry.transforms import forward_to_opencv, rigid
 from .datasets import FrameSequence
 
@@ -146,7 +147,17 @@ def _usable_depth(frame: "SurroundFrame", name: str, camera: PinholeCamera) -> T
     if holes: add_problem(frame.problems, frame.name, f"{name}: the depth holds {holes} NaN; they were set to unknown")
     return depth.nan_to_num(nan=0.0, posinf=torch.inf)
 
-# %% ../../nbs/scenes/surround.ipynb #cdeec854
+# %% ../../nbs/scenes/surround.ipynb #542bb38d
+def _pinhole_picture(rgb: Tensor, camera: PinholeCamera, lens: Any) -> Tensor:
+    """A picture [H, W, 3] as its pinhole camera takes it: undistorted where it has a lens, 0 where there is no source.
+    Raises KiloError where it has another size than its camera."""
+    height, width = rgb.shape[:2]
+    if (width, height) != (camera.width, camera.height):
+        raise KiloError(f"the image is {width}x{height}, but its calibration {camera.width}x{camera.height}")
+    if lens is None: return rgb
+    return undistort_picture(torch.cat([rgb, torch.ones_like(rgb[..., :1])], -1), lens)[..., :3]
+
+# %% ../../nbs/scenes/surround.ipynb #47f37374
 class _FrameData:
     """Decoding of the files that a `SurroundFrame` lists; nothing is cached."""
 
@@ -154,7 +165,7 @@ class _FrameData:
         """The cameras whose images can be read, in order; the others are left out and added to `problems`."""
         found = []
         for name, camera in self.cameras.items():
-            try: rgb = read_rgb(self.image_paths[name])
+            try: rgb = _pinhole_picture(read_rgb(self.image_paths[name]), camera, self.lenses.get(name))
             except KiloError as error: add_problem(self.problems, self.name, f"{name}: {error}")
             else: found.append(CameraImage(name, camera, rgb, _usable_depth(self, name, camera)))
         return found
@@ -176,7 +187,7 @@ class _FrameData:
         try: return self.read_points() if self.read_points else None
         except KiloError as error: add_problem(self.problems, self.name, str(error))
 
-# %% ../../nbs/scenes/surround.ipynb #5d296944
+# %% ../../nbs/scenes/surround.ipynb #98390bb9
 @dataclass(frozen=True)
 class SurroundFrame(_FrameData):
     """One time step of one vehicle; images, depth and points are decoded on access.
@@ -186,7 +197,7 @@ class SurroundFrame(_FrameData):
     image_paths, depth_paths: by camera. read_depth: decoder of a depth file, NaN kept.
     read_points: returns the LiDAR's points [N, 3] float64, world; None without a LiDAR. boxes: annotated, world.
     own_box: the vehicle's own box, or no box where its size is unknown. problems: shared with the scene; grows on
-    access.
+    access. lenses: camera -> its distorted camera, where the stored picture has to be undistorted.
     """
     name: str
     cameras: dict[str, PinholeCamera]
@@ -199,6 +210,7 @@ class SurroundFrame(_FrameData):
     problems: list[Problem] = field(default_factory=list, compare=False)
     read_depth: Callable[[Path], Tensor] = field(default=read_z_depth, compare=False)
     read_points: Callable[[], Tensor] | None = field(default=None, compare=False)
+    lenses: dict[str, DistortedPinholeCamera | FisheyeCamera] = field(default_factory=dict, compare=False)
 
 # %% ../../nbs/scenes/surround.ipynb #591ff5e9
 @dataclass(frozen=True)
@@ -235,15 +247,17 @@ def panorama_pose(frame: CameraRig, height_m: float | None = None, dtype: torch.
     lift = rigid(torch.eye(3, dtype=torch.float64), torch.tensor([0, 0, rise], dtype=torch.float64))
     return forward_to_opencv(frame.vehicle_to_world.double() @ lift).to(dtype)
 
-# %% ../../nbs/scenes/surround.ipynb #93d71c37
+# %% ../../nbs/scenes/surround.ipynb #d93bedac
 READERS: Mapping[str, str] = {"opv2v": "kilonb.scenes.opv2v:load_opv2v",
+                              "nuscenes": "kilonb.scenes.nuscenes:load_nuscenes",
                               "pandaset": "kilonb.scenes.pandaset:load_surround_frames",
+                              "rig": "kilonb.scenes.rig:load_rig",
                               "v2xsim": "kilonb.scenes.v2xsim:load_v2xsim"}
 
 
 def load_surround(kind: str, path: str | Path) -> Any:
-    """The scene of surround frames at `path`, opened by the reader of its `kind` (opv2v, pandaset, v2xsim): `len`,
-    iteration over frames, `problems`."""
+    """The scene of surround frames at `path`, opened by the reader of its `kind` (a key of `READERS`): `len`, iteration
+    over frames, `problems`."""
     if kind not in READERS: raise unknown_name("kind of surround data", kind, READERS)
     module, _, name = READERS[kind].partition(":")
     return getattr(importlib.import_module(module), name)(path)

@@ -77,30 +77,6 @@ def footprint_records(gaussians: Gaussians, minimum_scale: float, sigmas: float,
     return torch.cat([means, whitening.flatten(1), torch.stack([amplitudes, reach, faintness, 0 * reach], -1)],
                      -1), extents
 
-# %% ../../nbs/splats/lookup.ipynb #f9c0eaa9
-class CellIndex(NamedTuple):
-    """Lists of the gaussians that touch each cell of a grid.
-
-    records: [G, 16] float32 of `footprint_records`.
-    starts: [cells + 1], entries: [E]; cell i has the gaussians entries[starts[i]:starts[i + 1]], ascending.
-    lower: [3] corner of the first cell, metres.
-    edge: of the cubic cells, metres.
-    shape: cells along x, y, z; cell (i, j, k) has the index (i Y + j) Z + k.
-    """
-
-    records: np.ndarray
-    starts: np.ndarray
-    entries: np.ndarray
-    lower: np.ndarray
-    edge: float
-    shape: tuple[int, int, int]
-
-
-@njit(cache=True, nogil=True)
-def _cell_coordinate(x, lower, edge, count):
-    """Index of the cell along one axis; the outermost cells extend to infinity."""
-    return min(max(int(np.floor((x - lower) / edge)), 0), count - 1)
-
 # %% ../../nbs/splats/lookup.ipynb #a423fc39
 @njit(cache=True, nogil=True)
 def _touch(records, extents, lower, edge, shape, cursors, entries):
@@ -131,6 +107,30 @@ def _touch(records, extents, lower, edge, shape, cursors, entries):
                     cell = (i * shape[1] + j) * shape[2] + k
                     if len(entries): entries[cursors[cell]] = g
                     cursors[cell] += 1
+
+# %% ../../nbs/splats/lookup.ipynb #f9c0eaa9
+class CellIndex(NamedTuple):
+    """Lists of the gaussians that touch each cell of a grid.
+
+    records: [G, 16] float32 of `footprint_records`.
+    starts: [cells + 1], entries: [E]; cell i has the gaussians entries[starts[i]:starts[i + 1]], ascending.
+    lower: [3] corner of the first cell, metres.
+    edge: of the cubic cells, metres.
+    shape: cells along x, y, z; cell (i, j, k) has the index (i Y + j) Z + k.
+    """
+
+    records: np.ndarray
+    starts: np.ndarray
+    entries: np.ndarray
+    lower: np.ndarray
+    edge: float
+    shape: tuple[int, int, int]
+
+
+@njit(cache=True, nogil=True)
+def _cell_coordinate(x, lower, edge, count):
+    """Index of the cell along one axis; the outermost cells extend to infinity."""
+    return min(max(int(np.floor((x - lower) / edge)), 0), count - 1)
 
 # %% ../../nbs/splats/lookup.ipynb #fe063c49
 def build_index(records: Tensor, extents: Tensor, resolution: int, maximum_entries: int = 40_000_000) -> CellIndex:
@@ -183,14 +183,6 @@ def all_pairs(gaussians: Gaussians, points: Tensor, minimum_scale: float = 0.0, 
                            offsets).square().sum(-1)
     return density_of(records, squared), squared.sqrt()
 
-# %% ../../nbs/splats/lookup.ipynb #47d54d62
-class QueryPlan(NamedTuple):
-    """Query points [N, 3], the cell [N] of each, and the order [N] that processes them cell by cell."""
-
-    points: np.ndarray
-    cells: np.ndarray
-    order: np.ndarray
-
 # %% ../../nbs/splats/lookup.ipynb #fe2cade9
 @njit(cache=True, nogil=True)
 def _find_cells(counter, index, points, cells):
@@ -201,6 +193,14 @@ def _find_cells(counter, index, points, cells):
                 cell = cell * index.shape[a] + _cell_coordinate(points[n, a], index.lower[a], index.edge,
                                                                 index.shape[a])
             cells[n] = cell
+
+# %% ../../nbs/splats/lookup.ipynb #47d54d62
+class QueryPlan(NamedTuple):
+    """Query points [N, 3], the cell [N] of each, and the order [N] that processes them cell by cell."""
+
+    points: np.ndarray
+    cells: np.ndarray
+    order: np.ndarray
 
 # %% ../../nbs/splats/lookup.ipynb #a9e226d5
 def plan_query(index: CellIndex, points: np.ndarray) -> QueryPlan:

@@ -8,9 +8,10 @@ on CUDA tensors, compiled kernels on a CPU.
 __all__ = ['RENDER_MODES', 'Rows', 'make_rows', 'Project', 'Harmonics', 'GatherRows', 'Composite', 'rasterize',
            'Render', 'render_gaussians']
 
-# %% ../../nbs/splats/rasterizer.ipynb #aefef627
+# %% ../../nbs/splats/rasterizer.ipynb #49884ba9
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from ..geometry.cameras import PinholeCamera
 from ..core.errors import KiloError
+from ..core.numbers import whole
 from .gaussians import Gaussians
 from kilonb.splats.kernels import (
     CHUNKS,
@@ -293,7 +295,7 @@ def _rasterize_cpu(means, quats, scales, opacities, colors, viewmats, Ks, width,
     ids = {name: torch.from_numpy(getattr(rows, name)) if packed else None for name in ("camera_ids", "gaussian_ids")}
     return images, coverage, dict(batch_ids=None, **ids, **values, **_tile_meta(lists, shape, cameras, width, height))
 
-# %% ../../nbs/splats/rasterizer.ipynb #3c2f4a3d
+# %% ../../nbs/splats/rasterizer.ipynb #d31cb1c7
 def rasterize(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor, viewmats: Tensor,
               Ks: Tensor, width: int, height: int, near_plane: float = 0.01, far_plane: float = 1e10,
               radius_clip: float = 0.0, eps2d: float = 0.3, sh_degree: int | None = None, packed: bool = True,
@@ -301,6 +303,7 @@ def rasterize(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, c
               rasterize_mode: str = "classic", camera_model: str = "pinhole", **options) -> tuple[Tensor, Tensor, dict]:
     """Render N gaussians into the images of C cameras, with the arguments and results of gsplat 1.5.3.
 
+    Every tensor may have the same leading batch dimensions, [..., N, 3] and [..., C, 4, 4]; results have them too.
     means: [N, 3] world frame, metres. quats: [N, 4] wxyz, non-zero. scales: [N, 3] metres. opacities: [N] in 0..1.
     colors: [N, D] or [C, N, D] values; with `sh_degree`, coefficients [(C,) N, K, 3], K >= (sh_degree + 1)^2.
     viewmats: [C, 4, 4] world to camera, OpenCV frame. Ks: [C, 3, 3] pixels; pixel centres are at +0.5.
@@ -314,14 +317,23 @@ def rasterize(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, c
     Returns (render_colors [C, H, W, X] premultiplied, render_alphas [C, H, W, 1], meta): meta holds radii, means2d,
     depths, conics, opacities as [nnz, ...] with camera_ids and gaussian_ids if packed, else as [C, N, ...], and the
     tile lists; on a CPU these are tighter than gsplat's, isect_ids is None, and results are float32 and deterministic.
+    With batch dimensions on a CPU `meta` holds copies: means2d gets no gradient there, and absgrad is refused.
+    width, height: pixels, also as whole floats or tensors of one number.
     Differentiable in means, quats, scales, opacities, colors, backgrounds and viewmats.
     Raises KiloError for shapes and options that do not fit. Source: Kerbl et al. 2023; gsplat 1.5.3.
     """
     given = dict(near_plane=near_plane, far_plane=far_plane, radius_clip=radius_clip, eps2d=eps2d, sh_degree=sh_degree,
                  packed=packed, backgrounds=backgrounds, render_mode=render_mode, absgrad=absgrad)
     modes = dict(rasterize_mode=rasterize_mode, camera_model=camera_model, tile_size=tile_size)
-    draw = _rasterize_cuda if means.is_cuda else _rasterize_checked
-    return draw((means, quats, scales, opacities, colors, viewmats, Ks), width, height, given, modes, options)
+    draw = _rasterize_cuda if means.is_cuda else _rasterize_batches if means.dim() > 2 else _rasterize_checked
+    return draw((means, quats, scales, opacities, colors, viewmats, Ks), _pixels(width, "width"),
+                _pixels(height, "height"), given, modes, options)
+
+# %% ../../nbs/splats/rasterizer.ipynb #58a4c4c5
+def _pixels(value: Any, name: str) -> int:
+    """A width or height as an int: a whole number, or a tensor or array of one; KiloError for anything else."""
+    if isinstance(value, (Tensor, np.ndarray)) and math.prod(value.shape) == 1: value = value.reshape(-1)[0].item()
+    return whole(value, name, -(2**31), 2**31 - 1)
 
 # %% ../../nbs/splats/rasterizer.ipynb #63d5f747
 def _rasterize_cuda(tensors: tuple, width: int, height: int, given: dict, modes: dict, options: dict) -> tuple:
@@ -341,6 +353,49 @@ def _rasterize_checked(tensors: tuple, width: int, height: int, given: dict, mod
     means, quats, scales, opacities, viewmats, Ks = (tensor.float() for tensor in inputs.values())
     return _rasterize_cpu(means, quats, scales, opacities, colors.float(), viewmats, Ks, width, height,
                           antialiased=modes["rasterize_mode"] == "antialiased", **given)
+
+# %% ../../nbs/splats/rasterizer.ipynb #ea5dc47a
+def _batched(tensors: tuple, backgrounds: Tensor | None) -> tuple[tuple[int, ...], list[Tensor], Tensor | None]:
+    """(batch dimensions, tensors with one batch dimension, backgrounds likewise); KiloError where these disagree."""
+    names = ("means", "quats", "scales", "opacities", "colors", "viewmats", "Ks", "backgrounds")
+    batch, flat = tuple(tensors[0].shape[:-2]), []
+    for name, tensor in zip(names, (*tensors, backgrounds)):
+        if tensor is not None and tuple(tensor.shape[:len(batch)]) != batch:
+            raise KiloError(f"{name} has shape {list(tensor.shape)}; means has the batch dimensions "
+                            f"{list(batch)}, which " "every tensor should begin with.")
+        flat.append(None if tensor is None else tensor.reshape(-1, *tensor.shape[len(batch):]))
+    if not math.prod(batch): raise KiloError(f"The batch dimensions {list(batch)} hold no scene: give at least one.")
+    return batch, flat[:-1], flat[-1]
+
+# %% ../../nbs/splats/rasterizer.ipynb #a7e74b37
+def _join_meta(metas: list[dict], batch: tuple[int, ...], packed: bool) -> dict:
+    """The `meta` of a batch from those of its scenes."""
+    joined = {name: metas[0][name]
+              for name in ("tile_width", "tile_height", "isect_ids", "width", "height", "tile_size", "n_cameras")}
+    for name in ("radii", "means2d", "depths", "conics", "opacities", "tiles_per_gauss"):
+        parts = [meta[name] for meta in metas]
+        joined[name] = torch.cat(parts) if packed else torch.stack(parts).view(*batch, *parts[0].shape)
+    for name in ("camera_ids", "gaussian_ids"): joined[name] = torch.cat([m[name] for m in metas]) if packed else None
+    counts = torch.tensor([meta["depths"].numel() for meta in metas])
+    joined["batch_ids"] = torch.arange(len(metas)).repeat_interleave(counts) if packed else None
+    first, members = counts.cumsum(0) - counts, torch.tensor([len(meta["flatten_ids"]) for meta in metas])
+    joined["flatten_ids"] = torch.cat([meta["flatten_ids"] + int(row) for meta, row in zip(metas, first)])
+    offsets = [meta["isect_offsets"] + int(n) for meta, n in zip(metas, members.cumsum(0) - members)]
+    joined["isect_offsets"] = torch.stack(offsets).view(*batch, *offsets[0].shape)
+    return joined | {"n_batches": len(metas)}
+
+# %% ../../nbs/splats/rasterizer.ipynb #8a0087dd
+def _rasterize_batches(tensors: tuple, width: int, height: int, given: dict, modes: dict, options: dict) -> tuple:
+    """`_rasterize_checked` of each scene of tensors with leading batch dimensions."""
+    batch, flat, backgrounds = _batched(tensors, given["backgrounds"])
+    if given["absgrad"]:
+        raise KiloError("absgrad with batch dimensions needs CUDA tensors: rasterise one scene at a time on a CPU.")
+    drawn = [_rasterize_checked(tuple(tensor[i] for tensor in flat), width, height,
+                                given | {"backgrounds": None if backgrounds is None else backgrounds[i]}, modes,
+                                options) for i in range(len(flat[0]))]
+    colors, alphas = (torch.stack([one[k] for one in drawn]) for k in (0, 1))
+    return (colors.view(*batch, *colors.shape[1:]), alphas.view(*batch, *alphas.shape[1:]),
+            _join_meta([one[2] for one in drawn], batch, given["packed"]))
 
 # %% ../../nbs/splats/rasterizer.ipynb #9282b968
 @dataclass(frozen=True)

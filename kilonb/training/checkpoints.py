@@ -6,13 +6,14 @@ settings on resumption.
 
 # %% auto #0
 __all__ = ['FORMAT', 'seed_everything', 'random_state', 'restore_random_state', 'portable', 'write_checkpoint',
-           'read_checkpoint', 'check_training_state', 'check_tensors', 'check_same_settings', 'latest_path',
-           'final_path', 'newest_checkpoint', 'keep_final']
+           'read_checkpoint', 'check_training_state', 'check_tensors', 'check_same_settings', 'numbered_path',
+           'numbered_steps', 'latest_path', 'final_path', 'newest_checkpoint', 'keep_latest_as', 'keep_final']
 
-# %% ../../nbs/training/checkpoints.ipynb #befed576
+# %% ../../nbs/training/checkpoints.ipynb #bbc97100
 import os
 import pickle
 import random
+import re
 import shutil
 import warnings
 import zipfile
@@ -158,7 +159,19 @@ def check_same_settings(stored: Mapping[str, Any], now: Mapping[str, Any], path:
         raise KiloError(f"{path} comes from a run with {key} = {before}, this run has {key} = {after}: resume "
                         "with the same settings, or start a fresh run.")
 
-# %% ../../nbs/training/checkpoints.ipynb #c04f6fba
+# %% ../../nbs/training/checkpoints.ipynb #fe7a22de
+def numbered_path(folder: str | os.PathLike, step: int) -> Path:
+    """Path of a run's checkpoint after `step` steps, where a rule keeps it."""
+    return Path(folder) / "checkpoints" / f"step_{step}.pt"
+
+
+def numbered_steps(folder: str | os.PathLike) -> list[int]:
+    """The steps of the numbered checkpoints in the folder of a run, sorted."""
+    names = [path.name for path in (Path(folder) / "checkpoints").glob("step_*.pt")]
+    found = [re.fullmatch(r"step_(\d{1,15})\.pt", name) for name in names]
+    return sorted(int(match[1]) for match in found if match and match[1] == str(int(match[1])))
+
+# %% ../../nbs/training/checkpoints.ipynb #3500caf3
 def latest_path(folder: str | os.PathLike) -> Path:
     """Path of a run's newest checkpoint."""
     return Path(folder) / "checkpoints" / "latest.pt"
@@ -178,9 +191,15 @@ def newest_checkpoint(folder: str | os.PathLike) -> Path:
                     "yet, or this is not a run's folder.")
 
 
-def keep_final(folder: str | os.PathLike) -> None:
-    """Make the latest checkpoint the final one too, atomically: a second name of the same file (a hard link), which
-    takes no space; a copy where the file system has no hard links. A later checkpoint replaces the latest one only."""
-    with atomic_write(final_path(folder)) as partial:
+def keep_latest_as(folder: str | os.PathLike, path: Path) -> None:
+    """Give the latest checkpoint the further name `path`, atomically: a second name of the same file (a hard link),
+    which takes no space; a copy where the file system has no hard links. A later checkpoint replaces the latest one
+    only."""
+    with atomic_write(path) as partial:
         try: os.link(latest_path(folder), partial)
         except OSError: shutil.copyfile(latest_path(folder), partial)
+
+
+def keep_final(folder: str | os.PathLike) -> None:
+    """Make the latest checkpoint the final one too, see `keep_latest_as`."""
+    keep_latest_as(folder, final_path(folder))

@@ -8,39 +8,45 @@ bit-exact resumption, on one or several processes.
 __all__ = ['LoopConfig', 'LoopState', 'TrainingResult', 'optimizer_step', 'deferred_interrupt', 'TrainingRun',
            'start_run', 'train']
 
-# %% ../../nbs/training/loop.ipynb #a426d2cb
+# %% ../../nbs/training/loop.ipynb #0dd59a11
 import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..core.configs import checked
 from ..core.errors import KiloError, shorten
 from ..core.numbers import LARGEST
 from ..core.signals import signal_handlers
 from .averaging import Average, choose_average, upgraded_weights
-from .checkpoints import (check_same_settings, check_training_state, keep_final, latest_path,
-                                         random_state, read_checkpoint,
-                                         restore_random_state, write_checkpoint)
+from .checkpoints import (check_training_state, final_path, keep_final, keep_latest_as, latest_path,
+                                         numbered_path, random_state, read_checkpoint, restore_random_state,
+                                         write_checkpoint)
+from .determinism import deterministic_algorithms
+from .extending import record_extensions, resumed_extensions, schedule_of_extensions
 from .guards import FiniteGuard, SkipGuard, TrainingStopped
 from .parallel import (ALONE, World, agree, average_gradients, broadcast_from_first, check_in_step,
                                       from_first, gather_values, mark_agreed, together)
+from .numbered import KeepRule, keep_numbered
 from .progress import Progress
 from .scalars import ScalarLog
 from ..runs.resuming import put_back
 from ..runs.scalars import SCALARS_NAME, read_scalars
 from ..runs.settings import FREE_SETTINGS
-from .schedules import WarmupCosine, schedule_for, set_learning_rates
+from .schedules import ExtendedSchedule, WarmupCosine, schedule_for, set_learning_rates
+from .stop_rules import StopRule, stop_reason
 
-# %% ../../nbs/training/loop.ipynb #2566dcb6
+# %% ../../nbs/training/loop.ipynb #3fc4b180
 @dataclass(frozen=True)
+@checked
 class LoopConfig:
     """Settings of `train`. Raises KiloError where a value is out of range."""
 
@@ -54,40 +60,73 @@ class LoopConfig:
     ema_decay: float | None = None               # of an exponential average of the weights; None: none
     swa_from: float | None = None                # share of the run after which an equal average starts; None: none
     log_every_steps: int = 20                    # steps per record, which has their means
+    evaluate_every_steps: int | None = None      # score held-out views, with the next record; None: not on the way
+    stop_when: tuple[StopRule, ...] = ()         # rules that end the run early (`training.stop_rules`)
     checkpoint_every_seconds: float | None = 60.0  # None: not by time
     checkpoint_every_steps: int | None = None    # None: not by steps
+    keep_every_steps: int | None = None          # keep checkpoints/step_<N>.pt (`training.numbered`); None: none
+    keep_from: int = 0                           # from this step
+    keep_until: int | None = None                # to this one; None: to the end
+    keep_last: int | None = 20                   # at most so many, the newest; None: all
+    keep_best: bool = False                      # and the best one
     seed: int = 0                                # of the generator passed to the step function
+    deterministic: bool = False                  # strictly, and slower (`training.determinism`)
     time_limit_s: float | None = None            # seconds of training, over all sessions; None: no limit
+    extend: Literal["", "constant", "rewarm"] = ""         # a finished run of fewer steps is resumed: its new rate
+    tensorboard_time: Literal["wall", "elapsed"] = "wall"  # time axis of the events; elapsed: of training, no pauses
+    tensorboard_graph: bool = False              # show the modules of the model, with the shapes of their weights
 
-    def __post_init__(self):
-        for name in ("steps", "learning_rate", "gradient_clip", "log_every_steps", "checkpoint_every_seconds",
-                     "checkpoint_every_steps", "time_limit_s"):
-            value = getattr(self, name)
-            if value is not None and not value > 0: raise KiloError(f"{name} is {value}; expected a number above 0.")
-        if self.ema_decay is not None or self.swa_from is not None:
-            choose_average(nn.Module(), self.ema_decay, self.swa_from, self.steps)
-        self.schedule()
+    def __post_init__(self): _check_loop(self)
 
-    def schedule(self) -> WarmupCosine:
-        """The learning-rate schedule."""
-        return schedule_for(self.steps, self.schedule_steps, self.warmup_steps, self.minimum_learning_rate_ratio,
-                            self.allow_schedule_mismatch)
+    def schedule(self) -> WarmupCosine: return _schedule_of(self)
 
-# %% ../../nbs/training/loop.ipynb #055e573a
+    def keep_rule(self) -> KeepRule: return _keep_rule_of(self)
+
+# %% ../../nbs/training/loop.ipynb #c548bf91
+def _schedule_of(config: LoopConfig) -> WarmupCosine:
+    """The learning-rate schedule."""
+    return schedule_for(config.steps, config.schedule_steps, config.warmup_steps, config.minimum_learning_rate_ratio,
+                        config.allow_schedule_mismatch)
+
+
+def _keep_rule_of(config: LoopConfig) -> KeepRule:
+    """Which checkpoints are kept under their number."""
+    return KeepRule(config.keep_every_steps, config.keep_from, config.keep_until, config.keep_last, config.keep_best)
+
+
+def _check_loop(config: LoopConfig) -> None:
+    """Raises KiloError where a value is out of range."""
+    for name in ("steps", "learning_rate", "gradient_clip", "log_every_steps", "evaluate_every_steps",
+                 "checkpoint_every_seconds", "checkpoint_every_steps", "time_limit_s"):
+        value = getattr(config, name)
+        if value is not None and not value > 0: raise KiloError(f"{name} is {value}; expected a number above 0.")
+    if config.ema_decay is not None or config.swa_from is not None:
+        choose_average(nn.Module(), config.ema_decay, config.swa_from, config.steps)
+    config.schedule()
+    config.keep_rule()
+
+# %% ../../nbs/training/loop.ipynb #eff8666f
 @dataclass
 class LoopState:
-    """State of the loop: steps done, training seconds, records, values since the last record, best (lowest) loss."""
+    """State of the loop: steps done, training seconds, records, values since the last record, best (lowest) loss, why
+    a rule ended it, the extensions of a finished run ({"from", "to", "schedule"})."""
 
     step: int = 0
     elapsed_s: float = 0.0
     records: list[dict[str, float]] = field(default_factory=list)
     pending: dict[int, dict[str, Tensor | float]] = field(default_factory=dict)
     best: dict[str, float] = field(default_factory=dict)
+    stopped: str = ""
+    extensions: list[dict[str, Any]] = field(default_factory=list)
 
-# %% ../../nbs/training/loop.ipynb #8962059f
+# %% ../../nbs/training/loop.ipynb #b1393931
 @dataclass(frozen=True)
 class TrainingResult:
-    """Result of `train`: records, steps done, training seconds (all sessions), average or None, resumed-from step."""
+    """Result of `train`: records, steps done, training seconds (all sessions), average or None, resumed-from step.
+
+    finished: all steps were done, or a rule ended the run; stopped: why, empty otherwise. extensions: of a finished run
+    that was continued.
+    """
 
     records: list[dict[str, float]]
     steps: int
@@ -96,6 +135,8 @@ class TrainingResult:
     resumed_from: int | None
     best: dict[str, float]
     finished: bool
+    stopped: str = ""
+    extensions: tuple[dict[str, Any], ...] = ()
 
 # %% ../../nbs/training/loop.ipynb #522c75a6
 def _fetch(pending: Mapping[int, Mapping[str, Tensor | float]]) -> dict[int, dict[str, float]]:
@@ -181,11 +222,11 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 
     with signal_handlers(receive, [signal.SIGINT]): yield requested
 
-# %% ../../nbs/training/loop.ipynb #191ad0ed
+# %% ../../nbs/training/loop.ipynb #6f9481c7
 @dataclass
 class TrainingRun:
     """The objects of one training run; the fields are explained by the arguments of `train`. log: None without a
-    folder."""
+    folder. evaluate_s: seconds of evaluations, which are not counted as training."""
 
     optimizer: torch.optim.Optimizer
     config: LoopConfig
@@ -194,14 +235,30 @@ class TrainingRun:
     stateful: dict[str, Any]
     guards: list[Any]
     settings: dict[str, Any]
-    schedule: WarmupCosine
+    schedule: WarmupCosine | ExtendedSchedule
     generator: torch.Generator
     averaged: Average | None
     world: World = ALONE
     state: LoopState = field(default_factory=LoopState)
     log: ScalarLog | None = None
+    evaluate: Callable[[], Mapping[str, float | None]] | None = None
+    evaluate_s: float = 0.0
 
-# %% ../../nbs/training/loop.ipynb #8409fa15
+# %% ../../nbs/training/loop.ipynb #d2c3561c
+_LATER = ("evaluate_every_steps", "stop_when", "deterministic")      # fields that 0.1 did not have
+
+
+def _recorded_loop(config: LoopConfig) -> dict[str, Any]:
+    """What a resumed run must share, without the later fields that have their defaults, which older checkpoints
+    lack."""
+    values, default = asdict(config), asdict(LoopConfig())
+    return {name: value for name, value in values.items() if name not in FREE_SETTINGS
+            and not (name in _LATER and value == default[name])} | {name: values[name] for name in _TIMES}
+
+
+_TIMES = ("checkpoint_every_seconds", "checkpoint_every_steps", "time_limit_s")
+
+# %% ../../nbs/training/loop.ipynb #5c226797
 def start_run(optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Module | None = None,
           folder: str | Path | None = None, stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (),
           settings: Mapping[str, Any] | None = None, world: World = ALONE) -> TrainingRun:
@@ -211,7 +268,8 @@ def start_run(optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Mo
     finite = [guard for guard in guards if isinstance(guard, FiniteGuard)] or [FiniteGuard()]
     return TrainingRun(optimizer=optimizer, config=config, model=model, folder=None if folder is None else Path(folder),
                stateful=dict(stateful or {}), guards=[*finite, *(guard for guard in guards if guard not in finite)],
-               settings={**asdict(config), **{f"settings.{name}": value for name, value in (settings or {}).items()}},
+               settings={**_recorded_loop(config),
+                         **{f"settings.{name}": value for name, value in (settings or {}).items()}},
                schedule=config.schedule(),
                generator=torch.Generator(device=parameters[0].device if parameters else "cpu").manual_seed(config.seed),
                averaged=choose_average(model, config.ema_decay, config.swa_from, config.steps), world=world)
@@ -242,21 +300,46 @@ def _mean_over_ranks(interval: Mapping[int, Mapping[str, float]], world: World) 
             merged.setdefault(step, {})[name] = known[0][1] if all(value == known[0][1] for _, value in known) else mean
     return merged
 
-# %% ../../nbs/training/loop.ipynb #04522bdc
+# %% ../../nbs/training/loop.ipynb #211db84c
+def _held_out_scores(run: TrainingRun) -> dict[str, float]:
+    """The scores of the held-out views, where they are due since the last record: on averaged weights where the run
+    keeps an average. Neither the random states nor the training time are changed; without a number: left out."""
+    every, state = run.config.evaluate_every_steps, run.state
+    before = state.records[-1]["step"] if state.records else 0
+    if run.evaluate is None or not every or (state.step // every == before // every and state.step < run.config.steps):
+        return {}
+    random, began = random_state(run.generator), time.perf_counter()
+    averaged = run.averaged is not None and bool(run.averaged.average)
+    try:
+        with torch.no_grad(), run.averaged.applied(run.model) if averaged else nullcontext(): scores = run.evaluate()
+    finally: restore_random_state(random, run.generator)
+    run.evaluate_s += time.perf_counter() - began
+    return {name: float(value) for name, value in scores.items() if value is not None}
+
+# %% ../../nbs/training/loop.ipynb #d44f2aa8
 def _make_record(run: TrainingRun) -> None:
     """Append a record with the means since the last one, log it and check it by the guards."""
     state = run.state
     interval = _mean_over_ranks(_fetch(state.pending), run.world)
     record = {"step": state.step, "elapsed_s": state.elapsed_s, **_interval_means(interval),
               "learning_rate": interval[state.step]["learning_rate"]}
-    state.records.append(record)
+    scores = _held_out_scores(run)
+    state.records.append({**record, **scores})
     state.pending = {}
-    if run.log is not None: run.log.log(state.step, record, elapsed_s=state.elapsed_s)
+    if run.log is not None: run.log.log(state.step, {**record, **scores}, elapsed_s=state.elapsed_s)
     if not record.get("loss", math.inf) >= state.best.get("loss", math.inf):
         state.best = {"loss": record["loss"], "step": state.step}
     for guard in run.guards: guard.check(record, interval)
+    state.stopped = stop_reason(run.config.stop_when, state.records)
 
-# %% ../../nbs/training/loop.ipynb #7c3d1bdf
+# %% ../../nbs/training/loop.ipynb #b2bae84f
+def _after_save(run: TrainingRun) -> None:
+    """Keep the checkpoint under its number where the rule says so; one behind the final one replaces that."""
+    state, rule = run.state, run.config.keep_rule()
+    if rule.keeps(state.step): keep_numbered(run.folder, state.step, rule, state.records)
+    if state.extensions and state.step > state.extensions[-1]["from"]: final_path(run.folder).unlink(missing_ok=True)
+
+# %% ../../nbs/training/loop.ipynb #cc0e969e
 def _save(run: TrainingRun, random: Mapping[str, Any] | None = None) -> None:
     """Write the latest checkpoint; to be called on all ranks.
 
@@ -275,12 +358,14 @@ def _save(run: TrainingRun, random: Mapping[str, Any] | None = None) -> None:
     if world.first:
         write_checkpoint(latest_path(run.folder),
                          {"step": state.step, "elapsed_s": state.elapsed_s, "pending": interval, "best": state.best,
+                          "stopped": state.stopped, "extensions": state.extensions,
                           "settings": run.settings, "model": None if run.model is None else run.model.state_dict(),
                           "optimizer": run.optimizer.state_dict(),
                           "averaged": None if run.averaged is None else run.averaged.state_dict(),
                           "stateful": {name: part.state_dict() for name, part in run.stateful.items()},
                           "guards": [guard.state_dict() if hasattr(guard, "state_dict") else None
                                      for guard in run.guards], "random": random or random_state(run.generator)})
+        _after_save(run)
     agree(world, "a checkpoint is written")
 
 # %% ../../nbs/training/loop.ipynb #13670321
@@ -300,7 +385,7 @@ def _check_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None
             if not ((value >= least) & (value <= most)).all():
                 raise KiloError(f"{path} holds {shorten(name)} of a parameter outside {least:g} to {most:g}.")
 
-# %% ../../nbs/training/loop.ipynb #c1b6d7f9
+# %% ../../nbs/training/loop.ipynb #1b014501
 def _resume_run(run: TrainingRun) -> int | None:
     """Restore a run from its folder's latest checkpoint; returns its step, or None where there is none.
 
@@ -311,7 +396,7 @@ def _resume_run(run: TrainingRun) -> int | None:
     if not path.exists(): return None
     content = read_checkpoint(path)
     check_training_state(content, path)
-    check_same_settings(content["settings"], run.settings, path, free=FREE_SETTINGS)
+    extensions = resumed_extensions(content, run.settings, run.config, path)
     if set(content["stateful"]) != set(run.stateful):
         raise KiloError(f"{path} holds the state of {shorten(sorted(map(str, content['stateful'])))}, this run has "
                         f"{sorted(run.stateful)}: resume with the same stateful objects.")
@@ -330,10 +415,12 @@ def _resume_run(run: TrainingRun) -> int | None:
     except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise KiloError(f"{path} does not fit this run ({shorten(str(error), 120)[1:-1]}): resume with the same model "
                         "and optimiser.") from error
-    run.state = LoopState(content["step"], content["elapsed_s"], [], content["pending"], content["best"])
+    run.schedule = schedule_of_extensions(run.config, extensions)
+    run.state = LoopState(content["step"], content["elapsed_s"], [], content["pending"], content["best"],
+                          str(content.get("stopped") or ""), extensions)
     return content["step"]
 
-# %% ../../nbs/training/loop.ipynb #906745ee
+# %% ../../nbs/training/loop.ipynb #7a52a307
 def _open_log(run: TrainingRun, resume: bool) -> int | None:
     """Open the run's logs, fresh or at the step of its checkpoint; returns the step it resumes from, None for a fresh
     run.
@@ -351,7 +438,11 @@ def _open_log(run: TrainingRun, resume: bool) -> int | None:
     except KiloError:
         put_back(run.folder)
         raise
-    run.log = ScalarLog(run.folder, resume_step=run.state.step if used else None)
+    if run.state.extensions and run.state.step == run.state.extensions[-1]["from"]:
+        keep_latest_as(run.folder, numbered_path(run.folder, run.state.step))
+    run.log = ScalarLog(run.folder, resume_step=run.state.step if used else None, time_axis=run.config.tensorboard_time)
+    if run.config.tensorboard_graph and run.model is not None: run.log.add_graph(run.model)
+    if run.state.extensions: record_extensions(run.folder, run.state.extensions)
     if resumed_from:
         table = read_scalars(run.folder)
         rows = [dict(zip(table, row)) for row in zip(*(column.tolist() for column in table.values()))]
@@ -386,19 +477,19 @@ def _run_tensors(run: TrainingRun) -> list[Tensor]:
     average = [] if run.averaged is None else list(run.averaged.average.values())
     return list({id(tensor): tensor for tensor in (*_optimizer_parameters(run.optimizer), *model, *average)}.values())
 
-# %% ../../nbs/training/loop.ipynb #0694696e
+# %% ../../nbs/training/loop.ipynb #ea97b9da
 def _run_steps(run: TrainingRun, step_function: Callable, after_step: Callable | None, progress: Progress) -> None:
     """Step until the configured steps or the time limit are reached; KeyboardInterrupt, after a checkpoint, on
     SIGINT."""
     config, state, world = run.config, run.state, run.world
-    before, began = state.elapsed_s, time.perf_counter()
+    before, began = state.elapsed_s, time.perf_counter() - run.evaluate_s
     late = lambda: bool(config.time_limit_s and state.elapsed_s >= config.time_limit_s)
     saved_at, over = began, late()
     with deferred_interrupt() as requested:
-        while state.step < config.steps and not over:
+        while state.step < config.steps and not over and not state.stopped:
             held = _optimizer_parameters(run.optimizer)
             _interruptible_step(run, step_function, requested)
-            state.elapsed_s = before + time.perf_counter() - began
+            state.elapsed_s = before + time.perf_counter() - began - run.evaluate_s
             if after_step is not None: after_step(state.step - 1, state.records)
             if state.step % config.log_every_steps == 0 or state.step == config.steps: _make_record(run)
             progress.update(state.step,
@@ -414,10 +505,11 @@ def _run_steps(run: TrainingRun, step_function: Callable, after_step: Callable |
                 saved_at = time.perf_counter()
             if stop: raise mark_agreed(KeyboardInterrupt())
 
-# %% ../../nbs/training/loop.ipynb #a4a1aa36
+# %% ../../nbs/training/loop.ipynb #115abcfd
 def _checkpoint_due(config: LoopConfig, step: int, seconds: float) -> bool:
     """Whether a checkpoint is due after `step` steps, `seconds` after the last one."""
     every = config.checkpoint_every_steps
+    if config.keep_every_steps and config.keep_rule().keeps(step): return True
     return seconds >= (config.checkpoint_every_seconds or math.inf) or bool(every and step % every == 0)
 
 # %% ../../nbs/training/loop.ipynb #42b362fa
@@ -431,13 +523,14 @@ def _interruptible_step(run: TrainingRun, step_function: Callable, requested: th
             _save(run, random)
         raise
 
-# %% ../../nbs/training/loop.ipynb #2cf07dd2
+# %% ../../nbs/training/loop.ipynb #b86e5dc7
 def train(step_function: Callable[[int, torch.Generator], dict[str, Tensor | float]], optimizer: torch.optim.Optimizer,
           config: LoopConfig, *, model: nn.Module | None = None, folder: str | Path | None = None,
           stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (),
           after_step: Callable[[int, list[dict[str, float]]], None] | None = None,
           settings: Mapping[str, Any] | None = None, resume: bool = False, description: str = "training",
-          quiet: bool = False, world: World | None = None) -> TrainingResult:
+          quiet: bool = False, world: World | None = None,
+          evaluate: Callable[[], Mapping[str, float | None]] | None = None) -> TrainingResult:
     """Train a model; returns the records.
 
     step_function(step, generator): step counts from 0; random numbers must come from `generator` (seeded by the config,
@@ -448,25 +541,57 @@ def train(step_function: Callable[[int, torch.Generator], dict[str, Tensor | flo
     interval), besides a FiniteGuard. after_step(step, records): called after each step; may replace parameters.
     settings: further settings that must be the same when resuming. resume: continue from the folder's checkpoint.
     world: the joined ranks that share the run; None: this process alone. See "On several ranks" below.
+    evaluate(): scores of held-out data, called every evaluate_every_steps with the averaged weights where there are
+    some; logged, used for no gradient, and not counted as training time.
     Raises TrainingStopped by a guard, KiloError on bad input, KeyboardInterrupt on Ctrl-C once a checkpoint is saved.
     """
     world = world or ALONE
     if resume and folder is None and world.first:
         raise KiloError("resume is set without a folder: pass the folder of the run to resume.")
     run = start_run(optimizer, config, model, folder, stateful, guards, settings, world)
-    with together(world):
-        try:
-            resumed_from = _synchronise_ranks(run, resume)
-            progress = Progress(config.steps, description, start=run.state.step, quiet=quiet or not world.first)
-            try: _run_steps(run, step_function, after_step, progress)
-            finally: progress.close()
-            if run.folder is not None:
-                _save(run)
-                if run.state.step >= config.steps and world.first: keep_final(run.folder)
-            agree(world, "the end of the run")
-        finally:
-            if run.log is not None: run.log.close()
-    state = run.state
+    run.evaluate, quiet = evaluate, quiet or not world.first
+    _check_evaluate(run, description)
+    with together(world), deterministic_algorithms(config.deterministic, config.seed):
+        resumed_from = _train_to_the_end(run, step_function, after_step, resume, description, quiet)
+    return _result_of(run, resumed_from, quiet)
+
+# %% ../../nbs/training/loop.ipynb #81bf7e31
+def _check_evaluate(run: TrainingRun, description: str) -> None:
+    every = run.config.evaluate_every_steps
+    if every and run.evaluate is None:
+        raise KiloError(f"evaluate_every_steps is {every}, but {description} has nothing to score on the way: leave it "
+                        "out here.")
+
+
+def _train_to_the_end(run: TrainingRun, step_function: Callable, after_step: Callable | None, resume: bool,
+                      description: str, quiet: bool) -> int | None:
+    """Resume, step and save a run; returns the step it was resumed from, None for a fresh run."""
+    try:
+        resumed_from = _synchronise_ranks(run, resume)
+        progress = Progress(run.config.steps, description, start=run.state.step, quiet=quiet)
+        try: _run_steps(run, step_function, after_step, progress)
+        finally: progress.close()
+        if run.folder is not None:
+            _save(run)
+            if _is_finished(run) and run.world.first: keep_final(run.folder)
+        agree(run.world, "the end of the run")
+    finally:
+        if run.log is not None: run.log.close()
+    return resumed_from
+
+# %% ../../nbs/training/loop.ipynb #71b66c8c
+def _is_finished(run: TrainingRun) -> bool: return run.state.step >= run.config.steps or bool(run.state.stopped)
+
+
+def _result_of(run: TrainingRun, resumed_from: int | None, quiet: bool) -> TrainingResult:
+    """The result of a run; prints why a rule ended it, and what evaluations took."""
+    state, stopped = run.state, run.state.stopped
+    if stopped and state.step < run.config.steps:
+        rate = run.schedule.factor(state.step - 1)
+        stopped = (f"stopped at step {state.step} of {run.config.steps}: {stopped}; the learning rate was {rate:.0%} "
+                   "of its peak, its schedule has not reached its end")
+        if not quiet: print(stopped)
+    if run.evaluate_s and not quiet: print(f"held-out scores on the way took {run.evaluate_s:.1f} s, not counted")
     averaged = run.averaged if run.averaged is not None and run.averaged.average else None
     return TrainingResult(state.records, state.step, state.elapsed_s, averaged, resumed_from, state.best,
-                          state.step >= config.steps)
+                          _is_finished(run), stopped, tuple(state.extensions))

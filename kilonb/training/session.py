@@ -6,7 +6,7 @@
 __all__ = ['DEVICES', 'notebook_parameters', 'choose_device', 'Session', 'open_session', 'configure_session',
            'fixed_parameters', 'leave_group', 'finish_session']
 
-# %% ../../nbs/training/session.ipynb #2bb4304f
+# %% ../../nbs/training/session.ipynb #4d89b2bb
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,9 +20,12 @@ from ..core.errors import KiloError
 from ..core.files import write_json
 from ..data.references import DataReference, resolve_data
 from ..runs.folders import Run, RunResult, open_run
+from ..runs.gate_files import declared_gates, settings_gap
 from ..runs.gates import Gate
 from ..runs.settings import (FREE_SETTINGS, SETTINGS, config_paths, configure, flat_parameters, settings_prefix,
                                   typed_settings)
+from .determinism import deterministic_from_environment
+from .extending import check_extended
 from kilonb.training.parallel import (
     ProcessGroup,
     World,
@@ -71,7 +74,7 @@ def choose_device(name: str = "auto", supported: Sequence[str] = DEVICES) -> tor
         raise KiloError("device is 'cuda', but torch finds no CUDA device on this machine: set device to auto or cpu.")
     return torch.device(name)
 
-# %% ../../nbs/training/session.ipynb #6286e945
+# %% ../../nbs/training/session.ipynb #95ba670c
 @dataclass
 class Session:
     """An open experiment on this rank, made by `open_session`.
@@ -117,8 +120,8 @@ class Session:
         """End the shared work, see the function `leave_group`."""
         leave_group(self)
 
-    def finish(self, results: Mapping[str, Any], gates: Sequence[Gate] = (), **more: Any) -> RunResult:
-        """Write the results, see `finish_session`."""
+    def finish(self, results: Mapping[str, Any], gates: Sequence[Gate] | None = None, **more: Any) -> RunResult:
+        """Write the results and check the gates, see `finish_session`."""
         return finish_session(self, results, gates, **more)
 
 # %% ../../nbs/training/session.ipynb #9690c8fd
@@ -141,7 +144,7 @@ def _open_run(experiment: str, parameters: Mapping[str, Any], reference: Any, wo
     folder, resumed = from_first((str(run.folder), run.resumed) if run else None, world)
     return run, Path(folder), resumed
 
-# %% ../../nbs/training/session.ipynb #c21ab3dc
+# %% ../../nbs/training/session.ipynb #8baa2bf8
 def open_session(experiment: str, parameters: Mapping[str, Any] | None = None, *, kinds: Sequence[str] = (),
                  data: Any = None, devices: Sequence[str] = DEVICES, check: Callable[[Any], Any] | None = None,
                  outputs: str | None = None, timeout_s: float = 600.0) -> Session:
@@ -162,6 +165,7 @@ def open_session(experiment: str, parameters: Mapping[str, Any] | None = None, *
     settings = dict(parameters.get(SETTINGS) or {})
     if paths: settings = typed_settings(paths, settings)
     device = choose_device(parameters.get("device", "auto"), devices)
+    deterministic_from_environment(parameters.get("seed"))
     world = world_from_environment(device=device.type, timeout_s=timeout_s)
     group = join(world)
     with together(world):
@@ -203,20 +207,26 @@ def leave_group(session: Session) -> None:
     session.group.leave()
     if not session.first: raise SystemExit
 
-# %% ../../nbs/training/session.ipynb #e5942020
-def finish_session(session: Session, results: Mapping[str, Any], gates: Sequence[Gate] = (),
+# %% ../../nbs/training/session.ipynb #111c732d
+def finish_session(session: Session, results: Mapping[str, Any], gates: Sequence[Gate] | None = None,
                    baselines: Mapping[str, Any] | None = None,
                    tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> RunResult:
     """Write `results.json` and mark the run finished; the arguments are those of `finish_run`.
 
+    gates: None takes those that gates.yaml gives for this run (`runs.gate_files`); an empty list means no gates.
+    A run that is not at the experiment's own settings is marked as one that does not decide.
     Leaves the process group first where the notebook has not; ranks other than the first end here. With several ranks
     their number is added to the results as `ranks`. Raises KiloError where a setting was given for a config that the
     notebook never passed to `configure`: it would have been ignored.
     """
     leave_group(session)
+    check_extended()
     unused = sorted(name for name in session.settings if name.partition(".")[0] not in session.configs)
     if unused:
         raise KiloError(f"The setting '{unused[0]}' was not used: the notebook calls session.configure for "
                         f"{', '.join(session.configs) or 'no config'}.")
     ranks = {"ranks": session.world.size} if session.world.size > 1 else {}
-    return session.run.finish({**results, **ranks}, gates, baselines, tables)
+    flat, measured = {**session.parameters, **session.settings}, {**results, **ranks}
+    data = session.reference if session.reference is not None else ()
+    if gates is None: gates = declared_gates(session.experiment, flat, data, measured)
+    return session.run.finish(measured, gates, baselines, tables, settings_gap(session.experiment, flat, measured))

@@ -4,7 +4,9 @@ import gzip
 import io
 import json
 import shutil
+import struct
 import tempfile
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -19,6 +21,7 @@ from kilonb.core.files import write_json
 from kilonb.data.feather import read_feather, write_feather
 from kilonb.data.matlab import read_mat
 from kilonb.data.pictures import read_picture
+from kilonb.data.point_files import read_points
 from kilonb.data.tables import read_table, write_table
 from kilonb.data.video import read_video, write_video
 from kilonb.geometry.boxes import upright_boxes
@@ -30,10 +33,12 @@ from kilonb.imaging.pictures import read_comparisons, save_comparison
 from kilonb.panoramas.tiles import Tile, read_panorama_tile, write_panorama_tile
 from kilonb.scenes import argoverse2, opv2v, pandaset, v2xsim
 from kilonb.scenes.anipose import read_anipose
-from kilonb.scenes.blender import load_blender, read_rgba, write_blender
+from kilonb.scenes.blender import load_blender, write_blender
 from kilonb.scenes.dannce import read_mat_calibration
 from kilonb.scenes.middlebury import read_par
 from kilonb.scenes.multiview import read_recording
+from kilonb.scenes.photographs import open_views
+from kilonb.scenes.posed_images import read_rgba
 from kilonb.scenes.surround import read_rgb, read_z_depth
 from kilonb.splats.gaussians import Gaussians
 from kilonb.splats.ply import read_ply, write_ply
@@ -100,6 +105,33 @@ def _depth_npy(path: Path) -> None:
     with path.open("wb") as file: np.save(file, PIXELS[..., 0].astype(np.float32) / 3)
 
 
+def _chunk(kind: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def _deep_png(path: Path) -> None:
+    """An RGBA PNG of 16 bits, 6 x 5 pixels, without row filters."""
+    rows = b"".join(b"\0" + bytes((37 * i + j) % 256 for j in range(6 * 8)) for i in range(5))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", 6, 5, 16, 6, 0, 0, 0))
+                     + _chunk(b"IDAT", zlib.compress(rows)) + _chunk(b"IEND", b""))
+
+
+def _points_ply(path: Path, ascii_form: bool = False) -> None:
+    kind = "ascii" if ascii_form else "binary_little_endian"
+    head = f"ply\nformat {kind} 1.0\nelement vertex 3\n" + "".join(f"property float {c}\n" for c in "xyz")
+    head += "".join(f"property uchar {c}\n" for c in ("red", "green", "blue")) + "end_header\n"
+    rows = [(.5 * i, 1.0, -2.0, 10 * i, 20, 255) for i in range(3)]
+    table = b"".join(struct.pack("<3f3B", *row) for row in rows)
+    path.write_bytes(head.encode() + ("\n".join(" ".join(map(str, row)) for row in rows).encode() + b"\n"
+                                      if ascii_form else table))
+
+
+def _wrong_points(found: Any) -> str:
+    positions, colours = found
+    if positions.shape != colours.shape or not np.isfinite(positions).all(): return f"positions {positions.shape}"
+    return "" if ((colours >= 0) & (colours <= 1)).all() else "colours outside of 0..1"
+
+
 def _video(path: Path) -> None:
     write_video(path, [np.full((32, 32, 3), 40 * k, np.uint8) for k in range(4)], 10)
 
@@ -122,7 +154,11 @@ PICTURES = [
     Reader(
         "rgba", "png", saved(picture("RGBA", "PNG"), picture("LA", "PNG")), read_rgba, v.wrong_picture, suffix=".png"
     ),
+    Reader("rgba_16_bits", "png", saved(_deep_png), read_rgba, v.wrong_picture, suffix=".png"),
     Reader("rgb", "png", saved(picture("RGB", "PNG"), picture("L", "PNG")), read_rgb, v.wrong_picture, suffix=".png"),
+    Reader("points_ply", "bytes", saved(_points_ply), read_points, _wrong_points, suffix=".ply"),
+    Reader("points_ply_ascii", "text", saved(partial(_points_ply, ascii_form=True)), read_points, _wrong_points,
+           suffix=".ply"),
     Reader("z_depth_png", "png", saved(_depth_png), read_z_depth, v.wrong_depth, suffix=".png"),
     Reader("z_depth_npy", "npy", saved(_depth_npy), read_z_depth, v.wrong_depth, suffix=".npy"),
     Reader("z_depth_npz", "npz", saved(_depth_npz), read_z_depth, v.wrong_depth, suffix=".npz"),
@@ -333,6 +369,16 @@ def _argoverse2_reader(name: str, place: str, read: Callable, check: Callable, k
 def _log(path: Path, levels: int = 1) -> Any: return argoverse2.load_argoverse2(up(path, levels))
 
 
+def _nerfstudio(folder: Path) -> None:
+    """One transforms.json with everything a frame may say of its camera."""
+    _blender(folder)
+    content = json.loads((folder / "transforms_train.json").read_text())
+    (folder / "transforms_train.json").unlink()
+    content |= {"camera_model": "OPENCV", "k1": -.05, "k2": .01, "p1": .001, "aabb_scale": 4}
+    for index, frame in enumerate(content["frames"]): frame |= {"k1": -.1, "time": .1 * index, "colmap_im_id": index}
+    (folder / "transforms.json").write_text(json.dumps(content))
+
+
 SCENES = [
     Reader(
         "transforms",
@@ -340,6 +386,13 @@ SCENES = [
         read=lambda path: load_blender(path.parent),
         check=_wrong_views,
         **layout(_blender, "transforms_train.json"),
+    ),
+    Reader(
+        "nerfstudio",
+        "json",
+        read=lambda path: open_views("nerfstudio", path.parent),
+        check=_wrong_views,
+        **layout(_nerfstudio, "transforms.json"),
     ),
     _pandaset_reader("poses", "lidar/poses.json", lambda path: pandaset.load_pandaset(up(path, 2)), _wrong_sequence),
     _pandaset_reader(

@@ -17,6 +17,7 @@ from kilonb.runs.archive import archive_runs
 from kilonb.runs.cohorts import read_cohort
 from kilonb.runs.comparison import compare_runs, explain_difference
 from kilonb.runs.folders import open_run
+from kilonb.runs.gate_files import declared_gates, gate_files, gates_by_condition
 from kilonb.runs.gates import Gate, check_gates, read_gates
 from kilonb.runs.notebooks import find_notebook, read_notebook, split_assignment, typed_values
 from kilonb.runs.records import list_runs, read_run
@@ -95,6 +96,21 @@ def _wrong_record(record: Any) -> str:
 def _read_gates(path: Path) -> Any:
     gates = read_gates(path)
     return gates, check_gates({"psnr_db": 31.0}, gates)
+
+
+def _read_gate_file(path: Path) -> Any:
+    root, gates = path.parents[2], []
+    for name in gate_files(root):
+        for own in gates_by_condition(name, root).values(): gates += own
+        declared = declared_gates(name, {"steps": 20}, {"kind": "blender", "name": "lego"}, NUMBERS, root)
+        check_gates(NUMBERS, declared)
+    return [gate for gate in gates if not gate.at_least_result and not gate.at_most_result], None
+
+
+def _gate_file(folder: Path) -> Path:
+    path = folder / "nbs" / "experiments" / "gates.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def _wrong_gates(value: Any) -> str:
@@ -386,6 +402,16 @@ READERS = [
         lambda folder: [b"- result: psnr_db\n  at_least: 45\n- {result: ms, at_most: 80, notes: 90.5}\n"],
         _read_gates,
         _wrong_gates,
+    ),
+    Reader(
+        "declared_gates_yaml",
+        "yaml",
+        lambda folder: [b"line:\n  settings: {at_least: [steps]}\n  gates:\n    - when: {kind: blender, data: 'le*'}\n"
+                        b"      gates: [{result: '{each}_db', at_least: 3, each: [psnr]}]\n"
+                        b"    - {result: ms, at_most_result: lpips, factor: 2.0, unless: {results: {a: {not: 1}}}}\n"],
+        _read_gate_file,
+        _wrong_gates,
+        prepare=_gate_file,
     ),
     Reader(
         "metrics_csv",
