@@ -53,11 +53,11 @@ class Interrupting(RayPool):
 
     left = None
 
-    def sample(self, *arguments):
+    def draw(self, *arguments):
         if self.left is not None:
             self.left -= 1
             if self.left < 0: raise KeyboardInterrupt
-        return super().sample(*arguments)
+        return super().draw(*arguments)
 
 
 class Projector(Term):

@@ -74,10 +74,17 @@ class OpacityTargetConfig:
         progress = min(1.0, max(0.0, share - self.warmup) / self.ramp) if self.ramp else float(share >= self.warmup)
         return self.start + (self.end - self.start) * progress, self.weight * rise
 
-# %% ../../nbs/distill/alpha.ipynb #1baa4e63
+# %% ../../nbs/distill/alpha.ipynb #15d45ea1
 def check_same_term(term: Term, state: Mapping[str, Any]) -> None:
-    """Raises KiloError with the first setting in which a term and a checkpoint's state of it differ."""
+    """Raises KiloError with the first setting in which a term and a checkpoint's state of it differ.
+
+    A term of more steps than the checkpoint's keeps the length of the checkpoint: the run is extended (another number
+    of steps is refused by `training.extending` before), and its schedules stay at their end.
+    """
     stored, now = state["settings"], term.state_dict()["settings"]
+    if 0 < stored.get("steps", 0) < now.get("steps", 0):
+        term.steps = stored["steps"]
+        now = {**now, "steps": term.steps}
     for key in now:
         if stored.get(key) != now[key]:
             raise KiloError(f"The checkpoint's run had {term.name} {key} = {stored.get(key)}, this one has "

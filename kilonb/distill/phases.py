@@ -271,9 +271,13 @@ def plan_state(plan: PhasePlan) -> dict[str, Any]:
     progress = {name: getattr(plan, name) for name in ("index", "began", "judged", "streaks", "history")}
     return {"plan": given, "starts": [asdict(start) for start in plan.starts], **progress}
 
-# %% ../../nbs/distill/phases.ipynb #551b5f6e
+# %% ../../nbs/distill/phases.ipynb #7b504de1
 def restore_plan(plan: PhasePlan, state: Mapping[str, Any]) -> None:
-    """Restore the progress that `plan_state` returned. Raises KiloError where the checkpoint holds another plan."""
+    """Restore the progress that `plan_state` returned. Raises KiloError where the checkpoint holds another plan.
+
+    A plan of more steps keeps the length of the checkpoint's: the run is extended in its last phase.
+    """
+    plan.steps = min(plan.steps, state["plan"]["steps"])
     stored, now = portable(state["plan"]), portable(plan_state(plan)["plan"])
     names = [[phase["name"] for phase in side["phases"]] for side in (stored, now)]
     for key in now:

@@ -165,7 +165,7 @@ class ClipExamples(Sequence):
             del self._kept[number]
             raise
 
-# %% ../../nbs/flux4d/examples.ipynb #f14b39d2
+# %% ../../nbs/flux4d/examples.ipynb #5506853a
 def _indexed_clips(root: str | Path, path: str | Path) -> tuple[list[Clip], list[Clip]]:
     """The clips of an index file that are trained on and held out. KiloError: none to train on, or missing files."""
     index = read_clip_index(path)
@@ -176,8 +176,8 @@ def _indexed_clips(root: str | Path, path: str | Path) -> tuple[list[Clip], list
                         "(kilonb data clips).")
     training = [clip for clip in index if clip.split == "train"]
     if not training:
-        raise KiloError(f"'{path}' has no clip of the split train among {len(index)}: build it with --split paper or "
-                        "train.")
+        raise KiloError(f"'{path}' has no clip of the split train among {len(index)}: build it with "
+                        "kilonb data clips --setting all --split paper.")
     return training, [clip for clip in index if clip.split == "test" and clip.setting == "evaluation"]
 
 # %% ../../nbs/flux4d/examples.ipynb #1f558e52

@@ -254,7 +254,7 @@ def held_out_embedding(magnitudes: Tensor, headings: Tensor,
         return fitted[key]
     return features
 
-# %% ../../nbs/pose/embedding.ipynb #1fd735a8
+# %% ../../nbs/pose/embedding.ipynb #915ddee4
 def embedding_scores(magnitudes: Tensor, headings: Tensor, phase: np.ndarray | None = None,
                      walking: np.ndarray | None = None, config: EmbeddingConfig | None = None,
                      folds: int = 6, gap: int = 5) -> dict[str, float | None]:
@@ -269,6 +269,9 @@ def embedding_scores(magnitudes: Tensor, headings: Tensor, phase: np.ndarray | N
     wanted: Mapping[str, tuple] = {"azimuth": (headings.cpu().numpy(), None)}
     if phase is not None: wanted = {**wanted, "phase": (np.asarray(phase), walking)}
     for name, (angle, where) in wanted.items():
+        if where is not None and not where.any():
+            scores[f"{name}_r2"] = None
+            continue
         found = cross_validated_r2(features, angle_targets(angle), PROBES, folds, gap, where)
         scores |= {f"{name}_r2_{probe}": value for probe, value in found.items()}
         scores[f"{name}_r2"] = max((value for value in found.values() if value is not None), default=None)

@@ -159,7 +159,7 @@ def checked_gaussians(path: Path, gaussians: Gaussians, drop_bad: bool, notes: l
     try: return gaussians.validate()
     except KiloError as error: raise KiloError(f"{path}: {error}") from None
 
-# %% ../../nbs/splats/ply.ipynb #d6af36ff
+# %% ../../nbs/splats/ply.ipynb #b8126a64
 def gaussians_of_ply(path: Path, data: bytes, drop_bad: bool = False, activated: bool | None = None,
                      say: Callable[[str], None] = print) -> Gaussians:
     """Gaussians in the bytes of a PLY file, in the original layout or SuperSplat's compressed one; see `read_ply`."""
@@ -167,7 +167,8 @@ def gaussians_of_ply(path: Path, data: bytes, drop_bad: bool = False, activated:
     compressed = "chunk" in file.tables or "packed_position" in file.names("vertex")
     gaussians, notes = unpack_compressed(file) if compressed else _original_layout(file, activated)
     if file.trailing:
-        notes.append(f"{file.trailing} byte{'s' * (file.trailing > 1)} behind its last element are not read")
+        notes.append(f"{file.trailing} byte{'s' * (file.trailing > 1)} behind its last element "
+                     f"{'are' if file.trailing > 1 else 'is'} not read")
     return checked_gaussians(path, gaussians, drop_bad, notes, say)
 
 # %% ../../nbs/splats/ply.ipynb #ed0a64e5

@@ -6,8 +6,9 @@
 __all__ = ['VARIABLE', 'requested_extension', 'resumed_extensions', 'schedule_of_extensions', 'record_extensions',
            'check_extended']
 
-# %% ../../nbs/training/extending.ipynb #80423135
+# %% ../../nbs/training/extending.ipynb #80f97b46
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,11 +35,12 @@ def requested_extension(config: Any, environment: Mapping[str, str] = os.environ
     if kind not in ("", *EXTENSIONS): raise KiloError(f"extend is {shorten(kind)}; expected constant or rewarm.")
     return kind
 
-# %% ../../nbs/training/extending.ipynb #f32328bd
+# %% ../../nbs/training/extending.ipynb #53249877
 _LENGTHS = frozenset({"steps", "warmup_steps", "schedule_steps"})
 
 
 def _without_lengths(value: Any) -> Any:
+    if isinstance(value, str): return re.sub(r"\b(steps|warmup_steps|schedule_steps)=\d+(, )?", "", value)
     if not isinstance(value, Mapping): return value
     return {name: _without_lengths(item) for name, item in value.items()
             if str(name).rpartition(".")[2] not in _LENGTHS and name not in FREE_SETTINGS}
