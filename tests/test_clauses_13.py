@@ -12,18 +12,26 @@ import torch
 from kilonb.batch.arguments import typed_arguments
 from kilonb.coop.dataset import Sample, dataset_statistics
 from kilonb.coop.evaluation import score_sample
+from kilonb.coop.model import ModelConfig
+from kilonb.coop.training import CoopConfig, make_model, train_coop
 from kilonb.core.configs import apply_settings
-from kilonb.distill.features import TeacherAdapter, teacher_features
+from kilonb.core.errors import KiloError
+from kilonb.distill.alpha import AlphaBandConfig
+from kilonb.distill.features import FeatureConfig, TeacherAdapter, feature_terms, teacher_features
 from kilonb.distill.losses import ResponseLossConfig, response_loss
 from kilonb.distill.multiview import TeachingConfig
-from kilonb.distill.rays import RayBatch
+from kilonb.distill.phases import Phase, PhasePlan, apply_phases
+from kilonb.distill.rays import RayBatch, RayPool
 from kilonb.distill.space import occupancy_of_gaussians
-from kilonb.distill.student import make_student
+from kilonb.distill.student import DistillConfig, distill, make_student
+from kilonb.distill.terms import ExtraTermsConfig, extra_terms
 from kilonb.fields.encodings import fourier_encode, fourier_width
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.rendering import RayRender
-from kilonb.geometry.cameras import Rays
+from kilonb.geometry.cameras import Rays, orbit_cameras
+from kilonb.imaging.targets import targets_from_teacher
 from kilonb.panoramas.checks import CHECKS, FrameMeasurements, judge_check
+from kilonb.panoramas.tiles import PanoramaOptions
 from kilonb.runs.notebooks import find_notebook, read_notebook, read_parameters
 from kilonb.runs.settings import configure, settings_rows
 from kilonb.scenes.brickyard import write_brickyard
@@ -31,6 +39,8 @@ from kilonb.scenes.photographs import open_views
 from kilonb.splats.fit import fit_gaussians
 from kilonb.splats.fit_config import FitConfig, MCMCStrategy, named_strategy
 from kilonb.splats.gaussians import gaussians_from_points
+from kilonb.splats.lookup import GaussianLookup
+from kilonb.training.loop import LoopConfig
 from kilonb.training.stop_rules import StopRule
 from tests.helpers import KILONB
 
@@ -212,6 +222,52 @@ def test_help_shows_comments_behind_and_above_a_parameter():
     for name in ("targets", "data"):
         notebook = read_notebook(Path(find_notebook("multi_view_response", "experiments")))
         assert notebook.parameters[name].help, name
+
+
+def test_a_student_with_terms_and_phases_is_extended_and_their_schedules_stay_at_their_end(tmp_path):
+    shell = torch.nn.functional.normalize(torch.randn(600, 3, generator=torch.Generator().manual_seed(0)), dim=-1) * 0.6
+    ball = gaussians_from_points(shell, (shell * 4).sin() / 2 + 0.5, sh_degree=0, opacity=0.9, scale=0.8)
+    cameras = [(f"r_{i}", camera) for i, camera in enumerate(orbit_cameras(2, 3.0, 30, width=24, height=24))]
+    grid = occupancy_of_gaussians(ball, 20)
+    pool = RayPool(targets_from_teacher(ball, cameras), grid, 0.08)
+    names = ["features", "alpha_band", "opacity"]
+    phases = (Phase("first", dict.fromkeys(names, 0.5), share=0.25), Phase("rest", dict.fromkeys(names, 1.0)))
+    extra = ExtraTermsConfig(alpha_guard=True, opacity_schedule=True, alpha_band=AlphaBandConfig(patience=2))
+
+    def run(steps: int, extend: str = ""):
+        student = make_student(grid, KiloNeRFConfig(cell_size=0.6, position_frequencies=3, hidden=16), 0.08)
+        config = DistillConfig(rays=64, loop=LoopConfig(steps, 5e-3, warmup_steps=2, log_every_steps=1, extend=extend))
+        terms = [*feature_terms(FeatureConfig(projector_alone=0.0, channels=4, minimum_density=0.0))(steps)(
+            student, GaussianLookup(ball, 0.02)), *extra_terms(extra, config)(student, None)]
+        plan = PhasePlan(phases, steps, [term.name for term in terms], check_every=2, report=lambda message: None)
+        return distill(student, pool, config, tmp_path, terms=apply_phases(plan, terms, student), resume=bool(extend),
+                       quiet=True)
+
+    first, longer = run(12), run(24, "constant")
+    assert (first.steps, longer.steps, longer.resumed_from) == (12, 24, 12)
+    assert [r["phase_index"] for r in longer.records] == [0.0] * 3 + [1.0] * 21
+    ends = {(r["opacity_target"], r["opacity_weight_effective"]) for r in longer.records[11:]}
+    assert len(ends) == 1 and longer.records[3]["opacity_target"] == first.records[3]["opacity_target"]
+
+
+def test_a_cooperative_run_is_extended(tmp_path, monkeypatch):
+    options = PanoramaOptions(128, 32)
+    model = ModelConfig(widths=(8, 16, 16, 32), blocks=1, column_width=32, pair_blocks=1, pose="pooled")
+    mask, poses = torch.ones(2, 32, 128), torch.eye(4).repeat(2, 1, 1)
+    poses[1, 2, 3] = 12.0
+    sample = Sample("town/0", ("a", "b"), torch.rand(2, 3, 32, 128), 5 * mask, mask, mask, mask.long(), poses)
+    for steps in (2, 3):
+        config = CoopConfig(steps=steps, batch_size=1, log_every_steps=1, warmup=0.0, model=model)
+        network = make_model(options.camera(), config)
+        if steps == 3:
+            with pytest.raises(KiloError, match="extend"):
+                train_coop(network, [sample], options.camera(), config, tmp_path, resume=True, quiet=True)
+            with pytest.raises(KiloError, match=r"settings\.config"):
+                monkeypatch.setenv("KILONB_EXTEND", "constant")
+                train_coop(network, [sample], options.camera(), replace(config, mirror=True), tmp_path, resume=True,
+                           quiet=True)
+        result = train_coop(network, [sample], options.camera(), config, tmp_path, resume=steps == 3, quiet=True)
+    assert result.steps == 3 and result.resumed_from == 2
 
 
 def results_of(experiment: str, folder: Path, *arguments: str) -> dict:

@@ -150,8 +150,8 @@ SMALL = {
     "pose_prepare": ("animal", ["downsample=1", "resolution=48", "every=4"], "kept_share"),
     "pose_doctor": ("animal", ["frames=12"], "checks_not_run"),
     "pose_evaluate": ("animal", ["steps=2", "counts=[2]", "exported=1", "turntable_steps=2"], "heldout_iou"),
-    "pose_embedding": ("animal", ["steps=2", "downsample=1", "resolution=48", "size=16", "azimuths=4", "components=3",
-                                  "folds=2"], "azimuth_r2"),
+    "pose_embedding": ("animal", ["steps=2", "downsample=1", "resolution=48", "size=16", "azimuths=8", "components=12",
+                                  "folds=4"], "azimuth_r2"),
     "simple_colours_vta": ("", ["sequences=4", "test_sequences=2", "steps=2", "starts=1", "batch=2"], "f1"),
     "pinpad_boundaries": ("pinpad_small", ["trials=0"], "f1_semantic"),
     "pinpad_vta": ("pinpad_small", ["steps=2", "batch=2"], "f1_semantic")}
@@ -161,7 +161,7 @@ SMALL = {
 def places(town, tmp_path_factory):
     """Name -> data reference."""
     animal = tmp_path_factory.mktemp("animal") / "critter"
-    write_critter(animal, CritterConfig(frames=40, cameras=3, width=96, height=72, seed=8))
+    write_critter(animal, CritterConfig(frames=60, cameras=3, width=96, height=72, seed=8))
     return {"town": f"pandaset:{town}", "animal": f"dannce:{animal}", "pinpad_small": "pinpad_small"}
 
 

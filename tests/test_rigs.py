@@ -160,10 +160,11 @@ def test_a_lidar_or_frame_that_the_neighbours_have_is_missing_by_name(tmp_path):
 
 def write_pandaset(folder: Path, frames: int = 3, ending: str = ".pkl.gz") -> None:
     turn = {"position": {"x": 0.0, "y": 0.0, "z": 0.3}, "heading": {"w": 1.0, "x": 0.0, "y": 0.0, "z": 0.0}}
-    poses, times = [turn] * frames, [1000.0 + .1 * k for k in range(frames)]
+    upright = turn | {"heading": {"w": .5 ** .5, "x": -.5 ** .5, "y": 0.0, "z": 0.0}}         # looks along y, z is up
+    times = [1000.0 + .1 * k for k in range(frames)]
     for part in ("lidar", *(f"camera/{name}" for name in CAMERAS)):
         (folder / part).mkdir(parents=True)
-        (folder / part / "poses.json").write_text(json.dumps(poses))
+        (folder / part / "poses.json").write_text(json.dumps([turn if part == "lidar" else upright] * frames))
         (folder / part / "timestamps.json").write_text(json.dumps(times))
         if part != "lidar": (folder / part / "intrinsics.json").write_text('{"fx": 30, "fy": 30, "cx": 32, "cy": 24}')
     box = {"uuid": ["a"], "label": ["Car"], "yaw": [0.0], "stationary": [True], "position.x": [10.0],

@@ -3,7 +3,8 @@ host name.
 
 README.md makes its table of results from these. `python tools/keep.py RUN ... --picture NAME` also copies
 figures/NAME.png of the last run to nbs/figures. A kept result holds its parameters, the command that repeats it,
-commit, hardware and date. A run of a tree with uncommitted changes is refused, since no commit holds what was run.
+commit, hardware and date. Beside a run on the same data, a run with other settings is kept under its tag (`kilonb runs
+tag`). A run of a tree with uncommitted changes is refused, since no commit holds what was run.
 """
 import argparse
 import json
@@ -103,7 +104,8 @@ def keep(record: RunRecord, root: Path = NOTEBOOKS / "results") -> Path:
     KiloError where it did not finish, or where its tree had uncommitted changes."""
     if record.status != FINISHED: raise KiloError(f"{record.name} is {record.status}: only a finished run can be kept.")
     check_tree(record)
-    folder = root / record.experiment / (re.sub(r"\W+", "-", data_label(record)) or "made-here")
+    name = re.sub(r"\W+", "-", data_label(record)) or "made-here"
+    folder = root / record.experiment / (f"{name}-{record.tag}" if record.tag else name)
     folder.mkdir(parents=True, exist_ok=True)
     report, parameters = judged_report(record, NOTEBOOKS.parent), portable_parameters(record.parameters)
     written = {"experiment": record.experiment, "run": record.folder.name, "ok": report.ok, "results": record.results,
@@ -116,7 +118,7 @@ def keep(record: RunRecord, root: Path = NOTEBOOKS / "results") -> Path:
                                       "reconstructed": False, "source": "the run's own folder", **note})
     write_json(folder / "status.json",
                {"experiment": record.experiment, "status": FINISHED, "started": record.started,
-                "elapsed_s": record.elapsed_s})
+                "elapsed_s": record.elapsed_s, **({"tag": record.tag} if record.tag else {})})
     return folder
 
 

@@ -6,7 +6,7 @@
 __all__ = ['REPRODUCED', 'newest_runs', 'verdict_section', 'find_sweeps', 'sweeps_section', 'failures_section',
            'all_runs_section', 'overview_header', 'overview_sections', 'result_basis', 'last_held', 'results_table']
 
-# %% ../../nbs/reports/overview.ipynb #3fb74c2d
+# %% ../../nbs/reports/overview.ipynb #db4c8d87
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from ..runs.cohorts import Cohort, Member, is_sweep, read_sweep_runs
 from ..runs.statistics import choose_results
 from ..runs.folders import outputs_root
 from ..runs.gates import GREEN, NOT_RUN, GateLine
-from ..runs.records import RunRecord, data_label, newest_finished
+from ..runs.records import RunRecord, data_label, list_runs
 from ..runs.status import FINISHED, SWEEPS, instant
 from ..runs.verdicts import judged_report
 
@@ -187,9 +187,10 @@ def last_held(record: RunRecord, reproduced: Mapping[str, Any]) -> str:
     found = f"{str(entry.get('date'))[:10]} {str(entry.get('commit') or '')[:7]}".strip()
     return found if entry.get("held") else f"not held {found}; {own}"
 
-# %% ../../nbs/reports/overview.ipynb #fc7deb90
+# %% ../../nbs/reports/overview.ipynb #eac3acfc
 def results_table(outputs: str | os.PathLike | None = None, experiment: str = "") -> str:
-    """The gated results of the newest finished runs under `outputs` as a Markdown table, judged by the gates of today.
+    """The gated results of the newest finished runs under `outputs`, one for each experiment, dataset and tag, as a
+    Markdown table, judged by the gates of today.
 
     outputs: the folder of all experiments, by default `outputs_root()`. experiment: only its runs.
     """
@@ -197,14 +198,17 @@ def results_table(outputs: str | os.PathLike | None = None, experiment: str = ""
                 "last held")
     file = Path(outputs or outputs_root()) / REPRODUCED
     reproduced = read_object(file) if file.is_file() else {}
-    records = [record for record in newest_finished(outputs) if not experiment or record.experiment == experiment]
+    newest = {(record.experiment, data_label(record), record.tag): record
+              for record in list_runs(outputs, experiment) if record.status == FINISHED}
+    records = [newest[key] for key in sorted(newest)]
     rows = [[*_result_row(record, line), last_held(record, reproduced)] for record in records
             for line in judged_report(record).lines]
     return markdown_table(headings, rows) if rows else "No finished run has gates yet."
 
-# %% ../../nbs/reports/overview.ipynb #de8a77af
+# %% ../../nbs/reports/overview.ipynb #f66e1f9b
 def _result_row(record: RunRecord, line: GateLine) -> list[str]:
     """The cells of one gated result, without the last column of the table."""
     basis = result_basis(line.gate.result, record.results)
     shown = f"`{line.gate.result}`" + (f" ({basis})" if basis else "")
-    return [record.experiment, data_label(record), shown, *line.cells()[1:]]
+    data = data_label(record) + (f" ({record.tag})" if record.tag else "")
+    return [record.experiment, data, shown, *line.cells()[1:]]
