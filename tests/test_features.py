@@ -268,4 +268,7 @@ def test_a_checkpoint_of_another_config_is_refused():
     lookup = GaussianLookup(ball())
     stored = FeatureTerm(lookup, 16, 100, FeatureConfig(channels=8)).state_dict()
     assert "channels" in sentence(FeatureTerm(lookup, 16, 100, FeatureConfig(channels=9)).load_state_dict, stored)
-    assert "steps" in sentence(FeatureTerm(lookup, 16, 200, FeatureConfig(channels=8)).load_state_dict, stored)
+    assert "steps" in sentence(FeatureTerm(lookup, 16, 50, FeatureConfig(channels=8)).load_state_dict, stored)
+    extended = FeatureTerm(lookup, 16, 200, FeatureConfig(channels=8))
+    extended.load_state_dict(stored)
+    assert extended.steps == 100, "the schedules of an extended run stay those of the first"

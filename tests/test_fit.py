@@ -16,7 +16,14 @@ from kilonb.scenes.blender import BlenderScene, load_blender
 from kilonb.scenes.brickyard import write_brickyard
 from kilonb.splats.densification import GaussianModel, change_set, grow_and_prune, relocate_and_grow
 from kilonb.splats.fit import GaussianFit, fit_gaussians, held_out_scores, photometric_loss, render_with_meta
-from kilonb.splats.fit_config import DefaultStrategy, FitConfig, MCMCStrategy, flat_settings, named_strategy
+from kilonb.splats.fit_config import (
+    DefaultStrategy,
+    FitConfig,
+    MCMCStrategy,
+    config_for_views,
+    flat_settings,
+    named_strategy,
+)
 from kilonb.splats.gaussians import Gaussians
 from kilonb.splats.initialization import ViewSet, initial_gaussians, scene_extent
 from kilonb.splats.mcmc import draw_sources, exploration_noise, share_with_copies
@@ -357,8 +364,9 @@ def test_checkpoints_of_version_0_1_have_the_same_settings():
                   grow_from=0.1, grow_until=0.6, prune_opacity=0.005, evaluate_every_steps=None, seed=0)
     default = dict(grow_gradient=2e-4, split_size=0.01, prune_size=0.1, reset_opacity_steps=None)
     mcmc = dict(growth=None, scatter=0.5, noise_rate=1500.0, opacity_weight=0.001, scale_weight=0.02)
-    assert flat_settings(FitConfig()) == common | default | mcmc | {"strategy": "default"}
-    grown = flat_settings(FitConfig(strategy=MCMCStrategy(growth=0.1)))
+    masked = lambda config: config_for_views(config, masked=True)
+    assert flat_settings(masked(FitConfig())) == common | default | mcmc | {"strategy": "default"}
+    grown = flat_settings(masked(FitConfig(strategy=MCMCStrategy(growth=0.1))))
     assert grown == common | default | mcmc | {"strategy": "mcmc", "growth": 0.1}
 
 

@@ -279,9 +279,10 @@ def _refused(experiment, folder, *parameters):
 def test_a_parameter_out_of_range_ends_in_one_sentence(town, tmp_path):
     sentence = _refused("flux4d_overfit", tmp_path / "run", f"data=pandaset:{town}", "refine_start=typo")
     assert "refine_start" in sentence and "Error" not in sentence
-    for config, word in ((ExampleOptions(start="typo"), "start must be one of"), (SceneFitConfig(steps=-2), "steps"),
-                         (ReconstructionTraining(loss=ClipLossConfig(depth=-1.0)), "depth is -1")):
-        with pytest.raises(KiloError, match=word): configure(config, {})
+    for make, word in ((lambda: ExampleOptions(start="typo"), "start must be one of"),
+                       (lambda: SceneFitConfig(steps=-2), "steps"),
+                       (lambda: ReconstructionTraining(loss=ClipLossConfig(depth=-1.0)), "depth is -1")):
+        with pytest.raises(KiloError, match=word): configure(make(), {})
 
 
 def test_clips_without_labels_are_trained_on_and_have_no_scores_of_motion(town, tmp_path):

@@ -321,7 +321,8 @@ def test_a_scenario_not_made_by_boxtown_has_no_truth(copy):
 
 def test_every_check_is_measured_by_something(stitched):
     measures = measure_panorama(stitched[0])
-    assert set(measures.values) | set(measures.missing) == {c.measure for c in CHECKS if c.over != "split"}
+    beside = {"exposure_step_before_levels"}                              # a figure without a bound
+    assert {*measures.values, *measures.missing} - beside == {c.measure for c in CHECKS if c.over != "split"}
     assert {pair.first for pair in overlap_differences(stitched[0].panorama, stitched[0].names)} == {
         "camera1",
         "camera2",

@@ -108,8 +108,8 @@ CHECKS = (
           at_most=6.0),
 )
 
-# %% ../../nbs/panoramas/checks.ipynb #7b02e718
-MOST_TILT_DEG, MOST_STEP_LEVELS = 1.5, 8.0
+# %% ../../nbs/panoramas/checks.ipynb #e669a1c3
+MOST_TILT_DEG, MOST_STEP_LEVELS = 1.5, 4.0
 CHECKS += (
     Check("overlap_difference_share", "median relative difference of range where two cameras see one pixel",
           at_most=0.03, over="worst"),

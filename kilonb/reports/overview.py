@@ -187,7 +187,7 @@ def last_held(record: RunRecord, reproduced: Mapping[str, Any]) -> str:
     found = f"{str(entry.get('date'))[:10]} {str(entry.get('commit') or '')[:7]}".strip()
     return found if entry.get("held") else f"not held {found}; {own}"
 
-# %% ../../nbs/reports/overview.ipynb #eac3acfc
+# %% ../../nbs/reports/overview.ipynb #e2c988a5
 def results_table(outputs: str | os.PathLike | None = None, experiment: str = "") -> str:
     """The gated results of the newest finished runs under `outputs`, one for each experiment, dataset and tag, as a
     Markdown table, judged by the gates of today.
@@ -201,14 +201,16 @@ def results_table(outputs: str | os.PathLike | None = None, experiment: str = ""
     newest = {(record.experiment, data_label(record), record.tag): record
               for record in list_runs(outputs, experiment) if record.status == FINISHED}
     records = [newest[key] for key in sorted(newest)]
-    rows = [[*_result_row(record, line), last_held(record, reproduced)] for record in records
-            for line in judged_report(record).lines]
+    reports = [(record, judged_report(record)) for record in records]
+    rows = [[*_result_row(record, line, report.note), last_held(record, reproduced)] for record, report in reports
+            for line in report.lines]
     return markdown_table(headings, rows) if rows else "No finished run has gates yet."
 
-# %% ../../nbs/reports/overview.ipynb #f66e1f9b
-def _result_row(record: RunRecord, line: GateLine) -> list[str]:
-    """The cells of one gated result, without the last column of the table."""
+# %% ../../nbs/reports/overview.ipynb #f03d1792
+def _result_row(record: RunRecord, line: GateLine, note: str) -> list[str]:
+    """The cells of one gated result, without the last column of the table. note: why the run does not decide."""
     basis = result_basis(line.gate.result, record.results)
     shown = f"`{line.gate.result}`" + (f" ({basis})" if basis else "")
     data = data_label(record) + (f" ({record.tag})" if record.tag else "")
-    return [record.experiment, data, shown, *line.cells()[1:]]
+    *cells, judged = line.cells()[1:]
+    return [record.experiment, data, shown, *cells, f"{judged}, does not decide" if note else judged]

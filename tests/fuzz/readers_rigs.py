@@ -21,6 +21,7 @@ from tests.fuzz.engine import Reader
 from tests.fuzz.readers_data import layout, saved
 
 CLOUD = np.random.default_rng(0).normal(size=(6, 5)).astype("<f4")
+CLOUD[:, 3:] = np.abs(CLOUD[:, 3:])                                      # intensity and ring
 RECORD = {"speed": np.float64(3.5), "pose": np.eye(4), "count": np.int32(3), "name": np.str_("a"), "on": np.bool_(True)}
 
 
