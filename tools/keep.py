@@ -113,7 +113,8 @@ def keep(record: RunRecord, root: Path = NOTEBOOKS / "results") -> Path:
     write_json(folder / "results.json", written)
     write_json(folder / "parameters.json", parameters)
     write_json(folder / "environment.json", portable_environment(record))
-    note = {"note": report.note} if report.note else {}                # why the run does not decide
+    said = re.sub(r"'/[^']*/([^'/]*)'", r"'\1'", report.note)            # without folders of this machine
+    note = {"note": said} if said else {}                              # why the run does not decide
     write_json(folder / "kept.json", {"command_line": command_line(record.experiment, parameters),
                                       "reconstructed": False, "source": "the run's own folder", **note})
     write_json(folder / "status.json",
