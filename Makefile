@@ -2,7 +2,8 @@
 # make test    every test: the library notebooks, then pytest
 # make lab     JupyterLab on the notebooks
 # make export  notebooks -> modules and README.md, outputs removed
-# make readme  nbs/index.ipynb -> README.md
+# make readme  nbs/index.ipynb -> README.md, and the pages that list notebooks and kept results
+# make docs    everything as offline pages with search, in outputs/docs; no notebook is run; ARGS=--check opens each in Chromium
 # make reproduce  the kept results of nbs/results: each with its command, those under 15 minutes run again; ARGS=--list only lists
 # make bench   speed of the rasteriser
 # make endure  mutated inputs for every reader, and commands killed at random moments: hours; ARGS="--out DIR --resume" continues
@@ -25,9 +26,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.complete
 
-.PHONY: demo test lab export readme reproduce bench endure lint-js clean help
+.PHONY: demo test lab export readme docs reproduce bench endure lint-js clean help
 
+# Times measured on two cores of an AMD EPYC without a GPU, packages at hand: environment 1 min, scene 10 s, run 1.5 min.
 demo: $(READY)
+	@echo "the demo makes a small scene, fits a student to one view of it and writes the run's page: about 2 minutes on two cores"
 	@$(BIN)/kilonb run single_view_overfit $(ARGS)
 
 # Experiments and benchmarks are run by pytest, at small size.
@@ -45,6 +48,9 @@ export: $(READY)
 
 readme: $(READY)
 	@$(BIN)/python tools/readme.py
+
+docs: $(READY)
+	@$(BIN)/python tools/docs.py $(ARGS)
 
 reproduce: $(READY)
 	@$(BIN)/python tools/reproduce.py $(ARGS)
@@ -65,15 +71,32 @@ clean:
 help:
 	@sed -n '/^SHELL/q; s/^# \{0,1\}//p' $(firstword $(MAKEFILE_LIST))
 
+# pip says nothing for a minute while it downloads a large file, and while it installs: a line every 8 s counts for it.
+define INSTALL
+log=.venv/install.log
+say() {
+    found=$$(grep -oE '^(Collecting|Processing|Installing collected)' $$log 2>/dev/null)
+    case "$$found" in
+        "") echo "  making .venv, $$1 s" ;;
+        *"Installing collected") echo "  installing: $$(ls .venv/lib/python*/site-packages | grep -c 'dist-info$$') packages, $$1 s" ;;
+        *) echo "  finding and downloading: $$(grep -cvF Installing <<<"$$found") packages, $$1 s" ;;
+    esac
+}
+beat() { while sleep $${BEAT:-8} >/dev/null 2>&1; do say $$SECONDS; done; }
+install() { $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -c constraints.txt "$$@" >>$$log 2>&1; }
+beat & heart=$$!
+trap 'kill $$heart 2>/dev/null; wait $$heart 2>/dev/null' EXIT
+[ -e $(READY) ] || $(PYTHON) -m venv --clear .venv || { echo "No environment could be made in .venv: on Debian and Ubuntu, apt install python3-venv."; exit 1; }
+rm -f $(READY) $$log
+install setuptools wheel && install --no-build-isolation -e '.[dev]' || { tail -n 15 $$log; echo "The setup of .venv failed; the output of pip is in $$log."; exit 1; }
+endef
+export INSTALL
+
 # The stamp is written last: an environment without it is incomplete and is set up again.
 $(READY): constraints.txt settings.ini setup.py
 	@command -v $(PYTHON) >/dev/null || { echo "KiloNB needs Python 3.11 or newer, and there is no '$(PYTHON)': install it, or name one by make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "KiloNB needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) -c 'import platform; print(platform.python_version())'): install one, or name one by make PYTHON=..."; exit 1; }
-	@[ -e $@ ] || $(PYTHON) -m venv --clear .venv || { echo "No environment could be made in .venv: on Debian and Ubuntu, apt install python3-venv."; exit 1; }
-	@rm -f $@
-	@echo "setting up .venv from constraints.txt ($$(grep -c == constraints.txt) packages; minutes the first time)"
-	@install() { $(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off -c constraints.txt "$$@" 2>&1 | tee -a .venv/install.log | \
-	    awk '/^(Collecting|Processing) / { if (++n % 25 == 0) print "  " n " packages found" } /^Installing collected/ && n > 25 { print "  installing them" } /^ERROR/ { print } { fflush() }'; }; \
-	  install setuptools wheel && install --no-build-isolation -e '.[dev]' || { tail -n 15 .venv/install.log; echo "The setup of .venv failed; the output of pip is in .venv/install.log."; exit 1; }
+	@echo "setting up .venv from constraints.txt, once: $$(grep -c == constraints.txt) packages, 0.7 GB to download (several GB more with CUDA), 3 GB of disk, 1 minute of installing$(if $(filter demo,$(MAKECMDGOALS)),; then the demo: about 2 minutes)"
+	@bash -c "$$INSTALL"
 	@touch $@

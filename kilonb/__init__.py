@@ -3,7 +3,7 @@ import os as _os
 from importlib import import_module as _import
 from pkgutil import iter_modules as _modules
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # torch and numba each start a thread pool. A pool whose idle threads spin takes the core that the other pool needs:
 # training took up to five times as long. Read when the pools start, so import kilonb before torch; a value that is
@@ -102,7 +102,10 @@ _NAMES = {
     "metrics.flow": "FlowTruth score_flow",
     "metrics.images": "blank_baseline_db evaluate_image foreground_psnr_db psnr_linear_db psnr_srgb_db self_check ssim",
     "metrics.perceptual": "lpips",
+    "sharing.export": "ExportOptions export_run",
+    "sharing.view": "view_run write_view",
     "training.checkpoints": "seed_everything",
+    "training.loggers": "Logger add_logger register_logger",
     "training.loop": "LoopConfig train",
     "training.parallel": "DistributedSteps World join world_from_environment",
     "training.session": "open_session",
@@ -110,6 +113,7 @@ _NAMES = {
     "batch.execution": "run_notebook",
     "runs.gates": "Gate",
     "data.references": "resolve_data",
+    "reports.dashboard": "open_dashboard write_dashboard",
     "reports.run_browser": "RunBrowser",
     "reports.sweep_explorer": "SweepExplorer",
     "batch.launch": "launch",

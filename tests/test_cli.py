@@ -267,7 +267,7 @@ def test_runs_are_compared_reported_archived_and_restored(capfd, tmp_path):
     code, out, _ = call(capfd, "report", "tiny")
     assert code == 0 and Path(out.strip()).is_file() and "run3" in Path(out.strip()).read_text()
     code, out, _ = call(capfd, "runs", "archive", "run3")
-    assert code == 0 and "1 runs would be archived: add --yes." in out and (tmp_path / "outputs/tiny/run3").is_dir(), (
+    assert code == 0 and "1 run would be archived: add --yes." in out and (tmp_path / "outputs/tiny/run3").is_dir(), (
         "nothing is touched without --yes"
     )
     assert call(capfd, "runs", "archive", "run3", "--yes")[0] == 0 and not (tmp_path / "outputs/tiny/run3").exists()

@@ -85,7 +85,7 @@ def test_pictures_arrays_page_and_summary_of_a_sample(run, samples, tmp_path, po
     prediction = trained.predict(samples[1:2])
     summary = write_prediction(tmp_path / "one", samples[1], prediction, trained.camera, pose)
     names = {path.name for path in (tmp_path / "one").iterdir()}
-    assert names == {"points.html", "summary.json", *(f"{vehicle}{end}" for vehicle in ("641", "650")
+    assert names == {"points.html", "points.ply", "summary.json", *(f"{vehicle}{end}" for vehicle in ("641", "650")
                                                       for end in (".png", "_range_m.npy", "_mask.npy"))}
     ranges = np.load(tmp_path / "one" / "650_range_m.npy")
     known = (samples[1].mask[1] > .5).numpy()

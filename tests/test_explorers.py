@@ -105,7 +105,7 @@ def outputs(tmp_path_factory) -> Path:
 
 def small(name: str, outputs: Path) -> dict:
     """Parameters that make a notebook small; one that is not named here runs as it is."""
-    if name in ("run_browser", "sweep_explorer"): return {"outputs": str(outputs)}
+    if name in ("run_browser", "sweep_explorer", "dashboard"): return {"outputs": str(outputs)}
     if name == "flux4d":
         return {"run": str(write_moving_run(outputs)), "width": 128, "height": 72, "drag_width": 64, "page_points": 500}
     if name == "pose": return {"outputs": str(outputs)}
@@ -115,7 +115,8 @@ def small(name: str, outputs: Path) -> dict:
 
     teacher = outputs.parent / "teacher.ply"
     if not teacher.exists(): write_ply(teacher, build_brickyard(seed=0, count=4000))
-    return {"data": f"ply:{teacher}", "width": 96, "drag_width": 48, "quick_steps": 20, "pictures": 2}
+    return {"data": f"ply:{teacher}", "outputs": str(outputs), "width": 96, "drag_width": 48, "quick_steps": 20,
+            "pictures": 2}
 
 
 @pytest.fixture(scope="module")
@@ -278,8 +279,24 @@ def react_episodes(notebook: Notebook, outputs: Path) -> None:
     notebook.wait_until(f"before => ({shown})() !== before", before)
 
 
-REACTIONS = {"run_browser": react_runs, "sweep_explorer": react_sweeps, "orbit": react_orbit, "flux4d": react_clip,
-             "pose": react_pose, "dream": react_episodes}
+def react_dashboard(notebook: Notebook, outputs: Path) -> None:
+    """The link opens a page with all runs, whose smoothing slider changes the curves' readout."""
+    address = notebook.page.locator("a:has-text('Open the dashboard')").first.get_attribute("href")
+    page = notebook.page.context.browser.new_page()
+    page.goto(address)
+    page.wait_for_selector(".chart canvas")
+    page.locator("#filter").fill("toy/damaged unreadable")
+    page.wait_for_selector("#runs .run:has-text('toy/damaged')")
+    shown = "() => document.querySelector('.chart .readout').textContent"
+    page.wait_for_function(f"() => /at \\d/.test(({shown})())")
+    before = page.evaluate(shown)
+    page.locator("#smoothing").fill("0.9")
+    page.wait_for_function(f"before => ({shown})() !== before", arg=before)
+    page.close()
+
+
+REACTIONS = {"dashboard": react_dashboard, "run_browser": react_runs, "sweep_explorer": react_sweeps,
+             "orbit": react_orbit, "flux4d": react_clip, "pose": react_pose, "dream": react_episodes}
 
 
 @needs_chromium
@@ -338,7 +355,7 @@ def test_without_runs_a_notebook_names_the_command_that_makes_some(name, way, tm
     assert record.status == "finished" and count == 0 and way in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["run_browser", "sweep_explorer"])
+@pytest.mark.parametrize("name", ["run_browser", "sweep_explorer", "dashboard"])
 def test_an_explorer_opened_by_hand_records_no_run(name, outputs):
     """Without `run_dir` these notebooks write nothing into the folder that they show."""
     before = sorted(outputs.rglob("status.json"))

@@ -22,7 +22,7 @@ LAYERS = {
     "imaging": 5,
     "panoramas": 6,
     "distill": 7, "coop": 7, "flux4d": 7, "pose": 7, "dream": 7,
-    "reports": 8,
+    "reports": 8, "sharing": 8,
     "batch": 9,
     "cli": 10,
 }

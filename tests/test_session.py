@@ -63,9 +63,9 @@ def test_the_check_and_the_kind_of_data_refuse_before_a_folder_is_taken(tmp_path
     monkeypatch.setattr(sessions, "resolve_data", lambda name: Reference())
     def locked(reference): raise KiloError(f"{reference.kind}: the stage before has not passed.")
     with pytest.raises(KiloError, match="expected opv2v or ply"):
-        open_session("line", {"data": "x"}, kinds=["opv2v", "ply"], outputs=str(tmp_path))
+        open_session("line", {"data": "brickyard"}, kinds=["opv2v", "ply"], outputs=str(tmp_path))
     with pytest.raises(KiloError, match="blender: the stage before"):
-        open_session("line", {"data": "x"}, check=locked, outputs=str(tmp_path))
+        open_session("line", {"data": "brickyard"}, check=locked, outputs=str(tmp_path))
     assert not list(tmp_path.iterdir())
 
 

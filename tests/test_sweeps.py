@@ -144,10 +144,11 @@ def cluster(tmp_path):
     processes = [subprocess.Popen([*starter, "--scheduler-file", str(tmp_path / "scheduler.json")],
                                   stderr=subprocess.DEVNULL, env=environment)]
     deadline = time.monotonic() + 60
-    while not (tmp_path / "scheduler.json").exists():
+    file = tmp_path / "scheduler.json"
+    while not (file.exists() and file.read_text().rstrip().endswith("}")):       # dask makes it first, then fills it
         assert time.monotonic() < deadline and processes[0].poll() is None
         time.sleep(0.1)
-    address = json.loads((tmp_path / "scheduler.json").read_text())["address"]
+    address = json.loads(file.read_text())["address"]
     for host in ("127.0.0.1", "127.0.0.2"):
         worker = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--host", host, "--nthreads", "1",
                   "--no-dashboard", "--memory-limit", "0"]

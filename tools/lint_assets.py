@@ -1,4 +1,4 @@
-"""Checks the JavaScript files in kilonb/*/assets with eslint, which npx fetches from the npm registry once.
+"""Checks the JavaScript files in kilonb/*/assets and tools/assets with eslint, which npx fetches from npm once.
 
 Exits 0 with one sentence where Node.js is missing or the registry cannot be reached; 1 where eslint reports an error.
 """
@@ -30,7 +30,8 @@ def available() -> str:
 
 
 def main() -> int:
-    scripts = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("kilonb/*/assets/*.js"))
+    found = [*ROOT.glob("kilonb/*/assets/*.js"), *ROOT.glob("tools/assets/*.js")]
+    scripts = sorted(path.relative_to(ROOT).as_posix() for path in found)
     if missing := available():
         print(f"JavaScript is not checked: {missing}.")
         return 0

@@ -1,4 +1,4 @@
-"""Writes README.md from nbs/index.ipynb.
+"""Writes README.md from nbs/index.ipynb, and the pages of results_page.py.
 
 `#| echo: false` runs a cell and shows only its output; `#| eval: false` shows a cell without running it; `#| hide` runs
 a cell and shows nothing. Relative links and pictures of the notebook start at nbs/, those of README.md at the root.
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+import results_page
 from execnb.shell import CaptureShell
 
 from kilonb.core.files import atomic_write
@@ -26,7 +27,7 @@ INDEX, README = ROOT / "nbs" / "index.ipynb", ROOT / "README.md"
 NOTE = "<!-- made from nbs/index.ipynb by `make readme`: edit there -->\n"
 _DIRECTIVE = re.compile(r"^#\| *(\w+)(?:: *(\w+))? *$\n?", re.MULTILINE)
 _FENCED = re.compile(r"(^```.*?^```)", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s]+)")
+_LINK = re.compile(r"""(?:(?<=\]\()|(?<=\ssrc="))(?![a-z]+:|#|/)([^)\s"]+)""")
 
 
 def directives(source: str) -> dict[str, str]:
@@ -81,20 +82,20 @@ def readme_text(path: Path = INDEX) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make README.md from nbs/index.ipynb.")
     parser.add_argument("--check", action="store_true",
-                        help="write nothing; exit with 1 where README.md differs from the notebook")
+                        help="write nothing; exit with 1 where one of the pages differs from what it is made from")
     options = parser.parse_args()
     os.environ.setdefault("MPLBACKEND", "Agg")
-    text = readme_text()
-    same = README.is_file() and README.read_text(encoding="utf-8") == text
-    if options.check:
+    failed = 0
+    for path, text in {README: readme_text(), **results_page.pages()}.items():
+        name, same = path.relative_to(ROOT), path.is_file() and path.read_text(encoding="utf-8") == text
+        if options.check and not same:
+            print(f"{name} differs from what it is made from: run make readme and commit it.", file=sys.stderr)
+            failed = 1
+        if options.check: continue
         if not same:
-            print("README.md differs from what nbs/index.ipynb produces: run make readme and commit README.md.",
-                  file=sys.stderr)
-        return 0 if same else 1
-    if not same:
-        with atomic_write(README) as partial: partial.write_text(text, encoding="utf-8")
-    print("README.md " + ("is unchanged" if same else "written"))
-    return 0
+            with atomic_write(path) as partial: partial.write_text(text, encoding="utf-8")
+        print(f"{name} " + ("is unchanged" if same else "written"))
+    return failed
 
 
 if __name__ == "__main__": sys.exit(main())

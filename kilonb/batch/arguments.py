@@ -6,29 +6,25 @@
 # %% auto #0
 __all__ = ['outputs_folder', 'data_root', 'resolve_argument', 'typed_arguments', 'earlier_values']
 
-# %% ../../nbs/batch/arguments.ipynb #36a24e66
-import os
+# %% ../../nbs/batch/arguments.ipynb #845165db
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..core.errors import KiloError
 from ..core.files import absolute_path
+from ..core.locations import folder_of_variable
 from ..runs.settings import SETTINGS
 
-# %% ../../nbs/batch/arguments.ipynb #5bfbcfba
-def _folder_of(variable: str) -> Path | None:
-    return absolute_path(os.environ[variable], f"folder of {variable}") if os.environ.get(variable) else None
-
-# %% ../../nbs/batch/arguments.ipynb #9b04e94a
+# %% ../../nbs/batch/arguments.ipynb #7666e5e9
 def outputs_folder() -> Path | None:
     """The folder of runs that the environment variable KILONB_OUTPUTS names; None where it is not set."""
-    return _folder_of("KILONB_OUTPUTS")
+    return folder_of_variable("KILONB_OUTPUTS")
 
-# %% ../../nbs/batch/arguments.ipynb #701e9607
+# %% ../../nbs/batch/arguments.ipynb #c78d0d4a
 def data_root() -> Path | None:
     """The folder of real datasets that the environment variable KILONB_DATA names; None where it is not set."""
-    return _folder_of("KILONB_DATA")
+    return folder_of_variable("KILONB_DATA")
 
 # %% ../../nbs/batch/arguments.ipynb #de27b05d
 def resolve_argument(text: str, root: Path | None) -> str:

@@ -236,15 +236,16 @@ def run_other(request: Request, rank: int, rendezvous: FolderRendezvous) -> RunR
                             command=request.command, stream=nowhere, errors=nowhere,
                             environment=kernel_environment(os.environ), take_over=True)
 
-# %% ../../nbs/batch/launch.ipynb #8b262ebb
+# %% ../../nbs/batch/launch.ipynb #59c6ebe6
 def _print_outcome(record: RunRecord) -> None:
     from kilonb.reports.run_page import write_page
-    from kilonb.reports.terminal import describe_results
+    from kilonb.reports.terminal import describe_outcome
 
-    print("\n" + describe_results(record) + f"\n\nnotebook  {record.folder / 'notebook.ipynb'}", flush=True)
-    try: print(f"page      {write_page(record.folder)}", flush=True)
+    page = None
+    try: page = write_page(record.folder)
     except Exception as error:
         print(f"The page of {record.folder} was not written: {type(error).__name__}: {error}", file=sys.stderr)
+    print("\n" + describe_outcome(record, page), flush=True)
 
 # %% ../../nbs/batch/launch.ipynb #9682847b
 def _stopped_error(error: KiloError) -> KiloError:

@@ -6,7 +6,7 @@
 __all__ = ['STATES', 'SHOWN_STATES', 'single_line', 'parse_progress', 'read_progress', 'parse_sweep', 'read_watched',
            'value_texts', 'varied_text', 'describe_state', 'silence_warning', 'describe_changes']
 
-# %% ../../nbs/batch/states.ipynb #11cd64c8
+# %% ../../nbs/batch/states.ipynb #e053058d
 import datetime
 import math
 import os
@@ -18,7 +18,7 @@ from typing import Any
 
 from ..core.errors import KiloError
 from ..core.files import number
-from ..core.text import format_duration, format_value
+from ..core.text import count_noun, format_duration, format_value
 from ..runs.files import read_part
 from ..runs.gates import GREEN
 from ..runs.records import read_run
@@ -136,7 +136,7 @@ def _elapsed(run: Mapping[str, Any]) -> float | None:
     if run["progress"] and run["progress"]["elapsed_s"] is not None: return run["progress"]["elapsed_s"]
     return _since(run["started"]) if run["status"] in (PREPARED, RUNNING) else run["elapsed_s"]
 
-# %% ../../nbs/batch/states.ipynb #c99a0ea9
+# %% ../../nbs/batch/states.ipynb #2a1c9588
 def _run_state(folder: Path, status: Mapping[str, Any]) -> dict[str, Any]:
     texts = {name: single_line(status.get(name) or "") for name in ("experiment", "status", "started", "error")}
     state = {"kind": "run", "name": f"{texts['experiment']}/{single_line(folder.name)}", "folder": str(folder),
@@ -148,8 +148,8 @@ def _run_state(folder: Path, status: Mapping[str, Any]) -> dict[str, Any]:
         record = read_run(folder)
     except KiloError as error:
         return {**state, "error": texts["error"] or str(error), "ok": False if texts["status"] == FINISHED else None}
-    lines = record.report.lines
-    gates = f"{record.report.count(GREEN)}/{len(lines)}" if lines else ""
+    lines, counted = record.report.lines, record.report.judged
+    gates = f"{record.report.count(GREEN)}/{len(counted)}" if counted else ""
     return {**state, "ok": record.ok, "gates": gates, "verdicts": {line.gate.result: line.verdict for line in lines}}
 
 # %% ../../nbs/batch/states.ipynb #05572d94
@@ -198,13 +198,14 @@ def _run_sentence(state: Mapping[str, Any]) -> str:
     gates = f", {state['gates']} gates green." if state["gates"] else "; it has no gates."
     return f"{name} has finished in {elapsed}{gates}"
 
-# %% ../../nbs/batch/states.ipynb #e85a65c6
+# %% ../../nbs/batch/states.ipynb #1d1ee68c
 def _sweep_sentence(state: Mapping[str, Any]) -> str:
     counts, status, elapsed = state["counts"], state["status"], format_duration(state["elapsed_s"])
     shown = ", ".join(f"{counts[name]} {name}" for name in SHOWN_STATES if counts[name]) or "none"
     left = f", about {format_duration(state['eta_s'])} left" if status == RUNNING and state["eta_s"] is not None else ""
     again = "; the same command resumes it" if status == INTERRUPTED else ""
-    return f"{state['sweep']} is {status} after {elapsed}{left}: {shown} of {sum(counts.values())} runs{again}."
+    runs = count_noun(sum(counts.values()), "run")
+    return f"{state['sweep']} is {status} after {elapsed}{left}: {shown} of {runs}{again}."
 
 # %% ../../nbs/batch/states.ipynb #178f6372
 def _process_text(process: Mapping[str, Any]) -> str:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['event_folders', 'choose_port', 'running_tensorboard', 'serve_tensorboard']
 
-# %% ../../nbs/batch/tensorboard.ipynb #2d25bb47
+# %% ../../nbs/batch/tensorboard.ipynb #9561c52f
 import os
 import secrets
 import signal
@@ -16,13 +16,13 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
 from ..core.errors import KiloError
+from ..core.serving import open_browser as open_page
 from ..core.signals import signal_handlers
 
 # %% ../../nbs/batch/tensorboard.ipynb #ef156828
@@ -109,7 +109,7 @@ def running_tensorboard(folder: str | os.PathLike, port: int | None = None,
             yield address, process
         finally: _end(process)
 
-# %% ../../nbs/batch/tensorboard.ipynb #501b45e1
+# %% ../../nbs/batch/tensorboard.ipynb #efeff257
 def serve_tensorboard(folder: str | os.PathLike, port: int | None = None, open_browser: bool = False,
                 stream: TextIO | None = None) -> int:
     """Show a folder of runs in TensorBoard until Ctrl-C. Returns the exit code: 0 after Ctrl-C or SIGTERM, 1 where
@@ -125,7 +125,7 @@ def serve_tensorboard(folder: str | os.PathLike, port: int | None = None, open_b
             shown = len(event_folders(folder))
             print(f"TensorBoard shows {shown} folder{'' if shown == 1 else 's'} on {address} (Ctrl-C ends it)",
                   file=stream or sys.stdout, flush=True)
-            if open_browser: webbrowser.open(address)
+            if open_browser: open_page(address)
             process.wait()
     except KeyboardInterrupt: return 0
     print(f"TensorBoard ended by itself with exit code {process.returncode}.", file=sys.stderr)

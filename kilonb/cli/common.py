@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['CommandParser', 'add_command', 'positive_integer', 'json_line', 'print_table', 'write_or_warn']
 
-# %% ../../nbs/cli/common.ipynb #af886e52
+# %% ../../nbs/cli/common.ipynb #13449588
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..core.errors import KiloError, shorten
+from ..core.errors import KiloError, shorten, unknown_name
 
-# %% ../../nbs/cli/common.ipynb #b7bf9329
+# %% ../../nbs/cli/common.ipynb #b42e019f
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that raises KiloError with one sentence."""
 
@@ -24,7 +24,20 @@ class CommandParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise KiloError(f"{message[:1].upper()}{message[1:]}: see `{self.prog} --help`.")
 
-# %% ../../nbs/cli/common.ipynb #ca50f171
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.metavar == "COMMAND" and value not in action.choices:
+            raise unknown_name(f"command of {self.prog}", value, action.choices)
+        super()._check_value(action, value)
+
+    def parse_args(self, *given: Any) -> argparse.Namespace:  # type: ignore[override]
+        """The parsed options. Raises KiloError, which names the help of the command that was given."""
+        options, rest = self.parse_known_args(*given)
+        if not rest: return options
+        command = getattr(options, "command_line", self.prog)
+        hint = " a parameter is set by -p NAME=VALUE;" if command in ("kilonb run", "kilonb bench") else ""
+        raise KiloError(f"Unknown arguments {shorten(' '.join(rest))}:{hint} see `{command} --help`.")
+
+# %% ../../nbs/cli/common.ipynb #cec31035
 def add_command(commands: Any, name: str, action: Callable, summary: str, **options: Any) -> argparse.ArgumentParser:
     """Add one command to the sub-parsers `commands` and return its parser.
 
@@ -32,7 +45,7 @@ def add_command(commands: Any, name: str, action: Callable, summary: str, **opti
     first sentence of the command's own help. options: further arguments of argparse's `add_parser`.
     """
     parser = commands.add_parser(name, help=summary, description=f"{summary[:1].upper()}{summary[1:]}.", **options)
-    parser.set_defaults(action=action)
+    parser.set_defaults(action=action, command_line=parser.prog)
     return parser
 
 # %% ../../nbs/cli/common.ipynb #cd6a8281

@@ -6,7 +6,7 @@
 __all__ = ['list_data_command', 'verify_data_command', 'clips_data_command', 'make_data_command', 'get_data_command',
            'add_data_commands']
 
-# %% ../../nbs/cli/data.ipynb #3f5af48d
+# %% ../../nbs/cli/data.ipynb #5339ce69
 import argparse
 import warnings
 from pathlib import Path
@@ -16,11 +16,12 @@ from ..batch.arguments import data_root
 from .common import add_command, print_table
 from ..core.errors import KiloError
 from ..core.files import absolute_path
+from ..core.text import count_noun
 
-# %% ../../nbs/cli/data.ipynb #edaa4dbb
+# %% ../../nbs/cli/data.ipynb #5e789dcc
 def _size(manifest: Any) -> str:
     if manifest.synthetic: return "synthetic"
-    return "" if manifest.checksums == "MANIFEST.json" else f"{manifest.total_bytes / 1e6:.1f} MB"
+    return f"{manifest.total_bytes / 1e6:.1f} MB" if manifest.total_bytes else ""
 
 # %% ../../nbs/cli/data.ipynb #26467bd9
 def list_data_command(_: argparse.Namespace) -> int:
@@ -78,7 +79,7 @@ def _verify_folder(folder: Path, report: Any) -> bool:
     if whole and report is None: print(f"'{folder}' has no MANIFEST.json; its recordings have no gap.")
     return whole and (report is None or report.ok)
 
-# %% ../../nbs/cli/data.ipynb #c265e565
+# %% ../../nbs/cli/data.ipynb #2120ca01
 def _verify_index(path: str, data: str | None) -> bool:
     """Prints which files of a clip index are missing under `--data`. Returns whether all are there."""
     from kilonb.flux4d.clips import missing_clip_files, read_clip_index
@@ -86,7 +87,7 @@ def _verify_index(path: str, data: str | None) -> bool:
     index = read_clip_index(path)
     if data is None: raise KiloError(f"'{path}' is a clip index: name the folder of its sequences with --data.")
     lost = missing_clip_files(index, _recordings_folder(data))
-    print(f"{path}: {len(index)} clips, {len(lost)} of them without all their files.", flush=True)
+    print(f"{path}: {count_noun(len(index), 'clip')}, {len(lost)} of them without all their files.", flush=True)
     return _print_missing(list(dict.fromkeys(name for names in lost.values() for name in names)), data)
 
 # %% ../../nbs/cli/data.ipynb #a03e91d3
@@ -131,7 +132,7 @@ def verify_data_command(options: argparse.Namespace) -> int:
             whole.append(_verify_folder(report.folder, report))
     return 0 if all(whole) else 1
 
-# %% ../../nbs/cli/data.ipynb #e66a2d7c
+# %% ../../nbs/cli/data.ipynb #ba9bae50
 def clips_data_command(options: argparse.Namespace) -> int:
     """`kilonb data clips`: build the clip index of data, or inspect an index file. Returns 1 where files are missing:
     of an inspected index, or between others in the data."""
@@ -153,7 +154,7 @@ def clips_data_command(options: argparse.Namespace) -> int:
     print(inspect_clip_index(index))
     if options.output:
         write_clip_index(options.output, index)
-        print(f"{len(index)} clips are in {options.output}")
+        print(f"wrote {count_noun(len(index), 'clip')} to {options.output}")
     return 0 if _print_missing(clip_gaps({one.name: load_pandaset(one) for one in find_sequences(folder)}),
                                str(folder)) else 1
 
@@ -165,15 +166,21 @@ def make_data_command(options: argparse.Namespace) -> int:
     for name in options.names: print(f"{name} is in {make(name)}", flush=True)
     return 0
 
-# %% ../../nbs/cli/data.ipynb #de1db090
+# %% ../../nbs/cli/data.ipynb #3b810dd9
 def get_data_command(options: argparse.Namespace) -> int:
-    """`kilonb data get`: download datasets, or print how to get those that need a licence."""
-    from kilonb.data.downloads import get
+    """`kilonb data get`: download datasets. Returns 1 where one cannot be downloaded: its source and steps are
+    printed."""
+    from kilonb.data.downloads import get, how_to_get
+    from kilonb.data.manifests import find_manifest
 
-    for name in options.names: get(name)
-    return 0
+    found = [find_manifest(name) for name in options.names]
+    by_hand = [one for one in found if one.fetch is not None and one.fetch.how == "by hand"]
+    for manifest in found:
+        if manifest not in by_hand: get(manifest.name)
+    if by_hand: print("\n\n".join(map(how_to_get, by_hand)), flush=True)
+    return 1 if by_hand else 0
 
-# %% ../../nbs/cli/data.ipynb #db52b4b3
+# %% ../../nbs/cli/data.ipynb #a98adb1c
 def add_data_commands(commands: Any) -> None:
     """Add `data` with its verbs to the sub-parsers `commands`."""
     parser = commands.add_parser("data", help="list, verify, make and fetch datasets",
@@ -183,7 +190,7 @@ def add_data_commands(commands: Any) -> None:
     add_command(verbs, "list", list_data_command, "list the datasets and their folders")
     for verb, action, summary in (("verify", verify_data_command, "compare files with their checksums"),
                                   ("make", make_data_command, "make synthetic datasets"),
-                                  ("get", get_data_command, "download datasets, or print how to get them")):
+                                  ("get", get_data_command, "download datasets, or print their sources and steps")):
         command = add_command(verbs, verb, action, summary)
         command.add_argument("names", nargs="+", metavar="NAME", help="a dataset, named as in `kilonb data list`"
                              + ("; also a folder, or a clip index" if verb == "verify" else ""))

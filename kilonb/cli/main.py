@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['build_parser', 'main']
 
-# %% ../../nbs/cli/main.ipynb #741e5fb7
+# %% ../../nbs/cli/main.ipynb #cb9df9f7
 import os
 import sys
 from collections.abc import Sequence
@@ -13,25 +13,31 @@ from pathlib import Path
 
 import kilonb
 from .common import CommandParser, json_line, write_or_warn
+from .completion import add_completion_commands, answer_completion
+from .dashboard import add_dashboard_commands
 from .data import add_data_commands
+from .export import add_export_commands
 from .run import add_run_commands
 from .runs import VERBS, add_runs_commands
 from .show import add_show_commands
 from .sweep import add_sweep_commands
+from .view import add_view_commands
 from ..core.errors import KiloError, shorten
 from ..core.streams import LastingStream, lasting_output
 
-# %% ../../nbs/cli/main.ipynb #b167dbe3
+# %% ../../nbs/cli/main.ipynb #4da1a437
 def build_parser() -> CommandParser:
     """The parser of all commands; each sets `action`, a function from the parsed options to the exit code."""
     parser = CommandParser(prog="kilonb", description=kilonb.__doc__,
-                           epilog="kilonb run EXPERIMENT --help lists an experiment's parameters.\n\nEnvironment: "
-                           "KILONB_OUTPUTS, the folder of runs (default: outputs);\nKILONB_DATA, the folder of real "
-                           "datasets.")
+                           epilog="kilonb run --help lists the experiments, kilonb run EXPERIMENT --help the "
+                           "parameters of one.\n\nEnvironment: KILONB_OUTPUTS, the folder of runs (default: outputs of "
+                           "the checkout,\nelse kilonb_outputs of the current folder);\nKILONB_DATA, the folder of "
+                           "real datasets.")
     parser.add_argument("--version", action="version", version=f"kilonb {kilonb.__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add_commands in (add_run_commands, add_sweep_commands, add_show_commands, add_runs_commands,
-                         add_data_commands):
+    for add_commands in (add_run_commands, add_sweep_commands, add_show_commands, add_view_commands,
+                         add_export_commands, add_dashboard_commands, add_runs_commands, add_data_commands,
+                         add_completion_commands):
         add_commands(commands)
     return parser
 
@@ -53,10 +59,11 @@ def _report_error(error: KiloError, as_json: bool, code: int = 2) -> int:
     if as_json: print(json_line(None if folder is None else str(folder), False, {}, {}, error=str(error)), flush=True)
     return code
 
-# %% ../../nbs/cli/main.ipynb #e83c816e
+# %% ../../nbs/cli/main.ipynb #cb596a3f
 def _with_verb(arguments: Sequence[str]) -> list[str]:
-    """The arguments with `list` after a `runs` that has no verb."""
+    """The arguments with `list` after a `runs` that has no verb, or after `data` alone."""
     verb = (list(arguments[1:2]) or ["--json"])[0]
+    if list(arguments) == ["data"]: return ["data", "list"]
     if list(arguments[:1]) == ["runs"] and verb not in (*VERBS, "-h", "--help"):
         return ["runs", "list", *arguments[1:]]
     return list(arguments)
@@ -100,12 +107,13 @@ def _code_without_reader(code: int, output: LastingStream, arguments: Sequence[s
     print(f"kilonb: Standard output was cut: {output.error.strerror}.", file=sys.stderr)
     return 1
 
-# %% ../../nbs/cli/main.ipynb #630e0339
+# %% ../../nbs/cli/main.ipynb #0d31085a
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 1 a run or a check failed, 2 bad input, 130 Ctrl-C.
 
     arguments: as on the command line; None: those of this process.
     """
+    answer_completion(build_parser)
     arguments = _with_verb(sys.argv[1:] if arguments is None else arguments)
     with lasting_output() as (output, _):
         code = _run_command(arguments)

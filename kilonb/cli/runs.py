@@ -6,7 +6,7 @@
 __all__ = ['VERBS', 'list_command', 'compare_command', 'archive_command', 'archives_command', 'restore_command',
            'tag_command', 'tidy_command', 'summary_command', 'add_runs_commands']
 
-# %% ../../nbs/cli/runs.ipynb #43bdab64
+# %% ../../nbs/cli/runs.ipynb #6cc57cbb
 import argparse
 import os
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 from ..batch.arguments import outputs_folder
 from .common import add_command, print_table
 from ..core.errors import KiloError, printable
+from ..core.text import count_noun
 
-# %% ../../nbs/cli/runs.ipynb #b75d5773
+# %% ../../nbs/cli/runs.ipynb #464fe9a7
 def _selected(options: argparse.Namespace, names: list[str]) -> list[Any]:
     from kilonb.runs.selection import choose_runs
 
@@ -24,11 +25,26 @@ def _selected(options: argparse.Namespace, names: list[str]) -> list[Any]:
 
 
 def list_command(options: argparse.Namespace) -> int:
-    """`kilonb runs list`: a table of runs, the newest last."""
-    from kilonb.runs.selection import run_rows
+    """`kilonb runs list`: a table of runs, the newest last; each sweep is one row unless `--sweeps` lists its runs."""
+    from kilonb.runs.records import runs_by_sweep
+    from kilonb.runs.selection import listed_rows
 
-    return print_table(*run_rows(_selected(options, options.names)), options.json,
-                       "No runs yet: `kilonb run EXPERIMENT` makes one.")
+    selecting = options.status or options.data or options.older_than_days is not None or options.keep_newest is not None
+    grouped = {} if options.sweeps or selecting or options.json else runs_by_sweep(outputs_folder())
+    grouped = {name: runs for name, runs in grouped.items()
+               if not options.names or any(one.experiment in options.names for one in runs)}
+    alone = options.names and grouped and not options.sweeps and not _known(options.names)
+    records = [] if alone else _selected(options, options.names)
+    code = print_table(*listed_rows(records, grouped), options.json, "No runs yet: `kilonb run EXPERIMENT` makes one.")
+    if grouped: print("\n`kilonb show SWEEP` lists the runs of a sweep, `kilonb runs list --sweeps` those of all.")
+    return code
+
+
+def _known(names: list[str]) -> bool:
+    """Whether one of the experiments has a run outside sweeps."""
+    from kilonb.runs.records import list_runs
+
+    return any(record.experiment in names for record in list_runs(outputs_folder()))
 
 # %% ../../nbs/cli/runs.ipynb #53bb1c44
 def compare_command(options: argparse.Namespace) -> int:
@@ -57,7 +73,7 @@ def _to_archive(options: argparse.Namespace) -> list[Any]:
     wanted = [name for name in options.names if name in experiments]
     return named if options.names and not wanted else named + _selected(options, wanted)
 
-# %% ../../nbs/cli/runs.ipynb #8aa1cc15
+# %% ../../nbs/cli/runs.ipynb #114cc743
 def archive_command(options: argparse.Namespace) -> int:
     """`kilonb runs archive`: pack or delete ended runs; without --yes, print which."""
     from kilonb.runs.archive import archive_rows, archive_runs
@@ -68,12 +84,13 @@ def archive_command(options: argparse.Namespace) -> int:
     if not options.yes:
         print_table(*run_rows(records), options.json)
         if not options.json:
-            print(f"\n{len(records)} runs would be {'deleted for good' if options.delete else 'archived'}: add --yes.")
+            print(f"\n{count_noun(len(records), 'run')} would be "
+                  f"{'deleted for good' if options.delete else 'archived'}: add --yes.")
         return 0
     packed = archive_runs(records, outputs_folder() and outputs_folder() / "archive", options.delete)
-    return print_table(*archive_rows(packed), options.json, f"{len(records)} runs deleted.")
+    return print_table(*archive_rows(packed), options.json, f"{count_noun(len(records), 'run')} deleted.")
 
-# %% ../../nbs/cli/runs.ipynb #7d7749f1
+# %% ../../nbs/cli/runs.ipynb #3e6bd091
 def archives_command(options: argparse.Namespace) -> int:
     """`kilonb runs archives`: a table of the archives."""
     from kilonb.runs.archive import archive_rows, list_archives
@@ -109,7 +126,7 @@ def tidy_command(options: argparse.Namespace) -> int:
     from kilonb.runs.folders import outputs_root
 
     gone = sweep_leftovers(outputs_folder() or outputs_root(), below=True)
-    print(f"{len(gone)} leftovers of dead processes were removed.")
+    print(f"{count_noun(len(gone), 'leftover')} of dead processes removed.")
     return 0
 
 # %% ../../nbs/cli/runs.ipynb #3803feb7
@@ -121,7 +138,7 @@ def summary_command(options: argparse.Namespace) -> int:
     if options.write: print(table.write(options.write))
     return print_table(table.headings, table.cells(), options.json)
 
-# %% ../../nbs/cli/runs.ipynb #14b170b0
+# %% ../../nbs/cli/runs.ipynb #5b8f701f
 VERBS = ("list", "compare", "summary", "archive", "archives", "restore", "tag", "tidy")
 
 
@@ -133,7 +150,7 @@ def _add_selection(parser: argparse.ArgumentParser) -> None:
     add("--older-than", type=float, metavar="DAYS", dest="older_than_days",
         help="only runs that were started more than DAYS days ago")
     add("--keep-newest", type=int, metavar="N", help="leave out the newest N runs of each experiment and dataset")
-    add("--sweeps", action="store_true", help="also runs of sweeps")
+    add("--sweeps", action="store_true", help="also the runs of sweeps, each in a row (default: a row for each sweep)")
 
 # %% ../../nbs/cli/runs.ipynb #a372e160
 def _add_archive(verbs: Any) -> argparse.ArgumentParser:

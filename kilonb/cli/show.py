@@ -5,22 +5,25 @@
 # %% auto #0
 __all__ = ['show_command', 'gates_command', 'page_command', 'report_command', 'add_show_commands']
 
-# %% ../../nbs/cli/show.ipynb #fdd6d253
+# %% ../../nbs/cli/show.ipynb #0d8d3b1f
 import argparse
 from typing import Any
 
 from ..batch.arguments import outputs_folder
-from .common import add_command
+from .common import add_command, print_table
 
-# %% ../../nbs/cli/show.ipynb #b8434aee
+# %% ../../nbs/cli/show.ipynb #75eba7ea
 def show_command(options: argparse.Namespace) -> int:
-    """`kilonb show`: one run with gates, results, parameters and environment; several runs as a table."""
+    """`kilonb show`: one run with gates, results, parameters and environment; several runs, or a sweep, as a table."""
     from kilonb.core.files import dumps
     from kilonb.core.text import text_table
     from kilonb.reports.terminal import describe_run
     from kilonb.runs.comparison import compare_runs
-    from kilonb.runs.records import find_run, read_run, read_run_or_error
+    from kilonb.runs.records import find_run, read_run, read_run_or_error, sweep_runs
+    from kilonb.runs.selection import run_rows
 
+    if len(options.names) == 1 and (swept := sweep_runs(options.names[0], outputs_folder())):
+        return print_table(*run_rows(swept), options.json)
     found = [find_run(name, outputs_folder()) for name in options.names]
     records = [read_run(found[0])] if len(found) == 1 else list(map(read_run_or_error, found))
     if options.json:
@@ -72,8 +75,8 @@ def report_command(options: argparse.Namespace) -> int:
                        time=options.time, speed=options.speed))
     return 0
 
-# %% ../../nbs/cli/show.ipynb #b8c50628
-_RUN = "a folder, experiment/run, a run's name or its beginning, or an experiment (its newest run)"
+# %% ../../nbs/cli/show.ipynb #007cf6d8
+_RUN = "a folder, experiment/run, sweep/run, a run's name or its beginning, or an experiment (its newest run)"
 
 
 def _add_report(commands: Any) -> None:
@@ -86,11 +89,11 @@ def _add_report(commands: Any) -> None:
         add(f"--{axis}", default="", metavar="RESULT",
             help=f"name of the result that stands for {axis} (default: chosen by its unit)")
 
-# %% ../../nbs/cli/show.ipynb #0646de32
+# %% ../../nbs/cli/show.ipynb #a7488e65
 def add_show_commands(commands: Any) -> None:
     """Add `show`, `gates`, `page` and `report` to the sub-parsers `commands`."""
     show = add_command(commands, "show", show_command, "print one run, or a table of several")
-    show.add_argument("names", nargs="+", metavar="RUN", help=_RUN)
+    show.add_argument("names", nargs="+", metavar="RUN", help=f"{_RUN}; a sweep: a table of its runs")
     gates = add_command(commands, "gates", gates_command, "print which gates are green, red and not run, and what "
                         "that unlocks")
     gates.add_argument("names", nargs="*", metavar="EXPERIMENT", help="only these experiments (default: all)")

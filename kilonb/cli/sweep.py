@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sweep_command', 'watch_command', 'tensorboard_command', 'add_sweep_commands']
 
-# %% ../../nbs/cli/sweep.ipynb #a74bb38a
+# %% ../../nbs/cli/sweep.ipynb #c75a5c18
 import argparse
 import shlex
 from collections.abc import Mapping
@@ -14,6 +14,8 @@ from typing import Any
 from ..batch.arguments import data_root, outputs_folder, resolve_argument
 from .common import add_command, positive_integer, print_table, write_or_warn
 from ..core.errors import KiloError
+from ..core.locations import announce_outputs
+from ..core.text import count_noun
 
 # %% ../../nbs/cli/sweep.ipynb #d7001a00
 def _print_plan(plan: Any) -> int:
@@ -44,7 +46,7 @@ def _tls(options: argparse.Namespace) -> dict[str, str]:
                         "certificate.")
     return files
 
-# %% ../../nbs/cli/sweep.ipynb #b3c7a170
+# %% ../../nbs/cli/sweep.ipynb #17f71f14
 def sweep_command(options: argparse.Namespace) -> int:
     """`kilonb sweep`: plan a sweep, run what is not done, write its report. Returns 1 where a run failed."""
     from kilonb.batch.sweeps import plan_sweep
@@ -57,7 +59,8 @@ def sweep_command(options: argparse.Namespace) -> int:
     from kilonb.batch.scheduling import run_sweep
     from kilonb.batch.watching import SweepDisplay
 
-    print(f"{plan.name}: {len(plan.runs)} runs of {plan.notebook.name} -> {plan.folder}", flush=True)
+    announce_outputs(plan.folder)
+    print(f"{plan.name}: {count_noun(len(plan.runs), 'run')} of {plan.notebook.name} -> {plan.folder}", flush=True)
     with SweepDisplay() as display:
         status = run_sweep(plan, options.scheduler, options.slurm, options.workers,
                            shlex.join(["kilonb", *options.arguments]), display.update, _tls(options))
@@ -81,11 +84,12 @@ def tensorboard_command(options: argparse.Namespace) -> int:
     folder = find_watched(options.name, outputs_folder()) if options.name else everything
     return serve_tensorboard(folder, options.port)
 
-# %% ../../nbs/cli/sweep.ipynb #227d452f
+# %% ../../nbs/cli/sweep.ipynb #081e98c3
 def _add_sweep(commands: Any) -> None:
     parser = add_command(commands, "sweep", sweep_command, "run the part of a sweep file that is not done yet")
     add = parser.add_argument
-    add("file", metavar="FILE", help="YAML with experiment, parameters, grid, runs, seeds, resources, slurm")
+    add("file", metavar="FILE", help="name of a sweep in nbs/sweeps, or a YAML file with experiment, parameters, grid, "
+        "runs, seeds, resources, slurm")
     add("--data", metavar="KIND:PATH", help="the dataset, in place of the one in the file")
     add("--workers", type=positive_integer, metavar="N",
         help="number of runs at a time (default: as many as fit on the machine; with --slurm, the file's jobs)")

@@ -8,7 +8,7 @@ arrays, point-cloud pages and a summary.
 __all__ = ['TrainedCoop', 'load_trained_coop', 'summarise_prediction', 'write_prediction', 'sample_indices',
            'sample_folder', 'range_rmse_m', 'find_trained_coop']
 
-# %% ../../nbs/coop/trained.ipynb #8664e869
+# %% ../../nbs/coop/trained.ipynb #0c8be8d0
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +31,7 @@ from ..core.documents import read_object
 from ..core.errors import KiloError, shorten
 from ..core.files import atomic_write, write_json
 from ..geometry.panoramas import PanoramaCamera
+from ..data.point_files import write_points
 from ..imaging.clouds import write_cloud_page
 from ..metrics.masks import intersection_over_union
 from ..metrics.points import chamfer_m, relative_error
@@ -172,7 +173,7 @@ def _write_array(path: Path, values: Tensor) -> None:
     np.save(buffer, values.float().numpy())
     with atomic_write(path) as partial: partial.write_bytes(buffer.getvalue())
 
-# %% ../../nbs/coop/trained.ipynb #d61bac54
+# %% ../../nbs/coop/trained.ipynb #2bbeccc8
 def write_prediction(folder: str | Path, sample: Sample, prediction: Prediction, camera: PanoramaCamera,
                      pose: str = "predicted") -> dict[str, Any]:
     """Write the files of the table above for one sample; returns the summary, see `summarise_prediction`."""
@@ -186,8 +187,14 @@ def write_prediction(folder: str | Path, sample: Sample, prediction: Prediction,
         _write_array(folder / f"{name}_range_m.npy", range_m[view])
         _write_array(folder / f"{name}_mask.npy", probability[view])
     clouds = sample_clouds(sample, camera, range_m, (probability > .5).float())
-    write_cloud_page(folder / "points.html", clouds, {pose: _chosen_poses(sample, prediction, pose)},
-                     f"{sample.name}, {pose} poses")
+    poses = _chosen_poses(sample, prediction, pose)
+    write_cloud_page(folder / "points.html", clouds, {pose: poses}, f"{sample.name}, {pose} poses")
+    in_main = [cloud.points.double() @ own[:3, :3].double().T + own[:3, 3].double()
+               for cloud, own in zip(clouds, poses)]
+    if sum(map(len, in_main)):
+        write_points(folder / "points.ply", torch.cat(in_main).numpy(),
+                     torch.cat([cloud.colours for cloud in clouds]).numpy(),
+                     f"main vehicle's panorama: x right, y down, z ahead, metres; {pose} poses")
     write_json(folder / "summary.json", summary)
     return summary
 

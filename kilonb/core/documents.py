@@ -5,17 +5,16 @@
 # %% auto #0
 __all__ = ['Builders', 'read_bytes', 'parse_json', 'read_json', 'read_object', 'parse_yaml', 'read_yaml']
 
-# %% ../../nbs/core/documents.ipynb #4d05a3a3
+# %% ../../nbs/core/documents.ipynb #16c9127c
 import json
 import os
 import re
 import stat
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
-
-import numpy as np
 
 from .errors import KiloError, shorten
 
@@ -54,7 +53,7 @@ def _text(data: str | bytes, name: str, most_bytes: int) -> str:
         raise KiloError(f"{name} is not text in UTF-8: byte {error.start} is 0x{data[error.start]:02x}; save it as "
                         "UTF-8.") from None
 
-# %% ../../nbs/core/documents.ipynb #7eeb8745
+# %% ../../nbs/core/documents.ipynb #d925d177
 def _refuse_constant(literal: str) -> Any: raise ValueError(f"{literal} is not a JSON value")
 
 
@@ -77,12 +76,14 @@ def _json_fault(error: ValueError) -> str:
     return "a comment, which JSON does not have; remove it" if here in ("/", "#") and here else error.msg
 
 
+_OPENS = bytes.maketrans(b"[{]}", b"\1\1\0\0")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[{]}"))
+
+
 def _bracket_depth(text: str) -> int:
     """The largest number of brackets that are open at a time."""
-    data = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
-    opened, closed = (data == ord("[")) | (data == ord("{")), (data == ord("]")) | (data == ord("}"))
-    steps = np.where(opened[opened | closed], np.int32(1), np.int32(-1))
-    return int(np.cumsum(steps).max(initial=0))
+    brackets = text.encode("utf-8", "surrogatepass").translate(_OPENS, _NO_BRACKETS)
+    return max(accumulate(map((-1, 1).__getitem__, brackets), initial=0))
 
 
 _JSON_TEXT = re.compile(r'"(?:[^"\\]|\\.)*+"?', re.DOTALL)

@@ -23,12 +23,17 @@ CONTENT_SECURITY_POLICY = ("default-src 'none'; img-src data: blob:; media-src d
                            "script-src 'unsafe-inline' 'unsafe-eval' blob: data:; worker-src blob:; connect-src "
                            "data: blob:; form-action 'none'; base-uri 'none'")
 
-# %% ../../nbs/core/html.ipynb #2675b130
-def hashed_script_policy(*scripts: str) -> str:
-    """A content-security policy that loads nothing and runs only these inline scripts, by their SHA-256."""
+# %% ../../nbs/core/html.ipynb #123537a2
+def hashed_script_policy(*scripts: str, served: bool = False) -> str:
+    """A content-security policy that loads nothing and runs only these inline scripts, by their SHA-256.
+
+    served: the page comes from `core.serving` and may ask its own server, whose header names the address.
+    """
+    own = ("img-src 'self' data: blob:; media-src 'self' data: blob:; connect-src 'self' ws:" if served
+           else "img-src data:")
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
-    return (f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {allowed}; "
+    return (f"default-src 'none'; {own}; style-src 'unsafe-inline'; script-src {allowed}; "
             "form-action 'none'; base-uri 'none'")
 
 # %% ../../nbs/core/html.ipynb #1d4aaed2

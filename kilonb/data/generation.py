@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprint', 'generated_name', 'record_made', 'is_recorded', 'make', 'made_again']
 
-# %% ../../nbs/data/generation.ipynb #4252d376
+# %% ../../nbs/data/generation.ipynb #597a4cb3
 import importlib.util
 import inspect
 import os
@@ -24,6 +24,8 @@ from ..core.documents import read_object
 from ..core.errors import KiloError, shorten, unknown_name
 from ..core.files import atomic_folder, dumps, temporary_path, write_json
 from ..core.hashing import hash_file, hash_files, imported_modules, list_files
+from ..core.locations import announce_outputs
+from ..core.text import count_noun
 from .manifests import FileRecord, Maker, Manifest, data_folder, find_manifest, read_records
 from .registry import MAKERS, check_name, find_maker
 
@@ -108,7 +110,7 @@ def is_recorded(folder: Path) -> bool:
     name = _record_name(folder)
     return name is not None and any((records / name).is_file() for records in _record_folders())
 
-# %% ../../nbs/data/generation.ipynb #30bb955c
+# %% ../../nbs/data/generation.ipynb #bea69d08
 def make(name: str, folder: str | os.PathLike | None = None, *, manifests: Mapping[str, Manifest] | None = None,
          **parameters: Any) -> Path:
     """Generates a synthetic dataset and returns its folder.
@@ -128,6 +130,7 @@ def make(name: str, folder: str | os.PathLike | None = None, *, manifests: Mappi
         if _recorded_fingerprint(folder) == digits and _is_made(manifest, folder, parameters): return folder
         raise KiloError(f"'{folder}' exists and was not made from these parameters of {name}: remove it or "
                         "name another folder.")
+    announce_outputs(folder)
     _write_dataset(manifest, maker, folder)
     return folder
 
@@ -146,9 +149,10 @@ def _fill(manifest: Manifest, maker: Maker, whole: Path) -> dict[str, dict[str, 
     (whole / ".fingerprint").write_text(fingerprint(maker), encoding="ascii")
     return files
 
-# %% ../../nbs/data/generation.ipynb #c9d9aa43
+# %% ../../nbs/data/generation.ipynb #a52ee9f0
 def _write_dataset(manifest: Manifest, maker: Maker, folder: Path) -> None:
     started = time.monotonic()
+    print(f"making {manifest.name}, which later runs find there", flush=True)
     try:
         with atomic_folder(folder) as whole:
             files = _fill(manifest, maker, whole)
@@ -157,7 +161,8 @@ def _write_dataset(manifest: Manifest, maker: Maker, folder: Path) -> None:
                                 "(XDG_STATE_HOME) can be written to record it.")
     except OSError as error:
         raise KiloError(f"Cannot make {manifest.name} in '{folder}': {error.strerror or error}.") from error
-    print(f"made {manifest.name} in {folder} ({len(files)} files, {time.monotonic() - started:.1f} s)", flush=True)
+    print(f"made {manifest.name} in {folder} ({count_noun(len(files), 'file')}, {time.monotonic() - started:.1f} s)",
+          flush=True)
 
 # %% ../../nbs/data/generation.ipynb #d59f3bea
 def made_again(manifest: Manifest, beside: Path, parameters: Mapping[str, Any] | None = None) -> dict[str, FileRecord]:

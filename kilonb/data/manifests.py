@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'FILE_KINDS', 'EITHER_KINDS', 'MOST_FILE_BYTES', 'FileRecord
            'Manifest', 'read_records', 'manifests_folder', 'data_folder', 'load_manifest', 'load_manifests',
            'find_manifest']
 
-# %% ../../nbs/data/manifests.ipynb #6dc114a1
+# %% ../../nbs/data/manifests.ipynb #ac206e6a
 import os
 import re
 from collections.abc import Mapping
@@ -18,11 +18,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-import kilonb
 from ..core.configs import build_config
 from ..core.documents import read_bytes, read_yaml
 from ..core.errors import KiloError, shorten, unknown_name
-from ..core.files import current_folder
+from ..core.locations import checkout_root, default_outputs, folder_of_variable, source_root
 from .registry import MAKERS, READERS, check_name
 
 # %% ../../nbs/data/manifests.ipynb #ce973f29
@@ -138,7 +137,7 @@ def _check_package(fetch: Fetch) -> None:
     if not 0 <= fetch.archive_bytes <= MOST_FILE_BYTES:
         raise KiloError(f"archive_bytes must be 0 to {MOST_FILE_BYTES}: got {shorten(fetch.archive_bytes)}.")
 
-# %% ../../nbs/data/manifests.ipynb #aed3f5b2
+# %% ../../nbs/data/manifests.ipynb #09a1357e
 @dataclass(frozen=True)
 class Manifest:
     """A dataset.
@@ -147,6 +146,7 @@ class Manifest:
     files: path -> FileRecord. checksums: a file of further records, either beside the manifest (`<sha256> <bytes>
     <path>` a line) or "MANIFEST.json" in the dataset's own folder; `bytes` is then the size of all files.
     loader: a name in `data.registry.READERS` or empty. stand_in: a synthetic dataset in the same layout.
+    calibration: of a dataset whose files hold none; its download writes it into a MANIFEST.json.
     A synthetic dataset has a `maker`, a real one a `fetch`.
     """
 
@@ -164,6 +164,7 @@ class Manifest:
     checksums: str = ""
     bytes: int = 0
     files: dict[str, FileRecord] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
     maker: Maker | None = None
     fetch: Fetch | None = None
 
@@ -240,16 +241,17 @@ def _by_path(items: list) -> dict[str, Mapping]:
         found[path] = item
     return found
 
-# %% ../../nbs/data/manifests.ipynb #5e88e301
+# %% ../../nbs/data/manifests.ipynb #b61de784
 def manifests_folder() -> Path:
-    """The folder of data manifests: `data_manifests` beside the package, as in a checkout."""
-    return Path(kilonb.__file__).resolve().parent.parent / "data_manifests"
+    """The folder of data manifests: `data_manifests` of the checkout or of the installed package."""
+    return source_root() / "data_manifests"
 
-# %% ../../nbs/data/manifests.ipynb #07b3ea60
+# %% ../../nbs/data/manifests.ipynb #37d57c6a
 def data_folder() -> Path:
-    """The default folder for generated and downloaded datasets: `outputs/data` of the checkout, else of the current
-    folder."""
-    return (manifests_folder().parent if manifests_folder().is_dir() else current_folder()) / "outputs" / "data"
+    """The default folder for generated and downloaded datasets: `outputs/data` of the checkout, which all runs share
+    whatever KILONB_OUTPUTS is; without a checkout, `data` of KILONB_OUTPUTS or of `kilonb_outputs`."""
+    elsewhere = None if checkout_root() else folder_of_variable("KILONB_OUTPUTS")
+    return (elsewhere or default_outputs()) / "data"
 
 # %% ../../nbs/data/manifests.ipynb #c2082a22
 def load_manifest(path: str | os.PathLike) -> Manifest:
@@ -272,7 +274,7 @@ def load_manifest(path: str | os.PathLike) -> Manifest:
                         "file.")
     return replace(manifest, files=manifest.files | _read_lines(companion))
 
-# %% ../../nbs/data/manifests.ipynb #fc183ce0
+# %% ../../nbs/data/manifests.ipynb #118fd318
 def load_manifests(folder: str | os.PathLike | None = None) -> dict[str, Manifest]:
     """All manifests of a folder by name, sorted.
 
@@ -281,8 +283,8 @@ def load_manifests(folder: str | os.PathLike | None = None) -> dict[str, Manifes
     """
     folder = Path(folder) if folder is not None else manifests_folder()
     if not folder.is_dir():
-        raise KiloError(f"There is no folder of data manifests at '{folder}': run in a checkout of KiloNB, or "
-                        "name the folder.")
+        raise KiloError(f"There is no folder of data manifests at '{folder}': install KiloNB from "
+                        "a wheel or a checkout, or name the folder.")
     manifests = {path.stem: load_manifest(path) for path in sorted(folder.glob("*.yaml"))}
     for name, manifest in manifests.items():
         if not manifest.stand_in: continue

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['locate', 'expected_files', 'Verification', 'verify', 'verify_folder']
 
-# %% ../../nbs/data/verification.ipynb #d925eaf5
+# %% ../../nbs/data/verification.ipynb #b6997b42
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,6 +14,7 @@ from pathlib import Path
 from ..core.documents import read_object
 from ..core.errors import KiloError, printable
 from ..core.hashing import hash_files, hash_folder, list_files
+from ..core.text import count_noun
 from .generation import generated_name, is_recorded, made_again, record_made
 from .manifests import FileRecord, Manifest, data_folder, find_manifest, read_records
 
@@ -71,7 +72,7 @@ def expected_files(manifest: Manifest, folder: Path) -> dict[str, FileRecord]:
     listed = _listed_records(listing)
     return _made_records(manifest, folder, listed) if manifest.synthetic else listed | manifest.files
 
-# %% ../../nbs/data/verification.ipynb #2acc74ab
+# %% ../../nbs/data/verification.ipynb #30d8ec62
 @dataclass(frozen=True)
 class Verification:
     """The result of `verify`: relative paths that are missing, of the wrong size, of the right size with other bytes,
@@ -99,8 +100,8 @@ class Verification:
                   "not in the manifest": self.extra}
         found = [f"{len(paths)} {fault} ({', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
                  for fault, paths in faults.items() if paths] + ([self.doubt] if self.doubt else [])
-        return printable(f"{self.name} in '{self.folder}': {self.files} files, {self.bytes / 1e6:.1f} MB: "
-                         f"{'; '.join(found) or 'all as in the manifest'}.")
+        return printable(f"{self.name} in '{self.folder}': {count_noun(self.files, 'file')}, "
+                         f"{self.bytes / 1e6:.1f} MB: " f"{'; '.join(found) or 'all as in the manifest'}.")
 
 # %% ../../nbs/data/verification.ipynb #df158576
 def verify(name_or_manifest: str | Manifest, root: str | os.PathLike | None = None,

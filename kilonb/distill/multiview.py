@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'TermFactory', 'TeachingConfig', 'field_config', 'scene_t
            'with_steps', 'space_of_scene', 'DistillationResult', 'teach', 'steps_in', 'teach_for_seconds',
            'choose_targets', 'data_of_view']
 
-# %% ../../nbs/distill/multiview.ipynb #40c62d4c
+# %% ../../nbs/distill/multiview.ipynb #798868de
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -22,6 +22,7 @@ from ..core.documents import read_object
 from ..core.errors import KiloError, shorten, unknown_name
 from ..core.files import write_json
 from ..core.numbers import whole
+from ..core.text import count_noun
 from .conditions import condition_results
 from .data import DistillationData, evenly_spaced
 from .losses import Term
@@ -29,12 +30,12 @@ from .phases import Phase, PhasePlan, PhaseStart, apply_phases
 from .points import PointsConfig, distill_points, visible_space
 from .rays import RayPool
 from .seams import Continuity
-from .space import occupancy_of_gaussians, tight_box
+from .space import low_pass_voxels, occupancy_of_gaussians, tight_box
 from .student import DistillConfig, FieldConfig, Student, distill, make_student, save_student
 from ..fields.hashgrid import HashGridConfig
 from ..fields.kilonerf import KiloNeRF, KiloNeRFConfig
 from ..fields.mlp import MLPConfig
-from ..fields.occupancy import OccupancyGrid, occupancy_from_gaussians, occupancy_from_silhouettes
+from ..fields.occupancy import OccupancyGrid, occupancy_from_silhouettes
 from ..fields.rendering import Field
 from ..geometry.cameras import PinholeCamera
 from ..imaging.photographs import without_masks
@@ -200,7 +201,7 @@ def _masked_space(footprints: OccupancyGrid, masks: Sequence[ViewTarget], space:
                         "of the masks: " "they do not show the same object, or their poses differ.")
     return replace(footprints, occupied=inside)
 
-# %% ../../nbs/distill/multiview.ipynb #ac14c4ae
+# %% ../../nbs/distill/multiview.ipynb #a874e9f2
 def space_of_scene(gaussians: Gaussians, cameras: Sequence[PinholeCamera], config: TeachingConfig,
                    world: World = ALONE, masks: Sequence[ViewTarget] = ()) -> tuple[OccupancyGrid, Field, float]:
     """(occupancy of what the cameras see of a teacher, in a box fitted to it; the teacher as a field; the distance
@@ -212,11 +213,11 @@ def space_of_scene(gaussians: Gaussians, cameras: Sequence[PinholeCamera], confi
     box = _box_of_scene(gaussians, cameras, config.visible_weight, world)
     step = (box[1] - box[0]).max().item() / config.march_steps
     teacher = GaussianLookup(gaussians, minimum_scale=step / 2)
-    footprints = occupancy_from_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities,
-                                          config.voxels, box)
+    footprints = occupancy_of_gaussians(gaussians, config.voxels, cameras=cameras, box=box)
+    margin = low_pass_voxels(gaussians.means, cameras, footprints)
     if config.space != "gaussians": footprints = _masked_space(footprints, masks, config.space)
     smaller = [_reduced(camera, 2) for camera in cameras]
-    return visible_space(teacher, footprints, smaller, step, config.visible_weight, world=world), teacher, step
+    return visible_space(teacher, footprints, smaller, step, config.visible_weight, margin, world), teacher, step
 
 # %% ../../nbs/distill/multiview.ipynb #7fefd186
 def _training_results(result: "DistillationResult") -> dict[str, float]:
@@ -302,7 +303,7 @@ def _recorded_fields(config: TeachingConfig) -> dict[str, Any]:
     fields = {name: value for name, value in asdict(config).items() if name not in left_out}
     return {"seen_weight": fields.pop("visible_weight"), **fields}
 
-# %% ../../nbs/distill/multiview.ipynb #6ccd4ab6
+# %% ../../nbs/distill/multiview.ipynb #d908c7e5
 def _coarse_stage(data: DistillationData, config: TeachingConfig, folder: Path | None, resume: bool, quiet: bool,
                   world: World) -> Field | None:
     """The field of a student with fewer cells, trained in `folder`/coarse; None where the config has none."""
@@ -311,7 +312,7 @@ def _coarse_stage(data: DistillationData, config: TeachingConfig, folder: Path |
     own = None if folder is None else folder / "coarse"
     result = _teach(data, coarse, own, None, resume, None, None, quiet, world)
     result.student.requires_grad_(False)
-    if not quiet: print(f"coarse: {result.student.field.cells.count} networks, {result.seconds:.0f} s")
+    if not quiet: print(f"coarse: {count_noun(result.student.field.cells.count, 'network')}, {result.seconds:.0f} s")
     return result.student.field
 
 # %% ../../nbs/distill/multiview.ipynb #789b8f88

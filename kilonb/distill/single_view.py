@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SingleView', 'load_single_view', 'all_white_scores', 'check_space']
 
-# %% ../../nbs/distill/single_view.ipynb #26bc2c43
+# %% ../../nbs/distill/single_view.ipynb #c922797e
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from .data import find_teacher, teacher_in_frame
 from .marcher_check import check_marcher
 from .rays import RayPool
 from .space import occupancy_of_gaussians, visual_hull
-from ..fields.occupancy import OccupancyGrid, occupancy_from_gaussians
+from ..fields.occupancy import OccupancyGrid
+from ..geometry.cameras import PinholeCamera
 from ..imaging.targets import NamedView, ViewTarget, targets_from_images, targets_from_teacher
 from ..metrics.images import blank_baseline_db, foreground_psnr_db, over_background
 from ..scenes.photographs import open_views
@@ -52,25 +53,26 @@ class SingleView:
                 f"the object covers {(self.target.alpha > 0).float().mean():.0%} of the picture; "
                 f"{self.grid.fraction:.1%} of {voxels} voxels are occupied")
 
-# %% ../../nbs/distill/single_view.ipynb #8ef70b35
-def _space_of_view(space: str, gaussians: Gaussians | None, scene: Sequence[NamedView], voxels: int) -> OccupancyGrid:
-    """The occupied space of one view: of the gaussians, of the masks, or of both; "auto": gaussians where there are
-    some. Raises KiloError for another word, without gaussians where they are needed, and where nothing remains."""
+# %% ../../nbs/distill/single_view.ipynb #ab7804c9
+def _space_of_view(space: str, gaussians: Gaussians | None, scene: Sequence[NamedView], voxels: int,
+                   camera: PinholeCamera) -> OccupancyGrid:
+    """The occupied space of one view by `camera`: of the gaussians, of the masks, or of both; "auto": gaussians where
+    there are some. Raises KiloError for another word, without gaussians where they are needed, and where nothing
+    remains."""
     kinds = ("auto", "gaussians", "masks", "both")
     if space not in kinds: raise unknown_name("space", space, kinds)
     if gaussians is None and space in ("gaussians", "both"):
         raise KiloError(f"space is '{space}', but the view has no teacher: give one, or set space to masks.")
     hull = visual_hull(targets_from_images(scene), voxels) if space in ("masks", "both") or gaussians is None else None
     if gaussians is None or space == "masks": return hull
-    if hull is None: return occupancy_of_gaussians(gaussians, voxels)
-    footprints = occupancy_from_gaussians(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities,
-                                          voxels, hull.box)
+    if hull is None: return occupancy_of_gaussians(gaussians, voxels, cameras=[camera])
+    footprints = occupancy_of_gaussians(gaussians, voxels, cameras=[camera], box=hull.box)
     inside = OccupancyGrid(hull.box, footprints.occupied & hull.occupied)
     if inside.occupied.any(): return inside
     raise KiloError("space is 'both', but the teacher's footprints and the hull of the masks have no voxel in common: "
                     "they do not show the same object, or their poses differ.")
 
-# %% ../../nbs/distill/single_view.ipynb #a4e4eeb2
+# %% ../../nbs/distill/single_view.ipynb #0c7bae41
 def load_single_view(path: str | Path, split: str = "train", position: int = 0, width: int = 0, teacher: str = "auto",
                      voxels: int = 128, needs_depth: bool = False, kind: str = "blender",
                      space: str = "auto", masks: str = "auto", hold_out: int = 8) -> SingleView:
@@ -93,7 +95,7 @@ def load_single_view(path: str | Path, split: str = "train", position: int = 0, 
         raise KiloError("depth_weight is set, but images have no depth: give a teacher, or depth_weight=0.")
     if gaussians is None: target, = targets_from_images([view])
     else: target, = targets_from_teacher(gaussians, [(view.name, view.camera)])
-    grid = _space_of_view(space, gaussians, scene, voxels)
+    grid = _space_of_view(space, gaussians, scene, voxels, target.camera)
     return SingleView(target, gaussians, grid, position, len(scene))
 
 # %% ../../nbs/distill/single_view.ipynb #b5b892c5
@@ -106,7 +108,7 @@ def all_white_scores(target: ViewTarget) -> dict[str, float]:
     return {"psnr_srgb_white_db": blank_baseline_db(on_white),
             "psnr_srgb_foreground_db": foreground_psnr_db(torch.ones_like(on_white), on_white, target.alpha)}
 
-# %% ../../nbs/distill/single_view.ipynb #c8145032
+# %% ../../nbs/distill/single_view.ipynb #b6f03df4
 def check_space(view: SingleView, pool: RayPool, march_step_m: float) -> dict[str, float]:
     """The checks that need no training; returns the numbers of `distill.marcher_check`, or none without a teacher.
 
@@ -118,6 +120,6 @@ def check_space(view: SingleView, pool: RayPool, march_step_m: float) -> dict[st
     if view.teacher is not None:
         results = check_marcher(view.teacher, view.target.camera, view.grid, march_step_m).check().results
     if pool.lost_alpha > 0.002:
-        raise KiloError(f"The space cuts {pool.lost_alpha:.1%} off the object; raise occupancy_resolution or "
-                        "check the alpha channel.")
+        raise KiloError(f"The space cuts {pool.lost_alpha:.1%} of the alpha off the object: rays with alpha miss it. "
+                        "Lower occupancy_resolution, since the margin is one voxel, or check alpha and poses.")
     return results

@@ -341,7 +341,7 @@ def _page_episode(episode: Episode, name: str, record: BoundaryRecord | None, la
     return {"name": name, "frames": len(episode), "blocks": blocks, "marks": marks, "actions": episode.actions,
             "rewards": np.round(episode.rewards, 3), "strips": strips} | own
 
-# %% ../../nbs/dream/explorer.ipynb #52611058
+# %% ../../nbs/dream/explorer.ipynb #79c9c454
 def _page_markup(title: str, episodes: int) -> str:
     return f"""<h1>{html.escape(title)}</h1>
 <div class="tools"><label>episode <select id="episode" aria-label="episode"></select></label>
@@ -349,7 +349,8 @@ def _page_markup(title: str, episodes: int) -> str:
 <output id="number"></output></label></div>
 <div class="row"><canvas id="image" width="64" height="64"></canvas><canvas id="line"></canvas></div>
 <p id="note"></p><div class="tools"><label>actions <select id="sequence" aria-label="actions"></select></label></div>
-<p id="from"></p><canvas id="strips"></canvas>
+<p id="from"></p><p class="swipe">Swipe the strips sideways.</p>
+<div class="strips" tabindex="0" role="group" aria-label="strips"><canvas id="strips"></canvas></div>
 <p>{episodes} episodes. Keys , and . step, space plays. Click the time line to go to a frame. This file loads nothing.
 Frames after a respawn are pale: its cell is random.</p>"""
 

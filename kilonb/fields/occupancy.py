@@ -117,15 +117,17 @@ def _mark_gaussians(means, precisions, reach, extents, lower, voxel, occupied):
                                + 2 * (p[0, 1] * x * y + p[0, 2] * x * z + p[1, 2] * y * z))
                     if squared <= reach[g] * reach[g]: occupied[i, j, k] = True
 
-# %% ../../nbs/fields/occupancy.ipynb #4d529c7d
+# %% ../../nbs/fields/occupancy.ipynb #51aacc10
 def occupancy_from_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, resolution: int = 128,
-                             box: Tensor | None = None, sigmas: float = 3.0, dilate: int = 1) -> OccupancyGrid:
+                             box: Tensor | None = None, sigmas: float = 3.0, dilate: int = 1,
+                             blur: Tensor | float = 0.0) -> OccupancyGrid:
     """Voxels that gaussians cover.
 
     means: [N, 3] metres. quats: [N, 4] wxyz. scales: [N, 3] metres. opacities: [N] in 0..1.
     resolution: voxels along the longest edge of the box. box: [2, 3] metres, by default the bounds of the ellipsoids.
-    sigmas: radius of an ellipsoid, standard deviations. dilate: layers of voxels added. KiloError where no gaussian has
-    an opacity above 1/255.
+    sigmas: radius of an ellipsoid, standard deviations. dilate: layers of voxels added.
+    blur: standard deviation by which each gaussian is widened, [N] or one for all, metres: a rasteriser's low-pass
+    filter. KiloError where no gaussian has an opacity above 1/255.
     """
     visible = opacities > 1 / 255
     if not visible.any():
@@ -133,7 +135,9 @@ def occupancy_from_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opaci
     means, scales, opacities = means[visible].double(), scales[visible].double(), opacities[visible].double()
     rotations = quat_to_rotmat(quats[visible].double())
     reach = torch.sqrt(2 * torch.log(255 * opacities)).clamp(max=sigmas)
+    blur = torch.as_tensor(blur, dtype=means.dtype).expand(len(visible))[visible]
     covariances = rotations * scales[:, None].square() @ rotations.mT
+    covariances = covariances + torch.diag_embed(blur.square()[:, None].expand_as(means))
     extents = reach[:, None] * covariances.diagonal(dim1=-2, dim2=-1).sqrt()
     if box is None: box = torch.stack([(means - extents).amin(0), (means + extents).amax(0)]).float()
     grid = empty_grid(box, resolution)

@@ -10,7 +10,7 @@ __all__ = ['SETTINGS', 'TEST_LOGS', 'SPLITS', 'CLIP_PARTS', 'CONTRACT_TEXT', 'MO
            'cut_clips', 'build_clip_index', 'clip_gaps', 'missing_parts', 'clips_of', 'write_clip_index',
            'read_clip_index', 'clip_counts', 'missing_clip_files', 'inspect_clip_index', 'clip_picture']
 
-# %% ../../nbs/flux4d/clips.ipynb #0ec292af
+# %% ../../nbs/flux4d/clips.ipynb #2ad925e8
 import os
 import warnings
 from collections import Counter
@@ -24,7 +24,7 @@ from ..core.configs import build_config, to_dict
 from ..core.documents import read_json
 from ..core.errors import KiloError, shorten, unknown_name
 from ..core.files import atomic_write, dumps
-from ..core.text import text_table
+from ..core.text import count_noun, text_table
 from ..scenes.pandaset import PandasetSequence, find_sequences, load_pandaset, table_path
 
 # %% ../../nbs/flux4d/clips.ipynb #71198ce3
@@ -374,7 +374,7 @@ def _ranges(numbers: Sequence[int]) -> str:
     if len(numbers) > 3 and len(steps) == 1: return f"{numbers[0]},{numbers[1]},..,{numbers[-1]}"
     return ",".join(map(str, numbers)) or "-"
 
-# %% ../../nbs/flux4d/clips.ipynb #452131c3
+# %% ../../nbs/flux4d/clips.ipynb #2f017406
 def inspect_clip_index(index: ClipIndex, root: str | os.PathLike | None = None, rows: int = 24) -> str:
     """A description of an index as text: header, counts by setting and split, and a table of the first `rows` clips
     with the frame numbers of each role; with `root` also what is missing there."""
@@ -387,8 +387,9 @@ def inspect_clip_index(index: ClipIndex, root: str | os.PathLike | None = None, 
     more = f"... and {len(index) - rows} more clips\n" if len(index) > rows else ""
     names = list(dict.fromkeys(name for files in lost.values() for name in files))
     missing = f"missing: {', '.join(names[:12])}{f' and {len(names) - 12} more' if len(names) > 12 else ''}\n"
-    return (f"{head.format} {head.version}: {len(index)} clips of {len({clip.sequence for clip in index})} sequences "
-            f"of {head.data_set}, setting {head.setting}, split {head.split}{', tiny' if head.tiny else ''}\n"
+    return (f"{head.format} {head.version}: {count_noun(len(index), 'clip')} of "
+            f"{count_noun(len({clip.sequence for clip in index}), 'sequence')} "
+            f"of {head.data_set}, setting {head.setting}, split " f"{head.split}{', tiny' if head.tiny else ''}\n"
             f"{head.contract.text}\n\n{counts}\n\n{table}\n{more}{missing if names else ''}")
 
 # %% ../../nbs/flux4d/clips.ipynb #e3841c55

@@ -174,13 +174,13 @@ def write_clip_page(path: str | Path, gaussians: MovingGaussians, title: str = "
     span = clip_span({title: gaussians}) if times is None else times
     return write_moving_page(path, cloud_of_moving(gaussians), title, span, clip_views(camera), most, top_m_s)
 
-# %% ../../nbs/flux4d/explorer.ipynb #f817c9ca
+# %% ../../nbs/flux4d/explorer.ipynb #00027628
 MOVING_FILE = "gaussians.pt"
 
 
 def _moving_files(folder: Path) -> dict[str, Path]:
-    """name -> path of the files *gaussians.pt of a folder, in the order static, network, refined, others."""
-    order = {"static": 0, "network": 1, "refined": 2}
+    """name -> path of the files *gaussians.pt of a folder, in the order lift, static, network, refined, others."""
+    order = {"lift": -1, "static": 0, "network": 1, "refined": 2}
     names = {path.stem.removesuffix("_gaussians"): path for path in sorted(folder.glob(f"*{MOVING_FILE}"))}
     return dict(sorted(names.items(), key=lambda item: order.get(item[0], 3)))
 

@@ -257,6 +257,23 @@ class _Connected(_Page):
     def _receive(self, content: Any) -> None:
         if isinstance(content, dict) and content.get("kind") == "render": self.requests.submit(content)
 
+# %% ../../nbs/imaging/orbit_widget.ipynb #657885c6
+_PAGE_STATE = ("title", "home", "basis", "models", "size", "channels", "channel", "stop", "drag_width", "difference",
+               "times", "time_s")
+
+
+class _Served(_Connected):
+    """What a page outside a notebook needs (`sharing.orbit_pages`)."""
+
+    def page_state(self) -> dict[str, Any]:
+        """The values that the page's script reads; all can be written as JSON."""
+        return {name: getattr(self, name) for name in _PAGE_STATE}
+
+    def request_renderer(self) -> RequestRenderer:
+        """A renderer of this widget's models for the requests of one more page."""
+        own = self._open()
+        return RequestRenderer(own.models, own.home, own.settings)
+
 # %% ../../nbs/imaging/orbit_widget.ipynb #48c1d8f5
 def encode_sheet(sheet: Image.Image) -> bytes:
     """An image as PNG in 256 colours."""
@@ -273,8 +290,8 @@ def _checked_times(times: Sequence[float]) -> list[float]:
                         "and step > 0.")
     return [float(time) for time in times]
 
-# %% ../../nbs/imaging/orbit_widget.ipynb #a8e73d9e
-class OrbitWidget(_Connected):
+# %% ../../nbs/imaging/orbit_widget.ipynb #41ba5e64
+class OrbitWidget(_Served):
     """Models side by side, turned by dragging.
 
     models: name -> anything that `viewer.viewed_model` accepts; errors are measured against the first.

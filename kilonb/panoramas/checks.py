@@ -14,7 +14,7 @@ __all__ = ['CHECKS', 'MOST_TILT_DEG', 'MOST_STEP_LEVELS', 'RIG_COVERAGE', 'Measu
            'measure_panorama', 'draw_frames', 'stitch_instant', 'check_frame', 'lost_recordings', 'CheckLine',
            'judge_check', 'worst_verdict', 'CheckReport', 'run_checks', 'FirstFrames']
 
-# %% ../../nbs/panoramas/checks.ipynb #9538845a
+# %% ../../nbs/panoramas/checks.ipynb #36f6b3d9
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..core.errors import KiloError, shorten, unknown_name
 from ..core.numbers import whole
-from ..core.text import format_value, html_table, text_table
+from ..core.text import count_noun, format_value, html_table, text_table
 from ..geometry.panoramas import PanoramaCamera
 from kilonb.panoramas.stitch import (
     Panorama,
@@ -661,15 +661,17 @@ def _report_rows(report: CheckReport) -> list[list[str]]:
     return [[line.split or "all", line.check.measure, format_value(line.value), line.check.gate.bound, line.check.over,
              str(line.frames), f"{_SIGNS[line.verdict]} {line.verdict}"] for line in report.lines]
 
-# %% ../../nbs/panoramas/checks.ipynb #85b328b5
+# %% ../../nbs/panoramas/checks.ipynb #6a8e5b39
 def _report_sentence(report: CheckReport) -> str:
     """The report in one sentence."""
     damaged = sum(bool(frame.problems) for frame in report.frames)
     idle = sum(not line.applies for line in report.lines)
-    counts = (f"{report.count(GREEN)} checks green, {report.count(RED)} red, {report.count(NOT_RUN) - idle} not run"
+    counts = (f"{count_noun(report.count(GREEN), 'check')} green, {report.count(RED)} red, "
+              f"{report.count(NOT_RUN) - idle} not run"
               + (f", {idle} that {'does' if idle == 1 else 'do'} not apply" if idle else ""))
     lost = f"; lost: {shorten(', '.join(report.lost), 80)[1:-1]}" if report.lost else ""
-    return (f"{report.data} is {report.words}: {counts} on {len(report.frames)} frames, {damaged} of them with "
+    return (f"{report.data} is {report.words}: {counts} on "
+            f"{count_noun(len(report.frames), 'frame')}, {damaged} of them with "
             f"problems ({len(report.problems)} noted, {len(report.unsampled)} elsewhere{lost}).")
 
 # %% ../../nbs/panoramas/checks.ipynb #5f235f49
@@ -726,7 +728,7 @@ def _unsampled(scene: Any, measured: Sequence[FrameMeasurements]) -> tuple[str, 
     return tuple(f"{p.frame}: {p.message}" for p in scene.problems
                  if not any(name == p.frame or name.startswith(f"{p.frame}/") for name in drawn))
 
-# %% ../../nbs/panoramas/checks.ipynb #62f164f5
+# %% ../../nbs/panoramas/checks.ipynb #784d8c38
 @dataclass
 class FirstFrames:
     """Callback of `run_checks` that prints each frame's problems and keeps the first `count` stitched frames of each
@@ -736,7 +738,8 @@ class FirstFrames:
     frames: list[tuple[FrameMeasurements, Any]] = field(default_factory=list)
 
     def __call__(self, measured: FrameMeasurements, stitched: Any) -> None:
-        print(f"{measured.name}: {len(measured.cameras)} cameras, {len(measured.values)} measurements"
+        print(f"{measured.name}: {count_noun(len(measured.cameras), 'camera')}, "
+              f"{count_noun(len(measured.values), 'measurement')}"
               + "".join(f"\n    {problem}" for problem in measured.problems))
         of_split = sum(other.split == measured.split for other, _ in self.frames)
         if stitched is not None and of_split < self.count: self.frames.append((measured, stitched))

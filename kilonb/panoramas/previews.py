@@ -140,7 +140,7 @@ def _page_data(panorama: Panorama, names: Sequence[str], classes: np.ndarray | N
         "mask_picture": encode_png(pictures["mask"]),
     }
 
-# %% ../../nbs/panoramas/previews.ipynb #0f6c1764
+# %% ../../nbs/panoramas/previews.ipynb #0ae9beb2
 def write_panorama_page(path: str | Path, panorama: Panorama, names: Sequence[str], title: str,
                         classes: np.ndarray | None = None) -> Path:
     """Write the HTML page of a panorama: RGB, range and mask, zoomed and moved together; returns its path.
@@ -152,8 +152,8 @@ def write_panorama_page(path: str | Path, panorama: Panorama, names: Sequence[st
     colours = CLASS_COLOURS if classes is not None else ((0, 0, 0), (255, 255, 255))
     legend = "".join(f'<span><i style="background:rgb{colour}"></i>{html.escape(name)}</span>'
                      for name, colour in zip(data["classes"], colours))
-    caption = (f"{camera.width}x{camera.height}, {type(camera).__name__}; drag to zoom, double-click "
-               "to reset. This file " "is SIZE and loads nothing.")
+    caption = (f"{camera.width}x{camera.height}, {type(camera).__name__}; drag to zoom, double-click to reset; keys: "
+               "arrows, + and -, 0 for all. This file is SIZE and loads nothing.")
     return write_plot_page(path, title, caption, f'<p class="legend">mask: {legend}</p>', data,
                            read_asset("panoramas", "panorama.js"))
 

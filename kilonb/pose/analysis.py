@@ -64,14 +64,16 @@ def camera_rows(rows: ScoreRows) -> list[dict[str, Any]]:
             found.append({"label": label, "camera": camera, "views": len(views), **means})
     return found
 
-# %% ../../nbs/pose/analysis.ipynb #33814f47
+# %% ../../nbs/pose/analysis.ipynb #d3ae4107
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as an HTML table; baselines are shown in grey."""
+    """Rows with the same keys as an HTML table in a box that scrolls sideways; texts come first and stand at the left,
+    baselines are shown in grey."""
     names = list(rows[0])
+    texts = sum(isinstance(value, str) for value in rows[0].values())
     cells = [["–" if row[name] is None else f"{row[name]:.3f}" if isinstance(row[name], float) else str(row[name])
               for name in names] for row in rows]
     looks = ["" if row.get("what", "model") == "model" else "baseline" for row in rows]
-    return f'<div class="wide">{html_table(names, cells, looks)}</div>'
+    return f'<div class="wide texts-{texts}" tabindex="0">{html_table(names, cells, looks)}</div>'
 
 # %% ../../nbs/pose/analysis.ipynb #0f1a5a1a
 def figure_url(figure: Any, maximum_bytes: int = 150_000) -> str:

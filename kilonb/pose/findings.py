@@ -7,12 +7,12 @@ on.
 # %% auto #0
 __all__ = ['VERDICTS', 'FAULT_NAMES', 'Finding', 'FindingList']
 
-# %% ../../nbs/pose/findings.ipynb #57da1650
+# %% ../../nbs/pose/findings.ipynb #1bf367ac
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..core.errors import KiloError, unknown_name
-from ..core.text import format_value, html_table, text_table
+from ..core.text import count_noun, format_value, html_table, text_table
 
 # %% ../../nbs/pose/findings.ipynb #1368ea1b
 VERDICTS = ("ok", "warning", "fault", "not_run")
@@ -72,7 +72,7 @@ class Finding:
 # %% ../../nbs/pose/findings.ipynb #54ed21f8
 _HEADINGS = ("check", "verdict", "fault", "camera", "number", "bound", "unit")
 
-# %% ../../nbs/pose/findings.ipynb #2349376b
+# %% ../../nbs/pose/findings.ipynb #89d42732
 @dataclass(frozen=True)
 class FindingList:
     """The findings about one recording. name: of the recording. names: its cameras."""
@@ -97,10 +97,10 @@ class FindingList:
     def sentence(self) -> str:
         """The outcome in one sentence."""
         if not self.faults:
-            return (f"{self.name}: no fault found in {len(self.findings)} checks of {len(self.names)} cameras, "
-                    f"{len(self.warnings)} warnings.")
+            return (f"{self.name}: no fault found in {count_noun(len(self.findings), 'check')} of "
+                    f"{count_noun(len(self.names), 'camera')}, " f"{count_noun(len(self.warnings), 'warning')}.")
         listed = "; ".join(f"{one.fault} ({one.camera or 'the recording'})" for one in self.faults)
-        return f"{self.name}: {len(self.faults)} faults: {listed}. Repair them before training."
+        return f"{self.name}: {count_noun(len(self.faults), 'fault')}: {listed}. Repair them before training."
 
     def _cells(self) -> list[list[str]]:
         return [[one.check, one.verdict, one.fault, "all" if self.names and set(one.cameras) == set(self.names) else

@@ -6,7 +6,7 @@
 __all__ = ['Chart', 'downsample', 'Series', 'line_chart', 'pareto_front', 'Point', 'scatter_chart', 'levels_chart',
            'parallel_coordinates', 'small_multiples']
 
-# %% ../../nbs/reports/charts.ipynb #488ad950
+# %% ../../nbs/reports/charts.ipynb #143d2f77
 import html
 import itertools
 import math
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core.text import format_value
+from ..core.text import count_noun, format_value
 from .scales import (CATEGORY_COLOURS, LINE_COLOUR, SOFT_COLOUR, TEXT_COLOUR, Scale, is_finite_number,
                                    scale_over, tick_labels, wants_log)
 from ..runs.cohorts import order_of
@@ -99,12 +99,12 @@ def _y_axis(frame: _Frame, y: Scale) -> str:
                             f"H{_pixels(frame.right)}") + _text(frame.left - 5, y(tick) + 3.5, label, "end")
                    for tick, label in zip(ticks, tick_labels(ticks, y.log)))
 
-# %% ../../nbs/reports/charts.ipynb #797a940d
+# %% ../../nbs/reports/charts.ipynb #facd12b0
 def _x_axis(frame: _Frame, x: Scale, x_names: Sequence[str] | None) -> str:
     """The horizontal axis with ticks and those labels that fit; x_names: texts for the values 0, 1, 2..."""
     ticks = x.ticks(5) if x_names is None else list(range(len(x_names)))
     room = (frame.right - frame.left) / max(1, len(ticks))
-    labels = tick_labels(ticks, x.log) if x_names is None else [_shortened(name, room) for name in x_names]
+    labels = tick_labels(ticks, x.log) if x_names is None else [_shortened(name, room - 8) for name in x_names]
     every = max(1, math.ceil(max(map(_text_width, labels), default=0) / max(room - 4, 1)))
     marks = "".join(f"M{_pixels(x(tick))} {_pixels(frame.bottom)}v4" for tick in ticks)
     axis = f"M{_pixels(frame.left)} {_pixels(frame.bottom)}H{_pixels(frame.right)}"
@@ -184,7 +184,7 @@ def _path(x: Sequence[float], y: Sequence[float], x_scale: Scale, y_scale: Scale
 # %% ../../nbs/reports/charts.ipynb #56b1cd8b
 def _joined(parts: Sequence[np.ndarray]) -> np.ndarray: return np.concatenate(parts) if parts else np.zeros(0)
 
-# %% ../../nbs/reports/charts.ipynb #4da4a272
+# %% ../../nbs/reports/charts.ipynb #7c9f87c0
 def line_chart(
     series: Sequence[Series], *, title: str = "", x_label: str = "step", y_label: str = "", log_y: bool = False,
     log_x: bool = False, width: float = 340, height: float = 215, legend: bool = True, buckets: int = 150,
@@ -206,7 +206,7 @@ def line_chart(
     marks = "".join(_mark("path", one.key or one.name, colour, one.name, **stroke, d=path)
                     for one, colour, u, v in lines if (path := _path(u, v, x, y)))
     return _svg(head + _axes(frame, x, y, x_label) + marks, width, height,
-                f"{title or y_label}: {len(lines)} lines over {x_label}", "lines")
+                f"{title or y_label}: {count_noun(len(lines), 'line')} over {x_label}", "lines")
 
 # %% ../../nbs/reports/charts.ipynb #85c92672
 def _beats(a: Sequence[float], b: Sequence[float]) -> bool:
@@ -282,7 +282,7 @@ def _point_mark(point: Point, x: Scale, y: Scale, labels: tuple[str, str], fille
                  cx=float(x(point.x)), cy=float(y(point.y)), r=4, stroke="currentColor", stroke_width=1.5,
                  fill="currentColor" if filled else "#fff")
 
-# %% ../../nbs/reports/charts.ipynb #987d7fe9
+# %% ../../nbs/reports/charts.ipynb #4de1bea1
 def scatter_chart(
     points: Sequence[Point], *, title: str = "", x_label: str = "", y_label: str = "",
     directions: tuple[int, int] | None = None, log_x: bool = False, log_y: bool = False, width: float = 340,
@@ -305,19 +305,24 @@ def scatter_chart(
     body += "".join(_point_mark(p, x, y, (x_label, y_label), i in best or not directions)
                     for i, p in enumerate(points))
     if names: body += _names_beside(front, points, x, y, frame)
-    label = f"{title or y_label} against {x_label}: {len(points)} points"
+    label = f"{title or y_label} against {x_label}: {count_noun(len(points), 'point')}"
     return _svg(body, width, height, label + (f", {len(front)} on the Pareto front" if directions else ""), "dots")
 
-# %% ../../nbs/reports/charts.ipynb #438e8318
+# %% ../../nbs/reports/charts.ipynb #2e722b0b
+def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and the sample standard deviation, which is 0 for a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+# %% ../../nbs/reports/charts.ipynb #b7d6fa64
 def _mean_and_bar(values: Sequence[float], position: float, y: Scale) -> str:
     """A cross line at the mean and a bar of one sample standard deviation to either side, with a tooltip."""
-    mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    mean, deviation = _mean_and_spread(values)
     tooltip = f"mean {format_value(mean)}, standard deviation {format_value(deviation)}, n = {len(values)}"
     bar = (f"M{_pixels(position - 9)} {_pixels(y(mean))}h12"
            f"M{_pixels(position - 3)} {_pixels(y(mean - deviation))}V{_pixels(y(mean + deviation))}")
     return _element("g", _element("title", tooltip) + _element("path", d=bar), stroke=TEXT_COLOUR, stroke_width=1.6)
 
-# %% ../../nbs/reports/charts.ipynb #f5cd1a02
+# %% ../../nbs/reports/charts.ipynb #842ee3a5
 def levels_chart(
     levels: Mapping[str, Sequence[tuple[float, str]]], *, title: str = "", x_label: str = "", y_label: str = "",
     width: float = 340, height: float = 215,
@@ -328,7 +333,9 @@ def levels_chart(
     """
     groups = [[(value, key) for value, key in points if is_finite_number(value)] for points in levels.values()]
     head, top = _head(title, y_label, {}, width)
-    y = scale_over([value for points in groups for value, _ in points], height - 30, top, margin=0.08)
+    reach = [_mean_and_spread([value for value, _ in points]) for points in groups if points]
+    ends = [mean + sign * spread for mean, spread in reach for sign in (-1, 1)]
+    y = scale_over([value for points in groups for value, _ in points] + ends, height - 30, top, margin=0.08)
     frame = _frame(width, height, tick_labels(y.ticks(4)), top)
     x = Scale(-0.5, max(len(groups), 1) - 0.5, frame.left, frame.right)
     means = {k: float(np.mean([value for value, _ in points])) for k, points in enumerate(groups) if points}
@@ -340,7 +347,7 @@ def levels_chart(
                         for value, key in points)
         if points: body += _mean_and_bar([value for value, _ in points], x(k), y)
     return _svg(head + _axes(frame, x, y, x_label, list(levels)) + body, width, height,
-                f"{y_label} for {len(groups)} values of {x_label}", "levels")
+                f"{y_label} for {count_noun(len(groups), 'value')} of {x_label}", "levels")
 
 # %% ../../nbs/reports/charts.ipynb #2b1749e7
 def _column(values: Sequence[Any], start: float, end: float) -> tuple[dict[int, float], list[tuple[float, str]]]:
@@ -378,7 +385,7 @@ def _parallel_axis(x: float, name: str, labels: Sequence[tuple[float, str]], spa
     return body + "".join(_text(x - 5, y + 3.5, _shortened(label, gap * 0.8), "end", stroke="#fff", stroke_width=3,
                                 paint_order="stroke") for y, label in labels)
 
-# %% ../../nbs/reports/charts.ipynb #06a97a77
+# %% ../../nbs/reports/charts.ipynb #e8ccd6ea
 def parallel_coordinates(
     rows: Sequence[Mapping[str, Any]], names: Sequence[str], *, keys: Sequence[str] = (), colours: Sequence[str] = (),
     title: str = "", width: float = 860, height: float = 260,
@@ -401,7 +408,7 @@ def parallel_coordinates(
                       stroke="currentColor", stroke_width=1.4, stroke_opacity=".75", d=_smooth_path(points))
     body += "".join(_parallel_axis(x, name, labels, (top, bottom), gap, not k % 2 and gap <= 1.1 * _text_width(name))
                     for k, (x, name, (_, labels)) in enumerate(zip(axes, names, columns)))
-    return _svg(body, width, height, f"{title}: {len(rows)} runs over {', '.join(names)}", "parallel")
+    return _svg(body, width, height, f"{title}: {count_noun(len(rows), 'run')} over {', '.join(names)}", "parallel")
 
 # %% ../../nbs/reports/charts.ipynb #9cdf9ac2
 def small_multiples(charts: Sequence[str], smallest: str = "19rem") -> Chart:

@@ -6,7 +6,7 @@
 __all__ = ['ComparisonCard', 'comparison_cards', 'embedded_picture', 'card_html', 'comparisons_section',
            'figures_section']
 
-# %% ../../nbs/reports/comparisons.ipynb #e2efa233
+# %% ../../nbs/reports/comparisons.ipynb #f169e93d
 import base64
 import html
 import io
@@ -18,9 +18,9 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 from ..core.errors import KiloError
-from ..core.text import format_value
+from ..core.text import count_noun, format_value
 from ..imaging.pictures import Comparison, encode_picture, read_comparisons, worst
-from .html_parts import byte_size, count_noun, tag, with_unit
+from .html_parts import byte_size, tag, with_unit
 from .offline_html import IMAGE_SUFFIXES, is_own_file
 from .sections import ReportContext, best_run
 from ..runs.cohorts import Member

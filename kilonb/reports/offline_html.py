@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IMAGE_SUFFIXES', 'is_own_file', 'data_uri', 'remove_external_references', 'notebook_html']
 
-# %% ../../nbs/reports/offline_html.ipynb #ed0d996b
+# %% ../../nbs/reports/offline_html.ipynb #41d4d9f3
 import base64
 import html
 import logging
@@ -23,7 +23,7 @@ from ..core.documents import read_json
 from ..core.errors import KiloError, shorten
 from ..core.files import dumps
 from .formulas import replace_formulas, to_mathml
-from ..runs.environment import checkout_root
+from ..core.locations import source_root
 from ..runs.notebooks import without_address_grammar
 
 # %% ../../nbs/reports/offline_html.ipynb #ca5c7684
@@ -155,12 +155,12 @@ def _embed_pictures(body: str, folder: Path) -> str:
         return f'{found[1]}"{data_uri(path)}"'
     return _PICTURE.sub(lambda tag: _SOURCE.sub(embed, tag[0]), body)
 
-# %% ../../nbs/reports/offline_html.ipynb #de0d227e
+# %% ../../nbs/reports/offline_html.ipynb #605b5f3f
 def _picture_folder(notebook: Any, path: Path) -> Path:
-    """Where a notebook's relative pictures are looked up: beside its source where that is one of this checkout, beside
+    """Where a notebook's relative pictures are looked up: beside its source where that is one of this package, beside
     the executed notebook elsewhere (an executed notebook may name any folder as that of its source)."""
-    source, root = notebook.metadata.get("papermill", {}).get("input_path"), checkout_root()
-    if isinstance(source, str) and root is not None:
+    source, root = notebook.metadata.get("papermill", {}).get("input_path"), source_root()
+    if isinstance(source, str):
         with suppress(OSError, ValueError, RuntimeError):
             if Path(source).resolve().is_relative_to(root / "nbs"): return Path(source).resolve().parent
     return Path(path).parent

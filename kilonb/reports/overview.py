@@ -35,11 +35,11 @@ def newest_runs(records: Sequence[RunRecord]) -> list[RunRecord]:
     latest = {(record.experiment, data_label(record)): record for record in records if record.status == FINISHED}
     return [latest[key] for key in sorted(latest)]
 
-# %% ../../nbs/reports/overview.ipynb #a5f69a6f
+# %% ../../nbs/reports/overview.ipynb #7bd327f5
 def _missed_gates(record: RunRecord) -> str:
     """`psnr_db 21.8 (≥ 23)` for each gate that is not green."""
     return "; ".join(f"{line.gate.result} {'not run' if line.verdict == NOT_RUN else format_value(line.value)} "
-                     f"({line.gate.bound})" for line in record.report.lines if line.verdict != GREEN)
+                     f"({line.gate.bound})" for line in record.report.judged if line.verdict != GREEN)
 
 # %% ../../nbs/reports/overview.ipynb #554a71d5
 def verdict_section(context: ReportContext, newest: Sequence[RunRecord]) -> str:

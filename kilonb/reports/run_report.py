@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['run_header', 'rows_section', 'run_sections']
 
-# %% ../../nbs/reports/run_report.ipynb #87c5f7f5
+# %% ../../nbs/reports/run_report.ipynb #b7141163
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,8 +14,9 @@ from ..core.text import format_duration, format_value
 from .html_parts import (data_table, key_figures, minute_of, name_value_table, number_column,
                                        report_header, rows_of, scalar_or_json, tag, with_unit)
 from .sections import ReportContext, curves_section, environment_section, gate_table, run_links
+from ..runs.environment import code_version
 from ..runs.statistics import gates_of, summarise
-from ..runs.gates import GREEN, RED
+from ..runs.gates import GREEN, NOT_JUDGED, RED
 from ..runs.records import RunRecord, data_label
 from ..runs.status import FINISHED
 
@@ -24,24 +25,26 @@ def _measured(name: str, value: Any) -> str:
     """A result with its unit where it is a finite number, otherwise as text."""
     return with_unit(name, value) if summarise([value]).count else format_value(value)
 
-# %% ../../nbs/reports/run_report.ipynb #855016ce
+# %% ../../nbs/reports/run_report.ipynb #39e994f7
+_GATE_LOOKS = {GREEN: "good", NOT_JUDGED: ""}
+
+
 def _run_figures(context: ReportContext, record: RunRecord) -> list[tuple[str, str, str]]:
     """Key figures: the first four gated results, then quality, time and speed, four in all."""
     gated = record.report.lines[:4]
-    figures = [(_measured(line.gate.result, line.value), line.gate.result, "good" if line.verdict == GREEN else "bad")
+    figures = [(_measured(line.gate.result, line.value), line.gate.result, _GATE_LOOKS.get(line.verdict, "bad"))
                for line in gated]
     choice, all_gated = context.choice, gates_of([record])
     others = [name for name in (choice.quality, choice.time, choice.speed)
               if name not in all_gated and summarise([record.results.get(name)]).count]
     return figures + [(_measured(name, record.results[name]), name, "") for name in others][:max(1, 4 - len(figures))]
 
-# %% ../../nbs/reports/run_report.ipynb #5f9919dd
+# %% ../../nbs/reports/run_report.ipynb #835a16a1
 def run_header(context: ReportContext, record: RunRecord) -> str:
     """Status and verdict of a run, its data, start, duration and commit, links to its files, and key figures."""
     look = "good" if record.ok else "bad" if record.status != FINISHED or record.report.count(RED) else ""
-    commit = str(record.environment.get("commit") or "")[:8]
     duration = format_duration(record.elapsed_s) if record.elapsed_s else ""
-    facts = [data_label(record), minute_of(record.started), duration, f"commit {commit}" if commit else ""]
+    facts = [data_label(record), minute_of(record.started), duration, code_version(record.environment)]
     verdict = record.report.sentence()
     if record.status != FINISHED: verdict = record.error or f"The run is {record.status}."
     links = run_links(context, record)

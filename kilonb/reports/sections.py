@@ -8,7 +8,7 @@ __all__ = ['BAD_STATUSES', 'VERDICT_SIGNS', 'VERDICT_LOOKS', 'ReportContext', 'b
            'run_cell', 'gates_cell', 'duration_cell', 'files_cell', 'error_message', 'filter_field', 'published_figure',
            'gate_table', 'curves_section', 'environment_section']
 
-# %% ../../nbs/reports/sections.ipynb #80c9cec3
+# %% ../../nbs/reports/sections.ipynb #59ab3b09
 import html
 import math
 import os
@@ -18,9 +18,9 @@ from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote
 
-from ..core.text import format_duration, format_value
+from ..core.text import count_noun, format_duration, format_value
 from .charts import Series, line_chart, small_multiples
-from .html_parts import (Cell, count_noun, data_table, first_few, name_value_table, scalar_or_json, tag,
+from .html_parts import (Cell, data_table, first_few, name_value_table, scalar_or_json, tag,
                                        text_cell)
 from .scales import CATEGORY_COLOURS, colours_of, wants_log
 from ..runs.cohorts import Cohort, Member
@@ -28,7 +28,7 @@ from ..runs.statistics import ReportedResults, summarise
 from ..runs.comparison import compare_environments
 from ..runs.records import RunRecord
 from ..runs.status import FINISHED
-from ..runs.gates import GREEN, NOT_RUN, RED, GateLine
+from ..runs.gates import GREEN, NOT_JUDGED, NOT_RUN, RED, GateLine
 from ..runs.scalars import read_curves
 
 # %% ../../nbs/reports/sections.ipynb #9ca2f4f8
@@ -96,10 +96,10 @@ def run_cell(context: ReportContext, member: Member, coloured: bool = True) -> C
     style = f"color:{context.colours[member.key]}"
     return Cell(tag("i", "", class_="dot mark", data_run=member.key, style=style) + name)
 
-# %% ../../nbs/reports/sections.ipynb #b016bec8
+# %% ../../nbs/reports/sections.ipynb #27ea30d0
 def gates_cell(record: RunRecord) -> Cell:
     """`✔ 2/2`: how many of a run's gates are green, the missed ones in the tooltip; the status of an unfinished run."""
-    lines = record.report.lines
+    lines = record.report.judged
     if record.status != FINISHED:
         return Cell(html.escape(record.status), -1.0, "red" if record.status in BAD_STATUSES else "soft")
     if not lines: return Cell("", math.nan)
@@ -133,19 +133,25 @@ def filter_field(count: int, example: str, hint: str = "") -> str:
     shown = tag("output", count_noun(count, "run"), class_="shown")
     return tag("div", field + shown + (tag("span", html.escape(hint), class_="hint") if hint else ""), class_="tools")
 
-# %% ../../nbs/reports/sections.ipynb #50137594
-VERDICT_SIGNS = {GREEN: "✔ green", RED: "✘ red", NOT_RUN: "– not run"}
-VERDICT_LOOKS = {GREEN: "green strong", RED: "red strong", NOT_RUN: "amber"}
+# %% ../../nbs/reports/sections.ipynb #7d09df3f
+VERDICT_SIGNS = {GREEN: "✔ green", RED: "✘ red", NOT_RUN: "– not run", NOT_JUDGED: "– not judged here"}
+VERDICT_LOOKS = {GREEN: "green strong", RED: "red strong", NOT_RUN: "amber", NOT_JUDGED: "soft"}
 
 
 def published_figure(line: GateLine) -> str:
     """The published figure of a gate with its source in parentheses."""
     return format_value(line.gate.published) + (f" ({line.gate.source})" if line.gate.source else "")
 
-# %% ../../nbs/reports/sections.ipynb #7e417caf
+# %% ../../nbs/reports/sections.ipynb #955c536d
+def _verdict_cell(line: GateLine) -> Cell:
+    """The verdict of a gate; the kind of machine that it was set on in the tooltip of one that is not judged."""
+    where = f"set on {line.gate.machine}" if line.verdict == NOT_JUDGED else None
+    return Cell(tag("span", VERDICT_SIGNS[line.verdict], title=where), None, VERDICT_LOOKS[line.verdict])
+
+# %% ../../nbs/reports/sections.ipynb #b19317a3
 def _gate_row(leading: Sequence[str], line: GateLine) -> list[Cell]:
     return [*(text_cell(text, "long") for text in leading), text_cell(line.gate.result, "name"),
-            Cell(VERDICT_SIGNS[line.verdict], None, VERDICT_LOOKS[line.verdict]), text_cell(line.value, "n"),
+            _verdict_cell(line), text_cell(line.value, "n"),
             text_cell(line.gate.bound, "n"), text_cell(line.baseline, "n"), text_cell(line.gate.notes, "n"),
             text_cell(published_figure(line), "long")]
 

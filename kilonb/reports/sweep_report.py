@@ -8,26 +8,26 @@ __all__ = ['cohort_status', 'cohort_verdict', 'cohort_header', 'gate_summary', '
            'pareto_section', 'spread_column', 'conditions_section', 'effects_section', 'parallel_section',
            'parameters_section', 'cohort_sections']
 
-# %% ../../nbs/reports/sweep_report.ipynb #ba7280ca
+# %% ../../nbs/reports/sweep_report.ipynb #6870947b
 import html
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from ..core.text import format_duration, format_value
+from ..core.text import count_noun, format_duration, format_value
 from .charts import (Point, levels_chart, parallel_coordinates, pareto_front, scatter_chart,
                                    small_multiples)
-from .html_parts import (Cell, count_noun, data_table, first_few, key_figures, minute_of,
+from .html_parts import (Cell, data_table, first_few, key_figures, minute_of,
                                        name_value_table, number_column, report_header, rows_of, scalar_or_json,
                                        setting_column, shared_decimals, tag, text_cell, with_unit)
 from .scales import wants_log
-from .sections import (BAD_STATUSES, VERDICT_LOOKS, ReportContext, best_run, curves_section,
-                                     duration_cell, environment_section, error_message, files_cell, filter_field,
-                                     gates_cell, published_figure, run_cell)
+from .sections import (BAD_STATUSES, VERDICT_LOOKS, VERDICT_SIGNS, ReportContext, best_run,
+                                     curves_section, duration_cell, environment_section, error_message, files_cell,
+                                     filter_field, gates_cell, published_figure, run_cell)
 from ..runs.cohorts import Cohort, Member, is_seed, order_of
 from ..runs.statistics import Statistics, gates_of, main_effect, numeric_results, parameter_settings, summarise
 from ..runs.comparison import NOT_COMPARED
-from ..runs.gates import GREEN, RED, Gate, GateLine
+from ..runs.gates import GREEN, NOT_JUDGED, RED, Gate, GateLine
 from ..runs.records import data_label
 from ..runs.status import FINISHED, instant
 
@@ -88,14 +88,16 @@ def cohort_header(context: ReportContext) -> str:
     return (report_header(kind, cohort.name, facts, status, look, cohort_verdict(context))
             + key_figures(_cohort_figures(context)))
 
-# %% ../../nbs/reports/sweep_report.ipynb #91ee5b63
+# %% ../../nbs/reports/sweep_report.ipynb #7d72d1f5
 def _gate_summary_row(result: str, gate: Gate, lines: Sequence[tuple[Member, GateLine]]) -> list[Cell]:
     """How many runs pass one gate, mean ± standard deviation, the best run, bound, baseline and reference figures."""
     measured = [(float(line.value), member.key) for member, line in lines if summarise([line.value]).count]
     best, by = (max if gate.at_least is not None else min)(measured, key=lambda pair: pair[0], default=(None, ""))
-    green, baseline = sum(line.verdict == GREEN for _, line in lines), summarise([line.baseline for _, line in lines])
+    judged = [line for _, line in lines if line.verdict != NOT_JUDGED]
+    green, baseline = sum(line.verdict == GREEN for line in judged), summarise([line.baseline for _, line in lines])
     return [text_cell(result, "name"),
-            Cell(f"{green} of {len(lines)} green", None, VERDICT_LOOKS[GREEN if green == len(lines) else RED]),
+            Cell(f"{green} of {len(judged)} green" if judged else VERDICT_SIGNS[NOT_JUDGED], None,
+                 VERDICT_LOOKS[(GREEN if green == len(judged) else RED) if judged else NOT_JUDGED]),
             text_cell(str(summarise([value for value, _ in measured])), "n"), text_cell(best, "n"), text_cell(by),
             text_cell(gate.bound, "n"), text_cell(baseline.mean if baseline.count else None, "n"),
             text_cell(gate.notes, "n"), text_cell(published_figure(lines[-1][1]), "long")]

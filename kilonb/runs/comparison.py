@@ -6,11 +6,12 @@
 __all__ = ['NOT_COMPARED', 'DIGESTS', 'compare_runs', 'run_headings', 'flat_environment', 'compare_environments',
            'environment_differences', 'compare_rows', 'explain_difference']
 
-# %% ../../nbs/runs/comparison.ipynb #039ba21f
+# %% ../../nbs/runs/comparison.ipynb #9562f5e1
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..core.errors import shorten
 from ..core.text import format_value
 from .records import RunRecord
 
@@ -74,9 +75,9 @@ def _compared_environment(environment: Mapping[str, Any]) -> dict[str, Any]:
 # %% ../../nbs/runs/comparison.ipynb #9e0d20b6
 def _same(value: Any) -> str: return json.dumps(value, sort_keys=True, default=str)
 
-# %% ../../nbs/runs/comparison.ipynb #3db587a3
-_ORDER = ("data", "commit", "dirty", "changes", "seed", "python", "packages", "hardware", "threads", "platform", "host",
-          "command")
+# %% ../../nbs/runs/comparison.ipynb #f7448bd8
+_ORDER = ("data", "commit", "source", "dirty", "changes", "seed", "python", "packages", "hardware", "threads",
+          "platform", "host", "command")
 
 
 def _relevance(name: str) -> int:
@@ -134,11 +135,19 @@ def _data_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     elif one == two: yield f"Both ran on {describe(one)}: without a hash it is unknown whether the files were the same."
     else: yield f"The data differ: {describe(one)} in {a.name}, {describe(two)} in {b.name}."
 
-# %% ../../nbs/runs/comparison.ipynb #5ba146ef
+# %% ../../nbs/runs/comparison.ipynb #83f460e6
+def _source_sentences(a: RunRecord, b: RunRecord, one: str, two: str) -> Iterator[str]:
+    """Of runs without a commit: those of installed packages recorded version and digest of their files."""
+    if all(source.startswith("installed package") for source in (one, two)):
+        if one != two: yield f"The code differs: {shorten(one)} in {a.name}, {shorten(two)} in {b.name}."
+    else: yield "Neither run recorded a commit, so a difference in the code cannot be ruled out."
+
+# %% ../../nbs/runs/comparison.ipynb #a4b13c01
 def _code_sentences(a: RunRecord, b: RunRecord) -> Iterator[str]:
     commit, other = a.environment.get("commit"), b.environment.get("commit")
     if a.experiment != b.experiment: yield f"They are different experiments: {a.experiment} and {b.experiment}."
-    if not commit and not other: yield "Neither run recorded a commit, so a difference in the code cannot be ruled out."
+    sources = [str(record.environment.get("source") or "") for record in (a, b)]
+    if not commit and not other: yield from _source_sentences(a, b, *sources)
     elif not commit or not other:
         yield f"{(a if not commit else b).name} recorded no commit, so the code cannot be compared."
     elif commit != other: yield f"The code differs: commit {_short(commit)} in {a.name}, {_short(other)} in {b.name}."

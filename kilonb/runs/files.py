@@ -110,7 +110,7 @@ _OPTIONAL_TEXT, _SECONDS, _COUNT = (_is_optional_text, "a text"), (_is_seconds, 
 _OBJECT, _TEXTS, _TABLES = (_is_object, "an object"), (_is_texts, "an object of texts"), (
     _is_tables, "an object of lists of rows")
 
-# %% ../../nbs/runs/files.ipynb #7e9d4a20
+# %% ../../nbs/runs/files.ipynb #ced16ebd
 ENTRIES: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "status": {
         "status": (_is_status, "one of the known states"), "experiment": _NAME, "started": _TIME, "changed": _TIME,
@@ -119,7 +119,7 @@ ENTRIES: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "environment": {
         "data": (_is_data, "a list of datasets"), "seed": (_is_scalar, "a number"), "packages": _TEXTS,
         "threads": _TEXTS, "hardware": (_is_hardware, "an object of texts and numbers"),
-        "commit": _OPTIONAL_TEXT, "changes": _OPTIONAL_TEXT,
+        "commit": _OPTIONAL_TEXT, "changes": _OPTIONAL_TEXT, "source": _OPTIONAL_TEXT,
         "dirty": (_is_optional_flag, "true or false"), "command": _TEXT, "python": _TEXT, "platform": _TEXT,
         "host": _TEXT},
     "results": {

@@ -9,7 +9,7 @@ __all__ = ['NOT_SETTINGS', 'matches_test', 'RunFacts', 'RunCondition', 'GateEntr
            'read_gate_file', 'gate_files', 'default_parameters', 'rules_of', 'run_facts', 'declared_gates',
            'gates_by_condition', 'settings_gap']
 
-# %% ../../nbs/runs/gate_files.ipynb #46897a71
+# %% ../../nbs/runs/gate_files.ipynb #5093e61f
 import functools
 import itertools
 import os
@@ -22,9 +22,8 @@ from typing import Any
 from ..core.configs import build_config, checked, to_dict
 from ..core.documents import read_yaml
 from ..core.errors import KiloError, shorten, unknown_name
-from ..core.files import current_folder
+from ..core.locations import source_root
 from ..core.text import format_value
-from .environment import checkout_root
 from .gates import Gate
 from .note_figures import NOTES_NAME, read_notes, with_note_figures
 from .notebooks import Notebook, list_notebooks, read_notebook
@@ -118,12 +117,12 @@ def _test_words(test: Any) -> str:
     if isinstance(test, list): return " or ".join(map(_test_words, test)) or "empty"
     return "not given" if test is None else repr(test) if test == "" else format_value(test)
 
-# %% ../../nbs/runs/gate_files.ipynb #42209a82
+# %% ../../nbs/runs/gate_files.ipynb #e56ae80e
 @dataclass(frozen=True)
 class GateEntry:
     """A gate in gates.yaml with its conditions, or a list of gates that share them.
 
-    The fields up to `plus` are those of Gate. at_least_parameter, at_most_parameter: the bound is the value of that
+    The fields up to `machine` are those of Gate. at_least_parameter, at_most_parameter: the bound is the value of that
     parameter. each: values, or the name of a list parameter, for which the entry is repeated.
     """
 
@@ -138,6 +137,7 @@ class GateEntry:
     at_most_result: str = ""
     factor: float = 1.0
     plus: float = 0.0
+    machine: str = ""
     at_least_parameter: str = ""
     at_most_parameter: str = ""
     when: RunCondition | None = None
@@ -240,17 +240,15 @@ def read_gate_file(path: str | os.PathLike) -> dict[str, ExperimentGates]:
     except OSError as error: raise KiloError(f"Cannot read {path}: {error.strerror}.") from None
     return dict(_read_file(os.fspath(path), (found.st_mtime_ns, found.st_size)))
 
-# %% ../../nbs/runs/gate_files.ipynb #8f8ba805
+# %% ../../nbs/runs/gate_files.ipynb #22edd8f4
 def _notebook_root(root: str | os.PathLike | None) -> Path:
-    """The folder that holds `nbs`: `root`, the checkout, or the current folder or one above it with a gates.yaml."""
-    if root is not None or checkout_root(): return Path(root or checkout_root())
-    here = current_folder()
-    return next((one for one in (here, *here.parents) if any(one.glob("nbs/*/gates.yaml"))), here)
+    """The folder that holds `nbs`: `root`, else the checkout or that of the installed package."""
+    return Path(root or source_root())
 
-# %% ../../nbs/runs/gate_files.ipynb #51acf83f
+# %% ../../nbs/runs/gate_files.ipynb #6ec13b4e
 def gate_files(root: str | os.PathLike | None = None) -> dict[str, ExperimentGates]:
-    """Experiment -> its gates, from every `nbs/*/gates.yaml`. root: the folder that holds `nbs`; default: the checkout,
-    else the current folder or one above it. Raises KiloError where two files have gates for one experiment."""
+    """Experiment -> its gates, from every `nbs/*/gates.yaml`. root: the folder that holds `nbs` (default:
+    `source_root()`). Raises KiloError where two files have gates for one experiment."""
     found: dict[str, ExperimentGates] = {}
     for path in sorted(_notebook_root(root).glob("nbs/*/gates.yaml")):
         for name, one in read_gate_file(path).items():

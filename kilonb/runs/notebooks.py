@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Parameter', 'read_parameters', 'Notebook', 'read_notebook', 'code_cells', 'count_cells', 'free_parameters',
-           'typed_values', 'split_assignment', 'list_notebooks', 'find_notebook', 'without_address_grammar']
+           'typed_values', 'split_assignment', 'list_notebooks', 'find_notebook', 'notebook_questions',
+           'without_address_grammar']
 
-# %% ../../nbs/runs/notebooks.ipynb #0eddf713
+# %% ../../nbs/runs/notebooks.ipynb #e43ff633
 import ast
 import io
 import os
@@ -21,8 +22,8 @@ from typing import Any, Literal, Optional, Union
 from ..core.configs import annotation_of, check_value, parse_value, type_name
 from ..core.documents import read_json
 from ..core.errors import KiloError, shorten, unknown_name
-from ..core.files import absolute_path, current_folder
-from .environment import checkout_root
+from ..core.files import absolute_path
+from ..core.locations import source_root
 from .settings import SETTINGS, config_paths, nested_parameters, typed_settings
 
 # %% ../../nbs/runs/notebooks.ipynb #97bc24d1
@@ -242,10 +243,11 @@ def split_assignment(text: str) -> tuple[str, str]:
         raise KiloError(f"{shorten(text)} is not of the form name=value.")
     return name.strip(), value
 
-# %% ../../nbs/runs/notebooks.ipynb #116762ba
+# %% ../../nbs/runs/notebooks.ipynb #ba4d919d
 def list_notebooks(kind: str = "experiments", root: str | os.PathLike | None = None) -> dict[str, Path]:
-    """Name -> path of the notebooks in `nbs/<kind>`, sorted. root: of the checkout."""
-    folder = Path(root or checkout_root() or current_folder()) / "nbs" / kind
+    """Name -> path of the notebooks in `nbs/<kind>`, sorted. root: the folder that holds `nbs` (default:
+    `source_root()`)."""
+    folder = Path(root or source_root()) / "nbs" / kind
     return {path.stem: path for path in sorted(folder.glob("*.ipynb")) if not path.name.startswith(("_", "."))}
 
 # %% ../../nbs/runs/notebooks.ipynb #22424cac
@@ -261,6 +263,16 @@ def find_notebook(name: str, kind: str = "experiments", root: str | os.PathLike 
     known = list_notebooks(kind, root)
     if name not in known: raise unknown_name(kind.rstrip("s"), name, known)
     return known[name]
+
+# %% ../../nbs/runs/notebooks.ipynb #4e703aad
+def notebook_questions(kind: str = "experiments", root: str | os.PathLike | None = None) -> dict[str, str]:
+    """Name -> the one-sentence summary of each notebook in `nbs/<kind>`: its question, or what it does. A notebook that
+    cannot be read says why."""
+    found = {}
+    for name, path in list_notebooks(kind, root).items():
+        try: found[name] = _first_line(_cells(path), "> ")
+        except KiloError as error: found[name] = str(error)
+    return found
 
 # %% ../../nbs/runs/notebooks.ipynb #1cc9a070
 @contextmanager

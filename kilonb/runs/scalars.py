@@ -103,7 +103,7 @@ def read_scalars(folder: str | os.PathLike) -> dict[str, np.ndarray]:
     for name, (rows, values) in table.items(): dense[name][rows] = values
     return {**dense, "step": dense["step"].astype(np.int64)}
 
-# %% ../../nbs/runs/scalars.ipynb #b2654305
+# %% ../../nbs/runs/scalars.ipynb #424874d4
 _NOT_OWN = frozenset({"earlier", "checkpoints", "pictures", "figures"})
 
 
@@ -111,7 +111,9 @@ def find_scalars(folder: str | os.PathLike) -> dict[str, Path]:
     """The scalars files of a run: folder below the run's ("" for its own, `rays`, `rays/fine`) -> path, the highest
     first."""
     folder, found = Path(folder), {}
-    for path in sorted(folder.rglob(SCALARS_NAME)):
+    try: paths = sorted(folder.rglob(SCALARS_NAME))
+    except FileNotFoundError: return {}                  # deleted meanwhile
+    for path in paths:
         below = path.relative_to(folder).parent
         if not any(part in _NOT_OWN or part.startswith(".") for part in below.parts):
             found["" if below == Path() else below.as_posix()] = path

@@ -8,7 +8,7 @@ settings, in one table.
 __all__ = ['UNREADABLE', 'judged_report', 'settings_of', 'source_run_gap', 'decisive_run', 'ExperimentStatus',
            'status_dict', 'GateOverview', 'overview_rows', 'overview_dict', 'gate_overview']
 
-# %% ../../nbs/runs/verdicts.ipynb #14ac2dd3
+# %% ../../nbs/runs/verdicts.ipynb #d88c1101
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,10 +21,21 @@ from .folders import outputs_root
 from .records import RunRecord, data_label, find_run, list_runs, read_run
 from .status import FINISHED
 from .gate_files import declared_gates, gates_by_condition, rules_of, run_facts, settings_gap
-from .gates import GREEN, HEADINGS, NO_GATES, NOT_RUN, PARTLY_RUN, RED, Gate, GateReport, check_gates
+from kilonb.runs.gates import (
+    GREEN,
+    HEADINGS,
+    NO_GATES,
+    NOT_JUDGED,
+    NOT_RUN,
+    PARTLY_RUN,
+    RED,
+    Gate,
+    GateReport,
+    check_gates,
+)
 from .notebooks import list_notebooks
 
-# %% ../../nbs/runs/verdicts.ipynb #78565e0f
+# %% ../../nbs/runs/verdicts.ipynb #9d1de4c3
 def judged_report(record: RunRecord, root: str | os.PathLike | None = None) -> GateReport:
     """The gates of a run as gates.yaml has them today, under the run's data and parameters.
 
@@ -34,7 +45,8 @@ def judged_report(record: RunRecord, root: str | os.PathLike | None = None) -> G
     """
     if rules_of(record.experiment, root) is None: return record.report
     gates = declared_gates(record.experiment, record.parameters, record.environment.get("data"), record.results, root)
-    return check_gates(record.results, gates, record.baselines, settings_of(record, root))
+    return check_gates(record.results, gates, record.baselines, settings_of(record, root),
+                       record.environment.get("hardware"))
 
 # %% ../../nbs/runs/verdicts.ipynb #6f001234
 def settings_of(record: RunRecord, root: str | os.PathLike | None = None) -> str:
@@ -126,7 +138,7 @@ def status_dict(status: ExperimentStatus) -> dict[str, Any]:
             "ok": status.state == GREEN, "note": status.note, "passed_over": passed_over,
             "gates": status.report.to_dict()}
 
-# %% ../../nbs/runs/verdicts.ipynb #577f8295
+# %% ../../nbs/runs/verdicts.ipynb #ec521395
 @dataclass(frozen=True, repr=False)
 class GateOverview:
     """The statuses of experiments by name and data. unreadable: a sentence for each damaged run."""
@@ -137,7 +149,7 @@ class GateOverview:
     @property
     def ok(self) -> bool:
         """Every experiment that has gates is green; a gate that was not run is not."""
-        return all(status.state in (GREEN, NO_GATES) for status in self.statuses)
+        return all(status.state in (GREEN, NO_GATES, NOT_JUDGED) for status in self.statuses)
 
     @property
     def verdict(self) -> str:
@@ -152,8 +164,10 @@ class GateOverview:
 
     def sentence(self) -> str:
         """The overview in one sentence."""
+        elsewhere = self.count(NOT_JUDGED)
         found = (f"{self.verdict.capitalize()}: of {sum(len(one.report.lines) for one in self.statuses)} gates "
-                 f"{self.count(GREEN)} are green, {self.count(RED)} red, {self.count(NOT_RUN)} not run")
+                 f"{self.count(GREEN)} are green, {self.count(RED)} red, {self.count(NOT_RUN)} not run"
+                 + (f", {elsewhere} not judged on the machine of their run" if elsewhere else ""))
         missed = [f"{one.experiment} on {one.data}: {line.gate.result} is {format_value(line.value)} "
                   f"({line.gate.bound})" for one in self.statuses for line in one.report.lines if line.verdict == RED]
         return found + (f"; {'; '.join(missed)}." if missed else ".")
@@ -171,7 +185,7 @@ class GateOverview:
         names = [f"verdict-{row[-1].replace(' ', '-')}" for row in rows]
         return html_table(("experiment", "data", "run", *HEADINGS), rows, names)
 
-# %% ../../nbs/runs/verdicts.ipynb #a7cb73c0
+# %% ../../nbs/runs/verdicts.ipynb #cd3df43a
 def overview_rows(overview: GateOverview) -> list[list[str]]:
     """The cells of the overview's table, a row for each gate; experiment, data and run are in the first row of each."""
     rows = []
@@ -185,7 +199,7 @@ def overview_rows(overview: GateOverview) -> list[list[str]]:
 
 def overview_dict(overview: GateOverview) -> dict[str, Any]:
     """The overview as plain values, for `kilonb gates --json`."""
-    counts = {verdict: overview.count(verdict) for verdict in (GREEN, RED, NOT_RUN)}
+    counts = {verdict: overview.count(verdict) for verdict in (GREEN, RED, NOT_RUN, NOT_JUDGED)}
     return {"ok": overview.ok, "verdict": overview.verdict, "counts": counts,
             "verdicts": [status_dict(one) for one in overview.statuses],
             "unreadable": list(overview.unreadable)}

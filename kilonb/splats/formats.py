@@ -74,7 +74,7 @@ def write_splat(path: str | os.PathLike, gaussians: Gaussians) -> None:
     table["rotation"] = (unit * 128 + 128).round().clamp(0, 255).to(torch.uint8).numpy()
     with atomic_write(path) as partial: Path(partial).write_bytes(table.tobytes())
 
-# %% ../../nbs/splats/formats.ipynb #77a6d3de
+# %% ../../nbs/splats/formats.ipynb #74aa8b86
 _WAY_OUT = "open it in SuperSplat (superspl.at/editor) or with splat-transform and save it as a PLY"
 _FOREIGN = [(rb"PK\x03\x04.{26}(?:archive/|[^/]{1,40}/data\.pkl|[^/]{1,40}\.npy)",
              "is a file of PyTorch or NumPy, not gaussians: export a PLY from the program that wrote it"),
@@ -85,7 +85,7 @@ _FOREIGN = [(rb"PK\x03\x04.{26}(?:archive/|[^/]{1,40}/data\.pkl|[^/]{1,40}\.npy)
              f"is a zip archive, perhaps a SOG bundle of gaussians (.sog), which is not read: {_WAY_OUT}"),
             (rb"version https://git-lfs",
              "is a Git LFS pointer, not the file itself: run 'git lfs pull' where it came from"),
-            (rb"\s*<", "is a page of HTML or XML, not gaussians: its download failed or asked to log in"),
+            (rb"\s*<", "begins like a page of HTML or XML, not like gaussians: a download that failed gives such a file"),
             (rb"\s*\{", f"is JSON, perhaps the meta.json of a SOG folder, which is not read: {_WAY_OUT}"),
             (rb"\x89PNG|\xff\xd8\xff|RIFF", "is a picture, not gaussians"),
             (rb"glTF", f"is a glTF scene (.glb), which is not read: {_WAY_OUT}")]

@@ -38,23 +38,23 @@ def progress_bar(description: str, step: int, total: int, text: str = "", column
     filled = min(cells, cells * step // total)
     return (head + "█" * filled + "·" * (cells - filled) + count + text)[:max(1, columns - 1)].rstrip()
 
-# %% ../../nbs/training/progress.ipynb #716b47c8
+# %% ../../nbs/training/progress.ipynb #8f971f51
 class RecentSpeed:
-    """Steps per second over about the last `window_s` seconds."""
+    """Steps per second over about the last `window_s` seconds, from the first call of `at` on."""
 
-    def __init__(self, step: int = 0, window_s: float = 30.0, now: float | None = None):
-        self.window_s = window_s
-        self.points = deque([(time.perf_counter() if now is None else now, step)])
+    def __init__(self, window_s: float = 30.0):
+        self.window_s, self.points = window_s, deque()
 
     def at(self, step: int, now: float | None = None) -> float:
-        """The speed once `step` steps are done; 0 where no time has passed."""
+        """The speed once `step` steps are done; 0 where it is not known yet. now: seconds of a clock."""
         now = time.perf_counter() if now is None else now
+        if not self.points: self.points.append((now, step))
         if now - self.points[-1][0] >= self.window_s / 20: self.points.append((now, step))
         while len(self.points) > 2 and now - self.points[1][0] >= self.window_s: self.points.popleft()
         began, first = self.points[0]
         return (step - first) / (now - began) if now > began else 0.0
 
-# %% ../../nbs/training/progress.ipynb #e8b64238
+# %% ../../nbs/training/progress.ipynb #65a5eedf
 class Progress:
     """Progress of a run: a bar on a terminal, else the first and last line, and at most one every `every_s` seconds.
 
@@ -67,7 +67,7 @@ class Progress:
         self.total, self.description, self.quiet, self.stream = total, description, quiet, stream or sys.stdout
         self.in_place = not quiet and self.stream.isatty()
         self.every_s = 0.2 if self.in_place else every_s
-        self.speed, self.printed_at, self.drawn = RecentSpeed(start), None, False
+        self.speed, self.printed_at, self.drawn = RecentSpeed(), None, False
 
     def update(self, step: int, values: Mapping[str, float] | None = None) -> None:
         """Show that `step` steps are done, with `values`, the last logged numbers."""

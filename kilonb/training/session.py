@@ -6,7 +6,7 @@
 __all__ = ['DEVICES', 'notebook_parameters', 'choose_device', 'Session', 'open_session', 'configure_session',
            'fixed_parameters', 'leave_group', 'finish_session']
 
-# %% ../../nbs/training/session.ipynb #4d89b2bb
+# %% ../../nbs/training/session.ipynb #938cc4cc
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +18,8 @@ import torch
 from ..core.configs import to_dict
 from ..core.errors import KiloError
 from ..core.files import write_json
-from ..data.references import DataReference, resolve_data
+from ..core.compiling import announce_compiling
+from ..data.references import DataReference, check_data, resolve_data
 from ..runs.folders import Run, RunResult, open_run
 from ..runs.gate_files import declared_gates, settings_gap
 from ..runs.gates import Gate
@@ -26,6 +27,7 @@ from ..runs.settings import (FREE_SETTINGS, SETTINGS, config_paths, configure, f
                                   typed_settings)
 from .determinism import deterministic_from_environment
 from .extending import check_extended
+from .loggers import finish_loggers, make_loggers, send_picture, start_loggers
 from kilonb.training.parallel import (
     ProcessGroup,
     World,
@@ -124,14 +126,12 @@ class Session:
         """Write the results and check the gates, see `finish_session`."""
         return finish_session(self, results, gates, **more)
 
-# %% ../../nbs/training/session.ipynb #9690c8fd
+# %% ../../nbs/training/session.ipynb #8e58a19c
 def _resolve(parameters: Mapping[str, Any], kinds: Sequence[str]) -> DataReference | None:
     """The reference of the parameter `data`, or None without one. Raises KiloError where its kind is not in `kinds`."""
     if "data" not in parameters: return None
-    reference = resolve_data(parameters["data"])
-    if kinds and reference.kind not in kinds:
-        raise KiloError(f"data '{parameters['data']}' is of kind {reference.kind}; expected {' or '.join(kinds)}.")
-    return reference
+    check_data(parameters["data"], kinds)
+    return resolve_data(parameters["data"])
 
 # %% ../../nbs/training/session.ipynb #dd74be26
 def _open_run(experiment: str, parameters: Mapping[str, Any], reference: Any, world: World,
@@ -144,10 +144,17 @@ def _open_run(experiment: str, parameters: Mapping[str, Any], reference: Any, wo
     folder, resumed = from_first((str(run.folder), run.resumed) if run else None, world)
     return run, Path(folder), resumed
 
-# %% ../../nbs/training/session.ipynb #8baa2bf8
+# %% ../../nbs/training/session.ipynb #809ac3fa
+def _log_elsewhere(run: Run | None, loggers: Mapping[str, Any]) -> None:
+    """Start the loggers of a run that is open on this rank; they get every figure that the run saves."""
+    if run is None: return
+    sent = start_loggers(run.folder, run.parameters, loggers)
+    run.figure_saved = lambda path: send_picture(sent, path)
+
+# %% ../../nbs/training/session.ipynb #f7547372
 def open_session(experiment: str, parameters: Mapping[str, Any] | None = None, *, kinds: Sequence[str] = (),
                  data: Any = None, devices: Sequence[str] = DEVICES, check: Callable[[Any], Any] | None = None,
-                 outputs: str | None = None, timeout_s: float = 600.0) -> Session:
+                 outputs: str | None = None, timeout_s: float = 600.0, loggers: Sequence[Any] | None = None) -> Session:
     """Open an experiment: resolve its data, join the ranks, open or resume its run folder.
 
     parameters: name -> value; None reads the annotated variables of the caller's module or notebook. Those with a
@@ -156,7 +163,8 @@ def open_session(experiment: str, parameters: Mapping[str, Any] | None = None, *
     (`()`: none), in place of the parameter's. devices: which device types it can compute on.
     check: called with the references before a folder is taken; raises KiloError to refuse the run.
     outputs: where fresh folders are made (default `outputs_root()`). timeout_s: seconds to wait for other ranks.
-    Raises KiloError: unknown setting or device, bad data, a folder in use, a rank that does not come.
+    loggers: names or objects (`training.loggers`); None: those of the environment variable KILONB_LOGGERS.
+    Raises KiloError: unknown setting, device or logger, bad data, a folder in use, a rank that does not come.
     """
     paths = ()
     if parameters is None:
@@ -167,12 +175,14 @@ def open_session(experiment: str, parameters: Mapping[str, Any] | None = None, *
     device = choose_device(parameters.get("device", "auto"), devices)
     deterministic_from_environment(parameters.get("seed"))
     world = world_from_environment(device=device.type, timeout_s=timeout_s)
-    group = join(world)
+    group, made = join(world), make_loggers(loggers) if world.first else {}
+    if world.first: announce_compiling()
     with together(world):
         reference = data
         with first_goes_ahead(world): reference = _resolve(parameters, kinds) if data is None else data
         if check is not None: check(reference)
         run, folder, resumed = _open_run(experiment, parameters, reference, world, outputs)
+    _log_elsewhere(run, made)
     plain = {name: value for name, value in parameters.items() if name != SETTINGS}
     return Session(experiment, plain, settings, reference, torch.device(world.device), world, group, folder, resumed,
                    run)
@@ -207,7 +217,7 @@ def leave_group(session: Session) -> None:
     session.group.leave()
     if not session.first: raise SystemExit
 
-# %% ../../nbs/training/session.ipynb #111c732d
+# %% ../../nbs/training/session.ipynb #b7af9b42
 def finish_session(session: Session, results: Mapping[str, Any], gates: Sequence[Gate] | None = None,
                    baselines: Mapping[str, Any] | None = None,
                    tables: Mapping[str, Sequence[Mapping[str, Any]]] | None = None) -> RunResult:
@@ -229,4 +239,6 @@ def finish_session(session: Session, results: Mapping[str, Any], gates: Sequence
     flat, measured = {**session.parameters, **session.settings}, {**results, **ranks}
     data = session.reference if session.reference is not None else ()
     if gates is None: gates = declared_gates(session.experiment, flat, data, measured)
-    return session.run.finish(measured, gates, baselines, tables, settings_gap(session.experiment, flat, measured))
+    outcome = session.run.finish(measured, gates, baselines, tables, settings_gap(session.experiment, flat, measured))
+    finish_loggers(session.folder, outcome.results)
+    return outcome

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from kilonb.batch.states import describe_state, read_progress, read_watched
 from kilonb.batch.sweeps import combinations, read_sweep_file
 from kilonb.core.errors import KiloError
 from kilonb.core.files import write_json
+from kilonb.reports.headline import headline_html, headline_picture
 from kilonb.runs.archive import archive_runs
 from kilonb.runs.cohorts import read_cohort
 from kilonb.runs.comparison import compare_runs, explain_difference
@@ -91,6 +93,25 @@ def _wrong_record(record: Any) -> str:
         if line.verdict == "green" and not (isinstance(line.value, (int, float)) and math.isfinite(line.value)):
             return "green without a number"
     return ""
+
+
+def _pictured_run(folder: Path) -> Path:
+    """A finished run with two figures, one of which is its headline."""
+    run = _finished_run(folder)
+    (run / "figures").mkdir(exist_ok=True)
+    for name in ("predictions", "curves"): Image.new("RGB", (12, 8), "teal").save(run / "figures" / f"{name}.png")
+    return run
+
+
+def _read_headline(path: Path) -> Any:
+    folder = path.parent.parent if path.parent.name == "figures" else path.parent
+    return folder, headline_picture(folder), headline_html(read_run(folder))[0]
+
+
+def _wrong_headline(value: Any) -> str:
+    folder, picture, shown = value
+    if picture is not None and picture.parent != folder / "figures": return f"a headline outside the run: {picture}"
+    return "" if shown.startswith("<div") and "<script" not in shown else "no headline"
 
 
 def _read_gates(path: Path) -> Any:
@@ -396,6 +417,11 @@ READERS = [
         check=_wrong_progress,
         **_file_of_run("progress.json"),
     ),
+    Reader("headline_text", "text", lambda folder: [b"predictions.png", b"none.png"], _read_headline, _wrong_headline,
+           prepare=lambda folder: _pictured_run(folder) / "headline.txt", tolerant=True),
+    Reader("headline_png", "png", lambda folder: [(_pictured_run(folder) / "figures" / "predictions.png").read_bytes()],
+           _read_headline, _wrong_headline, tolerant=True,
+           prepare=lambda folder: _pictured_run(folder) / "figures" / "predictions.png"),
     Reader(
         "gates_yaml",
         "yaml",

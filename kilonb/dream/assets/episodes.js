@@ -40,7 +40,8 @@
 
   const drawLine = () => {
     const marks = Object.entries(episode.marks), top = episode.probability ? CURVE : 2;
-    line.width = Math.max(300, line.parentElement.clientWidth - 290);
+    const room = line.parentElement.clientWidth, below = window.matchMedia("(max-width: 640px)").matches;
+    line.width = Math.max(300, below ? room : room - 290);
     line.height = top + ROW * marks.length + FOOT;
     const context = line.getContext("2d"), scale = (line.width - LEFT - 4) / episode.frames;
     context.font = "12px system-ui, sans-serif";
@@ -55,8 +56,9 @@
       drawCurve(context, scale, episode.probability.map(() => episode.threshold), "#e6aaaa");
     }
     marks.forEach(([name, times], row) => {
-      context.fillStyle = data.colours[name] ?? "#000";
+      context.fillStyle = "#1d2129";
       context.fillText(name.replace("_", " "), 2, top + row * ROW + 1);
+      context.fillStyle = data.colours[name] ?? "#000";
       for (const t of times) context.fillRect(LEFT + t * scale, top + row * ROW + 1, Math.max(1.5, scale - 1), ROW - 4);
     });
     context.fillStyle = "#5c6470";

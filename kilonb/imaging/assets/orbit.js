@@ -251,7 +251,7 @@ function picture(name) {
 class Clock {
   constructor([first, last, step], get, set, ended) {
     Object.assign(this, { first, last, step, get, set, ended, began: null, timer: 0 });
-    this.slider = slider("time", first, last, step, (t) => `${t.toFixed(2)} s`, (t) => {
+    this.slider = slider("time", first, last, step, (t) => `${t.toFixed(2)} s`.replace(/^-(0\.00 )/, "$1"), (t) => {
       this.stop();
       set(t);
     });
@@ -399,7 +399,8 @@ function render({ model, el }) {
   const hint = make("p", {
     className: "hint",
     textContent:
-      "drag: orbit · wheel: zoom · shift-drag: pan · w s a d q e: move · double-click: reset" +
+      "drag or arrow keys: orbit · wheel, + or -: zoom · shift-drag: pan · two fingers: both · w s a d q e: move · " +
+      "double-click: reset" +
       (view.clock ? " · space: play · , .: step in time" : ""),
   });
   const root = make("section", {

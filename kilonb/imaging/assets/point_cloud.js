@@ -60,6 +60,7 @@ const traces = () => {
     },
   ];
 };
+const narrow = document.body.clientWidth < 640; // the legend above the points instead of beside them
 const layout = {
   height: Math.max(480, innerHeight - 160),
   margin: { l: 0, r: 0, t: 0, b: 0 },
@@ -71,7 +72,7 @@ const layout = {
     zaxis: { title: { text: "up, m" } },
     camera: { eye: { x: -0.6, y: 0, z: 0.6 } },
   },
-  legend: { itemsizing: "constant" },
+  legend: { itemsizing: "constant", ...(narrow ? { orientation: "h", x: 0, y: 1, yanchor: "bottom" } : {}) },
 };
 const draw = () =>
   Plotly.react(plot, traces(), layout, { responsive: true, displaylogo: false }).then(() => {

@@ -15,6 +15,8 @@ const rows = Array.from({ length: height }, (_, y) =>
 );
 const marks = [2, 5, 10, 20, 50, 100],
   panels = ["", "2", "3"];
+const narrow = document.body.clientWidth < 640; // the bar below instead of beside the pictures
+const beside = narrow ? 50 : 150;
 const empty = (n) => ({ type: "scatter", x: [], y: [], xaxis: "x" + n, yaxis: "y" + n, showlegend: false });
 const heatmap = {
   type: "heatmap",
@@ -31,8 +33,9 @@ const heatmap = {
     title: { text: "range, m" },
     tickvals: marks.map(Math.log10),
     ticktext: marks.map(String),
-    len: 0.33,
-    y: 0.5,
+    ...(narrow
+      ? { orientation: "h", len: 1, thickness: 12, y: -0.12, yanchor: "top" }
+      : { len: 0.33, y: 0.5 }),
   },
 };
 const picture = (url, n) => ({
@@ -49,8 +52,9 @@ const picture = (url, n) => ({
 
 const xs = [],
   ys = [];
-for (let degrees = -180; degrees <= 180; degrees += 30) xs.push(degrees);
-for (let k = 0; k <= 4; k++) ys.push(Math.round((k * (height - 1)) / 4));
+for (let degrees = -180; degrees <= 180; degrees += narrow ? 90 : 30) xs.push(degrees);
+const steps = narrow ? 2 : 4;
+for (let k = 0; k <= steps; k++) ys.push(Math.round((k * (height - 1)) / steps));
 const plain = { showgrid: false, zeroline: false };
 const xAxis = {
   ...plain,
@@ -66,8 +70,8 @@ const yAxis = {
   ticktext: ys.map((y) => (Math.round(data.elevation_deg[y]) || 0) + "\u00b0"),
 };
 const layout = {
-  height: Math.max(420, Math.min(1000, (3.2 * (document.body.clientWidth - 150) * height) / width + 140)),
-  margin: { l: 50, r: 20, t: 25, b: 30 },
+  height: Math.max(420, Math.min(1000, (3.2 * (document.body.clientWidth - beside) * height) / width + 140)),
+  margin: narrow ? { l: 38, r: 6, t: 25, b: 110 } : { l: 50, r: 20, t: 25, b: 30 },
   dragmode: "zoom",
   hovermode: false,
   plot_bgcolor: "#000",
@@ -125,6 +129,20 @@ const pixelUnder = (event) => {
   }
   return "";
 };
+// Keys: arrows move by a tenth of what is shown, + and - zoom, 0 shows all.
+const keys = { ArrowLeft: [-0.1, 0], ArrowRight: [0.1, 0], ArrowUp: [0, -0.1], ArrowDown: [0, 0.1] };
+const shownAfter = (key) => {
+  if (key === "0") return { "xaxis.range": [-0.5, width - 0.5], "yaxis.range": [height - 0.5, -0.5] };
+  const scale = { "+": 0.8, "=": 0.8, "-": 1.25 }[key] ?? 1,
+    move = keys[key] ?? [0, 0];
+  const range = (axis, share) => {
+    const [low, high] = axis.range,
+      middle = (low + high) / 2 + share * Math.abs(high - low);
+    return [middle - ((high - low) / 2) * scale, middle + ((high - low) / 2) * scale];
+  };
+  const { xaxis, yaxis } = plot._fullLayout;
+  return { "xaxis.range": range(xaxis, move[0]), "yaxis.range": range(yaxis, move[1]) };
+};
 const traces = [empty(""), heatmap, empty("3")];
 Plotly.newPlot(plot, traces, layout, { responsive: true, scrollZoom: true, displaylogo: false }).then(() => {
   plot.addEventListener("mousemove", (event) => {
@@ -135,6 +153,14 @@ Plotly.newPlot(plot, traces, layout, { responsive: true, scrollZoom: true, displ
   });
   plot.addEventListener("mouseleave", () => {
     tip.style.display = "none";
+  });
+  plot.tabIndex = 0;
+  plot.setAttribute("role", "application");
+  plot.setAttribute("aria-label", "panorama: arrow keys to move, + and - to zoom, 0 for all");
+  plot.addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || !(event.key in keys || "+-=0".includes(event.key))) return;
+    event.preventDefault();
+    Plotly.relayout(plot, shownAfter(event.key));
   });
   document.body.dataset.drawn = "yes";
 });
