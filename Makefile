@@ -75,6 +75,9 @@ help:
 define INSTALL
 log=.venv/install.log
 say() {
+    case "$$(tail -n 1 $$log 2>/dev/null)" in
+        "WARNING: Retrying"*) echo "  pip cannot reach a package index and tries again, $$1 s: see $$log"; return ;;
+    esac
     found=$$(grep -oE '^(Collecting|Processing|Installing collected)' $$log 2>/dev/null)
     case "$$found" in
         "") echo "  making .venv, $$1 s" ;;

@@ -12,7 +12,8 @@ CUT_OFF = """() => {
       let box = node.parentElement;
       for (; box && getComputedStyle(box).overflowX === "visible"; box = box.parentElement);
       const right = node.getBoundingClientRect().right;
-      if ((!box || box === document.body) && right > window.innerWidth + 1) wrong.push(`beyond the edge: ${name(node)}`);
+      const free = !box || box === document.body;
+      if (free && right > window.innerWidth + 1) wrong.push(`beyond the edge: ${name(node)}`);
     }
   }
   for (const node of document.body.querySelectorAll("*")) {
@@ -24,7 +25,8 @@ CUT_OFF = """() => {
       if (node.innerText?.trim() && !cue) wrong.push(`cut off: ${name(node)}`);
       continue;
     }
-    const painted = [style, getComputedStyle(node, "::after")].some((one) => /gradient/.test(one.backgroundImage + one.maskImage));
+    const shadow = (one) => /gradient/.test(one.backgroundImage + one.maskImage);
+    const painted = shadow(style) || shadow(getComputedStyle(node, "::after"));
     const hint = node.parentElement.querySelector(":scope > .swipe");
     if (!painted && !hint?.checkVisibility()) wrong.push(`scrolls sideways without a cue: ${name(node)}`);
   }
@@ -33,14 +35,39 @@ CUT_OFF = """() => {
     let svg = text.ownerSVGElement;
     while (svg.ownerSVGElement) svg = svg.ownerSVGElement;
     const [inside, box] = [text.getBoundingClientRect(), svg.getBoundingClientRect()];
-    if (inside.width && getComputedStyle(svg).overflow !== "visible" && (inside.left < box.left - 2 || inside.right > box.right + 2))
+    const outside = inside.left < box.left - 2 || inside.right > box.right + 2;
+    if (inside.width && getComputedStyle(svg).overflow !== "visible" && outside)
       wrong.push(`text cut off by its figure: ${text.textContent.slice(0, 60)}`);
-    const size = parseFloat(getComputedStyle(text).fontSize) * (svg.viewBox.baseVal?.width ? box.width / svg.viewBox.baseVal.width : 1);
+    const scale = svg.viewBox.baseVal?.width ? box.width / svg.viewBox.baseVal.width : 1;
+    const size = scale * parseFloat(getComputedStyle(text).fontSize);
     if (size < 8) wrong.push(`text of ${size.toFixed(1)} pixels in a figure: ${text.textContent.slice(0, 40)}`);
   }
   return [...new Set(wrong)].slice(0, 12);
 }"""
 
+# Plotly's button that sends a figure to a server of its makers.
+UPLOADS = ".modebar-btn[data-title^=Share]"
+# Parts of the package's widgets that lie beyond the edge of their box, and are in no box that scrolls. ipywidgets gives
+# every control a margin of 2 pixels, so that one of the whole width ends up to 4 pixels further right.
+WIDGET_CUT_OFF = """() => {
+  const wrong = [];
+  for (const box of document.querySelectorAll(".kilonb-explorer, .kilonb-orbit, .kilonb-pose, .kilonb-episode")) {
+    const edge = Math.min(box.getBoundingClientRect().right, window.innerWidth) + 4;
+    const parts = "button, input, select, label, output, canvas, img, table, .js-plotly-plot, .noUi-target";
+    for (const node of box.querySelectorAll(parts)) {
+      let parent = node.parentElement;
+      while (parent !== box && !/auto|scroll/.test(getComputedStyle(parent).overflowX)) parent = parent.parentElement;
+      const at = node.getBoundingClientRect();
+      if (parent === box && at.width && node.checkVisibility() && at.right > edge)
+        wrong.push(`${Math.round(at.right - edge)} pixels beyond the edge: ${node.outerHTML.slice(0, 110)}`);
+      const named = node.matches("button:not(.modebar-btn), .js-plotly-plot") && node.checkVisibility();
+      if (named && (at.width < 40 || node.scrollWidth > node.clientWidth + 2))
+        wrong.push(`too narrow: ${node.outerHTML.slice(0, 110)}`);
+    }
+  }
+  if (document.querySelector(UPLOADS)) wrong.push("a button uploads the figure");
+  return wrong.slice(0, 8);
+}""".replace("UPLOADS", repr(UPLOADS))
 # Pictures and canvases that hold no alternative text are found by axe; it has no rule for canvases that take the focus.
 STOPS = """() => {
   const usual = "a[href], button, input, select, textarea, summary, [tabindex]", groups = new Set();
@@ -48,7 +75,8 @@ STOPS = """() => {
     && /auto|scroll/.test(getComputedStyle(node).overflowX) && !node.querySelector(usual) && node.clientWidth > 1;
   return [...document.body.querySelectorAll("*")].filter((node) => {
     if (scrolls(node) && node.checkVisibility()) return true;
-    if (!node.matches(usual) || node.disabled || node.tabIndex < 0 || !node.checkVisibility({ visibilityProperty: true })) return false;
+    if (!node.matches(usual) || node.disabled || node.tabIndex < 0) return false;
+    if (!node.checkVisibility({ visibilityProperty: true })) return false;
     if (node.type === "hidden") return false;
     if (node.type !== "radio") return true;
     const first = !groups.has(node.name);
@@ -66,9 +94,10 @@ FOCUSED = """() => {
            group: node.type === "radio" };
 }"""
 # axe-core by the tags of WCAG 2.1 A and AA. Its rule for boxes that scroll expects a tabindex; Chromium lets every box
-# that scrolls take the focus, which STOPS counts.
+# that scrolls take the focus, which STOPS counts. What plotly draws is a picture with the colours of its data.
 AXE = """async () => {
-  const found = await axe.run(document, { resultTypes: ["violations"], rules: { "scrollable-region-focusable": { enabled: false } },
+  const found = await axe.run({ exclude: [[".js-plotly-plot"]] }, { resultTypes: ["violations"],
+    rules: { "scrollable-region-focusable": { enabled: false } },
     runOnly: { type: "tag", values: ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"] } });
   return found.violations.flatMap((rule) => rule.nodes.slice(0, 3).map((node) =>
     `${rule.id}: ${node.html.slice(0, 110)} ${node.any.map((one) => one.message).join("; ").slice(0, 160)}`));

@@ -117,7 +117,8 @@ def write_outputs(folder: Path) -> Path:
     outputs, plan = folder / "outputs", []
     if outputs.exists(): return outputs
     for number in range(12):
-        varied = {"learning_rate": (0.001, 0.003, 0.01)[number % 3], "kind": KINDS[number // 3 % 2], "seed": number // 6}
+        rate, kind = (0.001, 0.003, 0.01)[number % 3], KINDS[number // 3 % 2]
+        varied = {"learning_rate": rate, "kind": kind, "seed": number // 6}
         plan.append({"name": f"{number:03d}-1f3a9c2b", "parameters": varied, "varied": varied})
         run = finished_run(outputs / "sweeps" / "rates" / plan[-1]["name"], number % 5, **varied)
         if number == 4: mark_run(run.folder, "failed", f"ValueError: {LONG} is not finite")
@@ -186,7 +187,8 @@ def cloud(folder: Path) -> Path:
     from kilonb.imaging.clouds import PointCloud, write_cloud_page
 
     draw = torch.Generator().manual_seed(0)
-    clouds = [PointCloud(name, torch.rand(400, 3, generator=draw) * 20, torch.randint(0, 255, (400, 3), dtype=torch.uint8))
+    colours = torch.randint(0, 255, (400, 3), dtype=torch.uint8, generator=draw)
+    clouds = [PointCloud(name, torch.rand(400, 3, generator=draw) * 20, colours)
               for name in ("vehicle 641", "vehicle 650 with a long name")]
     poses = torch.eye(4).repeat(2, 1, 1)
     return write_cloud_page(folder / "cloud.html", clouds, {"true": poses, "predicted": poses}, f"Points of {LONG}")
@@ -361,8 +363,8 @@ PAGES = {
     "run, failed": Kind(failed_page, "kilonb.reports.run_page"),
     "report of a run": Kind(report("students/done"), "kilonb.reports.report", focus=".swipe",
                             shown="document.querySelector('.stage').style.cssText"),
-    "report of a sweep": Kind(report("sweeps/rates"), "kilonb.reports.report", focus="table.runs th.n button", key="Enter",
-                              shown="document.querySelector('table.runs').textContent"),
+    "report of a sweep": Kind(report("sweeps/rates"), "kilonb.reports.report", focus="table.runs th.n button",
+                              key="Enter", shown="document.querySelector('table.runs').textContent"),
     "report of everything": Kind(report(""), "kilonb.reports.report"),
     "dashboard, live": Kind(live_dashboard, "kilonb.reports.dashboard",
                             "document.querySelector('.card') && document.querySelector('.chart canvas')",

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from jupyter_driver import Notebook, needs_chromium, open_browser, open_lab
+from page_checks import WIDGET_CUT_OFF
 
 from kilonb.core.errors import KiloError
 from kilonb.batch.execution import run_notebook
@@ -310,6 +311,8 @@ def test_an_explorer_opens_in_jupyterlab_runs_and_reacts_to_a_slider(name, opene
         notebook.run_all()
         assert not notebook.error_outputs()
         REACTIONS[name](notebook, outputs)
+        notebook.page.set_viewport_size({"width": 390, "height": 844})
+        if name != "dashboard": notebook.wait_until(f"() => ({WIDGET_CUT_OFF})().length === 0")
         assert not notebook.error_outputs()
         assert not notebook.console_errors()
     finally: notebook.close()

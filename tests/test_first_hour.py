@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -98,8 +97,9 @@ def test_a_run_ends_with_its_page_and_the_next_command(tmp_path):
 
 
 @pytest.mark.parametrize("data,words", [
-    ("blender:/nowhere", "is not there"), ("brickyrad", "brickyard"), ("critter", "is of kind dannce; expected blender"),
-    ("lego_400", "KILONB_DATA is not set"), ("mouse_dannce", "prints its source and the steps")])
+    ("blender:/nowhere", "is not there"), ("brickyrad", "brickyard"),
+    ("critter", "is of kind dannce; expected blender"), ("lego_400", "KILONB_DATA is not set"),
+    ("mouse_dannce", "prints its source and the steps")])
 def test_wrong_data_is_one_sentence_before_a_kernel_starts_and_leaves_no_folder(data, words, tmp_path):
     done = kilonb("run", "single_view_overfit", "--data", data, outputs=tmp_path / "outputs")
     assert done.returncode and not done.stdout and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -227,7 +227,8 @@ def test_the_slider_between_two_pictures_moves_by_keys_and_by_dragging(browser, 
     page = browser.new_page(viewport={"width": 900, "height": 800})
     page.goto(pair_page(tmp_path / "run").as_uri())
     edge = page.locator(".slider input[type=range]")
-    at = lambda: float(page.evaluate("getComputedStyle(document.querySelector('.slider')).getPropertyValue('--at')")[:-1])
+    script = "getComputedStyle(document.querySelector('.slider')).getPropertyValue('--at')"
+    at = lambda: float(page.evaluate(script)[:-1])
     assert "test/r_2" in page.locator(".slider figcaption").inner_text(), "the view with the median score"
     assert abs(at() - 50) < 1 and edge.get_attribute("aria-label")
     edge.focus()

@@ -65,7 +65,7 @@ def test_every_manifest_has_source_licence_layout_and_checksums():
 @pytest.mark.parametrize("name", REAL)
 def test_real_data_agrees_with_its_manifest(name):
     report = verify(name, data_root())
-    assert report.ok and set(report.extra) <= {"DATASET_TERMS.md"}, report.summary()        # its owner's, beside the data
+    assert report.ok and set(report.extra) <= {"DATASET_TERMS.md"}, report.summary()      # its owner's, beside the data
     assert report.bytes == load_manifests()[name].total_bytes
 
 

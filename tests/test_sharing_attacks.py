@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
 
 from kilonb.cli import completion
 from kilonb.core import serving
@@ -23,16 +22,22 @@ from kilonb.core.processes import this_process
 from kilonb.core.serving import MOST_CONNECTIONS, PageServer, text_reply
 from kilonb.reports import live_runs
 from kilonb.reports.dashboard import Dashboard, dashboard_pages, log_since, write_dashboard
+from kilonb.reports.live_curves import CurveTail
 from kilonb.reports.live_runs import LiveRuns
 from kilonb.runs.gate_files import gate_files
-from kilonb.runs.gates import NOT_JUDGED, RED, Gate, check_gates, fits_machine
+from kilonb.runs.gates import NO_GATES, NOT_JUDGED, RED, Gate, check_gates, fits_machine
 from kilonb.runs.scalars import read_columns
+from kilonb.runs.verdicts import ExperimentStatus, GateOverview
 from kilonb.sharing.export import export_run
 from kilonb.sharing.export_folders import check_export, export_folder, read_export, write_export_record
 from kilonb.splats.formats import write_gaussians
 from kilonb.splats.gaussians import gaussians_from_points
 from kilonb.training.loggers import CSVLogger, Logger, finish_loggers, make_loggers, register_logger, start_loggers
 from kilonb.training.scalars import ScalarLog
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+import docs_html
 
 MARKUP = "<img src=x onerror=alert(1)></script><script>alert(2)</script>"
 
@@ -77,7 +82,8 @@ def answer(server: PageServer, request: str) -> bytes:
     ("GET /SECRET/files/..%2f..%2fetc%2fpasswd HTTP/1.1\nHost: 127.0.0.1", 404),
     ("GET /SECRET/files/a%00b HTTP/1.1\nHost: 127.0.0.1", 404), ("GET /\xff\xfe/ HTTP/1.1\nHost: 127.0.0.1", 404),
     ("POST /SECRET/ HTTP/1.1\nHost: 127.0.0.1\nContent-Length: 99999999", 400),
-    ("TRACE /SECRET/ HTTP/1.1\nHost: 127.0.0.1", 405), ("GET /wrong/ HTTP/1.1\nHost: 127.0.0.1\nUpgrade: websocket", 404)])
+    ("TRACE /SECRET/ HTTP/1.1\nHost: 127.0.0.1", 405),
+    ("GET /wrong/ HTTP/1.1\nHost: 127.0.0.1\nUpgrade: websocket", 404)])
 def test_a_forged_request_gets_a_refusal_without_the_secret(server, head, status):
     got = answer(server, f"{head.replace('SECRET', server.secret)}\nConnection: close\n\n")
     assert got.startswith(f"HTTP/1.1 {status} ".encode()) and server.secret.encode() not in got
@@ -154,6 +160,16 @@ def test_a_run_that_is_deleted_while_it_is_read_is_left_out_and_read_again(tmp_p
     assert set(runs.items) == {"exp/one", "exp/two"}
 
 
+def test_scalars_that_are_written_anew_in_the_same_place_are_read_from_the_beginning(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,elapsed_s\n1,1.0\n")
+    tail = CurveTail(path)
+    tail.update()
+    path.write_text("step,elapsed_s,loss\n1,1.0,5.0\n2,2.0,4.0\n")
+    tail.update()
+    assert tail.steps == [1, 2] and tail.values == {"loss": [5.0, 4.0]}
+
+
 def test_markup_in_every_text_of_a_run_stays_text(tmp_path):
     run = make_run(tmp_path / "outputs" / "exp" / "one", "failed", tag=MARKUP, error=MARKUP)
     (run / "log.txt").write_text(MARKUP)
@@ -196,6 +212,14 @@ def test_a_run_without_a_number_of_cores_is_judged(hardware):
     assert check_gates({"train_s": 9.0}, [gate], hardware=other).verdict == NOT_JUDGED
 
 
+def test_an_overview_without_a_judged_gate_is_not_called_green_or_without_gates():
+    gate = Gate("train_s", at_most=1.0, machine="3 cores")
+    report = check_gates({"train_s": 9.0}, [gate], hardware={"cores": 2})
+    overview = GateOverview((ExperimentStatus("demo", "", None, report),))
+    assert overview.verdict == NOT_JUDGED == report.verdict and overview.sentence().startswith("Not judged: of 1 gates")
+    assert GateOverview(()).verdict == NO_GATES
+
+
 # --- exports
 
 @pytest.fixture
@@ -227,7 +251,7 @@ def test_what_was_added_to_an_export_is_not_replaced_and_all_of_an_export_is_che
     assert [row["file"] for row in read_export(tmp_path / "out")["files"]] == ["a.txt", "beside.txt"]
     (tmp_path / "out" / "deep").mkdir()
     (tmp_path / "out" / "deep" / "notes.txt").write_text("mine")
-    with pytest.raises(KiloError, match="a file that no export wrote, such as 'deep/notes.txt'"):
+    with pytest.raises(KiloError, match=r"a file that no export wrote, such as 'deep/notes.txt'"):
         export_text(tmp_path / "out")
     assert (tmp_path / "out" / "deep" / "notes.txt").read_text() == "mine"
     (tmp_path / "out" / "beside.txt").write_text("cut")
@@ -242,7 +266,7 @@ def test_an_export_does_not_replace_what_it_reads(ply, tmp_path):
     record = json.loads((tmp_path / "out" / "export.json").read_text())
     record["files"].append({"file": "ball.ply", "sha256": ""})
     (tmp_path / "out" / "export.json").write_text(json.dumps(record))
-    with pytest.raises(KiloError, match="in which 'ball.ply' lies that it reads"):
+    with pytest.raises(KiloError, match=r"in which 'ball.ply' lies that it reads"):
         export_run(tmp_path / "out" / "ball.ply", tmp_path / "out", ["gaussians"], ["splat"], force=True)
     assert (tmp_path / "out" / "ball.ply").is_file()
 
@@ -263,8 +287,14 @@ def test_an_export_that_is_killed_leaves_the_earlier_one_and_the_next_one_clears
 
 def test_a_place_that_cannot_be_made_is_one_sentence(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(KiloError, match="cannot be made: .*: give another folder as --to."):
+    with pytest.raises(KiloError, match=r"cannot be made: .*: give another folder as --to."):
         export_text(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("device", ["nothing", "cuda:99", "", "cpu\n"])
+def test_a_device_that_is_not_here_is_one_sentence(ply, tmp_path, device):
+    with pytest.raises(KiloError, match="device is"): export_run(ply, tmp_path / "out", ["gaussians"], device=device)
+    assert not (tmp_path / "out").exists()
 
 
 def test_figures_with_names_of_any_bytes_are_exported(tmp_path):
@@ -331,3 +361,15 @@ def test_names_with_line_ends_or_escape_sequences_are_not_completed(tmp_path, mo
     for name in ("plain", "two\nlines", "red\x1b[31m", "$(touch hacked)"): make_run(tmp_path / "exp" / name)
     names = completion._quiet(completion.complete_run)(prefix="exp/")
     assert sorted(names) == ["exp/$(touch hacked)", "exp/plain"]
+
+
+# --- the documentation
+
+@pytest.mark.parametrize("link", ["/etc/hostname", "../../../etc/hostname", "../" * 30 + "etc/hostname", ".git/config",
+                                  "%2e%2e/%2e%2e/etc/hostname", "/", ".."])
+def test_the_pages_of_the_documentation_hold_no_file_from_outside_of_the_repository(link):
+    site = docs_html.Site()
+    writer = docs_html.Writer(site, "README.md", "index.html")
+    for html in (writer.links(f'<a href="{link}">x</a>'), writer.markdown(f"![x]({link})")):
+        assert "data:" not in html and not site.used and "source/" not in html
+    assert len(site.broken) == 2

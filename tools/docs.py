@@ -19,7 +19,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -346,21 +346,33 @@ def jobs_of(build: Build) -> list[tuple[str, str, str]]:
     return sorted(found, key=lambda job: job[0] != "experiment")
 
 
+def _told(made: Iterable[Any], count: int, every_s: float = 5.0) -> Iterator[Any]:
+    """The results of jobs as they come, with a line on standard error every few seconds on how many there are."""
+    said = time.monotonic()
+    for number, one in enumerate(made, 1):
+        if time.monotonic() - said >= every_s:
+            said = time.monotonic()
+            print(f"docs: {number} of {count} pages", file=sys.stderr, flush=True)
+        yield one
+
+
 def build_site(folder: Path, outputs: Path, only: Sequence[str] = (), workers: int = 2) -> list[str]:
     """Write the site. only: beginnings of the addresses of the pages to write, besides those that list pages. Returns
     the links that lead nowhere, as sentences."""
+    print("docs: reading all notebooks and modules", file=sys.stderr, flush=True)
     build = plan(folder, outputs)
     jobs = [job for job in jobs_of(build) if not only or job[2].startswith(tuple(only))]
     _start(build)
     if workers == 1: made = list(map(_make, jobs))
     else:
         with multiprocessing.get_context("spawn").Pool(workers, _start, [build]) as pool:
-            made = list(pool.imap_unordered(_make, jobs, chunksize=1 if len(jobs) < 50 else 4))
+            made = list(_told(pool.imap_unordered(_make, jobs, chunksize=1 if len(jobs) < 50 else 4), len(jobs)))
     done = {job[1] for job in jobs}
     used, broken = set().union(*(one for one, _ in made)), list(chain.from_iterable(found for _, found in made))
     for source in sorted(used - done): broken += _make(("text", source, source_page(source)))[1]
     listing = {"experiments.html": experiments_page, "gates.html": gates_page, "data.html": data_page,
                "search.html": search_page}
+    print("docs: lists, search and names", file=sys.stderr, flush=True)
     for page, make in listing.items(): write(build, page, make(build))
     for page, text in api_pages(build): write(build, page, text)
     return broken
@@ -383,6 +395,7 @@ def main() -> int:
                 raise KiloError(f"{folder} holds other files than these pages: name another folder by --out.")
             shutil.rmtree(folder)
         broken = build_site(folder, outputs, options.only)
+        if not options.only: print("docs: following every link", file=sys.stderr, flush=True)
         if not options.only: broken += docs_check.broken_links(folder)
     except KiloError as error:
         print(f"docs: {error}", file=sys.stderr)

@@ -157,7 +157,7 @@ class Writer:
         if not link or re.match(r"[a-z]+:", link): return found[0]
         target = self.path_of(link)
         page = self.site.pages.get(target) or self.site.pages.get(posixpath.join(target, "README.md"))
-        if page is None and (ROOT / target).is_file() and _is_text(target):
+        if page is None and _is_published(target) and _is_text(target):
             self.site.used.add(target)
             page = source_page(target)
         if page is None:
@@ -168,10 +168,16 @@ class Writer:
     def _picture(self, found: re.Match) -> str:
         if found[2].startswith("data:"): return found[0]
         path = ROOT / self.path_of(found[2])
-        if not path.is_file():
+        if not _is_published(self.path_of(found[2])):
             self.site.broken.append(f"{self.source} shows {found[2]}, which is no file")
             return found[0]
         return f'{found[1]}"{data_uri(path)}"'
+
+
+def _is_published(path: str) -> bool:
+    """Whether a path is one of the repository: the links of an executed notebook may lead anywhere on this machine."""
+    inside = not path.startswith(("/", "../")) and path.partition("/")[0] not in (".git", "outputs", "..")
+    return inside and (ROOT / path).is_file() and (ROOT / path).resolve().is_relative_to(ROOT)
 
 
 def _is_text(path: str) -> bool:

@@ -5,21 +5,13 @@
 # %% auto #0
 __all__ = ['dashboard_command', 'add_dashboard_commands']
 
-# %% ../../nbs/cli/dashboard.ipynb #7743915e
+# %% ../../nbs/cli/dashboard.ipynb #38f31e91
 import argparse
 import sys
 from typing import Any
 
 from ..batch.arguments import outputs_folder
-from .common import add_command
-from ..core.errors import KiloError
-
-# %% ../../nbs/cli/dashboard.ipynb #ae56a0fd
-def _port(text: str) -> int:
-    """A TCP port from the text of an option. Raises KiloError."""
-    number = int(text) if text.isascii() and text.isdigit() and len(text) < 6 else 0
-    if not 1 <= number <= 65535: raise KiloError(f"--port is '{text[:20]}'; expected a number from 1 to 65535.")
-    return number
+from .common import add_command, port_number
 
 # %% ../../nbs/cli/dashboard.ipynb #5cc44d7b
 def dashboard_command(options: argparse.Namespace) -> int:
@@ -40,13 +32,14 @@ def dashboard_command(options: argparse.Namespace) -> int:
     server.wait(announce)
     return 0
 
-# %% ../../nbs/cli/dashboard.ipynb #cbdc2587
+# %% ../../nbs/cli/dashboard.ipynb #32b96787
 def add_dashboard_commands(commands: Any) -> None:
     """Add `dashboard` to the sub-parsers `commands`."""
     parser = add_command(commands, "dashboard", dashboard_command, "show all runs live in a browser tab")
     parser.add_argument("names", metavar="NAME", nargs="*",
                         help="only runs whose experiment, sweep, tag or name is, or begins with, this (default: all)")
-    parser.add_argument("--port", type=_port, default=0, metavar="N", help="of the server (default: any free one)")
+    parser.add_argument("--port", type=port_number, default=0, metavar="N",
+                        help="of the server (default: any free one)")
     parser.add_argument("--no-browser", action="store_false", dest="browser", help="only print the address")
     parser.add_argument("--html", default="", metavar="FILE",
                         help="write the page as it is now to one offline HTML file instead of serving it")

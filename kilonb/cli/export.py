@@ -55,7 +55,7 @@ def export_command(options: argparse.Namespace) -> int:
     else: print(result.table(), "", f"written to {result.folder}", sep="\n")
     return 0 if result.ok else 1
 
-# %% ../../nbs/cli/export.ipynb #de7db2c0
+# %% ../../nbs/cli/export.ipynb #5b6d67bf
 _RUN = "a run as for `kilonb show`, a folder, or a file (student.pt, a checkpoint, gaussians, *_gaussians.pt, pose.pt)"
 _PARTS = "gaussians, mesh, points, turntable, timelapse, figures"
 _FORMATS = "ply, splat, spz, compressed-ply, obj, glb, mp4, gif"
@@ -76,8 +76,8 @@ def add_export_commands(commands: Any) -> None:
     add("--frame", default=None, metavar="N", help="of an animal: 162, a list, or all (default: the middle one)")
     add("--up", default=None, metavar="AXIS", help="turn everything so that this axis is up: x, y, z, -x, -y or -z")
     add("--fit-steps", type=positive_integer, default=None, metavar="N",
-        help="of the fit of a student's gaussians (default: 300, at most 90 s)")
-    add("--device", default=None, help="cpu or cuda (default: cpu)")
+        help="of the fits of a student's gaussians and of the colours of a .splat (default: 300, at most 90 s)")
+    add("--device", default=None, help="cpu, cuda or auto (default: cpu)")
     add("-p", action="append", default=[], dest="settings", metavar="NAME=VALUE",
         help="another setting, such as fit.views=48, resolution=256, mesh_views=96, "
         "turn_frames=96, width=640, fps=24, scene_up=z")

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['build_parser', 'main']
 
-# %% ../../nbs/cli/main.ipynb #cb9df9f7
+# %% ../../nbs/cli/main.ipynb #4a1d87ec
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,13 +50,15 @@ def _failed_page(folder: Path, stopped: bool) -> Path | str | None:
 
     return write_or_warn(write_page, folder, "page")
 
-# %% ../../nbs/cli/main.ipynb #6540fefc
-def _report_error(error: KiloError, as_json: bool, code: int = 2) -> int:
+# %% ../../nbs/cli/main.ipynb #493869fd
+def _report_error(error: KiloError, as_json: bool, code: int = 2, resumable: bool = False) -> int:
     folder, stopped = getattr(error, "folder", None), hasattr(error, "signal_number")
     if folder is not None: code = 128 + error.signal_number if stopped else 1
     page = None if folder is None else _failed_page(folder, stopped)
-    print(f"kilonb: {error}", *((f"notebook  {folder / 'notebook.ipynb'}", f"page      {page}") if page else ()),
-          sep="\n", file=sys.stderr, flush=True)
+    lines = [f"notebook  {folder / 'notebook.ipynb'}", f"page      {page}"] if page else []
+    if page and stopped and resumable:
+        lines.append(f"continue  the same command with --resume --out {shlex.quote(str(folder))}")
+    print(f"kilonb: {error}", *lines, sep="\n", file=sys.stderr, flush=True)
     if as_json: print(json_line(None if folder is None else str(folder), False, {}, {}, error=str(error)), flush=True)
     return code
 
@@ -68,14 +71,14 @@ def _with_verb(arguments: Sequence[str]) -> list[str]:
         return ["runs", "list", *arguments[1:]]
     return list(arguments)
 
-# %% ../../nbs/cli/main.ipynb #adc18260
+# %% ../../nbs/cli/main.ipynb #c1aaffe2
 def _run_command(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     try:
         options = build_parser().parse_args(arguments)
         options.arguments = arguments
         return options.action(options)
-    except KiloError as error: return _report_error(error, as_json)
+    except KiloError as error: return _report_error(error, as_json, resumable=list(arguments[:1]) == ["run"])
     except KeyboardInterrupt: return _report_error(KiloError("Stopped."), as_json, 130)
     except OSError as error: return _report_error(_system_error(error), as_json)
     except RuntimeError as error:

@@ -34,11 +34,12 @@ def show_command(options: argparse.Namespace) -> int:
     else: print(describe_run(records[0]))
     return 0
 
-# %% ../../nbs/cli/show.ipynb #09a0d814
+# %% ../../nbs/cli/show.ipynb #4453d675
 def gates_command(options: argparse.Namespace) -> int:
     """`kilonb gates`: the verdicts of all experiments, and the promotion rules that they meet.
 
-    Returns 0; with `--strict` 1 where a gate is red, and 3 where none is red and some were not run.
+    Returns 0; with `--strict` 1 where a gate is red, and 3 where none is red and some were not run,
+    or none is judged on the machine of its run.
     """
     from kilonb.core.files import dumps
     from kilonb.distill.policy import POLICY, RULES
@@ -52,8 +53,9 @@ def gates_command(options: argparse.Namespace) -> int:
         print("\n\n".join(map(colour_verdicts, [overview.text()] + ([] if options.names else [unlocked.text()]))))
     return _strict_code(overview.verdict) if options.strict else 0
 
-# %% ../../nbs/cli/show.ipynb #6910c620
-def _strict_code(verdict: str) -> int: return {"red": 1, "green so far": 3, "not run": 3}.get(verdict, 0)
+# %% ../../nbs/cli/show.ipynb #b6790bd7
+def _strict_code(verdict: str) -> int:
+    return {"red": 1, "green so far": 3, "not run": 3, "not judged": 3}.get(verdict, 0)
 
 # %% ../../nbs/cli/show.ipynb #e858f6ec
 def page_command(options: argparse.Namespace) -> int:
@@ -89,7 +91,7 @@ def _add_report(commands: Any) -> None:
         add(f"--{axis}", default="", metavar="RESULT",
             help=f"name of the result that stands for {axis} (default: chosen by its unit)")
 
-# %% ../../nbs/cli/show.ipynb #a7488e65
+# %% ../../nbs/cli/show.ipynb #cce706c6
 def add_show_commands(commands: Any) -> None:
     """Add `show`, `gates`, `page` and `report` to the sub-parsers `commands`."""
     show = add_command(commands, "show", show_command, "print one run, or a table of several")
@@ -98,7 +100,8 @@ def add_show_commands(commands: Any) -> None:
                         "that unlocks")
     gates.add_argument("names", nargs="*", metavar="EXPERIMENT", help="only these experiments (default: all)")
     gates.add_argument("--strict", action="store_true",
-                       help="exit with 1 where a gate is red, 3 where some were not run, 0 where all are green")
+                       help="exit with 1 where a gate is red, 3 where some were not run or none is judged,"
+                       " 0 where all are green")
     for parser in (show, gates): parser.add_argument("--json", action="store_true", help="print one line of JSON")
     page = add_command(commands, "page", page_command, "write the HTML page of a run")
     page.add_argument("names", nargs="+", metavar="RUN", help=_RUN)

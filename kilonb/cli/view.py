@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['view_command', 'add_view_commands']
 
-# %% ../../nbs/cli/view.ipynb #5acac3b8
+# %% ../../nbs/cli/view.ipynb #6e37ad36
 import argparse
 import sys
 from typing import Any
 
 from ..batch.arguments import outputs_folder
-from .common import add_command, positive_integer
+from .common import add_command, port_number, positive_integer
 from ..core.errors import KiloError
 
 # %% ../../nbs/cli/view.ipynb #10260162
@@ -50,14 +50,14 @@ def view_command(options: argparse.Namespace) -> int:
     server.wait(lambda: _announce(server.address, options.no_browser))
     return 0
 
-# %% ../../nbs/cli/view.ipynb #c5349ad0
+# %% ../../nbs/cli/view.ipynb #c73e7f62
 def add_view_commands(commands: Any) -> None:
     """Add `view` to the sub-parsers `commands`."""
     add = add_command(commands, "view", view_command,
                       "show a run's model in a browser tab, or write it as one HTML file").add_argument
     add("name", nargs="?", default="", metavar="RUN|FILE|DATA",
         help="a run, a model's file, or a dataset (default: the newest run that can be viewed, else the stand-in)")
-    add("--port", type=int, default=0, metavar="N", help="of the server on 127.0.0.1 (default: any free one)")
+    add("--port", type=port_number, default=0, metavar="N", help="of the server on 127.0.0.1 (default: any free one)")
     add("--no-browser", action="store_true", help="print the address only")
     add("--html", default="", metavar="FILE", help="write one HTML file that needs no server, instead")
     add("--azimuths", type=positive_integer, metavar="N", help="pictures around, with --html (default: 36)")

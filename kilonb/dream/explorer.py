@@ -219,7 +219,7 @@ def _refresh(explorer: "EpisodeExplorer") -> None:
     if parts["frame"].value != shown.frame: parts["frame"].value = shown.frame
     parts["image"].value, parts["note"].value = _png_bytes(explorer.picture()), html.escape(explorer.summary)
 
-# %% ../../nbs/dream/explorer.ipynb #bd3059c3
+# %% ../../nbs/dream/explorer.ipynb #ecee4880
 def _explorer_box(explorer: "EpisodeExplorer") -> Any:
     import ipywidgets as widgets
 
@@ -227,8 +227,9 @@ def _explorer_box(explorer: "EpisodeExplorer") -> Any:
     _refresh(explorer)
     for name, part in parts.items(): part.add_class(f"kilonb-{name.replace('_', '-')}")
     buttons = [part for name, part in parts.items() if name.startswith("action_") or name in ("undo", "recorded")]
-    box = widgets.VBox([widgets.HBox([parts["episode"], parts["play"], parts["frame"]]), widgets.HBox(buttons),
-                        parts["image"], parts["note"]])
+    rows = [widgets.HBox(row, layout=widgets.Layout(flex_flow="row wrap"))
+            for row in ([parts["episode"], parts["play"], parts["frame"]], buttons)]
+    box = widgets.VBox([*rows, parts["image"], parts["note"]])
     return box.add_class("kilonb-episode")
 
 # %% ../../nbs/dream/explorer.ipynb #624f66a7

@@ -203,15 +203,16 @@ def _refresh(explorer: "PoseExplorer") -> None:
     controls["image"].value = _png(explorer.picture(), explorer.width)
     controls["note"].value = html.escape(explorer.summary)
 
-# %% ../../nbs/pose/explorer.ipynb #451c5571
+# %% ../../nbs/pose/explorer.ipynb #6a62eef6
 def _layout(explorer: "PoseExplorer") -> Any:
     import ipywidgets as widgets
 
     parts = explorer.controls
     _refresh(explorer)
     for name, part in parts.items(): part.add_class(f"kilonb-{name.removesuffix('_deg')}")
-    box = widgets.VBox([widgets.HBox([parts["play"], parts["frame"]]), widgets.HBox([parts["camera"], parts["layer"]]),
-                        widgets.HBox([parts["azimuth_deg"], parts["elevation_deg"]]), parts["image"], parts["note"]])
+    rows = [widgets.HBox([parts[name] for name in pair], layout=widgets.Layout(flex_flow="row wrap"))
+            for pair in (("play", "frame"), ("camera", "layer"), ("azimuth_deg", "elevation_deg"))]
+    box = widgets.VBox([*rows, parts["image"], parts["note"]])
     return box.add_class("kilonb-pose")
 
 # %% ../../nbs/pose/explorer.ipynb #431057a5

@@ -20,8 +20,10 @@ from typing import Any
 from .charts import downsample
 from ..runs.scalars import find_scalars
 
-# %% ../../nbs/reports/live_curves.ipynb #9ddad970
+# %% ../../nbs/reports/live_curves.ipynb #2ad0aad8
 _CHUNK, _MOST_COLUMNS = 2**23, 400
+# first bytes, which tell a file that was written anew from one that grew: numbers of inodes are used again
+_HEAD = 4096
 
 
 class CurveTail:
@@ -35,7 +37,7 @@ class CurveTail:
         self._restart(None)
 
     def _restart(self, inode: int | None) -> None:
-        self.inode, self.position, self.names, self.rest = inode, 0, [], b""
+        self.inode, self.position, self.names, self.rest, self.head = inode, 0, [], b"", b""
         self.steps: list[float] = []
         self.elapsed: list[float] = []
         self.values: dict[str, list[float | None]] = {}
@@ -49,9 +51,11 @@ class CurveTail:
         if state.st_size == self.position: return
         try:
             with open(self.path, "rb") as file:
+                if file.read(len(self.head)) != self.head: self._restart(state.st_ino)
                 file.seek(self.position)
                 data = file.read(min(_CHUNK, state.st_size - self.position))
         except OSError: return
+        self.head += data[:max(0, _HEAD - len(self.head))]
         self.position += len(data)
         lines = (self.rest + data).split(b"\n")
         self.rest = lines.pop()[:_CHUNK]

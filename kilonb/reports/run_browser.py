@@ -220,7 +220,7 @@ def _curve_controls(browser: RunBrowser) -> SimpleNamespace:
                            legend={"orientation": "h", "yref": "container", "y": 0.99, "yanchor": "top", "x": 0}),
     )
 
-# %% ../../nbs/reports/run_browser.ipynb #30d68390
+# %% ../../nbs/reports/run_browser.ipynb #a6cf8dc1
 def _run_controls() -> SimpleNamespace:
     """The widgets that list runs and show their tables and pictures."""
     import ipywidgets as widgets
@@ -235,10 +235,10 @@ def _run_controls() -> SimpleNamespace:
         runs=widgets.SelectMultiple(rows=17, layout=wide(width="98%")),
         refresh=widgets.Button(description="Refresh", icon="refresh", tooltip="look for new runs",
                                layout=wide(width="110px")),
-        picture=widgets.Dropdown(description="pictures", layout=wide(width="360px")),
+        picture=widgets.Dropdown(description="pictures", layout=wide(max_width="360px")),
     )
 
-# %% ../../nbs/reports/run_browser.ipynb #9c5f781c
+# %% ../../nbs/reports/run_browser.ipynb #52e16749
 def _browser_controls(browser: RunBrowser) -> SimpleNamespace:
     """All widgets of a run browser, laid out in `box`, not yet connected."""
     import ipywidgets as widgets
@@ -249,12 +249,11 @@ def _browser_controls(browser: RunBrowser) -> SimpleNamespace:
     flowing = widgets.Layout(flex_flow="row wrap", align_items="center", grid_gap="4px 10px")
     controls = widgets.HBox([part.curve, part.x, part.log, part.smoothing], layout=flowing)
     left = widgets.VBox([part.filter, part.runs, part.refresh, part.notes],
-                        layout=widgets.Layout(width="290px", flex="0 0 290px"))
+                        layout=widgets.Layout(flex="1 1 250px", max_width="290px", min_width="0"))
     right = widgets.VBox([controls, part.figure],
                          layout=widgets.Layout(flex="1 1 500px", min_width="0", overflow="hidden"))
-    part.box = explorer_frame(part.summary, widgets.HBox([left, right],
-                                                         layout=widgets.Layout(width="100%", grid_gap="14px")),
-                              part.table, part.picture, part.shown)
+    beside = widgets.HBox([left, right], layout=widgets.Layout(width="100%", flex_flow="row wrap", grid_gap="14px"))
+    part.box = explorer_frame(part.summary, beside, part.table, part.picture, part.shown)
     return part
 
 # %% ../../nbs/reports/run_browser.ipynb #7edbe6fd

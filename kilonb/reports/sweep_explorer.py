@@ -252,7 +252,7 @@ def _view_controls() -> SimpleNamespace:
         scatter=plot_widget(showlegend=False, margin={"l": 70, "r": 15, "t": 15, "b": 45}),
     )
 
-# %% ../../nbs/reports/sweep_explorer.ipynb #e7b5aa3c
+# %% ../../nbs/reports/sweep_explorer.ipynb #2b5afbc2
 def _sweep_controls(explorer: SweepExplorer) -> SimpleNamespace:
     """All widgets of a sweep explorer, laid out in `box`, not yet connected."""
     import ipywidgets as widgets
@@ -268,7 +268,8 @@ def _sweep_controls(explorer: SweepExplorer) -> SimpleNamespace:
     below = widgets.HBox([column("420px", row(part.x, part.y), part.scatter), column("480px", part.table)],
                          layout=widgets.Layout(width="100%", flex_flow="row wrap", grid_gap="14px"))
     controls = row(part.result, part.goal, part.fraction, part.clear, part.refresh)
-    part.box = explorer_frame(part.summary, controls, part.axes, part.lines, below, part.failures)
+    lines = widgets.VBox([part.lines]).add_class("kilonb-lines")
+    part.box = explorer_frame(part.summary, controls, part.axes, lines, below, part.failures)
     return part
 
 # %% ../../nbs/reports/sweep_explorer.ipynb #cdce5b65

@@ -93,16 +93,18 @@ def explorer_frame(*rows: Any) -> Any:
     box.add_class("kilonb-explorer")
     return box
 
-# %% ../../nbs/reports/widgets.ipynb #38444a97
+# %% ../../nbs/reports/widgets.ipynb #8f0d9121
 def plot_widget(**layout: Any) -> Any:
-    """An empty, responsive plotly FigureWidget; layout: plotly's, over the explorers' defaults."""
+    """An empty, responsive plotly FigureWidget without plotly's button that uploads the data; layout: plotly's, over
+    the explorers' defaults."""
     import plotly.graph_objects as go
 
     figure = go.FigureWidget(layout={"template": "plotly_white", "height": PLOT_HEIGHT, "autosize": True,
                                      "margin": {"l": 60, "r": 20, "t": 30, "b": 45},
                                      "font": {"family": "system-ui, sans-serif", "size": 12, "color": "#1d2129"},
                                      "hoverlabel": {"namelength": -1}, **layout})
-    figure._config = {**figure._config, "responsive": True, "displaylogo": False, "displayModeBar": "hover"}
+    figure._config = {**figure._config, "responsive": True, "displaylogo": False, "displayModeBar": "hover",
+                      "modeBarButtonsToRemove": ["sendChartToCloud"]}
     return figure
 
 # %% ../../nbs/reports/widgets.ipynb #848c5106

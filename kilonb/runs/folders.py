@@ -73,7 +73,7 @@ def _cannot_write(folder: Path, error: Exception) -> KiloError:
     why = getattr(error, "strerror", None) or "its name cannot be used"
     return KiloError(f"Cannot write the run folder {folder}: {why}; choose another folder.")
 
-# %% ../../nbs/runs/folders.ipynb #aa455276
+# %% ../../nbs/runs/folders.ipynb #a4562248
 def _check_fresh(folder: Path) -> None:
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise KiloError(f"The run folder {folder} is a file: choose another folder.")
@@ -81,7 +81,8 @@ def _check_fresh(folder: Path) -> None:
     except OSError as error:
         raise KiloError(f"Cannot read the run folder {folder}: {error.strerror}; choose another folder.") from None
     if full:
-        raise KiloError(f"The run folder {folder} exists and is not empty: choose another, or resume the run in it.")
+        raise KiloError(f"The run folder {folder} exists and is not empty: choose another, or continue "
+                        "the run in it with --resume.")
 
 # %% ../../nbs/runs/folders.ipynb #dce72818
 def _check_resumable(folder: Path, experiment: str, take_over: bool) -> dict[str, Any]:

@@ -8,8 +8,9 @@ dataset.
 __all__ = ['RunRecord', 'read_run', 'read_run_or_error', 'list_runs', 'sweep_runs', 'runs_by_sweep', 'find_run',
            'data_label', 'newest_finished']
 
-# %% ../../nbs/runs/records.ipynb #1d9e358d
+# %% ../../nbs/runs/records.ipynb #afdc7a37
 import os
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ from .gates import Gate, GateReport, build_gates, check_gates
 from kilonb.runs.status import (
     ABANDONED,
     FINISHED,
+    RUNNING,
     SWEEPS,
     UNREADABLE,
     has_status,
@@ -84,7 +86,14 @@ def _read_report(path: Path, written: Mapping[str, Any], hardware: Mapping[str, 
     except KiloError:
         raise KiloError(f"{path} does not hold the results of a run: delete the run or repeat it.") from None
 
-# %% ../../nbs/runs/records.ipynb #b46f15d6
+# %% ../../nbs/runs/records.ipynb #5c325c4e
+def _elapsed_s(status: Mapping[str, Any]) -> float:
+    """Seconds that a run took; of one that goes on since its start."""
+    begun = instant(str(status.get("started", "")))
+    if status.get("status") != RUNNING or begun < 0: return status.get("elapsed_s", 0.0)
+    return max(0.0, time.time() - begun)
+
+# %% ../../nbs/runs/records.ipynb #32011057
 def read_run(folder: str | os.PathLike) -> RunRecord:
     """The run in `folder`. Raises KiloError where there is none, or naming the file that is damaged."""
     folder = absolute_path(folder, "run folder")
@@ -93,7 +102,7 @@ def read_run(folder: str | os.PathLike) -> RunRecord:
     written, environment = read_part(folder, "results"), read_part(folder, "environment")
     return RunRecord(folder=folder, experiment=status.get("experiment", folder.parent.name),
                      status=status.get("status", ABANDONED), started=status.get("started", ""),
-                     elapsed_s=status.get("elapsed_s", 0.0), error=status.get("error", ""),
+                     elapsed_s=_elapsed_s(status), error=status.get("error", ""),
                      results=written.get("results", {}),
                      report=_read_report(folder / "results.json", written, environment.get("hardware")),
                      baselines=written.get("baselines", {}), tables=written.get("tables", {}),

@@ -138,7 +138,7 @@ def status_dict(status: ExperimentStatus) -> dict[str, Any]:
             "ok": status.state == GREEN, "note": status.note, "passed_over": passed_over,
             "gates": status.report.to_dict()}
 
-# %% ../../nbs/runs/verdicts.ipynb #ec521395
+# %% ../../nbs/runs/verdicts.ipynb #beb782d7
 @dataclass(frozen=True, repr=False)
 class GateOverview:
     """The statuses of experiments by name and data. unreadable: a sentence for each damaged run."""
@@ -148,15 +148,17 @@ class GateOverview:
 
     @property
     def ok(self) -> bool:
-        """Every experiment that has gates is green; a gate that was not run is not."""
+        """Every experiment that has gates which are judged is green; a gate that was not run is not."""
         return all(status.state in (GREEN, NO_GATES, NOT_JUDGED) for status in self.statuses)
 
     @property
     def verdict(self) -> str:
-        """`red` if any gate is, `green` if all are, `green so far` if those that were run are, else `not run`."""
+        """`red` if any gate is, `green` if all are that are judged, `green so far` if those that were run are; without
+        a green one `not run`, `not judged` where all were set on another kind of machine, or `no gates`."""
         if self.count(RED): return RED
-        if not self.count(GREEN): return NOT_RUN if self.count(NOT_RUN) else NO_GATES
-        return PARTLY_RUN if self.count(NOT_RUN) else GREEN
+        if self.count(GREEN): return PARTLY_RUN if self.count(NOT_RUN) else GREEN
+        if self.count(NOT_RUN): return NOT_RUN
+        return NOT_JUDGED if self.count(NOT_JUDGED) else NO_GATES
 
     def count(self, verdict: str) -> int:
         """How many gates have this verdict."""

@@ -9,7 +9,7 @@ __all__ = ['PART_FORMATS', 'EXPORT_PARTS', 'ABSENT', 'ExportOptions', 'chosen_fo
            'part_jobs', 'ExportResult', 'missing_sentence', 'default_target', 'make_export', 'export_run',
            'export_results']
 
-# %% ../../nbs/sharing/export.ipynb #93e11e2d
+# %% ../../nbs/sharing/export.ipynb #5aa4410a
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -40,8 +40,9 @@ from .shared_models import (ModelFile, SharedModel, model_files, model_kind, mod
                                           teacher_of_record)
 from .student_gaussians import StudentFit, fit_student
 from ..splats.placement import rotation_between_axes
+from ..training.session import choose_device
 
-# %% ../../nbs/sharing/export.ipynb #6f0ac182
+# %% ../../nbs/sharing/export.ipynb #132cd687
 PART_FORMATS = {"gaussians": tuple(GAUSSIAN_ENDINGS), "mesh": ("ply", "obj", "glb"), "points": ("ply",),
            "turntable": ("mp4", "gif"), "timelapse": ("mp4", "gif"), "figures": ()}
 EXPORT_PARTS = tuple(PART_FORMATS)
@@ -53,7 +54,8 @@ class ExportOptions:
 
     time: of clips, seconds: `0.5`, `0,0.1,0.2` or `all`; empty: 0. frame: of animals: `162`, `120,126` or `all`; empty:
     the middle one. up: axis that points upwards in the files: x, y, z, -x, -y or -z; empty: the run's own frame.
-    scene_up: axis that points upwards in the run; "auto": guessed. fit: of students to gaussians. resolution: voxels of
+    scene_up: axis that points upwards in the run; "auto": guessed. fit: of students to gaussians, and of the one
+    colour of a gaussian in .splat. resolution: voxels of
     a mesh along its longest edge, from mesh_views renders of mesh_width pixels. turn_frames, width, fps: of videos.
     device: that renders.
     """
@@ -71,7 +73,8 @@ class ExportOptions:
     device: str = "cpu"
 
     def validate(self) -> None:
-        """Raise KiloError where a value is out of range."""
+        """Raise KiloError where a value is out of range, or the device is not here."""
+        choose_device(self.device)
         if self.up: axis_vector(self.up)
         if self.scene_up != "auto": axis_vector(self.scene_up)
         if not (8 <= self.resolution <= 512 and 2 <= self.turn_frames <= 10_000 and 16 <= self.width <= 4096
@@ -148,7 +151,7 @@ def _origin_of(model: SharedModel, options: ExportOptions) -> dict[str, Any]:
 def _rotation_of(model: SharedModel, options: ExportOptions):
     return rotation_between_axes(model.views.up, axis_vector(options.up)) if options.up else None
 
-# %% ../../nbs/sharing/export.ipynb #427be1ed
+# %% ../../nbs/sharing/export.ipynb #6c2f6b0b
 def _export_gaussians(open_model: Callable[[], SharedModel], folder: Path, formats: Sequence[str],
                       options: ExportOptions, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
     model = open_model()
@@ -163,7 +166,8 @@ def _export_gaussians(open_model: Callable[[], SharedModel], folder: Path, forma
         wanted = white_renders(replace(model.source, render=_render_of(gaussians)), cameras)
     for kind in formats:
         path = folder / f"{model.name}{GAUSSIAN_ENDINGS[kind]}"
-        row = write_scored(path, gaussians.to("cpu"), model.views, wanted, cameras, _rotation_of(model, options))
+        row = write_scored(path, gaussians.to("cpu"), model.views, wanted, cameras, _rotation_of(model, options),
+                           options.fit)
         yield _origin_of(model, options) | row | scores
 
 
@@ -361,13 +365,7 @@ def _caveat(held: Holdings) -> str:
     return ("The student of this run was trained on one view and is not defined from other sides: `kilonb run "
             "multi_view_response` trains one of the whole scene.")
 
-# %% ../../nbs/sharing/export.ipynb #c5e5f516
-def default_target(held: Holdings) -> Path:
-    """Where an export goes without a name: `export` in the run's folder; beside a file, `NAME_export`."""
-    if held.record is not None: return held.folder / "export"
-    return held.folder / f"{held.models[0].name}_export" if held.models else held.folder / "export"
-
-
+# %% ../../nbs/sharing/export.ipynb #68d8b378
 def _check_source(held: Holdings, target: Path) -> None:
     """Raise KiloError where the export would replace what it reads."""
     read = [*(one.path for one in held.models), held.folder]
@@ -375,6 +373,12 @@ def _check_source(held: Holdings, target: Path) -> None:
     if inside is None: return
     raise KiloError(f"The export would replace {target}, in which {shorten(inside.name, 80)} lies that it reads: give "
                     "another folder as --to.")
+
+# %% ../../nbs/sharing/export.ipynb #71a5fc0a
+def default_target(held: Holdings) -> Path:
+    """Where an export goes without a name: `export` in the run's folder; beside a file, `NAME_export`."""
+    if held.record is not None: return held.folder / "export"
+    return held.folder / f"{held.models[0].name}_export" if held.models else held.folder / "export"
 
 
 def make_export(run: str | os.PathLike, to: str | os.PathLike = "", what: Sequence[str] = (),
@@ -387,6 +391,7 @@ def make_export(run: str | os.PathLike, to: str | os.PathLike = "", what: Sequen
     """
     options, wanted = options or ExportOptions(), chosen_formats(what, formats)
     options.validate()
+    options = replace(options, device=str(choose_device(options.device)))
     held = holdings_of(run, outputs)
     target = absolute_path(to, "folder for the export") if to else default_target(held)
     check_target(target, force)
@@ -401,7 +406,7 @@ def make_export(run: str | os.PathLike, to: str | os.PathLike = "", what: Sequen
                               if part_jobs(held, part, folder, PART_FORMATS[part], options, say))
             raise KiloError(f"{held.name} has "
                             f"{'; '.join(f'no {part}: {why}' for part, why in (asked or missing).items())}"
-                            f". It has {there or 'nothing that can be exported'}.")
+                            f"; it has {there or 'nothing that can be exported'}.")
         write_export_record(folder, rows, _export_origin(held, command, missing))
     return ExportResult(target, rows, missing)
 

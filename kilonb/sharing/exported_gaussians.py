@@ -6,9 +6,9 @@ the run's own.
 
 # %% auto #0
 __all__ = ['GAUSSIAN_ENDINGS', 'LEAST_PSNR_DB', 'SCORE_WIDTH', 'white_renders', 'turned_cameras', 'psnr_between',
-           'write_scored']
+           'without_harmonics', 'write_scored']
 
-# %% ../../nbs/sharing/exported_gaussians.ipynb #233e940b
+# %% ../../nbs/sharing/exported_gaussians.ipynb #ede4d35a
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,10 @@ from ..geometry.transforms import rigid
 from ..imaging.sources import FrameSource, source_of_gaussians
 from ..metrics.images import mean_over_views, over_background, psnr_srgb_db
 from .shared_models import Viewpoints
+from .student_gaussians import StudentFit, rendered_pictures
 from ..splats.baking import bake_colours
+from ..splats.fit import fit_gaussians
+from ..splats.fit_config import FitConfig
 from ..splats.formats import read_gaussians, write_gaussians
 from ..splats.gaussians import Gaussians
 from ..splats.placement import rotate_gaussians
@@ -51,22 +54,49 @@ def psnr_between(first: Sequence[Tensor], second: Sequence[Tensor]) -> float | N
     """Mean PSNR of pairs of pictures, dB; None where no pair differs."""
     return mean_over_views(psnr_srgb_db(*pair) for pair in zip(first, second))[0]
 
-# %% ../../nbs/sharing/exported_gaussians.ipynb #cd020f25
+# %% ../../nbs/sharing/exported_gaussians.ipynb #3c4b9fe0
+_FIT_VIEWS = 64
+
+
+def _fitted_colours(baked: Gaussians, source: FrameSource, cameras: Sequence[PinholeCamera],
+                    fit: StudentFit) -> Gaussians:
+    config = FitConfig(steps=fit.steps, initial_count=len(baked), maximum_count=len(baked), sh_degree=0,
+                       grow_every_steps=fit.steps + 1, ssim_weight=0.0, background="random", means_rate=2.4e-5,
+                       colour_rate=6e-3, opacity_rate=0.03, scale_rate=1.2e-2, rotation_rate=6e-3, seed=fit.seed)
+    return fit_gaussians(rendered_pictures(source, cameras), config, initial=baked, time_limit_s=fit.limit_s,
+                         quiet=True).gaussians
+
+
+def without_harmonics(gaussians: Gaussians, views: Viewpoints, fit: StudentFit) -> Gaussians:
+    """Gaussians of degree 0 whose renders from all sides differ little from those of `gaussians`: baked, and fitted.
+
+    fit: its `steps` (0: baked only), `limit_s` and `seed`. The better of the two in six other views is returned.
+    """
+    baked = bake_colours(gaussians, views.cameras(_FIT_VIEWS, SCORE_WIDTH))
+    if not fit.steps or gaussians.sh_degree == 0: return baked
+    source, others = source_of_gaussians(gaussians), views.cameras(6, SCORE_WIDTH, 0.6)
+    fitted = _fitted_colours(baked, source, views.cameras(_FIT_VIEWS, SCORE_WIDTH), fit).to("cpu").detach()
+    wanted = white_renders(source, others)
+    score = lambda one: psnr_between(white_renders(source_of_gaussians(one), others), wanted) or float("inf")
+    return max((baked, fitted), key=score)
+
+# %% ../../nbs/sharing/exported_gaussians.ipynb #1de47c67
 def _baked_scores(baked: Gaussians, pictures: Sequence[Tensor], cameras: Sequence[PinholeCamera]) -> dict[str, Any]:
     kept = white_renders(source_of_gaussians(baked), cameras)
     return {"psnr_baked_db": psnr_between(pictures, kept)}
 
 
 def write_scored(path: str | os.PathLike, gaussians: Gaussians, views: Viewpoints, wanted: Sequence[Tensor],
-                 cameras: Sequence[PinholeCamera], rotation: Tensor | None = None) -> dict[str, Any]:
+                 cameras: Sequence[PinholeCamera], rotation: Tensor | None = None,
+                 fit: StudentFit | None = None) -> dict[str, Any]:
     """Write gaussians by the ending of `path`, read the file back, and return its row for a table.
 
-    wanted: renders of the run in `cameras`. views: for the colours of a .splat. rotation: [3, 3] of the written frame.
-    Row: file, format, bytes, gaussians, psnr_db (None: no pixel differs), least_db, ok; of a .splat whose gaussians
-    have harmonics also psnr_baked_db, which `ok` then judges.
+    wanted: renders of the run in `cameras`. views, fit: for the colours of a .splat. rotation: [3, 3] of the written
+    frame. Row: file, format, bytes, gaussians, psnr_db (None: no pixel differs), least_db, ok: whether the file was
+    read back as it was written; of a .splat whose gaussians have harmonics also psnr_baked_db, which `ok` judges.
     """
     kind = next(name for name, ending in reversed(GAUSSIAN_ENDINGS.items()) if str(path).endswith(ending))
-    baked = bake_colours(gaussians, views.cameras(24, SCORE_WIDTH)) if kind == "splat" else gaussians
+    baked = without_harmonics(gaussians, views, fit or StudentFit(steps=0)) if kind == "splat" else gaussians
     write_gaussians(path, baked if rotation is None else rotate_gaussians(baked, rotation))
     again = read_gaussians(path, say=lambda note: None)
     pictures = white_renders(source_of_gaussians(again), turned_cameras(cameras, rotation))

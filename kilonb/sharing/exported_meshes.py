@@ -78,7 +78,7 @@ def mesh_of_shared(model: SharedModel, file: ModelFile, resolution: int = 128, v
     if model.kind == "animal": return hull_of_animal(file, int(model.number))
     return mesh_of_model(model, resolution, views, width)
 
-# %% ../../nbs/sharing/exported_meshes.ipynb #22e7ab73
+# %% ../../nbs/sharing/exported_meshes.ipynb #3b8b8721
 def _rotated_mesh(mesh: Mesh, rotation: Tensor | None) -> Mesh:
     return mesh if rotation is None else replace(mesh, vertices=mesh.vertices @ rotation.double().numpy().T)
 
@@ -88,7 +88,8 @@ def write_meshes(path: Path, mesh: Mesh, formats: Sequence[str], up: Tensor,
     """Write a mesh as `path` with the ending of each format, read it back, and return a row for each.
 
     up: [3] unit vector of the mesh's frame. written_up: axis that shall point upwards in the files; empty: as it is,
-    in .glb y. Rows: file, format, bytes, vertices, faces, watertight, up, ok (the same triangles were read).
+    in .glb y. Rows: file, format, bytes, vertices, faces, watertight, up, ok (as many triangles and the same vertices
+    were read).
     """
     rows = []
     for kind in formats:

@@ -74,19 +74,20 @@ def write_splat(path: str | os.PathLike, gaussians: Gaussians) -> None:
     table["rotation"] = (unit * 128 + 128).round().clamp(0, 255).to(torch.uint8).numpy()
     with atomic_write(path) as partial: Path(partial).write_bytes(table.tobytes())
 
-# %% ../../nbs/splats/formats.ipynb #74aa8b86
+# %% ../../nbs/splats/formats.ipynb #ee4de204
 _WAY_OUT = "open it in SuperSplat (superspl.at/editor) or with splat-transform and save it as a PLY"
 _FOREIGN = [(rb"PK\x03\x04.{26}(?:archive/|[^/]{1,40}/data\.pkl|[^/]{1,40}\.npy)",
-             "is a file of PyTorch or NumPy, not gaussians: export a PLY from the program that wrote it"),
+             "is a file of PyTorch or NumPy, not gaussians: export a " "PLY from the program that wrote it"),
             (rb"PK\x03\x04.{26}[^\x00]{1,120}\.(?:ply|splat|spz)", "is a zip archive: unpack it first"),
-            (rb"\x80[\x02-\x05]", "is a Python pickle, not gaussians: export a PLY from the program that wrote it"),
+            (rb"\x80[\x02-\x05]", "is a Python pickle, not gaussians: export a PLY from " "the program that wrote it"),
             (rb"\xfd7zXZ|BZh|7z\xbc\xaf|\x28\xb5\x2f\xfd", "is compressed: unpack it first"),
-            (rb"PK\x03\x04",
-             f"is a zip archive, perhaps a SOG bundle of gaussians (.sog), which is not read: {_WAY_OUT}"),
-            (rb"version https://git-lfs",
-             "is a Git LFS pointer, not the file itself: run 'git lfs pull' where it came from"),
-            (rb"\s*<", "begins like a page of HTML or XML, not like gaussians: a download that failed gives such a file"),
-            (rb"\s*\{", f"is JSON, perhaps the meta.json of a SOG folder, which is not read: {_WAY_OUT}"),
+            (rb"PK\x03\x04", "is a zip archive, perhaps a SOG bundle of gaussians "
+             f"(.sog), which is not read: {_WAY_OUT}"),
+            (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself: run 'git lfs "
+             "pull' where it came from"),
+            (rb"\s*<", "begins like a page of HTML or XML, not like gaussians: "
+             "a download that failed gives such a file"),
+            (rb"\s*\{", "is JSON, perhaps the meta.json of a SOG folder, which " f"is not read: {_WAY_OUT}"),
             (rb"\x89PNG|\xff\xd8\xff|RIFF", "is a picture, not gaussians"),
             (rb"glTF", f"is a glTF scene (.glb), which is not read: {_WAY_OUT}")]
 FORMATS = ".ply (original layout or SuperSplat's compressed one), .splat and .spz (versions 2 and 3)"

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['TensorBoardLogger']
 
-# %% ../../nbs/training/event_logger.ipynb #6add84b9
+# %% ../../nbs/training/event_logger.ipynb #ea03a46b
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.text import format_value
+from ..core.errors import printable
+from ..core.text import format_value, markdown_table
 from .loggers import Logger
 from .scalars import open_events
 
-# %% ../../nbs/training/event_logger.ipynb #459bca7f
+# %% ../../nbs/training/event_logger.ipynb #c60f91be
 class TensorBoardLogger(Logger):
     """Pictures, texts, results and scalars of other sources as TensorBoard events in `tensorboard/` of the run."""
 
@@ -50,9 +51,8 @@ class TensorBoardLogger(Logger):
             self.events.add_text("parameters", _markdown_table("parameter", self.parameters), 0)
         return self.events
 
-
+# %% ../../nbs/training/event_logger.ipynb #cf8f2384
 def _markdown_table(heading: str, values: Mapping[str, Any]) -> str:
     """Names and values as a table of Markdown, which TensorBoard displays."""
-    cell = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
-    rows = [f"| {cell(name)} | {cell(format_value(value))} |" for name, value in values.items()]
-    return "\n".join([f"| {heading} | value |", "|---|---|", *rows])
+    rows = [[printable(str(name)), printable(str(format_value(value)))] for name, value in values.items()]
+    return markdown_table([heading, "value"], rows)

@@ -28,11 +28,12 @@ from typing import Any
 from ..core.documents import read_bytes
 from ..core.errors import KiloError, shorten, unknown_name
 
-# %% ../../nbs/training/loggers.ipynb #529fac54
+# %% ../../nbs/training/loggers.ipynb #3bcd8b1a
 class Logger:
     """A destination of what a run logs; every method may be left out.
 
-    Names of scalars are those of `metrics.csv`, below the run's folder with the folder before them (`rays/loss`).
+    Names of scalars are those of `metrics.csv`, below the run's folder with the folder before them (`rays/loss`). The
+    methods are called between two steps: the run waits for one that takes long, and goes on without one that raises.
     """
 
     def start(self, folder: Path, parameters: Mapping[str, Any]) -> None:

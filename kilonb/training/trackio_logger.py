@@ -6,7 +6,7 @@
 # %% auto #0
 __all__ = ['offline_environment', 'project_and_name', 'TrackioLogger']
 
-# %% ../../nbs/training/trackio_logger.ipynb #7486cacc
+# %% ../../nbs/training/trackio_logger.ipynb #9c16d8d6
 import contextlib
 import io
 import os
@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..core.text import format_value
+from ..core.errors import printable
+from ..core.text import format_value, markdown_table
 from ..runs.status import SWEEPS, read_status
 from .loggers import Logger, check_logger_names
 
@@ -57,7 +58,7 @@ def _last_steps(project: str, name: str) -> dict[str, int] | None:
         return found
     except (ImportError, AttributeError, LookupError, TypeError, ValueError): return None
 
-# %% ../../nbs/training/trackio_logger.ipynb #6f3a4be8
+# %% ../../nbs/training/trackio_logger.ipynb #50d205a4
 class TrackioLogger(Logger):
     """A run in trackio's local store: project = experiment, name = run, config = parameters; see `trackio show`.
 
@@ -98,8 +99,8 @@ class TrackioLogger(Logger):
 
     def finish(self, results: Mapping[str, Any]) -> None:
         """Add the results as a table in Markdown, write what is waiting, and end the run."""
-        rows = [f"| {name} | {format_value(value)} |" for name, value in results.items()]
-        if rows: self.text("results", "\n".join(["| result | value |", "|---|---|", *rows]), self.step)
+        rows = [[printable(str(name)), printable(str(format_value(value)))] for name, value in results.items()]
+        if rows: self.text("results", markdown_table(["result", "value"], rows), self.step)
         with offline_environment(): self.run.finish()
         with contextlib.suppress(AttributeError):
             current = self.trackio.context_vars.current_run

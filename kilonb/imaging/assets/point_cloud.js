@@ -74,8 +74,10 @@ const layout = {
   },
   legend: { itemsizing: "constant", ...(narrow ? { orientation: "h", x: 0, y: 1, yanchor: "bottom" } : {}) },
 };
+// Without the button that would upload the points.
+const config = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["sendChartToCloud"] };
 const draw = () =>
-  Plotly.react(plot, traces(), layout, { responsive: true, displaylogo: false }).then(() => {
+  Plotly.react(plot, traces(), layout, config).then(() => {
     document.body.dataset.poses = poses.value;
     document.body.dataset.colours = colours.value;
     document.body.dataset.drawn = "yes";

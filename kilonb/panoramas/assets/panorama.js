@@ -144,7 +144,9 @@ const shownAfter = (key) => {
   return { "xaxis.range": range(xaxis, move[0]), "yaxis.range": range(yaxis, move[1]) };
 };
 const traces = [empty(""), heatmap, empty("3")];
-Plotly.newPlot(plot, traces, layout, { responsive: true, scrollZoom: true, displaylogo: false }).then(() => {
+// Without the button that would upload the pictures.
+const config = { responsive: true, scrollZoom: true, displaylogo: false, modeBarButtonsToRemove: ["sendChartToCloud"] };
+Plotly.newPlot(plot, traces, layout, config).then(() => {
   plot.addEventListener("mousemove", (event) => {
     tip.textContent = pixelUnder(event);
     tip.style.display = tip.textContent ? "block" : "none";
