@@ -183,6 +183,8 @@ def react_runs(notebook: Notebook, outputs: Path) -> None:
     notebook.wait_until("() => [...document.querySelectorAll('.kilonb-runs option')].some(option => "
                         "option.textContent.includes('toy/late'))")
     page.locator(".kilonb-filter input").fill("quick")
+    notebook.wait_until("() => ![...document.querySelectorAll('.kilonb-runs option')].some(option => "
+                        "option.textContent.includes('toy/late'))")     # narrowed; chosen runs stay in the list
     page.locator(".kilonb-runs select").select_option(label="✔ toy/quick")
     notebook.wait_until("() => document.querySelectorAll('.kilonb-table th').length === 2")
 

@@ -85,7 +85,7 @@ def test_points_alone_reproduce_the_scene_and_rays_improve_it(result, data):
 
 def test_the_space_is_what_the_cameras_see_and_loses_no_alpha(data):
     grid, _, step = space_of_scene(data.teacher, [camera for _, camera in data.train], TEACHING)
-    everything = occupancy_of_gaussians(data.teacher, 64)
+    everything = occupancy_of_gaussians(data.teacher, 64, cameras=[camera for _, camera in data.train])
     volume = lambda g: g.occupied.sum() * g.voxel_size.prod()
     assert volume(grid) < volume(everything) and step == pytest.approx((grid.box[1] - grid.box[0]).max().item() / 80)
     assert teach(data, replace(TEACHING, rays=replace(TEACHING.rays, loop=replace(LOOP, steps=1, warmup_steps=0))),

@@ -9,7 +9,7 @@ __all__ = ['PART_FORMATS', 'EXPORT_PARTS', 'ABSENT', 'ExportOptions', 'chosen_fo
            'part_jobs', 'ExportResult', 'missing_sentence', 'default_target', 'make_export', 'export_run',
            'export_results']
 
-# %% ../../nbs/sharing/export.ipynb #5aa4410a
+# %% ../../nbs/sharing/export.ipynb #62e22d9a
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..core.configs import checked
 from ..core.errors import KiloError, shorten, unknown_name
 from ..core.files import absolute_path
 from ..core.text import format_value, text_table
@@ -42,13 +43,14 @@ from .student_gaussians import StudentFit, fit_student
 from ..splats.placement import rotation_between_axes
 from ..training.session import choose_device
 
-# %% ../../nbs/sharing/export.ipynb #132cd687
+# %% ../../nbs/sharing/export.ipynb #82deaf0a
 PART_FORMATS = {"gaussians": tuple(GAUSSIAN_ENDINGS), "mesh": ("ply", "obj", "glb"), "points": ("ply",),
            "turntable": ("mp4", "gif"), "timelapse": ("mp4", "gif"), "figures": ()}
 EXPORT_PARTS = tuple(PART_FORMATS)
 
 
 @dataclass(frozen=True)
+@checked
 class ExportOptions:
     """How a run is exported.
 
@@ -374,7 +376,7 @@ def _check_source(held: Holdings, target: Path) -> None:
     raise KiloError(f"The export would replace {target}, in which {shorten(inside.name, 80)} lies that it reads: give "
                     "another folder as --to.")
 
-# %% ../../nbs/sharing/export.ipynb #71a5fc0a
+# %% ../../nbs/sharing/export.ipynb #119a3f27
 def default_target(held: Holdings) -> Path:
     """Where an export goes without a name: `export` in the run's folder; beside a file, `NAME_export`."""
     if held.record is not None: return held.folder / "export"
@@ -390,7 +392,6 @@ def make_export(run: str | os.PathLike, to: str | os.PathLike = "", what: Sequen
     Raises KiloError, with nothing written, where a request cannot be met: see `export_run`.
     """
     options, wanted = options or ExportOptions(), chosen_formats(what, formats)
-    options.validate()
     options = replace(options, device=str(choose_device(options.device)))
     held = holdings_of(run, outputs)
     target = absolute_path(to, "folder for the export") if to else default_target(held)

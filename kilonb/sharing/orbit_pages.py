@@ -6,7 +6,7 @@
 __all__ = ['LOWEST_DEG', 'HIGHEST_DEG', 'pack_message', 'request_of_text', 'serve_orbit', 'orbit_script', 'orbit_page',
            'SphereConfig', 'sphere_elevations', 'sphere_grid', 'grid_reply']
 
-# %% ../../nbs/sharing/orbit_pages.ipynb #2a84b420
+# %% ../../nbs/sharing/orbit_pages.ipynb #4ad65890
 import html
 import json
 import struct
@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from ..core.files import dumps
 from ..core.html import hashed_script_policy, html_page, read_asset
@@ -93,8 +94,9 @@ def orbit_page(widget: OrbitWidget, title: str, note: str = "", grids: Sequence[
     styles = [read_asset("imaging", "orbit.css"), read_asset("sharing", "view.css")]
     return html_page(title, body, styles, scripts, data, hashed_script_policy(*scripts, served=True))
 
-# %% ../../nbs/sharing/orbit_pages.ipynb #1ec50507
+# %% ../../nbs/sharing/orbit_pages.ipynb #e7e27b33
 @dataclass(frozen=True)
+@checked
 class SphereConfig:
     """Pictures on a sphere.
 

@@ -7,13 +7,14 @@ in views that the fit did not see.
 # %% auto #0
 __all__ = ['RenderedPicture', 'rendered_pictures', 'surface_gaussians', 'StudentFit', 'fit_student']
 
-# %% ../../nbs/sharing/student_gaussians.ipynb #20c376a3
+# %% ../../nbs/sharing/student_gaussians.ipynb #fce9a93a
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..core.configs import checked
 from ..core.errors import KiloError
 from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import rotmat_to_quat
@@ -83,8 +84,9 @@ def surface_gaussians(pictures: Sequence[RenderedPicture], count: int, sh_degree
     thin = flat.log_scales - torch.tensor([0.0, 0.0, 1.386])                  # a fourth
     return replace(flat, log_scales=thin, quats=_normal_quats(normals))
 
-# %% ../../nbs/sharing/student_gaussians.ipynb #4182526a
+# %% ../../nbs/sharing/student_gaussians.ipynb #c103df76
 @dataclass(frozen=True)
+@checked
 class StudentFit:
     """Settings of `fit_student`. views: renders from all sides, of `width` pixels. count: of gaussians at the start;
     the fit may double it. sh_degree: of the harmonics. steps: of the fit; 0: the start as it is. limit_s: seconds after

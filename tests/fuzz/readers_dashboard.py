@@ -1,4 +1,5 @@
 """Readers of the dashboard: whatever a run's files hold, it shows an item, rows or a log, and never fails."""
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -78,15 +79,27 @@ def _cards(path: Path) -> list[dict[str, Any]]:
     except UnicodeDecodeError as error: raise KiloError(f"{path.name} is not text: byte {error.start}.") from None
 
 
+def _wrong_cards(cards: list[dict[str, Any]]) -> str:
+    numbers = [value for card in cards for name, value in card.items() if name != "name" and value is not None]
+    if not all(math.isfinite(value) for value in numbers): return "a number that is not finite"
+    return "" if all(card["name"].isprintable() for card in cards) and isinstance(cards, list) else "an odd name"
+
+
+def _wrong_log(reply: dict[str, Any]) -> str:
+    text = reply["text"]
+    if len(text) > 32_768 or not isinstance(reply["size"], int): return "a long text, or no size"
+    return "" if all(letter.isprintable() or letter in "\n\t" for letter in text) else "control characters"
+
+
 READERS = [
     *[Reader(f"dashboard_{name}", "json", read=_item, check=_wrong_item, tolerant=True, **_file(f"{name}.json"))
       for name in ("status", "progress", "parameters")],
     Reader("dashboard_curves", "csv", read=_curves, check=_wrong_curves, tolerant=True, **_file("metrics.csv")),
     Reader("dashboard_log", "text", lambda folder: [b"\x1b[1mtraining\x1b[0m 3/9\r\n"],
-           lambda path: log_since(path.parent), lambda reply: dumps(reply) and "", prepare=lambda folder: folder
+           lambda path: log_since(path.parent), _wrong_log, prepare=lambda folder: folder
            / "log.txt", tolerant=True),
     Reader("dashboard_sweep", "json", _sweep_seed, _sweep, _wrong_item, prepare=_study),
     Reader("scalars_csv", "csv", lambda folder: [b"step,name,value,time\n1,loss,0.5,1.5\n2,loss,0.25,2.5\n"], _table,
            _wrong_table),
-    Reader("gpu_csv", "csv", lambda folder: [b"NVIDIA H200, 37, 2048, 143771, 41\n"], _cards, tolerant=True),
+    Reader("gpu_csv", "csv", lambda folder: [b"NVIDIA H200, 37, 2048, 143771, 41\n"], _cards, _wrong_cards, tolerant=True),
 ]

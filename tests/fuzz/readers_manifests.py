@@ -72,6 +72,7 @@ def _read_manifest(path: Path) -> Manifest:
         name = first if first.isidentifier() else "brickyard"
         target = Path(folder) / f"{name[:80]}.yaml"
         shutil.copy(path, target)
+        for listed in manifests_folder().glob("*.sha256"): shutil.copy(listed, folder)
         return load_manifest(target)
 
 
