@@ -101,5 +101,6 @@ READERS = [
     Reader("dashboard_sweep", "json", _sweep_seed, _sweep, _wrong_item, prepare=_study),
     Reader("scalars_csv", "csv", lambda folder: [b"step,name,value,time\n1,loss,0.5,1.5\n2,loss,0.25,2.5\n"], _table,
            _wrong_table),
-    Reader("gpu_csv", "csv", lambda folder: [b"NVIDIA H200, 37, 2048, 143771, 41\n"], _cards, _wrong_cards, tolerant=True),
+    Reader("gpu_csv", "csv", lambda folder: [b"NVIDIA H200, 37, 2048, 143771, 41\n"], _cards, _wrong_cards,
+           tolerant=True),
 ]
