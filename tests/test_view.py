@@ -14,6 +14,7 @@ import pytest
 import torch
 from helpers import KILONB
 from jupyter_driver import needs_chromium, open_browser
+from pages import moving_run
 
 from kilonb.core.errors import KiloError
 from kilonb.data.references import DataReference
@@ -22,7 +23,6 @@ from kilonb.distill.orbit import teacher_of_student
 from kilonb.distill.student import make_student, save_student
 from kilonb.fields.mlp import MLPConfig
 from kilonb.fields.occupancy import occupancy_from_gaussians
-from kilonb.flux4d.motion import MovingGaussians, save_moving
 from kilonb.imaging.channels import ViewSettings
 from kilonb.pose.explorer import ReconstructedFrames
 from kilonb.pose.toy_recordings import carved_gaussians, write_toy_recording
@@ -234,21 +234,6 @@ def test_an_animal_is_turned_and_its_layers_are_asked_for(browser, tmp_path):
         assert tab.page.locator(".grid canvas").count() == 4 and tab.errors == []
     page = write_grid_page(tmp_path / "animal.html", view.grids, view.title, say=None)
     assert b"difference" in page.read_bytes()
-
-
-def moving_run(outputs: Path) -> Path:
-    """A finished run with a road and a car that drives ahead at 10 m/s."""
-    draw, count = torch.Generator().manual_seed(0), 900
-    points = torch.rand(count, 3, generator=draw) * torch.tensor([40.0, 16.0, 1.5]) + torch.tensor([2.0, -8.0, 0.0])
-    velocities = torch.zeros(count, 1, 3)
-    velocities[600:, 0, 0] = 10.0
-    moving = MovingGaussians(points, torch.tensor([1.0, 0, 0, 0]).repeat(count, 1), torch.full((count, 3), 0.2).log(),
-                             torch.full((count,), 3.0), torch.randn(count, 3, generator=draw),
-                             torch.rand(count, generator=draw), velocities, torch.zeros(count).bool())
-    run = open_run("flux4d_overfit", outputs / "flux4d_overfit" / "a")
-    save_moving(run.folder / "refined_gaussians.pt", moving)
-    run.finish({})
-    return run.folder
 
 
 @needs_chromium

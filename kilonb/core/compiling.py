@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-# %% ../../nbs/core/compiling.ipynb #81c6cb7c
-COMPILING = "compiling kernels, once per machine: 10 to 60 s"
+# %% ../../nbs/core/compiling.ipynb #9b73ffd9
+COMPILING = "compiling kernels, once per machine"
 
 
 def _is_kept(event: Any) -> bool:

@@ -9,7 +9,7 @@ __all__ = ['PART_FORMATS', 'EXPORT_PARTS', 'ABSENT', 'ExportOptions', 'chosen_fo
            'part_jobs', 'ExportResult', 'missing_sentence', 'default_target', 'make_export', 'export_run',
            'export_results']
 
-# %% ../../nbs/sharing/export.ipynb #62e22d9a
+# %% ../../nbs/sharing/export.ipynb #4bda092d
 import os
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +22,7 @@ from typing import Any
 from ..core.configs import checked
 from ..core.errors import KiloError, shorten, unknown_name
 from ..core.files import absolute_path
+from ..core.streams import heartbeat
 from ..core.text import format_value, text_table
 from ..data.point_files import read_points, write_points
 from ..distill.orbit import ONE_VIEW
@@ -43,12 +44,12 @@ from .student_gaussians import StudentFit, fit_student
 from ..splats.placement import rotation_between_axes
 from ..training.session import choose_device
 
-# %% ../../nbs/sharing/export.ipynb #82deaf0a
+# %% ../../nbs/sharing/export.ipynb #c34d7dd2
 PART_FORMATS = {"gaussians": tuple(GAUSSIAN_ENDINGS), "mesh": ("ply", "obj", "glb"), "points": ("ply",),
-           "turntable": ("mp4", "gif"), "timelapse": ("mp4", "gif"), "figures": ()}
+                "turntable": ("mp4", "gif"), "timelapse": ("mp4", "gif"), "figures": ()}
 EXPORT_PARTS = tuple(PART_FORMATS)
 
-
+# %% ../../nbs/sharing/export.ipynb #6b4749a5
 @dataclass(frozen=True)
 @checked
 class ExportOptions:
@@ -57,9 +58,8 @@ class ExportOptions:
     time: of clips, seconds: `0.5`, `0,0.1,0.2` or `all`; empty: 0. frame: of animals: `162`, `120,126` or `all`; empty:
     the middle one. up: axis that points upwards in the files: x, y, z, -x, -y or -z; empty: the run's own frame.
     scene_up: axis that points upwards in the run; "auto": guessed. fit: of students to gaussians, and of the one
-    colour of a gaussian in .splat. resolution: voxels of
-    a mesh along its longest edge, from mesh_views renders of mesh_width pixels. turn_frames, width, fps: of videos.
-    device: that renders.
+    colour of a gaussian in .splat. resolution: voxels of a mesh along its longest edge, from mesh_views renders of
+    mesh_width pixels. turn_frames, width, fps: of videos. device: that renders.
     """
     time: str = ""
     frame: str = ""
@@ -376,7 +376,7 @@ def _check_source(held: Holdings, target: Path) -> None:
     raise KiloError(f"The export would replace {target}, in which {shorten(inside.name, 80)} lies that it reads: give "
                     "another folder as --to.")
 
-# %% ../../nbs/sharing/export.ipynb #119a3f27
+# %% ../../nbs/sharing/export.ipynb #d4db397e
 def default_target(held: Holdings) -> Path:
     """Where an export goes without a name: `export` in the run's folder; beside a file, `NAME_export`."""
     if held.record is not None: return held.folder / "export"
@@ -400,7 +400,7 @@ def make_export(run: str | os.PathLike, to: str | os.PathLike = "", what: Sequen
     options = _with_teachers_up(held, options)
     if caveat := _caveat(held): say(caveat)
     with export_folder(target, force) as folder:
-        rows, missing = _run_jobs(held, wanted, folder, options, say)
+        with heartbeat(say) as tell: rows, missing = _run_jobs(held, wanted, folder, options, tell)
         asked = {part: why for part, why in missing.items() if part in what}
         if asked or not rows:
             there = ", ".join(part for part in EXPORT_PARTS
