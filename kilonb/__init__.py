@@ -10,8 +10,10 @@ __version__ = "0.2.0"
 # already set in the environment stays.
 _os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# numba raises at import where it can write no cache of compiled functions.
+# numba raises at import where it can write no cache of compiled functions, and at a call where a cached function is of
+# a version whose modules had other names.
 _import("kilonb.core.caches").ensure_numba_cache(__path__[0])
+_import("kilonb.core.caches").remove_stale_functions(__path__[0], __version__)
 
 _NAMES = {
     "geometry.boxes": "Boxes",

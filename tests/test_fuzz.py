@@ -1,6 +1,6 @@
 """Mutated inputs of every reader of outside data end in a sane value or in one KiloError of one sentence.
 
-100 inputs a reader, always the same; `make endure` runs any number. A fault prints its reader and number, with which
+40 inputs a reader, always the same; `make endure` runs any number. A fault prints its reader and number, with which
 `python -m tests.fuzz --show READER:NUMBER` writes the input to a file and shows the traceback.
 """
 
@@ -11,13 +11,13 @@ import pytest
 
 from tests.fuzz.engine import FAULTS, Bench, Reader, Worker, all_readers, fuzz, make_input, wrong_message
 
-INPUTS = 100
+INPUTS = 40
 READERS = all_readers()
 
 
 @pytest.fixture(scope="module")
 def tallies(tmp_path_factory):
-    """What 100 inputs of each reader came to."""
+    """What 40 inputs of each reader came to."""
     return {one.reader: one for one in fuzz(list(READERS), INPUTS, seed=0, folder=tmp_path_factory.mktemp("fuzz"))}
 
 

@@ -109,6 +109,7 @@ def test_requirements_are_what_the_package_imports():
     modules = {alias.name for node in trees if isinstance(node, ast.Import) for alias in node.names}
     modules |= {node.module for node in trees if isinstance(node, ast.ImportFrom) and not node.level}
     optional = {requirement.name for requirement in requirements("trackio_requirements")}
+    optional |= {"triton"}                         # comes with torch's CUDA build
     outside = {module.split(".")[0] for module in modules} - set(sys.stdlib_module_names) - {"kilonb"} - optional
     owners = importlib.metadata.packages_distributions()
     required = {canonicalize_name(requirement.name) for requirement in requirements("requirements")}

@@ -14,6 +14,7 @@ from numba import njit
 
 from kilonb.geometry.cameras import orbit_cameras
 from kilonb.core.errors import KiloError
+from kilonb.core.work_queue import parallel_for, queued_jobs
 from kilonb.splats.benchmark import benchmark_scene, viewing_camera
 from kilonb.splats.gaussians import Gaussians
 from kilonb.splats.harmonics import evaluate_sh, sh_basis
@@ -21,7 +22,6 @@ from kilonb.splats.ply import read_ply, write_ply
 from kilonb.splats.projection import covariances, project_gaussians
 from kilonb.splats.rasterizer import rasterize, render_gaussians
 from kilonb.splats.reference import rasterize_reference
-from kilonb.splats.work_queue import parallel_for, queued_jobs
 
 REAL = os.environ.get("KILONB_DATA")
 PLAYBOT = Path(REAL or ".") / "splats" / "playbot_lod3_inria.ply"
@@ -293,6 +293,7 @@ def test_cuda_tensors_are_handed_to_gsplat(monkeypatch):
     passed = {}
     def rasterization(*arguments, **options): passed.update(options, count=len(arguments)); return "gsplat's answer"
     monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=rasterization))
+    monkeypatch.setattr("kilonb.splats.rasterizer._gsplat_runs", lambda: True)
     on_cuda = SimpleNamespace(is_cuda=True)
     assert rasterize(on_cuda, *[None] * 6, 10, 10, render_mode="RGB+ED", camera_model="fisheye",
                      with_ut=True) == "gsplat's answer"

@@ -313,7 +313,7 @@ def with_fewer_vehicles(dataset: CooperativeDataset, most: int, memory: int = 25
     return CooperativeDataset(dataset.scene, dataset.cache, dataset.panorama, replace(dataset.options, most=most),
                               dataset.stitch_with, memory)
 
-# %% ../../nbs/coop/dataset.ipynb #7f6e6af0
+# %% ../../nbs/coop/dataset.ipynb #c07b536f
 def collate(samples: Sequence[Sample], vehicles: int | None = None) -> dict[str, Tensor]:
     """Batch of samples: their tensors as [B, V, ...] with V = `vehicles` (default: the most in the batch), and
     `present` [B, V] bool.
@@ -327,23 +327,25 @@ def collate(samples: Sequence[Sample], vehicles: int | None = None) -> dict[str,
     for name in samples[0].tensors():
         parts = [getattr(sample, name) for sample in samples]
         padded = parts[0].new_zeros(len(samples), vehicles, *parts[0].shape[1:])
-        if name == "pose_to_main": padded[:] = torch.eye(4)
+        if name == "pose_to_main": padded[:] = torch.eye(4, device=padded.device)
         for slot, part in zip(padded, parts): slot[: len(part)] = part
         batch[name] = padded
-    batch["present"] = torch.tensor([[view < len(sample.vehicles) for view in range(vehicles)] for sample in samples])
+    batch["present"] = torch.tensor([[view < len(sample.vehicles) for view in range(vehicles)] for sample in samples],
+                                    device=padded.device)
     return batch
 
-# %% ../../nbs/coop/dataset.ipynb #0efd87b1
+# %% ../../nbs/coop/dataset.ipynb #72473dab
 def column_rotations(columns: Sequence[int] | Tensor, width: int) -> Tensor:
     """[V, 4, 4] float64: rotation of a panorama's camera when its pictures are rolled to the right by `columns` of
     `width`."""
-    angles = -2 * math.pi * torch.as_tensor(columns, dtype=torch.float64) / width
+    if not isinstance(columns, Tensor): columns = torch.tensor(list(columns), dtype=torch.float64, device="cpu")
+    angles = -2 * math.pi * columns.double() / width
     cosine, sine = angles.cos(), angles.sin()
-    rotations = torch.eye(4, dtype=torch.float64).repeat(len(angles), 1, 1)
+    rotations = torch.eye(4, dtype=torch.float64, device=angles.device).repeat(len(angles), 1, 1)
     rotations[:, 0, 0], rotations[:, 0, 2], rotations[:, 2, 0], rotations[:, 2, 2] = cosine, sine, -sine, cosine
     return rotations
 
-# %% ../../nbs/coop/dataset.ipynb #948e3fad
+# %% ../../nbs/coop/dataset.ipynb #7003fa09
 def roll_sample(sample: Sample, columns: Sequence[int] | Tensor) -> Sample:
     """Sample with view i rolled to the right by `columns[i]` and its pose rotated accordingly: the same points in the
     world."""
@@ -360,7 +362,8 @@ def roll_sample(sample: Sample, columns: Sequence[int] | Tensor) -> Sample:
 def roll_randomly(sample: Sample, generator: torch.Generator) -> Sample:
     """Sample with every view rolled by a number of columns drawn from `generator`."""
     return roll_sample(sample,
-                       torch.randint(sample.mask.shape[-1], (len(sample.vehicles),), generator=generator).tolist())
+                       torch.randint(sample.mask.shape[-1], (len(sample.vehicles),), generator=generator,
+                                     device=generator.device).tolist())
 
 # %% ../../nbs/coop/dataset.ipynb #a90b1495
 def dataset_statistics(dataset: Sequence[Sample], count: int = 16, seed: int = 0) -> dict[str, float]:

@@ -59,19 +59,20 @@ def dot_product_attention(q: Tensor, k: Tensor, v: Tensor, known: Tensor | None 
     if known is not None: logits = logits.masked_fill(~known[:, None, None], -torch.inf)
     return logits.softmax(-1).to(v.dtype) @ v
 
-# %% ../../nbs/coop/layers.ipynb #b179f047
-def rotary_angles(columns: int, frequencies: int) -> tuple[Tensor, Tensor]:
+# %% ../../nbs/coop/layers.ipynb #dc455963
+def rotary_angles(columns: int, frequencies: int,
+                  device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """(cosines, sines) [columns, frequencies] of m times the azimuth of each column, m = 1, 2, 3, 4, 6, 8, 12, ..."""
     m = torch.tensor([round(2 ** (k / 2)) if k % 2 == 0 else 3 * 2 ** (k // 2) // 2 or 1
-                      for k in range(frequencies + 1)][1:]).clamp(min=1)
-    angle = torch.arange(columns)[:, None] * m * (2 * math.pi / columns)
+                      for k in range(frequencies + 1)][1:], device=device).clamp(min=1)
+    angle = torch.arange(columns, device=device)[:, None] * m * (2 * math.pi / columns)
     return angle.cos(), angle.sin()
 
-# %% ../../nbs/coop/layers.ipynb #6499fe58
+# %% ../../nbs/coop/layers.ipynb #625c972a
 def rotate_by_azimuth(x: Tensor, columns: int) -> Tensor:
     """Queries or keys [B, heads, rows * columns, D]; the first half of their channels rotated by the azimuth."""
     quarter = x.shape[-1] // 4
-    cosine, sine = (part.to(x).repeat(x.shape[2] // columns, 1) for part in rotary_angles(columns, quarter))
+    cosine, sine = (part.to(x).repeat(x.shape[2] // columns, 1) for part in rotary_angles(columns, quarter, x.device))
     a, b, rest = x[..., :quarter], x[..., quarter:2 * quarter], x[..., 2 * quarter:]
     return torch.cat([a * cosine - b * sine, a * sine + b * cosine, rest], -1)
 

@@ -163,12 +163,13 @@ def mask_terms(prediction: Prediction, batch: LossBatch, pos_weight: float = 1.0
             "mask_mean_predicted": probability.mean(), "mask_mean_true": true.mean(),
             "valid_share": batch.weight[here].mean()}
 
-# %% ../../nbs/coop/losses.ipynb #3bf1e280
+# %% ../../nbs/coop/losses.ipynb #06eafe9a
 def training_columns(true: PairTargets, columns: int, jitter: float,
                      generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Columns [P] and [P] of the true bearings; each moved to a neighbouring column with probability `jitter`."""
     count, device = len(true.relative_yaw), true.relative_yaw.device
-    draw = lambda: torch.rand(2, count, generator=generator).to(device)
+    source = device if generator is None else generator.device
+    draw = lambda: torch.rand(2, count, generator=generator, device=source).to(device)
     step = (draw() < jitter) * (2 * (draw() < .5).long() - 1)
     first, second = ((position.floor().long() + offset) % columns
                      for position, offset in zip((true.first_bearing, true.second_bearing), step))
@@ -210,7 +211,7 @@ def _accuracies(evidence: PairEvidence, true: PairTargets, n: int) -> dict[str, 
     return {"column_matching_accuracy": (near(i, true.first_bearing) & near(j, true.second_bearing)).float().mean(),
             "heading_accuracy": near(heading.argmax(1), true.relative_yaw + .5).float().mean()}
 
-# %% ../../nbs/coop/losses.ipynb #ec19d5a7
+# %% ../../nbs/coop/losses.ipynb #17042b4a
 def pose_terms(model: CoopModel, prediction: Prediction, batch: LossBatch, config: LossConfig,
                generator: torch.Generator | None = None) -> dict[str, Tensor]:
     """Robust pose loss, and the pair terms where there is evidence.
@@ -220,9 +221,9 @@ def pose_terms(model: CoopModel, prediction: Prediction, batch: LossBatch, confi
     """
     others = batch.present.clone()
     others[:, 0] = False
-    if not others.any():
-        raise KiloError("A batch of lone vehicles has no pose to learn: samples of two vehicles or more are expected.")
     sample = others.nonzero()[:, 0]
+    if len(sample) == 0:
+        raise KiloError("A batch of lone vehicles has no pose to learn: samples of two vehicles or more are expected.")
     poses, true = prediction.pose_to_main[others], batch.pose_to_main[others]
     own_z = batch.z if prediction.evidence else scene_size(prediction.range_m, batch.weight).detach()
     offset = (poses[:, :3, 3] / own_z[sample, None] - true[:, :3, 3] / batch.z[sample, None] + 1e-6).norm(dim=-1)

@@ -230,7 +230,7 @@ class Prediction(NamedTuple):
     quats: Tensor
     evidence: PairEvidence | None
 
-# %% ../../nbs/coop/model.ipynb #a1ef2139
+# %% ../../nbs/coop/model.ipynb #5e46a1c6
 class CoopModel(nn.Module):
     """A batch of panoramas to a `Prediction`.
 
@@ -257,7 +257,7 @@ class CoopModel(nn.Module):
     def forward(self, rgb_srgb: Tensor, present: Tensor) -> Prediction:
         headings = canonical_heading(rgb_srgb[present])
         pictures = roll_each(rgb_srgb[present], -headings)
-        rotations = column_rotations(-headings.cpu(), self.width).to(rgb_srgb)
+        rotations = column_rotations(-headings, self.width).to(rgb_srgb)
         output, log_scale, local, evidence = _at_canonical_headings(self, pictures, rotations, present)
         unit, confidence, mask = (pad_views(roll_each(x.float(), headings), present)
                                   for x in (output.log_unit_range.clamp(-3, 8).exp(),

@@ -30,12 +30,10 @@ class Pairs(NamedTuple):
     slots: Tensor
     views: Tensor
 
-# %% ../../nbs/coop/relative_pose.ipynb #d03b6aea
+# %% ../../nbs/coop/relative_pose.ipynb #52a602b3
 def list_pairs(present: Tensor) -> Pairs:
     """All pairs of present views; present: [B, V] bool."""
-    number = torch.full(present.shape, -1, device=present.device).masked_scatter(
-        present, torch.arange(int(present.sum()), device=present.device)
-    )
+    number = torch.where(present, (present.flatten().cumsum(0) - 1).view_as(present), -1)
     slots = torch.triu_indices(present.shape[1], present.shape[1], 1, device=present.device).T
     sample, k = (present[:, slots[:, 0]] & present[:, slots[:, 1]]).nonzero().T
     return Pairs(sample, slots[k], number[sample[:, None], slots[k]])
@@ -45,7 +43,7 @@ def wrap_difference(difference: Tensor, period: float) -> Tensor:
     """A difference on a circle of `period`, mapped to -period/2 .. period/2."""
     return torch.remainder(difference + period / 2, period) - period / 2
 
-# %% ../../nbs/coop/relative_pose.ipynb #a8e4a842
+# %% ../../nbs/coop/relative_pose.ipynb #1cfe20f5
 class PairTargets(NamedTuple):
     """True values of `PairMeasurements`, [P] each: both bearings in columns 0..N, log of metres on the ground, relative
     yaw in columns 0..N."""
@@ -64,9 +62,10 @@ def pair_targets(poses: Tensor, columns: int) -> PairTargets:
     return PairTargets(bearing(there), bearing(back), there[:, [0, 2]].norm(dim=-1).clamp(min=.1).log(), yaw % columns)
 
 
-def entry_yaw(columns: int) -> Tensor:
+def entry_yaw(columns: int, device: torch.device | str = "cpu") -> Tensor:
     """[N, N] relative yaw, in columns, of each entry (i, j) of a table: i - j + N / 2."""
-    return (torch.arange(columns)[:, None] - torch.arange(columns) + columns // 2) % columns
+    own = torch.arange(columns, device=device)
+    return (own[:, None] - own + columns // 2) % columns
 
 # %% ../../nbs/coop/relative_pose.ipynb #42aabd11
 def soft_one_hot(position: Tensor, columns: int) -> Tensor:
@@ -138,12 +137,12 @@ class PairScores(NamedTuple):
         around = sum(chance.roll((i, j), (1, 2)) for i in (-1, 0, 1) for j in (-1, 0, 1))
         return around.flatten(1).amax(1).clamp(max=1)
 
-# %% ../../nbs/coop/relative_pose.ipynb #9c4d0a8b
+# %% ../../nbs/coop/relative_pose.ipynb #b9e25e82
 def heading_correlation(features: Tensor, pairs: Pairs) -> Tensor:
     """[P, N] circular cross-correlation of unit column features [M, N, C] of the pairs' views, by relative yaw."""
     n, (first, second) = features.shape[1], pairs.views.T
     similarity = torch.einsum("pic,pjc->pij", features[first], features[second]).float()
-    shift = (entry_yaw(n).to(features.device) - n // 2) % n      # the yaw under which far things in i and j coincide
+    shift = (entry_yaw(n, features.device) - n // 2) % n      # the yaw under which far things in i and j coincide
     return similarity.new_zeros(len(first), n).index_add(1, shift.flatten(), similarity.flatten(1))
 
 # %% ../../nbs/coop/relative_pose.ipynb #6d52cde4
@@ -219,7 +218,7 @@ class RelativePoseHead(nn.Module):
         out, swapped = (self.mlp(torch.cat(parts, 1)).float() for parts in ((a, b, heading), (b, a, heading.flip(1))))
         return symmetrise(out, swapped, first, second, yaw)
 
-# %% ../../nbs/coop/relative_pose.ipynb #6b6d276e
+# %% ../../nbs/coop/relative_pose.ipynb #a91fbc54
 def _score_pairs(head: RelativePoseHead, columns: Tensor, pairs: Pairs) -> PairScores:
     """Heading correlation and bilinear column scores of all pairs."""
     n, (first, second) = head.columns, pairs.views.T
@@ -234,7 +233,7 @@ def _score_pairs(head: RelativePoseHead, columns: Tensor, pairs: Pairs) -> PairS
         "pic,pjc->pij", head.k_proj(a), head.q_proj(b)
     )
     score = score / 7 + head.unary(a) + head.unary(b).mT
-    entry = entry_yaw(n).to(columns.device)
+    entry = entry_yaw(n, columns.device)
     return PairScores(pairs, score.float() + heading.log_softmax(1)[:, entry], heading, a, b)
 
 

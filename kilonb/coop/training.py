@@ -8,7 +8,7 @@ predictions for training, validation and use.
 __all__ = ['CoopConfig', 'make_model', 'make_batch', 'predict_batch', 'predict', 'jitter_colours', 'mirror_sample',
            'make_optimizer', 'augment', 'make_step', 'EpochReport', 'train_coop']
 
-# %% ../../nbs/coop/training.ipynb #50f9f5a1
+# %% ../../nbs/coop/training.ipynb #0a4ad3de
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from .dataset import Sample, collate, roll_randomly
 from .losses import LossBatch, LossConfig, coop_loss
 from .model import CoopModel, ModelConfig, Prediction
 from ..geometry.panoramas import PanoramaCamera
+from ..training.determinism import host_generator
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, DistributedSteps, World
 
@@ -60,7 +61,7 @@ class CoopConfig:
                           gradient_clip=self.gradient_clip, ema_decay=self.ema_decay,
                           log_every_steps=self.log_every_steps, seed=self.seed, time_limit_s=self.time_limit_s)
 
-# %% ../../nbs/coop/training.ipynb #1efacf30
+# %% ../../nbs/coop/training.ipynb #46ae7640
 def make_model(camera: PanoramaCamera, config: CoopConfig) -> CoopModel:
     """A freshly initialised model for panoramas of `camera`; the same for the same seed."""
     with torch.random.fork_rng([]):
@@ -79,23 +80,30 @@ def predict_batch(model: CoopModel, batch: Mapping[str, Tensor]) -> Prediction:
 
 
 def predict(model: CoopModel, samples: Sequence[Sample]) -> Prediction:
-    """Prediction for samples, from colours alone, on the model's device."""
-    return predict_batch(model, make_batch(samples, next(model.parameters()).device))
+    """Prediction for samples, from colours alone, computed on the model's device, returned on that of the samples."""
+    prediction = predict_batch(model, make_batch(samples, next(model.parameters()).device))
+    return _moved(prediction, samples[0].rgb_srgb.device)
 
-# %% ../../nbs/coop/training.ipynb #89590af3
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """A named tuple of tensors and named tuples, on a device."""
+    if isinstance(value, Tensor): return value.to(device)
+    return type(value)(*(_moved(part, device) for part in value)) if isinstance(value, tuple) else value
+
+# %% ../../nbs/coop/training.ipynb #b7485d0e
 def jitter_colours(sample: Sample, strength: float, generator: torch.Generator) -> Sample:
     """Sample with a random exposure, contrast and tint per view. strength: 0 none; .2: about 20%. Uncovered pixels stay
     black."""
     views = len(sample.vehicles)
-    gain, contrast, tint = (torch.exp(strength * torch.randn(shape, generator=generator))
+    gain, contrast, tint = (torch.exp(strength * torch.randn(shape, generator=generator, device=generator.device))
                             for shape in ((views, 1, 1, 1), (views, 1, 1, 1), (views, 3, 1, 1)))
     rgb = ((sample.rgb_srgb - .45) * contrast + .45) * gain * tint ** .5
     return replace(sample, rgb_srgb=rgb.clamp(0, 1) * sample.coverage[:, None])
 
-# %% ../../nbs/coop/training.ipynb #ad8fe513
+# %% ../../nbs/coop/training.ipynb #c4e47607
 def mirror_sample(sample: Sample) -> Sample:
     """Sample with left and right exchanged in all pictures and poses."""
-    across = torch.tensor([-1.0, 1, 1, 1])
+    across = torch.tensor([-1.0, 1, 1, 1], device=sample.pose_to_main.device)
     pictures = {name: value.flip(-1) for name, value in sample.tensors().items() if name != "pose_to_main"}
     return replace(sample, **pictures, pose_to_main=across[:, None] * sample.pose_to_main * across)
 
@@ -107,24 +115,26 @@ def make_optimizer(model: CoopModel, config: CoopConfig) -> torch.optim.AdamW:
                               {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}],
                              lr=config.learning_rate)
 
-# %% ../../nbs/coop/training.ipynb #9257ee9e
+# %% ../../nbs/coop/training.ipynb #fc2bacde
 def augment(samples: Sequence[Sample], config: CoopConfig, generator: torch.Generator) -> list[Sample]:
     """Samples with the augmentations of `config`, drawn from `generator`."""
+    draw = dict(generator=generator, device=generator.device)
     if config.colour_jitter: samples = [jitter_colours(sample, config.colour_jitter, generator) for sample in samples]
     if config.mirror:
-        samples = [mirror_sample(sample) if torch.rand((), generator=generator) < .5 else sample for sample in samples]
+        samples = [mirror_sample(sample) if float(torch.rand((), **draw)) < .5 else sample for sample in samples]
     if config.roll_views: samples = [roll_randomly(sample, generator) for sample in samples]
     return list(samples)
 
-# %% ../../nbs/coop/training.ipynb #40107bb1
+# %% ../../nbs/coop/training.ipynb #63d6eb68
 def make_step(model: CoopModel, samples: Sequence[Sample], camera: PanoramaCamera, config: CoopConfig,
               world: World = ALONE) -> Callable[[int, torch.Generator], dict[str, Tensor | float]]:
     """Step function for `training.loop.train`: the losses of step `number` on this rank's samples, and "share", the
     rank's part of the batch, if there are several ranks."""
     steps = DistributedSteps(len(samples), config.batch_size, config.seed, world, config.steps_per_epoch)
+    camera = camera.to(next(model.parameters()).device)
 
     def step(number: int, generator: torch.Generator) -> dict[str, Tensor | float]:
-        drawn = int(torch.randint(2**40, (1,), generator=generator))
+        drawn = int(torch.randint(2**40, (1,), generator=host_generator(generator, number), device="cpu"))
         own = torch.Generator().manual_seed(drawn + world.rank)
         chosen = augment([samples[int(i)] for i in steps.batch_of(number)], config, own)
         batch = make_batch(chosen, next(model.parameters()).device)

@@ -7,11 +7,13 @@ settings.
 # %% auto #0
 __all__ = ['WHOLE', 'ABLATIONS', 'Ablation', 'choose_ablations', 'ablated', 'run_ablations', 'ablation_figure']
 
-# %% ../../nbs/distill/ablations.ipynb #e4e4b33c
+# %% ../../nbs/distill/ablations.ipynb #f0f96e4c
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from ..core.configs import apply_settings
 from ..core.errors import unknown_name
@@ -88,21 +90,23 @@ def _scores_of(result: DistillationResult, data: DistillationData, targets: Sequ
     return {"psnr_db": scores["psnr_db"], "halo": alpha["halo_mean"], "leak": alpha["leak_mean"],
             "blank_db": scores["blank_db"], **result.results}
 
-# %% ../../nbs/distill/ablations.ipynb #e3f9cb67
+# %% ../../nbs/distill/ablations.ipynb #44a6d8d6
 def run_ablations(names: Sequence[str], data: DistillationData, config: TeachingConfig, folder: Path,
-                  resume: bool = False, terms: ExtraTermsConfig | None = None) -> dict[str, dict[str, Any]]:
+                  resume: bool = False, terms: ExtraTermsConfig | None = None,
+                  device: torch.device | str = "cpu") -> dict[str, dict[str, Any]]:
     """Train and score the named ablations of `config`; prints a line for each.
 
-    terms: of the whole training. folder: each has a folder in it. Returns name -> "psnr_db" and "blank_db"
-    (`distill.evaluation.main_scores`), "halo", "leak" (`imaging.silhouettes`), and the numbers of the training; name ->
-    {"stopped": reason} where the training stopped.
+    terms: of the whole training. folder: each has a folder in it. device: of the training. Returns name -> "psnr_db",
+    "blank_db" (`distill.evaluation.main_scores`), "halo", "leak" (`imaging.silhouettes`), and the numbers of the
+    training; name -> {"stopped": reason} where the training stopped.
     """
     found, targets = {}, targets_from_teacher(data.teacher, data.test)
     for name in names:
         changed, extra = ablated(config, name, terms)
         try:
             result = teach(data, changed, folder / name.replace(" ", "_"), terms=extra_terms(extra, changed.rays),
-                           resume=resume, quiet=True)
+                           resume=resume, quiet=True, device=device)
+            result.student.cpu()                  # scores are computed on the CPU
             found[name] = _scores_of(result, data, targets)
             print(f"{name:<24}{found[name]['psnr_db']:.2f} dB, {result.seconds:.0f} s", flush=True)
         except TrainingStopped as error:

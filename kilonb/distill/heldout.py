@@ -5,22 +5,26 @@
 # %% auto #0
 __all__ = ['score_target', 'held_out_scores_of', 'held_out_scorer']
 
-# %% ../../nbs/distill/heldout.ipynb #7b5f20e0
+# %% ../../nbs/distill/heldout.ipynb #9f0b359e
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from ..imaging.scoring import score_against_photo, score_against_teacher
 from ..imaging.targets import ViewTarget
 from ..metrics.images import mean_over_views
 
-# %% ../../nbs/distill/heldout.ipynb #14eedd0d
+# %% ../../nbs/distill/heldout.ipynb #bc979c43
 _LOGGED = ("psnr_srgb_white_db", "psnr_srgb_foreground_db", "psnr_vs_teacher_db", "psnr_foreground_vs_teacher_db")
 
 
 def score_target(rendering: Any, target: ViewTarget) -> dict[str, float | None]:
-    """The PSNR of a rendering over the whole view and over the object, dB, named after what the target is."""
+    """The PSNR of a rendering over the whole view and over the object, dB, named after what the target is; computed on
+    the target's device."""
     score = score_against_photo if target.source == "image" else score_against_teacher
-    return {name: value for name, value in score(rendering, target).items() if name in _LOGGED}
+    here = SimpleNamespace(rgb_premultiplied=rendering.rgb_premultiplied.to(target.alpha.device),
+                           alpha=rendering.alpha.to(target.alpha.device))
+    return {name: value for name, value in score(here, target).items() if name in _LOGGED}
 
 # %% ../../nbs/distill/heldout.ipynb #f15a40e7
 def held_out_scores_of(render: Callable[[Any], Any], targets: Sequence[ViewTarget]) -> dict[str, float | None]:
@@ -33,7 +37,11 @@ def held_out_scores_of(render: Callable[[Any], Any], targets: Sequence[ViewTarge
         for name, value in score_target(render(target.camera), target).items(): found.setdefault(name, []).append(value)
     return {f"test_{name}": mean_over_views(values)[0] for name, values in found.items()}
 
-# %% ../../nbs/distill/heldout.ipynb #770f056e
+# %% ../../nbs/distill/heldout.ipynb #fdbc25a6
 def held_out_scorer(student: Any, targets: Sequence[ViewTarget]) -> Callable[[], Mapping[str, float | None]]:
-    """A function that scores a student (`distill.student.Student`) with its present weights on held-out views."""
-    return lambda: held_out_scores_of(student.render, targets)
+    """A function that scores a student (`distill.student.Student`) with its present weights on held-out views.
+
+    targets: on the student's device or another.
+    """
+    render = lambda camera: student.render(camera.to(student.box.device))
+    return lambda: held_out_scores_of(render, targets)

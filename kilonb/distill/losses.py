@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLOUR_LOSSES', 'ResponseLossConfig', 'background_colours', 'colour_error', 'band_penalty', 'depth_error',
-           'response_loss', 'Term', 'add_terms']
+           'response_loss', 'DistortionConfig', 'Term', 'add_terms']
 
 # %% ../../nbs/distill/losses.ipynb #b05f0005
 from collections.abc import Mapping
@@ -116,6 +116,29 @@ def response_loss(render: RayRender, target: RayBatch, config: ResponseLossConfi
              "mask_mean_predicted": alpha.mean(),
              "mask_mean_true": target.alpha.mean(), "alpha_penalty": band_penalty(alpha, target.alpha)}
     return {"loss": loss, **{k: v.detach() for k, v in terms.items()}, **means}
+
+# %% ../../nbs/distill/losses.ipynb #9dd1037f
+@dataclass(frozen=True)
+@checked
+class DistortionConfig:
+    """Schedule of the distortion loss. weight: of the mean distortion in steps of the marcher, 0: none; it rises from 0
+    at the share `start` of the run to its whole at the share `full`."""
+
+    weight: float = 0.0
+    start: float = 0.2
+    full: float = 0.5
+
+    def __post_init__(self):
+        if not 0 <= self.weight < float("inf"):
+            raise KiloError(f"The weight of the distortion is {self.weight:g}; expected 0 or more.")
+        if not 0 <= self.start <= self.full <= 1:
+            raise KiloError(f"The distortion starts at {self.start:g} and is full at {self.full:g}; expected rising "
+                            "shares of the run from 0 to 1.")
+
+    def at(self, share: float) -> float:
+        """The weight after a share of the run, 0..1."""
+        if share < self.start: return 0.0
+        return self.weight * (min(1.0, (share - self.start) / (self.full - self.start)) if share < self.full else 1.0)
 
 # %% ../../nbs/distill/losses.ipynb #918eecbb
 class Term:

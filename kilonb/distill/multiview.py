@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'TermFactory', 'TeachingConfig', 'field_config', 'scene_t
            'with_steps', 'space_of_scene', 'DistillationResult', 'teach', 'steps_in', 'teach_for_seconds',
            'choose_targets', 'data_of_view']
 
-# %% ../../nbs/distill/multiview.ipynb #798868de
+# %% ../../nbs/distill/multiview.ipynb #363ddcba
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
+
+import torch
 
 from ..core.configs import build_config, checked
 from ..core.documents import read_object
@@ -303,14 +305,14 @@ def _recorded_fields(config: TeachingConfig) -> dict[str, Any]:
     fields = {name: value for name, value in asdict(config).items() if name not in left_out}
     return {"seen_weight": fields.pop("visible_weight"), **fields}
 
-# %% ../../nbs/distill/multiview.ipynb #d908c7e5
+# %% ../../nbs/distill/multiview.ipynb #74b71dc9
 def _coarse_stage(data: DistillationData, config: TeachingConfig, folder: Path | None, resume: bool, quiet: bool,
-                  world: World) -> Field | None:
+                  world: World, device: torch.device | str) -> Field | None:
     """The field of a student with fewer cells, trained in `folder`/coarse; None where the config has none."""
     if not config.coarse_cells: return None
     coarse = with_steps(replace(config, cells=config.coarse_cells, coarse_cells=0, phases=()), config.coarse_steps)
     own = None if folder is None else folder / "coarse"
-    result = _teach(data, coarse, own, None, resume, None, None, quiet, world)
+    result = _teach(data, coarse, own, None, resume, None, None, quiet, world, device)
     result.student.requires_grad_(False)
     if not quiet: print(f"coarse: {count_noun(result.student.field.cells.count, 'network')}, {result.seconds:.0f} s")
     return result.student.field
@@ -323,22 +325,23 @@ def _scored_views(data: DistillationData, config: TeachingConfig) -> list[ViewTa
     if data.test_photos: return targets_from_images(evenly_spaced(data.test_photos, count))
     return targets_from_teacher(data.teacher, evenly_spaced(data.test, count))
 
-# %% ../../nbs/distill/multiview.ipynb #4413338a
+# %% ../../nbs/distill/multiview.ipynb #5be5b7cb
 def _teach(data: DistillationData, config: TeachingConfig, folder: Path | None, terms: TermFactory | None,
            resume: bool, blank_db: float | None, settings: dict | None, quiet: bool,
-           world: World) -> DistillationResult:
+           world: World, device: torch.device | str = "cpu") -> DistillationResult:
     start = time.perf_counter()
     unseen = data.further_cameras(config.teacher_views if config.targets != "images" else 0, config.seed)
     cameras = [camera for _, camera in (*data.train, *unseen)]
     masks = targets_from_images(data.photos) if config.space != "gaussians" else []
     grid, teacher, step = space_of_scene(data.teacher, cameras, config, world, masks)
     student = make_student(grid, field_config(config, (grid.box[1] - grid.box[0]).max().item()), step, config.seed)
+    student = student.to(device)
     pool = RayPool(data.targets(config.targets, further=unseen), grid, step)
     space_s = time.perf_counter() - start
     if not quiet:
         print(f"space {grid.fraction:.1%} of {'x'.join(map(str, grid.resolution))} voxels, {len(pool):,} rays, "
               f"{pool.lost_alpha:.3%} of their alpha lost; {space_s:.0f} s")
-    source = _coarse_stage(data, config, folder, resume, quiet, world) or teacher
+    source = _coarse_stage(data, config, folder, resume, quiet, world, device) or teacher
     if source is not teacher: space_s = time.perf_counter() - start
     points = _points_stage(student, source, cameras, config, folder, resume, quiet, world)
     further, plan = _terms_in_phases(student, teacher, config, terms, quiet, world)
@@ -347,12 +350,14 @@ def _teach(data: DistillationData, config: TeachingConfig, folder: Path | None, 
                    settings=recorded, quiet=quiet, world=world, held_out=_scored_views(data, config))
     return DistillationResult(student, rays, points, space_s, pool.lost_alpha, tuple(plan.starts))
 
-# %% ../../nbs/distill/multiview.ipynb #229b5028
+# %% ../../nbs/distill/multiview.ipynb #7291379d
 def teach(data: DistillationData, config: TeachingConfig, folder: Path | None = None, *,
           terms: TermFactory | None = None, resume: bool = False, blank_db: float | None = None,
-          settings: dict | None = None, quiet: bool = False, world: World | None = None) -> DistillationResult:
+          settings: dict | None = None, quiet: bool = False, world: World | None = None,
+          device: torch.device | str = "cpu") -> DistillationResult:
     """Train a student of a scene: space, points, rays.
 
+    device: where it is trained; the space is prepared on the CPU.
     folder: for logs and checkpoints, those of the points in `points/`; None keeps nothing.
     terms: makes further loss terms of the last stage from the student and the teacher as a field. resume: continue from
     the checkpoints of the folder. blank_db: PSNR of an all-white image, for the log. settings: recorded in checkpoints.
@@ -361,39 +366,43 @@ def teach(data: DistillationData, config: TeachingConfig, folder: Path | None = 
     """
     world = world or ALONE
     with together(world):
-        return _teach(data, config, folder, terms, resume, blank_db, settings, quiet or not world.first, world)
+        return _teach(data, config, folder, terms, resume, blank_db, settings, quiet or not world.first, world, device)
 
-# %% ../../nbs/distill/multiview.ipynb #a9e41f81
+# %% ../../nbs/distill/multiview.ipynb #a4d89afa
 def steps_in(seconds: float, data: DistillationData, config: TeachingConfig, *, terms: TermFactory | None = None,
-             trial_steps: int = 30) -> int:
-    """How many steps of rays fit into `seconds`, measured on `trial_steps` of them after a few steps of points; at
-    least 1."""
+             trial_steps: int = 30, device: torch.device | str = "cpu") -> int:
+    """How many steps of rays fit into `seconds` on a device, measured on `trial_steps` of them after a few steps of
+    points; at least 1."""
     loop = replace(config.rays.loop, steps=trial_steps, warmup_steps=min(5, trial_steps - 1),
                    log_every_steps=max(1, trial_steps // 6), time_limit_s=None)
     points = config.points and replace(config.points, bank=min(config.points.bank, 200_000),
                                        loop=replace(config.points.loop, steps=30, warmup_steps=5))
     trial = replace(config, points=points, rays=replace(config.rays, loop=loop), phases=(), coarse_cells=0)
-    records = teach(data, trial, terms=terms, quiet=True).rays.records
+    records = teach(data, trial, terms=terms, quiet=True, device=device).rays.records
     seconds_per_step = (records[-1]["elapsed_s"] - records[0]["elapsed_s"]) / (records[-1]["step"] - records[0]["step"])
     return max(1, round(seconds / seconds_per_step))
 
-# %% ../../nbs/distill/multiview.ipynb #ebff4884
+# %% ../../nbs/distill/multiview.ipynb #9f160669
 def teach_for_seconds(seconds: float | None, data: DistillationData, config: TeachingConfig, folder: Path, *,
                       terms: Callable[[int], TermFactory] | None = None, resume: bool = False,
-                      quiet: bool = True) -> DistillationResult:
+                      quiet: bool = True, device: torch.device | str = "cpu") -> DistillationResult:
     """Train a student for as many steps of rays as fit into `seconds`, at most those of the config.
 
     seconds: None: no limit, all steps of the config.
     folder: for logs, checkpoints, the student (`student.pt`) and the number of steps (`steps.json`), which a resumed
-    run takes from there. terms: from the number of steps to the `terms` of `teach`.
+    run takes from there. terms: from the number of steps to the `terms` of `teach`. device: where it is trained; the
+    returned student is on the CPU.
     """
     file = folder / "steps.json"
     if not file.is_file():
         most = config.rays.loop.steps
-        fitting = most if seconds is None else steps_in(seconds, data, config, terms=terms and terms(30))
+        fitting = most if seconds is None else steps_in(seconds, data, config, terms=terms and terms(30),
+                                                                   device=device)
         write_json(file, {"steps": min(fitting, most)})
     steps = whole(read_object(file).get("steps"), f"steps in {file}", 1)
-    result = teach(data, with_steps(config, steps), folder, terms=terms and terms(steps), resume=resume, quiet=quiet)
+    result = teach(data, with_steps(config, steps), folder, terms=terms and terms(steps), resume=resume, quiet=quiet,
+                   device=device)
+    result.student.cpu()
     save_student(result.student, folder / "student.pt", result.weights)
     return result
 

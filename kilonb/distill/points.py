@@ -56,29 +56,29 @@ class PointBank:
 
     def __len__(self) -> int: return len(self.alpha)
 
-# %% ../../nbs/distill/points.ipynb #a0c4b239
+# %% ../../nbs/distill/points.ipynb #444de9f0
 def points_in(grid: OccupancyGrid, count: int, generator: torch.Generator) -> Tensor:
     """Uniform random points [count, 3] in the occupied voxels, metres. Raises KiloError for an empty grid."""
     indices = grid.occupied.nonzero()
     if not len(indices): raise KiloError("The occupancy grid is empty: there is nowhere to draw points from.")
-    chosen = indices[torch.randint(len(indices), (count,), generator=generator)]
-    return grid.box[0] + (chosen + torch.rand(count, 3, generator=generator)) * grid.voxel_size
+    chosen = indices[torch.randint(len(indices), (count,), generator=generator, device=generator.device)]
+    return grid.box[0] + (chosen + torch.rand(count, 3, generator=generator, device=generator.device)) * grid.voxel_size
 
-# %% ../../nbs/distill/points.ipynb #34b5b796
+# %% ../../nbs/distill/points.ipynb #78a2cbb8
 def rays_to(points: Tensor, cameras: Sequence[PinholeCamera], generator: torch.Generator) -> Tensor:
     """Unit directions [N, 3] of the rays to points [N, 3], each from a random one of the cameras."""
     origins = torch.stack([camera.position for camera in cameras])
-    chosen = origins[torch.randint(len(origins), (len(points),), generator=generator)]
+    chosen = origins[torch.randint(len(origins), (len(points),), generator=generator, device=generator.device)]
     return torch.nn.functional.normalize(points - chosen, dim=-1)
 
-# %% ../../nbs/distill/points.ipynb #f5023ef8
+# %% ../../nbs/distill/points.ipynb #f37cb98d
 def _points_near_surface(sigma: Tensor, positions: Tensor, grid: OccupancyGrid, step: float, count: int,
                          generator: torch.Generator) -> Tensor:
     """Up to `count` points [M, 3] in the grid within half a step of those whose alpha is between .05 and .95."""
     surface = ((sigma * step > 0.05) & (sigma * step < 3)).nonzero().flatten()
     if not len(surface): return positions[:0]
-    again = surface[torch.randint(len(surface), (count,), generator=generator)]
-    nearby = positions[again] + (torch.rand(len(again), 3, generator=generator) - 0.5) * step
+    again = surface[torch.randint(len(surface), (count,), generator=generator, device=generator.device)]
+    nearby = positions[again] + (torch.rand(len(again), 3, generator=generator, device=generator.device) - 0.5) * step
     return nearby[grid.contains(nearby)]
 
 # %% ../../nbs/distill/points.ipynb #b126bcfa
@@ -151,7 +151,7 @@ def query_in_parallel(field: Field, world: World) -> Field:
         with torch.no_grad(): return tuple(gather_rows(field(positions[mine], directions[mine]), len(positions), world))
     return query
 
-# %% ../../nbs/distill/points.ipynb #33af4cac
+# %% ../../nbs/distill/points.ipynb #18f10ef8
 def distill_points(student: Student, teacher: Field, cameras: Sequence[PinholeCamera], config: PointsConfig,
                    folder: Path | None = None, *, resume: bool = False, quiet: bool = False,
                    world: World | None = None) -> TrainingResult:
@@ -162,18 +162,21 @@ def distill_points(student: Student, teacher: Field, cameras: Sequence[PinholeCa
     the loss is not.
     """
     world = world or ALONE
-    generator = torch.Generator().manual_seed(config.loop.seed)
+    device = student.grid.box.device
+    if device.type != "cpu": cameras = [camera.to(device) for camera in cameras]
+    generator = torch.Generator(device).manual_seed(config.loop.seed)
     mine, weight = share(config.points, world), share_weight(config.points, world)
     bank = query_teacher(query_in_parallel(teacher, world), student.grid, cameras, student.step, config.bank,
                          generator, config.near_surface)
 
     def step(number: int, generator: torch.Generator) -> dict[str, Tensor | float]:
-        chosen = torch.randint(len(bank), (config.points,), generator=generator)[mine]
+        chosen = torch.randint(len(bank), (config.points,), generator=generator, device=generator.device)[mine]
         sigma, rgb = student.field(bank.positions[chosen], bank.directions[chosen])
         return point_loss(sigma, rgb, bank.alpha[chosen], bank.rgb[chosen], student.step,
                           config.colour_weight) | {"share": weight}
 
-    optimizer = torch.optim.Adam(student.parameters(), lr=config.loop.learning_rate, betas=(0.9, 0.99), eps=1e-15,
+    rate = config.loop.learning_rate
+    optimizer = torch.optim.Adam(student.field.parameter_groups(rate), lr=rate, betas=(0.9, 0.99), eps=1e-15,
                                  fused=True)
     settings = {f"points.{name}": value for name, value in asdict(config).items() if name != "loop"}
     return train(step, optimizer, config.loop, model=student, folder=folder, settings=settings, resume=resume,

@@ -7,8 +7,9 @@ errors.
 # %% auto #0
 __all__ = ['BLOCK_RAYS', 'RayBatch', 'RayPool', 'ResidualSampler']
 
-# %% ../../nbs/distill/rays.ipynb #bbe1357c
+# %% ../../nbs/distill/rays.ipynb #72de8e59
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,13 @@ def _target_rays(target: ViewTarget, grid: OccupancyGrid, step: float) -> tuple[
             for value in (rays.origins, rays.directions, target.rgb_premultiplied.flatten(0, 1), alpha, distance)]
     return kept, alpha[~meets].sum().item(), alpha.sum().item()
 
-# %% ../../nbs/distill/rays.ipynb #f961c3d3
+# %% ../../nbs/distill/rays.ipynb #aa655744
+def _rays_of_views(targets: Sequence[ViewTarget], grid: OccupancyGrid, step: float) -> tuple[list[Tensor], float]:
+    """(The parts of `_target_rays` joined over all views, share of the summed alpha on rays that were dropped)."""
+    parts, lost, total = zip(*(_target_rays(target, grid, step) for target in targets))
+    return [torch.cat(values) for values in zip(*parts)], sum(lost) / max(sum(total), 1e-12)
+
+# %% ../../nbs/distill/rays.ipynb #39530b25
 class RayPool:
     """All rays of some views that meet the occupied space.
 
@@ -57,15 +64,9 @@ class RayPool:
     def __init__(self, targets: Sequence[ViewTarget], grid: OccupancyGrid, step: float):
         if not targets: raise KiloError("The list of targets is empty: give at least one view.")
         check_scale(grid, step)
-        parts, lost, total = [], 0.0, 0.0
-        for target in targets:
-            kept, missed, alpha = _target_rays(target, grid, step)
-            parts.append(kept)
-            lost, total = lost + missed, total + alpha
-        self.origins, self.directions, self.rgb_premultiplied, self.alpha, self.distance = (
-            torch.cat(p) for p in zip(*parts)
-        )
-        self.views, self.lost_alpha = [t.name for t in targets], lost / max(total, 1e-12)
+        parts, self.lost_alpha = _rays_of_views(targets, grid, step)
+        self.origins, self.directions, self.rgb_premultiplied, self.alpha, self.distance = parts
+        self.views = [target.name for target in targets]
         self.foreground, self.background = (self.alpha > 0).nonzero().flatten(), (self.alpha == 0).nonzero().flatten()
         if not len(self.foreground):
             raise KiloError(f"The views {', '.join(self.views[:5])} show nothing: alpha is 0 wherever a ray meets "
@@ -73,12 +74,19 @@ class RayPool:
 
     def __len__(self) -> int: return len(self.alpha)
 
+    def to(self, device: torch.device | str) -> "RayPool":
+        """The same pool with its tensors on a device."""
+        moved = copy(self)
+        moved.__dict__ |= {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return moved
+
     def draw(self, count: int, foreground: float, generator: torch.Generator) -> Tensor:
         """Indices [count] of random rays; a share `foreground` of them has alpha > 0, the rest alpha 0."""
         if not 0 <= foreground <= 1:
             raise KiloError(f"The share of foreground rays is {foreground:g}; expected 0 to 1.")
         wanted = count if not len(self.background) else round(count * foreground)
-        draw = lambda pool, n: pool[torch.randint(len(pool), (n,), generator=generator)] if n else pool[:0]
+        draw = lambda pool, n: pool[torch.randint(len(pool), (n,), generator=generator,
+                                                  device=generator.device)] if n else pool[:0]
         return torch.cat([draw(self.foreground, wanted), draw(self.background, count - wanted)])
 
     def sample(self, count: int, foreground: float, generator: torch.Generator) -> RayBatch:
@@ -90,7 +98,7 @@ class RayPool:
         return RayBatch(Rays(self.origins[index], self.directions[index]), self.rgb_premultiplied[index],
                         self.alpha[index], self.distance[index])
 
-# %% ../../nbs/distill/rays.ipynb #6b6cc79b
+# %% ../../nbs/distill/rays.ipynb #d5ccc56b
 BLOCK_RAYS = 32
 
 
@@ -100,20 +108,21 @@ class ResidualSampler:
 
     def __init__(self, pool: RayPool, keep: float = 0.7):
         self.pool, self.keep = pool, keep
-        self.error = torch.full((-(-len(pool) // BLOCK_RAYS),), -1.0)
+        self.error = torch.full((-(-len(pool) // BLOCK_RAYS),), -1.0, device=pool.foreground.device)
 
     def draw(self, count: int, generator: torch.Generator) -> Tensor:
         """Indices [count] of rays, drawn by the errors of their blocks; uniformly before anything was measured."""
         known = self.error >= 0
-        mean = self.error[known].mean() if known.any() else torch.tensor(1.0)
+        mean = self.error[known].mean().nan_to_num(nan=1.0)
         line = torch.where(known, self.error, mean).double().add(1e-3 * mean.double() + 1e-12).cumsum(0)
-        block = torch.searchsorted(line, torch.rand(count, generator=generator, dtype=torch.float64) * line[-1])
-        inside = torch.randint(BLOCK_RAYS, (count,), generator=generator)
+        block = torch.searchsorted(line, torch.rand(count, generator=generator, dtype=torch.float64,
+                                                     device=line.device) * line[-1])
+        inside = torch.randint(BLOCK_RAYS, (count,), generator=generator, device=line.device)
         return (block.clamp(max=len(line) - 1) * BLOCK_RAYS + inside).clamp(max=len(self.pool) - 1)
 
     def update(self, index: Tensor, error: Tensor) -> None:
         """Add the errors [R] of rays [R]."""
         blocks, place = (index // BLOCK_RAYS).unique(return_inverse=True)
-        sums = torch.zeros(len(blocks)).index_add(0, place, error.detach().float().cpu())
+        sums = torch.zeros(len(blocks), device=place.device).index_add(0, place, error.detach().float())
         new, old = sums / torch.bincount(place, minlength=len(blocks)), self.error[blocks]
         self.error[blocks] = torch.where(old >= 0, self.keep * old + (1 - self.keep) * new, new)

@@ -75,7 +75,7 @@ def neighbour_pairs(cells: CellGrid) -> Tensor:
         pairs.append(torch.stack([lower[both], upper[both], torch.full_like(lower[both], axis)], -1))
     return torch.cat(pairs)
 
-# %% ../../nbs/distill/seams.ipynb #01e0537b
+# %% ../../nbs/distill/seams.ipynb #e2d3bfdf
 class Continuity(Term):
     """A loss on the jump between neighbouring networks, at random points of the walls between them in occupied space.
 
@@ -93,7 +93,7 @@ class Continuity(Term):
             raise KiloError(f"The continuity loss has weight {weight:g} and {points} points; expected both above 0.")
         self.weight, self.points, self.world = weight, points, world
         cells = student.field.cells
-        index = torch.zeros(cells.count, 3)
+        index = torch.zeros(cells.count, 3, device=cells.network.device)
         index[cells.network[cells.network >= 0]] = (cells.network >= 0).nonzero().float()
         self.pairs, self.corners = neighbour_pairs(cells), cells.lower + cells.cell_size * index
 
@@ -102,24 +102,25 @@ class Continuity(Term):
         """See `Term`."""
         return _continuity_values(self, student, batch, generator)
 
-# %% ../../nbs/distill/seams.ipynb #bccf26dc
+# %% ../../nbs/distill/seams.ipynb #6ca5e37d
 def wall_points(term: Continuity, student: Student, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """(pairs [M, 3], cell coordinates in the lower cell [M, 3], in the upper cell [M, 3]) of random points on walls, in
     occupied space. Cell coordinates are -1..1."""
-    chosen = term.pairs[torch.randint(len(term.pairs), (term.points,), generator=generator)]
-    below = 2 * torch.rand(term.points, 3, generator=generator) - 1
+    chosen = term.pairs[torch.randint(len(term.pairs), (term.points,), generator=generator, device=generator.device)]
+    below = 2 * torch.rand(term.points, 3, generator=generator, device=generator.device) - 1
     above, axis = below.clone(), chosen[:, 2:]
     below.scatter_(1, axis, 1.0)
     above.scatter_(1, axis, -1.0)
     within = student.grid.contains(term.corners[chosen[:, 0]] + student.field.cells.cell_size * (below + 1) / 2)
     return chosen[within], below[within], above[within]
 
-# %% ../../nbs/distill/seams.ipynb #7f18169f
+# %% ../../nbs/distill/seams.ipynb #7adff225
 def _continuity_values(term: Continuity, student: Student, batch: RayBatch,
                        generator: torch.Generator) -> dict[str, Tensor]:
     """Loss and logged jumps at random points on walls, seen in random directions of the batch."""
     pairs, below, above = wall_points(term, student, generator)
-    directions = batch.rays.directions[torch.randint(len(batch.alpha), (len(pairs),), generator=generator)]
+    directions = batch.rays.directions[torch.randint(len(batch.alpha), (len(pairs),), generator=generator,
+                                                     device=generator.device)]
     world, count = term.world if len(pairs) >= term.world.size else ALONE, max(len(pairs), 1)
     mine, below, above, directions = (t[share(len(pairs), world)] if world.size > 1 else t
                                       for t in (pairs, below, above, directions))

@@ -6,7 +6,7 @@
 __all__ = ['FieldConfig', 'Student', 'make_student', 'DistillConfig', 'overlapping', 'gather_render', 'Distillation',
            'distill', 'save_student', 'load_student']
 
-# %% ../../nbs/distill/student.ipynb #b3346fb9
+# %% ../../nbs/distill/student.ipynb #fbf4fa7c
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.configs import checked
-from .losses import ResponseLossConfig, Term, add_terms, response_loss
+from .losses import DistortionConfig, ResponseLossConfig, Term, add_terms, response_loss
 from .direction import DirectionConfig, schedule_direction
 from .heldout import held_out_scorer
 from .rays import RayBatch, RayPool, ResidualSampler
+from ..fields.compositing import ray_distortion
 from ..fields.hashgrid import HashGridConfig, HashGridField
 from ..fields.kilonerf import CellGrid, KiloNeRF, KiloNeRFConfig, cells_from_occupancy
 from ..fields.mlp import MLPConfig, MLPField
@@ -35,18 +36,21 @@ from ..training.checkpoints import check_tensors, read_checkpoint, write_checkpo
 from ..training.guards import AlphaGuard
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World, gather_rows, largest_over_ranks, share, smallest_over_ranks
+from ..training.schedules import StepPlan
 from ..training.saved_models import restore_model, saved_config
 
-# %% ../../nbs/distill/student.ipynb #02b00c94
+# %% ../../nbs/distill/student.ipynb #63cd1eea
 class Student(nn.Module):
     """A field and its occupied space.
 
-    step: distance between samples along a ray, metres, in training and in rendering.
+    step: distance between samples along a ray, metres, in training and in rendering. stop: transmittance below which
+    its rays end.
     """
 
-    def __init__(self, field: KiloNeRF | MLPField | HashGridField, grid: OccupancyGrid, step: float):
+    def __init__(self, field: KiloNeRF | MLPField | HashGridField, grid: OccupancyGrid, step: float,
+                 stop: float = 1e-4):
         super().__init__()
-        self.field, self.step = field, step
+        self.field, self.step, self.stop = field, step, stop
         self._grid, self._grid_version = None, -1
         self.register_buffer("box", grid.box.clone())
         self.register_buffer("occupied", grid.occupied.clone())
@@ -66,17 +70,18 @@ class Student(nn.Module):
         self.occupied.copy_(grid.occupied)
         self.least_density.copy_(_least_density(grid))
 
-    def render(self, camera: PinholeCamera, stop: float = 1e-4) -> FieldImage:
-        """An image of the field (`fields.rendering.render_image`). stop: share of the light below which a ray ends."""
-        return render_image(self.field, camera, self.grid, self.step, stop=stop)
+    def render(self, camera: PinholeCamera, stop: float | None = None) -> FieldImage:
+        """An image of the field (`fields.rendering.render_image`). stop: share of the light below which a ray ends;
+        None: the student's own."""
+        return render_image(self.field, camera, self.grid, self.step, stop=stop or self.stop)
 
     def frame_source(self, weights: str = "raw", name: str = "in memory", sha256: str = "") -> FrameSource:
         """The student as a source of frames (`imaging.sources`); without chunks of rays, `render` is used."""
         return _source_of_student(self, weights, name, sha256)
 
-# %% ../../nbs/distill/student.ipynb #57a583c7
+# %% ../../nbs/distill/student.ipynb #75ee167b
 def _least_density(grid: OccupancyGrid) -> Tensor:
-    return torch.zeros(grid.resolution) if grid.least_density is None else grid.least_density
+    return torch.zeros(grid.resolution, device=grid.box.device) if grid.least_density is None else grid.least_density
 
 
 def _source_of_student(student: Student, weights: str, name: str, sha256: str) -> FrameSource:
@@ -85,16 +90,16 @@ def _source_of_student(student: Student, weights: str, name: str, sha256: str) -
     def render(camera: PinholeCamera, chunk_rays: int | None) -> FieldImage:
         camera = camera.to(device)
         if chunk_rays is None: return student.render(camera)
-        return render_image(student.field, camera, student.grid, student.step, chunk_rays)
+        return render_image(student.field, camera, student.grid, student.step, chunk_rays, student.stop)
     return FrameSource(render, "student", sha256 or tensors_digest(student.state_dict()), weights, name, device,
                        student)
 
-# %% ../../nbs/distill/student.ipynb #60ec6e51
+# %% ../../nbs/distill/student.ipynb #6ea87c08
 FieldConfig = KiloNeRFConfig | MLPConfig | HashGridConfig
 
 
 def make_student(grid: OccupancyGrid, config: FieldConfig, step: float, seed: int = 0) -> Student:
-    """An untrained student; the class of `config` selects the kind of field.
+    """An untrained student on the device of `grid`; the class of `config` selects the kind of field.
 
     grid: the occupied space. step: distance between samples, metres. seed: of the initial weights.
     Raises KiloError where the space is empty.
@@ -104,9 +109,9 @@ def make_student(grid: OccupancyGrid, config: FieldConfig, step: float, seed: in
     if isinstance(config, KiloNeRFConfig):
         field = KiloNeRF(cells_from_occupancy(grid, config.cell_size), config, generator)
     else: field = (MLPField if isinstance(config, MLPConfig) else HashGridField)(grid.box, config, generator)
-    return Student(field, grid, step)
+    return Student(field, grid, step).to(grid.box.device)
 
-# %% ../../nbs/distill/student.ipynb #58f79469
+# %% ../../nbs/distill/student.ipynb #8dc015ad
 @dataclass(frozen=True)
 @checked
 class DistillConfig:
@@ -117,6 +122,7 @@ class DistillConfig:
     none. refresh_until: share of the run after which the occupancy stays. refresh_weight: contribution to a ray below
     which a voxel is dropped.
     overlap: share of a cell, below 1/2, by which the cells of a KiloNeRF overlap in training (`distill.seams`).
+    stop: transmittance below which rays end, in training and in rendering. distortion: loss for thin surfaces.
     fixed_batch: the same rays in every step. residual_share: of the rays, drawn by the errors of the last steps
     (`distill.rays.ResidualSampler`).
     march_start: distance between samples at the beginning, as a multiple of the student's; it falls to 1 over the
@@ -132,6 +138,8 @@ class DistillConfig:
     refresh_until: float = 0.7
     refresh_weight: float = 0.01
     overlap: float = 0.0
+    stop: float = 1e-4
+    distortion: DistortionConfig = DistortionConfig()
     fixed_batch: bool = False
     residual_share: float = 0.0
     march_start: float = 1.0
@@ -145,9 +153,9 @@ class DistillConfig:
     def __post_init__(self): _check_distill(self)
 
     def march_factor(self, step: int) -> float: return _march_factor(self, step)
-    def refreshes(self, step: int) -> bool: return _refreshes(self, step)
+    def refreshes(self, step: int, scheduled: int | None = None) -> bool: return _refreshes(self, step, scheduled)
 
-# %% ../../nbs/distill/student.ipynb #b488f572
+# %% ../../nbs/distill/student.ipynb #cc8807f8
 def _check_distill(config: DistillConfig) -> None:
     """Raises KiloError for values out of range or at odds."""
     if config.evaluate_views < 1:
@@ -155,6 +163,7 @@ def _check_distill(config: DistillConfig) -> None:
     if config.rays < 1: raise KiloError(f"rays is {config.rays}; expected at least 1 per step.")
     if not 0 <= config.overlap < 0.5:
         raise KiloError(f"overlap is {config.overlap:g}; expected a share of a cell from 0 to less than 1/2.")
+    if not 0 < config.stop < 1: raise KiloError(f"stop is {config.stop:g}; expected a share of light between 0 and 1.")
     for name in ("foreground", "residual_share", "march_ramp"):
         if not 0 <= getattr(config, name) <= 1:
             raise KiloError(f"{name} is {getattr(config, name):g}; expected a share from 0 to 1.")
@@ -170,11 +179,11 @@ def _march_factor(config: DistillConfig, step: int) -> float:
     progress = step / max(config.march_ramp * config.loop.steps, 1)
     return 1.0 if config.march_start == 1 else 1 + (config.march_start - 1) * max(0.0, 1 - progress)
 
-# %% ../../nbs/distill/student.ipynb #6b24a2c4
-def _refreshes(config: DistillConfig, step: int) -> bool:
-    """Whether the occupancy is refreshed after `step` completed steps."""
-    first = config.first_refresh
-    if step > config.refresh_until * config.loop.steps or not first or step < first: return False
+# %% ../../nbs/distill/student.ipynb #5414c0a4
+def _refreshes(config: DistillConfig, step: int, scheduled: int | None = None) -> bool:
+    """Whether the occupancy is refreshed after `step` completed steps, of which the schedules count `scheduled`."""
+    first, scheduled = config.first_refresh, step if scheduled is None else scheduled
+    if scheduled > config.refresh_until * config.loop.steps or not first or step < first: return False
     ratio, rest = divmod(step, first)
     doubled = rest == 0 and ratio & (ratio - 1) == 0
     return doubled or (config.refresh_every > 0 and step % config.refresh_every == 0)
@@ -208,7 +217,7 @@ def _terms_by_name(terms: Sequence[Term], world: World) -> dict[str, Term]:
                         "together: train on one, or without it.")
     return named
 
-# %% ../../nbs/distill/student.ipynb #3bf32882
+# %% ../../nbs/distill/student.ipynb #99e366c6
 class Distillation:
     """One training run of a student: its step, the occupancy refresh after it, and the state for checkpoints.
 
@@ -222,16 +231,17 @@ class Distillation:
         self.mine = share(config.rays, world)
         self.contributions = VoxelContributions(student.grid)
         self.residuals = ResidualSampler(pool) if config.residual_share else None
-        self.number = 0
+        self.plan = StepPlan(config.loop.steps, config.loop.time_limit_s)
+        student.stop = config.stop
 
     def step(self, step: int, generator: torch.Generator) -> dict[str, Tensor | float]:
-        """Loss and logged values of one batch of rays."""
         return _distillation_step(self, step, generator)
 
     def after_step(self, step: int, records: list[dict[str, float]]) -> None:
         """Refresh the occupancy where `DistillConfig.refreshes` says so."""
-        for term in self.terms.values(): term.after_step(step)
-        if not self.config.refreshes(step + 1): return
+        scheduled = max(self.plan.scheduled, step)
+        for term in self.terms.values(): term.after_step(scheduled)
+        if not self.config.refreshes(step + 1, scheduled + 1): return
         self.merge(self.world)
         self.student.grid = self.contributions.refreshed(self.config.refresh_weight)
         self.contributions = VoxelContributions(self.student.grid)
@@ -273,31 +283,44 @@ def _ray_errors(render: RayRender, batch: RayBatch) -> Tensor:
     colour = (render.rgb_premultiplied.detach() - batch.rgb_premultiplied).square().mean(-1)
     return colour + (render.alpha.detach() - batch.alpha).square()
 
-# %% ../../nbs/distill/student.ipynb #36a24508
+# %% ../../nbs/distill/student.ipynb #12fd1bef
+def _distortion_term(run: Distillation, step: int, render: RayRender, count: int) -> dict[str, Tensor]:
+    """The weighted mean distortion of all `count` rays of a batch as "loss"; empty where it has no weight."""
+    weight, samples = run.config.distortion.at(step / run.config.loop.steps), render.samples
+    if not weight: return {}
+    own = ray_distortion(render.sigma, samples.delta, samples.distance, samples.offsets, run.config.stop,
+                         run.student.step)
+    mean = gather_rows([own], count, run.world)[0].mean()
+    return {"loss": weight * mean, "distortion_steps": mean.detach()}
+
+# %% ../../nbs/distill/student.ipynb #ca5f6b9f
 def _distillation_step(run: Distillation, step: int, generator: torch.Generator) -> dict[str, Tensor | float]:
+    """Loss and logged values of one batch of rays."""
     config, student = run.config, run.student
-    drawn = torch.Generator().manual_seed(config.loop.seed) if config.fixed_batch else generator
-    run.number = step
+    drawn = torch.Generator(generator.device).manual_seed(config.loop.seed) if config.fixed_batch else generator
+    step = max(run.plan.scheduled, step)                 # the same without a time limit
     batch, index = _draw_rays(run, drawn)
-    offset = torch.rand(len(batch.alpha), generator=drawn)
+    offset = torch.rand(len(batch.alpha), generator=drawn, device=drawn.device)
     rays = Rays(batch.rays.origins[run.mine], batch.rays.directions[run.mine])
     with overlapping(student.field, config.overlap):
         render = render_rays(student.field, rays, student.grid, student.step * config.march_factor(step),
-                             offset[run.mine])
+                             offset[run.mine], config.stop)
     if step <= config.refresh_until * config.loop.steps:
         run.contributions.add(render.samples.positions, render.weights, render.densities)
-    samples = run.world.size * len(render.weights)
+    samples, distortion = run.world.size * len(render.weights), _distortion_term(run, step, render, len(batch.alpha))
     render = gather_render(render, len(batch.alpha), run.world)
     if run.residuals: run.residuals.update(index, _ray_errors(render, batch))
     values = response_loss(render, batch, config.loss, generator) | {"samples_per_ray": samples / len(batch.alpha)}
+    if distortion: values = add_terms(values, {"distortion": distortion})
     further = {name: term(step, student, batch, render, generator) for name, term in run.terms.items()}
     values = add_terms(values, further)
     losses = {name: entries["loss"] for name, entries in further.items() if "loss" in entries}
     for term in run.terms.values(): values |= term.measure(step, {**losses, "total": values["loss"]}, student)
     return values
 
-# %% ../../nbs/distill/student.ipynb #d5f4cf74
-_LATER = {"residual_share", "march_start", "march_ramp", "direction", "evaluate_views"}  # not in 0.1
+# %% ../../nbs/distill/student.ipynb #48aeaf94
+_LATER = {"residual_share", "march_start", "march_ramp", "direction", "evaluate_views", "stop",
+          "distortion"}                                                                        # not in 0.1
 
 
 def _recorded_config(config: DistillConfig) -> dict[str, Any]:
@@ -308,7 +331,7 @@ def _recorded_config(config: DistillConfig) -> dict[str, Any]:
     return {f"distill.{name}": value for name, value in whole.items()
             if name != "loop" and not (name in _LATER and value == default[name])}
 
-# %% ../../nbs/distill/student.ipynb #c0d4cc41
+# %% ../../nbs/distill/student.ipynb #ee348a7a
 def distill(student: Student, pool: RayPool, config: DistillConfig, folder: Path | None = None, *,
             terms: Sequence[Term] = (), resume: bool = False, blank_db: float | None = None,
             settings: dict | None = None, quiet: bool = False, world: World | None = None,
@@ -324,27 +347,31 @@ def distill(student: Student, pool: RayPool, config: DistillConfig, folder: Path
     Raises TrainingStopped where alpha collapses or the loss is not finite, KeyboardInterrupt on Ctrl-C after a
     checkpoint was written.
     """
+    device = student.box.device
+    if device.type != "cpu": pool = pool.to(device)
+    for term in terms:
+        if device.type != "cpu" and hasattr(term, "to"): term.to(device)
     run, rate = Distillation(student, pool, config, terms, world or ALONE), config.loop.learning_rate
-    groups = [{"params": list(student.parameters()), "lr": rate},
+    groups = [*student.field.parameter_groups(rate),
               *(group for term in terms for group in term.parameter_groups(rate))]
     optimizer = torch.optim.Adam(groups, lr=rate, betas=(0.9, 0.99), eps=1e-15, fused=True)
-    schedule_direction(optimizer, student.field, config.direction, config.loop.steps, lambda: run.number)
+    schedule_direction(optimizer, student.field, config.direction, config.loop.steps, lambda: run.plan.scheduled)
     guard = AlphaGuard(config.alpha_floor, patience=5, warmup_steps=config.loop.warmup_steps, blank_db=blank_db)
     scorer = held_out_scorer(student, held_out) if held_out else None
     known = _recorded_config(config) | {"views": list(pool.views)} | (settings or {})
     result = train(run.step, optimizer, config.loop, model=student, folder=folder, stateful={"distillation": run},
                    guards=[guard], after_step=run.after_step, settings=known, resume=resume, description="distilling",
-                   quiet=quiet, world=world, evaluate=scorer)
+                   quiet=quiet, world=world, evaluate=scorer, plan=run.plan)
     if result.averaged is not None: student.load_state_dict(result.averaged.average, strict=False)
     return result
 
-# %% ../../nbs/distill/student.ipynb #c1fadcbd
+# %% ../../nbs/distill/student.ipynb #4407ca19
 def save_student(student: Student, path: str | Path, weights: str) -> None:
     """Write a student, atomically. weights: which ones it holds, "averaged" or "raw"."""
     field = student.field
     write_checkpoint(path,
                      {"kind": "student", "field": field.kind, "config": asdict(field.config), "step_m": student.step,
-                      "weights": weights, "state": dict(student.state_dict())})
+                      "stop": student.stop, "weights": weights, "state": dict(student.state_dict())})
 
 # %% ../../nbs/distill/student.ipynb #a2639145
 def _saved_grid(state: Mapping[str, Tensor], path: str | Path) -> OccupancyGrid:
@@ -367,7 +394,7 @@ def _saved_field(kind: str, config: Any, state: Mapping[str, Tensor], grid: Occu
     if not -1 <= int(network.min()) <= int(network.max()) < network.numel(): raise ValueError("cells of a KiloNeRF")
     return KiloNeRF(CellGrid(state["field.cells.lower"], config.cell_size, network), config)
 
-# %% ../../nbs/distill/student.ipynb #3190187a
+# %% ../../nbs/distill/student.ipynb #1807aba6
 def load_student(path: str | Path) -> tuple[Student, str]:
     """(student, "averaged" or "raw": which weights it holds).
 
@@ -382,5 +409,6 @@ def load_student(path: str | Path) -> tuple[Student, str]:
                         f"{', '.join(kinds)}, averaged and raw.")
     state, config = check_tensors(content.get("state"), str(path)), saved_config(content, kinds[kind], path)
     step = positive(content.get("step_m"), f"step_m in {path}", ())
-    grid = _saved_grid(state, path)
-    return restore_model(lambda: Student(_saved_field(kind, config, state, grid), grid, step), state, path), weights
+    stop, grid = positive(content.get("stop", 1e-4), f"stop in {path}", (), most=0.99), _saved_grid(state, path)
+    return restore_model(lambda: Student(_saved_field(kind, config, state, grid), grid, step, stop), state,
+                         path), weights

@@ -13,10 +13,11 @@ __all__ = ['PRIMES', 'LEVEL_RESOLUTION', 'LEVEL_LAST_X', 'LEVEL_LAST_Y', 'LEVEL_
            'HashGridConfig', 'Level', 'place_levels', 'kernel_levels', 'read_grids', 'write_grids', 'HeadLayout',
            'encode_reference', 'HashGridField']
 
-# %% ../../nbs/fields/hashgrid.ipynb #406ba03e
+# %% ../../nbs/fields/hashgrid.ipynb #67e281e4
 from dataclasses import dataclass
 from itertools import product
 from math import prod
+from typing import Any
 
 import numba
 import numpy as np
@@ -26,12 +27,16 @@ from torch import Tensor, nn
 from ..core.configs import checked
 from ..core.errors import KiloError
 from .encodings import fourier_encode, fourier_width
-from .kernels import BLOCK, RowLayout, _encode, _layer, _layer_backward, _mask, slot_table
+from .blocking import network_blocking
+from .encoding_rows import encode_rows
+from .kernels import (RowLayout, _keep_with_gradient, copy_sums, gather_gradient, gather_columns,
+                                   input_gradient, layer_rows, layer_sums, mask_rows, padded_size, slot_table)
 from .mlp import BoxField
+from .register_tiles import BLOCK, START_OUTPUT, START_ZERO, round_up
 
 PRIMES = 1, 2654435761, 805459861
 
-# %% ../../nbs/fields/hashgrid.ipynb #16f2147d
+# %% ../../nbs/fields/hashgrid.ipynb #de40eb1a
 @dataclass(frozen=True)
 @checked
 class HashGridConfig:
@@ -42,6 +47,7 @@ class HashGridConfig:
     hidden: width of both hidden layers. features: width of the input from geometry to the direction layer.
     direction_frequencies: Fourier frequencies; 0 uses raw directions.
     density_scale: 1/metre per unit of softplus. density_bias: shift of the softplus; negative starts nearly empty.
+    table_rate: learning rate of the table as a multiple of the network's, see `HashGridField.parameter_groups`.
     """
 
     levels: int = 12
@@ -53,10 +59,11 @@ class HashGridConfig:
     direction_frequencies: int = 4
     density_scale: float = 25.0
     density_bias: float = -1.0
+    table_rate: float = 4.0
 
     def __post_init__(self): _check_config(self)
 
-# %% ../../nbs/fields/hashgrid.ipynb #4927534d
+# %% ../../nbs/fields/hashgrid.ipynb #b1038e26
 def _check_config(c: HashGridConfig) -> None:
     if not 1 <= c.levels <= 32: raise KiloError(f"levels is {c.levels}; expected 1 to 32.")
     if not 4 <= c.log2_table <= 26:
@@ -68,7 +75,8 @@ def _check_config(c: HashGridConfig) -> None:
         raise KiloError(f"hidden is {c.hidden} and features is {c.features}; expected at least 1 of both.")
     if c.direction_frequencies < 0:
         raise KiloError(f"direction_frequencies is {c.direction_frequencies}; expected 0 or more.")
-    if not c.density_scale > 0: raise KiloError(f"density_scale is {c.density_scale:g} 1/m; expected a number above 0.")
+    for name, value in (("density_scale", c.density_scale), ("table_rate", c.table_rate)):
+        if not value > 0: raise KiloError(f"{name} is {value:g}; expected a number above 0.")
 
 # %% ../../nbs/fields/hashgrid.ipynb #5bc9fca7
 @dataclass(frozen=True)
@@ -235,113 +243,131 @@ class HeadLayout(RowLayout):
                    HEAD_HIDDEN: self.hidden, HEAD_FEATURES: self.features}
         return slot_table(numbers, self.offsets, HEAD_LAYER_SLOTS, HEAD_SLOTS)
 
-# %% ../../nbs/fields/hashgrid.ipynb #7b4f143a
-@numba.njit(cache=True, fastmath=True)
-def _head_block_forward(w, t, x, direction, hidden_1, input_2, hidden_2, raw, used):
-    """Evaluate the network (parameters w, layout table t) on a block; writes all activations. input_2 = [features |
-    encoded direction]."""
-    hidden, features, inputs = t[HEAD_HIDDEN], t[HEAD_FEATURES], t[HEAD_INPUTS]
-    _encode(direction, input_2[features * BLOCK:], t[HEAD_DIRECTION_FREQUENCIES], used)
-    _layer(w, t[HEAD_POSITION_WEIGHTS], t[HEAD_POSITION_BIASES], x, hidden_1, inputs, hidden, used, True)
-    _layer(w, t[HEAD_DENSITY_WEIGHTS], t[HEAD_DENSITY_BIASES], hidden_1, raw, hidden, 1, used, False)
-    _layer(w, t[HEAD_FEATURE_WEIGHTS], t[HEAD_FEATURE_BIASES], hidden_1, input_2, hidden, features, used, False)
-    inputs = features + 3 + 6 * t[HEAD_DIRECTION_FREQUENCIES]
-    _layer(w, t[HEAD_DIRECTION_WEIGHTS], t[HEAD_DIRECTION_BIASES], input_2, hidden_2, inputs, hidden, used, True)
-    _layer(w, t[HEAD_RGB_WEIGHTS], t[HEAD_RGB_BIASES], hidden_2, raw[BLOCK:], hidden, 3, used, False)
+# %% ../../nbs/fields/hashgrid.ipynb #0a7729aa
+@numba.njit(cache=True, inline="always")
+def _head_rows(t):
+    """First rows of: hidden layer, features, encoded direction, direction layer, density; the gradients of density,
+    direction layer, features, hidden layer, encoded position; and the number of rows."""
+    inputs, hidden, features, direction = t[HEAD_INPUTS], t[HEAD_HIDDEN], t[HEAD_FEATURES], 3 + 6 * t[
+        HEAD_DIRECTION_FREQUENCIES]
+    first = inputs + hidden
+    view = first + features
+    second = view + direction
+    raw = second + hidden
+    gradient = raw + 8 + hidden
+    return (inputs, first, view, second, raw, raw + 4, raw + 8, gradient, gradient + features,
+            gradient + features + hidden, gradient + features + hidden + inputs + 16)
 
-# %% ../../nbs/fields/hashgrid.ipynb #e1badd36
-@numba.njit(cache=True, fastmath=True)
-def _head_block_backward(w, grad_w, t, x, hidden_1, input_2, hidden_2, grad_raw, grad_x, grad_1, grad_2, grad_3, used):
-    """Gradients on a block, from the activations that `_head_block_forward` wrote: of parameters added to grad_w, of
-    inputs in grad_x. grad_1, grad_2, grad_3: scratch for the hidden layer, features and direction layer."""
-    hidden, features, inputs = t[HEAD_HIDDEN], t[HEAD_FEATURES], t[HEAD_INPUTS]
-    grad_x[:] = 0; grad_1[:] = 0; grad_2[:] = 0; grad_3[:] = 0
-    _layer_backward(w, grad_w, t[HEAD_RGB_WEIGHTS], t[HEAD_RGB_BIASES], hidden_2, grad_raw[BLOCK:], grad_3, hidden, 3,
-                    hidden, used)
-    _mask(grad_3, hidden_2, hidden)
-    _layer_backward(w, grad_w, t[HEAD_DIRECTION_WEIGHTS], t[HEAD_DIRECTION_BIASES], input_2, grad_3, grad_2,
-                    features + 3 + 6 * t[HEAD_DIRECTION_FREQUENCIES], hidden, features, used)
-    _layer_backward(w, grad_w, t[HEAD_FEATURE_WEIGHTS], t[HEAD_FEATURE_BIASES], hidden_1, grad_2, grad_1, hidden,
-                    features, hidden, used)
-    _layer_backward(w, grad_w, t[HEAD_DENSITY_WEIGHTS], t[HEAD_DENSITY_BIASES], hidden_1, grad_raw, grad_1, hidden, 1,
-                    hidden, used)
-    _mask(grad_1, hidden_1, hidden)
-    _layer_backward(w, grad_w, t[HEAD_POSITION_WEIGHTS], t[HEAD_POSITION_BIASES], x, grad_1, grad_x, inputs, hidden,
-                    inputs, used)
+# %% ../../nbs/fields/hashgrid.ipynb #04fc8346
+@numba.njit(cache=True)
+def _head_block_forward(blocking, w, t, rows, used):
+    """Evaluate the network (parameters w, layout table t) on the encoded positions and directions of a block."""
+    hidden, features, direction = t[HEAD_HIDDEN], t[HEAD_FEATURES], 3 + 6 * t[HEAD_DIRECTION_FREQUENCIES]
+    h1, f, view, h2, raw, _, _, _, _, _, _ = _head_rows(t)
+    encode_rows(rows, view, t[HEAD_DIRECTION_FREQUENCIES], used)
+    layer_rows(blocking, w, t[HEAD_POSITION_WEIGHTS], t[HEAD_POSITION_BIASES], rows, 0, t[HEAD_INPUTS], h1, hidden,
+               True, used)
+    layer_rows(blocking, w, t[HEAD_DENSITY_WEIGHTS], t[HEAD_DENSITY_BIASES], rows, h1, hidden, raw, 1, False, used)
+    layer_rows(blocking, w, t[HEAD_FEATURE_WEIGHTS], t[HEAD_FEATURE_BIASES], rows, h1, hidden, f, features, False, used)
+    layer_rows(blocking, w, t[HEAD_DIRECTION_WEIGHTS], t[HEAD_DIRECTION_BIASES], rows, f, features + direction, h2,
+               hidden, True, used)
+    layer_rows(blocking, w, t[HEAD_RGB_WEIGHTS], t[HEAD_RGB_BIASES], rows, h2, hidden, raw + 1, 3, False, used)
 
-# %% ../../nbs/fields/hashgrid.ipynb #233a98a6
+# %% ../../nbs/fields/hashgrid.ipynb #9ecd70aa
+@numba.njit(cache=True)
+def _head_block_backward(blocking, w, t, rows, turned, sums, used):
+    """Gradients on a block, from the rows that `_head_block_forward` wrote and the gradient of density and colour: of
+    parameters added to `sums`, in the order colour, direction, features, density, position; of inputs in rows."""
+    hidden, features, direction = t[HEAD_HIDDEN], t[HEAD_FEATURES], 3 + 6 * t[HEAD_DIRECTION_FREQUENCIES]
+    h1, f, _, h2, _, g_raw, g_h2, g_f, g_h1, g_x, _ = _head_rows(t)
+    at = layer_sums(blocking, rows, h2, hidden, g_raw + 1, 3, turned, sums, 0, used)
+    input_gradient(blocking, w, t[HEAD_RGB_WEIGHTS], rows, g_raw + 1, 3, g_h2, hidden, START_ZERO, used)
+    mask_rows(rows, g_h2, h2, hidden, used)
+    at = layer_sums(blocking, rows, f, features + direction, g_h2, hidden, turned, sums, at, used)
+    input_gradient(blocking, w, t[HEAD_DIRECTION_WEIGHTS], rows, g_h2, hidden, g_f, features, START_ZERO, used)
+    at = layer_sums(blocking, rows, h1, hidden, g_f, features, turned, sums, at, used)
+    at = layer_sums(blocking, rows, h1, hidden, g_raw, 1, turned, sums, at, used)
+    input_gradient(blocking, w, t[HEAD_FEATURE_WEIGHTS], rows, g_f, features, g_h1, hidden, START_ZERO, used)
+    input_gradient(blocking, w, t[HEAD_DENSITY_WEIGHTS], rows, g_raw, 1, g_h1, hidden, START_OUTPUT, used)
+    mask_rows(rows, g_h1, h1, hidden, used)
+    layer_sums(blocking, rows, 0, t[HEAD_INPUTS], g_h1, hidden, turned, sums, at, used)
+    input_gradient(blocking, w, t[HEAD_POSITION_WEIGHTS], rows, g_h1, hidden, g_x, t[HEAD_INPUTS], START_ZERO, used)
+
+# %% ../../nbs/fields/hashgrid.ipynb #8fca2f3f
+@numba.njit(cache=True)
+def _head_gradient(t, sums, grad):
+    """Copy the padded sums of the layers to the gradient of the parameters."""
+    hidden, features = t[HEAD_HIDDEN], t[HEAD_FEATURES]
+    at = copy_sums(sums, 0, hidden, 3, grad, t[HEAD_RGB_WEIGHTS], t[HEAD_RGB_BIASES])
+    at = copy_sums(sums, at, features + 3 + 6 * t[HEAD_DIRECTION_FREQUENCIES], hidden, grad, t[HEAD_DIRECTION_WEIGHTS],
+                   t[HEAD_DIRECTION_BIASES])
+    at = copy_sums(sums, at, hidden, features, grad, t[HEAD_FEATURE_WEIGHTS], t[HEAD_FEATURE_BIASES])
+    at = copy_sums(sums, at, hidden, 1, grad, t[HEAD_DENSITY_WEIGHTS], t[HEAD_DENSITY_BIASES])
+    copy_sums(sums, at, t[HEAD_INPUTS], hidden, grad, t[HEAD_POSITION_WEIGHTS], t[HEAD_POSITION_BIASES])
+
+# %% ../../nbs/fields/hashgrid.ipynb #09afcf79
 PARTS = 16
 
 
-@numba.njit(cache=True, inline="always")
-def _gather(kept, first, last, encoded, directions, x, direction):
+@numba.njit(cache=True)
+def _gather(kept, first, last, encoded, directions, rows, view):
     """Copy the inputs of samples kept[first:last] into a block; the last one is repeated up to the next multiple of 16.
     Returns the number of columns used."""
-    used = (last - first + 15) // 16 * 16
+    used = gather_columns(kept, first, last, directions, rows, view)
     for k in range(len(encoded)):
-        for l in range(last - first): x[k * BLOCK + l] = encoded[k, kept[first + l]]
-        for l in range(last - first, used): x[k * BLOCK + l] = encoded[k, kept[last - 1]]
-    for l in range(used):
-        i = kept[min(first + l, last - 1)]
-        for a in range(3): direction[a * BLOCK + l] = directions[i, a]
+        line = encoded[k]
+        for l in range(last - first): rows[k * BLOCK + l] = line[kept[first + l]]
+        for l in range(last - first, used): rows[k * BLOCK + l] = line[kept[last - 1]]
     return used
 
-# %% ../../nbs/fields/hashgrid.ipynb #0769f476
-@numba.njit(cache=True, inline="always")
-def _head_activations(t):
-    """Arrays for the activations of one block: x, direction, hidden_1, input_2, hidden_2, raw."""
-    features = t[HEAD_FEATURES] + 3 + 6 * t[HEAD_DIRECTION_FREQUENCIES]
-    return (np.zeros(t[HEAD_INPUTS] * BLOCK, np.float32), np.zeros(3 * BLOCK, np.float32),
-            np.zeros(t[HEAD_HIDDEN] * BLOCK, np.float32), np.zeros(features * BLOCK, np.float32),
-            np.zeros(t[HEAD_HIDDEN] * BLOCK, np.float32), np.zeros(4 * BLOCK, np.float32))
-
-# %% ../../nbs/fields/hashgrid.ipynb #f4ec6c63
-@numba.njit(cache=True, parallel=True, fastmath=True)
-def _head_forward(w, t, kept, encoded, directions, raw):
-    """raw [N, 4] = density and colour before activation, from encoded positions [inputs, N] and unit directions [N, 3];
-    kept: indices of all samples."""
+# %% ../../nbs/fields/hashgrid.ipynb #2e78662d
+@numba.njit(cache=True, parallel=True)
+def _head_forward(blocking, w, t, kept, encoded, directions, raw):
+    """raw [N, 4] = density and colour before activation, from encoded positions [inputs, N] and unit directions [N, 3],
+    flat; kept: indices of all samples."""
     for part in numba.prange(PARTS):
-        x, direction, hidden_1, input_2, hidden_2, block_raw = _head_activations(t)
+        numbers = _head_rows(t)
+        rows, top = np.zeros(numbers[10] * BLOCK, np.float32), numbers[4] * BLOCK
         end = len(kept) * (part + 1) // PARTS
         for first in range(len(kept) * part // PARTS, end, BLOCK):
             last = min(first + BLOCK, end)
-            used = _gather(kept, first, last, encoded, directions, x, direction)
-            _head_block_forward(w, t, x, direction, hidden_1, input_2, hidden_2, block_raw, used)
+            used = _gather(kept, first, last, encoded, directions, rows, numbers[2])
+            _head_block_forward(blocking, w, t, rows, used)
             for l in range(last - first):
-                for a in range(4): raw[kept[first + l], a] = block_raw[a * BLOCK + l]
+                for a in range(4): raw[kept[first + l], a] = rows[top + a * BLOCK + l]
 
-# %% ../../nbs/fields/hashgrid.ipynb #65eca4f8
-@numba.njit(cache=True, parallel=True, fastmath=True)
-def _head_backward(w, t, kept, encoded, directions, grad_raw, grad_w, grad_encoded):
-    """Gradient of sum(grad_raw * raw) over the samples `kept` [K]: added to grad_w [PARTS, size], one row per part, and
-    in grad_encoded [inputs, K]."""
+# %% ../../nbs/fields/hashgrid.ipynb #289691f8
+@numba.njit(cache=True, parallel=True)
+def _head_backward(blocking, w, t, kept, encoded, directions, grad_raw, padded, grad_w, grad_encoded):
+    """Gradient of sum(grad_raw * raw) over the samples `kept` [K]: in grad_w [PARTS, size], one row per part, and in
+    grad_encoded [inputs, K]. padded: length of the padded sums."""
     for part in numba.prange(PARTS):
-        x, direction, hidden_1, input_2, hidden_2, block_raw = _head_activations(t)
-        grad_x, grad_1, grad_3 = np.zeros_like(x), np.zeros_like(hidden_1), np.zeros_like(hidden_1)
-        grad_2 = np.zeros(t[HEAD_FEATURES] * BLOCK, np.float32)
+        numbers = _head_rows(t)
+        rows, sums = np.zeros(numbers[10] * BLOCK, np.float32), np.zeros(padded, np.float32)
+        turned = np.zeros(BLOCK * round_up(max(t[HEAD_HIDDEN], t[HEAD_FEATURES]), 16), np.float32)
         end = len(kept) * (part + 1) // PARTS
         for first in range(len(kept) * part // PARTS, end, BLOCK):
             last = min(first + BLOCK, end)
-            used = _gather(kept, first, last, encoded, directions, x, direction)
-            _head_block_forward(w, t, x, direction, hidden_1, input_2, hidden_2, block_raw, used)
-            block_raw[:] = 0
-            for l in range(last - first):
-                for a in range(4): block_raw[a * BLOCK + l] = grad_raw[kept[first + l], a]
-            _head_block_backward(w, grad_w[part], t, x, hidden_1, input_2, hidden_2, block_raw, grad_x, grad_1, grad_2,
-                                 grad_3, used)
+            used = _gather(kept, first, last, encoded, directions, rows, numbers[2])
+            _head_block_forward(blocking, w, t, rows, used)
+            gather_gradient(kept, first, last, used, grad_raw, rows, numbers[5])
+            _head_block_backward(blocking, w, t, rows, turned, sums, used)
             for k in range(t[HEAD_INPUTS]):
-                for l in range(last - first): grad_encoded[k, first + l] = grad_x[k * BLOCK + l]
+                for l in range(last - first): grad_encoded[k, first + l] = rows[(numbers[9] + k) * BLOCK + l]
+        _head_gradient(t, sums, grad_w[part])
 
-# %% ../../nbs/fields/hashgrid.ipynb #e5438bb9
+# %% ../../nbs/fields/hashgrid.ipynb #69f4c184
 class _HashGrid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, network, points, directions, levels, head):
+    def forward(ctx, table, network, points, directions, levels, layout):
+        head = layout.table()
         encoded, raw = points.new_empty(2 * len(levels), len(points)), points.new_empty(len(points), 4)
         arrays = [a.detach().contiguous().numpy() for a in (table, network, points, directions)]
         read_grids(numba.get_num_threads(), levels, arrays[2], arrays[0], encoded.numpy())
-        _head_forward(arrays[1], head, np.arange(len(points)), encoded.numpy(), arrays[3], raw.numpy())
+        _head_forward(network_blocking(), arrays[1], head, np.arange(len(points), dtype=np.int32), encoded.numpy(),
+                      arrays[3].reshape(-1), raw.numpy())
         ctx.save_for_backward(network, points, directions, encoded)
-        ctx.shape = levels, head, table.shape
+        ctx.shape, ctx.padded = (levels, head, table.shape), padded_size(layout.shapes.values())
         return raw
 
     @staticmethod
@@ -349,10 +375,12 @@ class _HashGrid(torch.autograd.Function):
         network, points, directions, encoded = (a.detach().contiguous().numpy() for a in ctx.saved_tensors)
         levels, head, shape = ctx.shape
         grad_raw = grad_raw.contiguous().numpy()
-        kept = grad_raw.any(1).nonzero()[0]
-        grad_parts = np.zeros((PARTS, len(network)), np.float32)
+        every, kept = np.arange(len(grad_raw), dtype=np.int32), np.empty(len(grad_raw), np.int32)
+        kept = kept[:_keep_with_gradient(every, 0, len(every), grad_raw, kept)]
+        grad_parts = np.empty((PARTS, len(network)), np.float32)
         grad_encoded = np.empty((len(encoded), len(kept)), np.float32)
-        _head_backward(network, head, kept, encoded, directions, grad_raw, grad_parts, grad_encoded)
+        _head_backward(network_blocking(), network, head, kept, encoded, directions.reshape(-1), grad_raw, ctx.padded,
+                       grad_parts, grad_encoded)
         grad_table = torch.zeros(shape)
         write_grids(min(numba.get_num_threads(), len(levels)), levels, points, kept, grad_encoded, grad_table.numpy())
         return grad_table, torch.from_numpy(grad_parts.sum(0)), None, None, None, None
@@ -374,7 +402,7 @@ def encode_reference(units: Tensor, table: Tensor, levels: list[Level]) -> Tenso
         encoded.append((weights[..., None] * table[level.start + index]).sum(1))
     return torch.cat(encoded, -1)
 
-# %% ../../nbs/fields/hashgrid.ipynb #f9466b83
+# %% ../../nbs/fields/hashgrid.ipynb #8c2ab4f3
 class HashGridField(BoxField):
     """A hash grid and its small network over a box; evaluated as described in `fields.mlp.BoxField`.
 
@@ -404,9 +432,14 @@ class HashGridField(BoxField):
         compiled = self.table.device.type == "cpu" and self.table.dtype == torch.float32
         if not compiled: return self.run_reference(positions, directions)
         return _HashGrid.apply(self.table, self.network, self._units(positions), directions, kernel_levels(self.levels),
-                               self.layout.table())
+                               self.layout)
 
     def _features(self, positions: Tensor) -> Tensor: return _linear(self, "feature_layer", _hidden(self, positions))
+
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser: the network with the learning rate `rate`, the table with a larger one,
+        because an entry gets a gradient only from the few samples in its cells."""
+        return [{"params": [self.network], "lr": rate}, {"params": [self.table], "lr": rate * self.config.table_rate}]
 
     def _units(self, positions: Tensor) -> Tensor: return (positions - self.box[0]) / (self.box[1] - self.box[0]).max()
 

@@ -6,8 +6,10 @@
 __all__ = ['KiloNeRFConfig', 'CellGrid', 'cells_from_occupancy', 'blend_weights', 'NetworkGroups', 'group_by_network',
            'PaddedNetworks', 'KiloNeRF']
 
-# %% ../../nbs/fields/kilonerf.ipynb #65109d15
+# %% ../../nbs/fields/kilonerf.ipynb #119c6dca
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -53,12 +55,10 @@ class KiloNeRFConfig:
         if not 0 <= self.blend < 0.5:
             raise KiloError(f"blend is {self.blend:g}; expected a distance in cells from 0 to less than 1/2.")
 
-# %% ../../nbs/fields/kilonerf.ipynb #321ce121
+# %% ../../nbs/fields/kilonerf.ipynb #e826bba9
 @numba.njit(cache=True)
-def _locate(points, bits, lower, cell_size, network, overlap, found, local):
-    """Network index and cell coordinates of points; bits: [N, 3] the points' float32 as unsigned integers, hashed to a
-    pseudo-random shift of up to `overlap` cells per point."""
-    for n in range(len(points)):
+def _locate_range(first, last, points, bits, lower, cell_size, network, overlap, found, local):
+    for n in range(first, last):
         mixed = (
             (np.int64(bits[n, 0]) * 73856093) ^ (np.int64(bits[n, 1]) * 19349663) ^ (np.int64(bits[n, 2]) * 83492791)
         )
@@ -77,12 +77,21 @@ def _locate(points, bits, lower, cell_size, network, overlap, found, local):
             found[n] = network[index] if inside else -1
             if found[n] >= 0 or overlap == 0: break
 
-# %% ../../nbs/fields/kilonerf.ipynb #22fcbcd5
+# %% ../../nbs/fields/kilonerf.ipynb #a47ee1b7
+@numba.njit(cache=True, parallel=True)
+def _locate(parts, points, bits, lower, cell_size, network, overlap, found, local):
+    """Network index and cell coordinates of points, in `parts` threads; bits: [N, 3] the points' float32 as unsigned
+    integers, hashed to a pseudo-random shift of up to `overlap` cells per point."""
+    for part in numba.prange(parts):
+        _locate_range(len(points) * part // parts, len(points) * (part + 1) // parts, points, bits, lower, cell_size,
+                      network, overlap, found, local)
+
+# %% ../../nbs/fields/kilonerf.ipynb #e3d32aa2
 def _locate_compiled(cells: "CellGrid", points: Tensor, overlap: float) -> tuple[Tensor, Tensor]:
     points = points.contiguous()
     found, local = torch.empty(len(points), dtype=torch.int64), torch.empty(len(points), 3)
-    _locate(points.numpy(), points.numpy().view(np.uint32), cells.lower.numpy(), np.float32(cells.cell_size),
-            cells.network.numpy(), np.float32(overlap), found.numpy(), local.numpy())
+    _locate(numba.get_num_threads(), points.numpy(), points.numpy().view(np.uint32), cells.lower.numpy(),
+            np.float32(cells.cell_size), cells.network.numpy(), np.float32(overlap), found.numpy(), local.numpy())
     return found, local
 
 # %% ../../nbs/fields/kilonerf.ipynb #8f175156
@@ -227,7 +236,7 @@ def group_by_network(network: Tensor, count: int, ratio: float = 0.7) -> Network
     return NetworkGroups(torch.from_numpy(slots).to(network.device), rows, active,
                          list(zip(group_networks[:groups].tolist(), group_rows[:groups].tolist())))
 
-# %% ../../nbs/fields/kilonerf.ipynb #34423735
+# %% ../../nbs/fields/kilonerf.ipynb #2dc555a4
 class PaddedNetworks(nn.Module):
     """Evaluation of a grid of networks in plain torch, on any device and in any floating type. A subclass gives
     `cells`, `layout`, `networks` and `config`."""
@@ -240,6 +249,10 @@ class PaddedNetworks(nn.Module):
         return {k: (weights.unflatten(1, shape), biases[:, None]) for (k, shape), weights,
                 biases in zip(self.layout.shapes.items(), parts[::2], parts[1::2])}
 
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser with the learning rate `rate`: one group."""
+        return [{"params": [self.networks], "lr": rate}]
+
     def run_reference(self, network: Tensor, local: Tensor, directions: Tensor) -> Tensor:
         """Reference implementation of `fields.kernels.run_networks` by batched matrix products: raw density and colour
         [N, 4]."""
@@ -249,7 +262,7 @@ class PaddedNetworks(nn.Module):
         """[N, width] = function(layers, inputs, config) of n networks at a time, each on its rows of the padded table;
         inputs: [N, D] per sample."""
         if len(network) == 0: return inputs.new_zeros(0, width)
-        grouped = group_by_network(network, self.cells.count)
+        grouped = group_by_network(network, len(self.networks))
         table = inputs.new_zeros(grouped.rows, inputs.shape[1]).index_copy(0, grouped.slots, inputs)
         chosen = self.networks.index_select(0, grouped.networks).split([count for count, _ in grouped.groups])
         blocks = table.split([count * height for count, height in grouped.groups])
@@ -290,7 +303,16 @@ def _blended(field: "KiloNeRF", positions: Tensor, directions: Tensor) -> tuple[
     return (sigma.new_zeros(len(positions)).index_add(0, point, weight * sigma),
             rgb.new_zeros(len(positions), 3).index_add(0, point, weight[:, None] * rgb))
 
-# %% ../../nbs/fields/kilonerf.ipynb #76263084
+# %% ../../nbs/fields/kilonerf.ipynb #72412678
+def _cuda_kernels(networks: Tensor) -> Callable | None:
+    """`run_networks_triton` for a CUDA tensor where Triton is installed, else None. Triton is imported here, because a
+    program on a CPU has no use for it."""
+    if not networks.is_cuda: return None
+    from kilonb.fields.triton_networks import run_networks_triton, triton_ready
+
+    return run_networks_triton if triton_ready(networks) else None
+
+# %% ../../nbs/fields/kilonerf.ipynb #dcab8021
 class KiloNeRF(PaddedNetworks):
     """A grid of small networks; `field(positions, directions)` gives density and colour.
 
@@ -316,7 +338,7 @@ class KiloNeRF(PaddedNetworks):
         if self.config.blend > 0: return _blended(self, positions, directions)
         network, local = self.cells.locate(positions, self.overlap)
         known = network >= 0
-        if bool(known.all()): return self.evaluate_networks(network, local, directions)
+        if known.device.type == "cpu" and bool(known.all()): return self.evaluate_networks(network, local, directions)
         index = known.nonzero().flatten()
         results = self.evaluate_networks(network[index], local[index], directions[index])
         return tuple(place_rows(values, index, len(known)) for values in results)
@@ -324,8 +346,9 @@ class KiloNeRF(PaddedNetworks):
     def evaluate_networks(self, network: Tensor, local: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Density [N] and colour [N, 3] by given networks: indices [N], cell coordinates [N, 3], directions [N, 3]."""
         compiled = self.networks.device.type == "cpu" and self.networks.dtype == torch.float32
-        raw = run_networks(self.networks, self.layout, network, local,
-                           directions) if compiled else self.run_reference(network, local, directions)
+        run = run_networks if compiled else _cuda_kernels(self.networks)
+        raw = (run(self.networks, self.layout, network, local, directions) if run
+               else self.run_reference(network, local, directions))
         return activate(raw, self.config.density_scale, self.config.density_bias)
 
     def features(self, positions: Tensor, directions: Tensor | None = None) -> Tensor:

@@ -35,7 +35,7 @@ def place_rows(values: Tensor, index: Tensor, count: int) -> Tensor:
     """[count, ...] with `values` [K, ...] at the rows `index` [K] and zeros elsewhere. Differentiable."""
     return values.new_zeros(count, *values.shape[1:]).index_copy(0, index, values)
 
-# %% ../../nbs/fields/mlp.ipynb #c72847dc
+# %% ../../nbs/fields/mlp.ipynb #4a75d15e
 class BoxField(nn.Module):
     """A field over one box: `field(positions, directions)` gives density and colour; density is 0 outside.
 
@@ -55,23 +55,28 @@ class BoxField(nn.Module):
         self.config = config
 
     def _inside(self, positions: Tensor) -> Tensor:
-        # far faster than all(-1) over three
         x, y, z = ((positions >= self.box[0]) & (positions <= self.box[1])).unbind(-1)
-        return x & y & z
+        return x & y & z                                                     # far faster than all(-1) over three
 
     def forward(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Density [N], 1/metre, and colour [N, 3] in [0, 1] at `positions` [N, 3] metres along unit `directions` [N,
         3]."""
         inside = self._inside(positions)
-        if bool(inside.all()):
-            return activate(self._raw(positions, directions), self.config.density_scale, self.config.density_bias)
+        density = (self.config.density_scale, self.config.density_bias)
+        if inside.device.type == "cpu" and bool(inside.all()):
+            return activate(self._raw(positions, directions), *density)
         index = inside.nonzero().flatten()
-        return tuple(place_rows(values, index, len(inside)) for values in self(positions[index], directions[index]))
+        found = activate(self._raw(positions[index], directions[index]), *density)
+        return tuple(place_rows(values, index, len(inside)) for values in found)
 
     def features(self, positions: Tensor, directions: Tensor | None = None) -> Tensor:
         """Output of the feature layer at `positions` [N, 3]: [N, feature_width], differentiable; 0 outside the box."""
         index = self._inside(positions).nonzero().flatten()
         return place_rows(self._features(positions[index]), index, len(positions))
+
+    def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
+        """Parameter groups for an optimiser with the learning rate `rate`: one group, unless a subclass has more."""
+        return [{"params": list(self.parameters()), "lr": rate}]
 
 # %% ../../nbs/fields/mlp.ipynb #aeb42ec5
 @dataclass(frozen=True)

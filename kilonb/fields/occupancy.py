@@ -21,7 +21,7 @@ from ..core.errors import KiloError
 from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import quat_to_rotmat
 
-# %% ../../nbs/fields/occupancy.ipynb #6f9954a8
+# %% ../../nbs/fields/occupancy.ipynb #7cab36b3
 @dataclass(frozen=True)
 class OccupancyGrid:
     """A box of voxels, each occupied or empty; space outside the box is empty.
@@ -52,9 +52,11 @@ class OccupancyGrid:
 
     @cached_property
     def clearance(self) -> np.ndarray:
-        """[X, Y, Z] int16: 0 where occupied, else the distance in voxels to the nearest occupied one (maximum norm)."""
-        if not self.occupied.any(): return np.full(self.resolution, max(self.resolution), np.int16)
-        return ndimage.distance_transform_cdt(~self.occupied.cpu().numpy(), metric="chessboard").astype(np.int16)
+        """[X, Y, Z] int8: 0 where occupied, else the distance in voxels to the nearest occupied one (maximum norm), at
+        most 127."""
+        if not self.occupied.any(): return np.full(self.resolution, 127, np.int8)
+        distance = ndimage.distance_transform_cdt(~self.occupied.cpu().numpy(), metric="chessboard")
+        return np.minimum(distance, 127).astype(np.int8)
 
     def centres(self) -> Tensor:
         """Voxel centres [X, Y, Z, 3], metres."""
@@ -90,12 +92,12 @@ def empty_grid(box: Tensor, resolution: int) -> OccupancyGrid:
     counts = (edges / edges.max() * resolution).ceil().clamp(min=1).int().tolist()
     return OccupancyGrid(box.float(), torch.zeros(counts, dtype=torch.bool))
 
-# %% ../../nbs/fields/occupancy.ipynb #c7e569cc
+# %% ../../nbs/fields/occupancy.ipynb #0c3e3083
 def dilate_grid(grid: OccupancyGrid, voxels: int = 1) -> OccupancyGrid:
     """The grid grown by `voxels` layers on all sides, diagonal neighbours included."""
     if voxels <= 0: return grid
-    grown = ndimage.maximum_filter(grid.occupied.numpy(), size=2 * voxels + 1, mode="constant", cval=False)
-    return replace(grid, occupied=torch.from_numpy(grown))
+    grown = ndimage.maximum_filter(grid.occupied.cpu().numpy(), size=2 * voxels + 1, mode="constant", cval=False)
+    return replace(grid, occupied=torch.from_numpy(grown).to(grid.occupied.device))
 
 # %% ../../nbs/fields/occupancy.ipynb #a3d5ebea
 @numba.njit(cache=True)
@@ -117,7 +119,7 @@ def _mark_gaussians(means, precisions, reach, extents, lower, voxel, occupied):
                                + 2 * (p[0, 1] * x * y + p[0, 2] * x * z + p[1, 2] * y * z))
                     if squared <= reach[g] * reach[g]: occupied[i, j, k] = True
 
-# %% ../../nbs/fields/occupancy.ipynb #51aacc10
+# %% ../../nbs/fields/occupancy.ipynb #8f8bedd6
 def occupancy_from_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, resolution: int = 128,
                              box: Tensor | None = None, sigmas: float = 3.0, dilate: int = 1,
                              blur: Tensor | float = 0.0) -> OccupancyGrid:
@@ -129,23 +131,25 @@ def occupancy_from_gaussians(means: Tensor, quats: Tensor, scales: Tensor, opaci
     blur: standard deviation by which each gaussian is widened, [N] or one for all, metres: a rasteriser's low-pass
     filter. KiloError where no gaussian has an opacity above 1/255.
     """
+    device, cpu = means.device, torch.device("cpu")
+    means, quats, scales, opacities = (values.detach().to(cpu) for values in (means, quats, scales, opacities))
     visible = opacities > 1 / 255
     if not visible.any():
         raise KiloError("No gaussian has an opacity above 1/255, so nothing would be rendered: check the opacities.")
     means, scales, opacities = means[visible].double(), scales[visible].double(), opacities[visible].double()
     rotations = quat_to_rotmat(quats[visible].double())
     reach = torch.sqrt(2 * torch.log(255 * opacities)).clamp(max=sigmas)
-    blur = torch.as_tensor(blur, dtype=means.dtype).expand(len(visible))[visible]
+    blur = torch.as_tensor(blur, dtype=means.dtype, device=cpu).expand(len(visible))[visible]
     covariances = rotations * scales[:, None].square() @ rotations.mT
     covariances = covariances + torch.diag_embed(blur.square()[:, None].expand_as(means))
     extents = reach[:, None] * covariances.diagonal(dim1=-2, dim2=-1).sqrt()
     if box is None: box = torch.stack([(means - extents).amin(0), (means + extents).amax(0)]).float()
-    grid = empty_grid(box, resolution)
+    grid = empty_grid(box.to(cpu), resolution)
     widened = covariances + torch.diag_embed((grid.voxel_size.double() / 2 / sigmas).square().expand_as(means))
     extents = reach[:, None] * widened.diagonal(dim1=-2, dim2=-1).sqrt()
     _mark_gaussians(means.numpy(), torch.linalg.inv(widened).numpy(), reach.numpy(), extents.numpy(),
                     grid.box[0].double().numpy(), grid.voxel_size.double().numpy(), grid.occupied.numpy())
-    return dilate_grid(grid, dilate)
+    return dilate_grid(grid, dilate).to(device)
 
 # %% ../../nbs/fields/occupancy.ipynb #4aa718b0
 FX, FY, CX, CY = range(4)                              # columns of the intrinsics
@@ -213,7 +217,19 @@ def _scatter_extremes(points, weights, densities, lower, voxel, best, least):
             best[i, j, k] = max(best[i, j, k], weights[n])
             least[i, j, k] = min(least[i, j, k], densities[n])
 
-# %% ../../nbs/fields/occupancy.ipynb #447e5df8
+# %% ../../nbs/fields/occupancy.ipynb #6e9799d5
+def _scatter_extremes_torch(positions: Tensor, weights: Tensor, densities: Tensor, lower: Tensor, voxel: Tensor,
+                            best: Tensor, least: Tensor) -> None:
+    """`_scatter_extremes` in torch, for other devices; samples outside the grid change nothing."""
+    index = ((positions - lower) / voxel).floor().long()
+    size = torch.tensor(best.shape, device=index.device)
+    inside = ((index >= 0) & (index < size)).all(-1)
+    x, y, z = index.clamp(min=0).minimum(size - 1).unbind(-1)
+    cell = (x * size[1] + y) * size[2] + z
+    best.view(-1).scatter_reduce_(0, cell, torch.where(inside, weights, 0), "amax")
+    least.view(-1).scatter_reduce_(0, cell, torch.where(inside, densities, torch.inf), "amin")
+
+# %% ../../nbs/fields/occupancy.ipynb #7adbe262
 class VoxelContributions:
     """Largest compositing weight and least density of the samples in each voxel of a grid; `refreshed` gives the new
     grid."""
@@ -223,9 +239,12 @@ class VoxelContributions:
 
     def add(self, positions: Tensor, weights: Tensor, densities: Tensor) -> None:
         """Add samples: compositing weights [N] and densities [N], 1/metre, at positions [N, 3] metres."""
-        lower, voxel = self.grid.box[0].cpu().numpy(), self.grid.voxel_size.cpu().numpy()
-        arrays = [t.detach().cpu().numpy() for t in (positions, weights, densities)]
-        _scatter_extremes(*arrays, lower, voxel, self.best.numpy(), self.least.numpy())
+        own = [t.detach() for t in (positions, weights, densities)]
+        if positions.device.type != "cpu":
+            self.best, self.least = self.best.to(positions.device), self.least.to(positions.device)
+            return _scatter_extremes_torch(*own, self.grid.box[0], self.grid.voxel_size, self.best, self.least)
+        lower, voxel = self.grid.box[0].numpy(), self.grid.voxel_size.numpy()
+        _scatter_extremes(*(t.numpy() for t in own), lower, voxel, self.best.numpy(), self.least.numpy())
 
     def state_dict(self) -> dict[str, Tensor]:
         """State for a checkpoint."""
@@ -247,7 +266,8 @@ class VoxelContributions:
         """
         keep = self.best >= minimum_weight
         if not keep.any(): return self.grid
-        kept = dilate_grid(OccupancyGrid(self.grid.box.cpu(), keep), dilate).occupied.to(self.grid.occupied.device)
-        before = torch.zeros_like(self.best) if self.grid.least_density is None else self.grid.least_density.cpu()
+        kept = dilate_grid(OccupancyGrid(self.grid.box, keep), dilate).occupied.to(self.grid.occupied.device)
+        known = self.grid.least_density
+        before = torch.zeros_like(self.best) if known is None else known.to(self.best.device)
         least = torch.where(self.least.isfinite(), trust * self.least, before).to(self.grid.occupied.device)
         return replace(self.grid, occupied=kept & self.grid.occupied, least_density=least)

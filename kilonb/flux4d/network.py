@@ -103,7 +103,7 @@ def network_clip(gaussians: MovingGaussians, duration_s: float, voxel_m: float =
     """The gaussians of a clip with their voxels, on their device."""
     return NetworkClip(gaussians, voxel_grid(gaussians.means, voxel_size=voxel_m), duration_s)
 
-# %% ../../nbs/flux4d/network.ipynb #c3e0c9e6
+# %% ../../nbs/flux4d/network.ipynb #b3335711
 def gaussian_gradient(gaussians: MovingGaussians, loss: Callable[[MovingGaussians], Tensor]) -> Tensor:
     """[N, 14] detached gradient of `loss` by the numbers of `gaussian_table`, each column divided by its root mean
     square (by 1e-4 of the largest where that is more: the rotation of a round gaussian has rounding errors only).
@@ -116,7 +116,7 @@ def gaussian_gradient(gaussians: MovingGaussians, loss: Callable[[MovingGaussian
     gradients = torch.autograd.grad(value, list(leaves.values()))
     table = torch.cat([gradient.reshape(len(gaussians), -1) for gradient in gradients], 1)
     size = table.square().mean(0).sqrt()
-    return table / size.clamp(min=max(1e-4 * size.max().item(), 1e-20))
+    return table / torch.maximum(size, (1e-4 * size.max()).clamp(min=1e-20))
 
 # %% ../../nbs/flux4d/network.ipynb #ad756fba
 def _run_network(network: GaussianNetwork, clip: NetworkClip, inputs: Tensor, precision: str) -> GaussianUpdate:

@@ -7,16 +7,16 @@ with its gradient, and the plain-torch reference.
 # %% auto #0
 __all__ = ['point_mlp_reference', 'PointMLP', 'point_mlp']
 
-# %% ../../nbs/flux4d/point_mlp.ipynb #6eb5f368
+# %% ../../nbs/flux4d/point_mlp.ipynb #e536cfab
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..core.work_queue import parallel_for, queued_jobs
 from .row_products import PRODUCT_COLUMNS, PRODUCT_ROWS, add_outer_products, add_row_products
 from .voxels import GatherVoxels, SparseVoxels
-from ..splats.work_queue import parallel_for, queued_jobs
 
 # %% ../../nbs/flux4d/point_mlp.ipynb #09eb6856
 def point_mlp_reference(grid: SparseVoxels, term: Tensor, first: Tensor, second: Tensor, weights: tuple[Tensor, ...],

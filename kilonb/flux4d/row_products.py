@@ -7,14 +7,14 @@ registers.
 # %% auto #0
 __all__ = ['PRODUCT_ROWS', 'PRODUCT_COLUMNS', 'add_row_products', 'add_outer_products']
 
-# %% ../../nbs/flux4d/row_products.ipynb #fed981a2
+# %% ../../nbs/flux4d/row_products.ipynb #2703e2b2
 from collections.abc import Callable
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ..splats.simd import WIDTH
+from ..core.simd import WIDTH
 
 # %% ../../nbs/flux4d/row_products.ipynb #ea6f9f3a
 PRODUCT_ROWS, _VECTORS = 8, 2

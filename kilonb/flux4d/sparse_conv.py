@@ -8,7 +8,7 @@ with the same weights.
 __all__ = ['BACKENDS', 'KernelMap', 'submanifold_map', 'VoxelLevel', 'voxel_levels', 'convolve_reference',
            'ConvolveVoxels', 'choose_backend', 'convolve']
 
-# %% ../../nbs/flux4d/sparse_conv.ipynb #0cb86c3a
+# %% ../../nbs/flux4d/sparse_conv.ipynb #41136e0c
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..core.errors import KiloError
+from ..core.work_queue import parallel_for, queued_jobs
 from .row_products import PRODUCT_COLUMNS, PRODUCT_ROWS, add_outer_products, add_row_products
 from .voxels import SparseVoxels, find_keys, voxel_keys
-from ..splats.work_queue import parallel_for, queued_jobs
 
 # %% ../../nbs/flux4d/sparse_conv.ipynb #ff9acbde
 @dataclass(frozen=True, eq=False)

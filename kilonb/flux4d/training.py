@@ -9,7 +9,7 @@ __all__ = ['ReconstructionTraining', 'supervised_positions', 'views_loss', 'grad
            'clip_loss', 'teacher_error', 'draw_step', 'make_reconstruction_step', 'checkpoint_at', 'keep_checkpoints',
            'start_from_checkpoint', 'make_reconstruction', 'training_figure', 'train_reconstruction']
 
-# %% ../../nbs/flux4d/training.ipynb #834a46a4
+# %% ../../nbs/flux4d/training.ipynb #e5541502
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from .network import ReconstructionConfig, ReconstructionNetwork
 from .render import render_at
 from ..splats.fit import view_order
 from ..training.checkpoints import check_tensors, read_checkpoint, write_checkpoint
+from ..training.determinism import host_generator
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World
 
@@ -141,7 +142,7 @@ def clip_loss(model: ReconstructionNetwork, example: ClipExample, positions: Seq
         total = total + config.teacher * terms["teacher"]
     return {**terms, "loss": total}
 
-# %% ../../nbs/flux4d/training.ipynb #888e2455
+# %% ../../nbs/flux4d/training.ipynb #a677582c
 def teacher_error(gaussians: MovingGaussians, example: ClipExample) -> Tensor:
     """Mean distance in m/s of the velocities at the gaussians' own times to the voxel flow's, half over the gaussians
     that it moves and half over those at rest. KiloError where the clip was prepared without a teacher."""
@@ -150,8 +151,9 @@ def teacher_error(gaussians: MovingGaussians, example: ClipExample) -> Tensor:
     own = ~gaussians.sky
     error = (velocities_at(gaussians, gaussians.times_s) - example.teacher)[own].norm(dim=-1)
     moving = example.teacher[own].norm(dim=-1) > 0.5
-    parts = [error[group].mean() for group in (moving, ~moving) if group.any()]
-    return torch.stack(parts).mean()
+    groups = torch.stack([moving, ~moving])
+    counts = groups.sum(1)
+    return ((error * groups).sum(1) / counts.clamp(min=1)).sum() / (counts > 0).sum()
 
 # %% ../../nbs/flux4d/training.ipynb #308b5ad6
 def draw_step(examples: Sequence[ClipExample], step: int, config: ReconstructionTraining,
@@ -163,7 +165,7 @@ def draw_step(examples: Sequence[ClipExample], step: int, config: Reconstruction
     chosen = [view_order(step * config.clips + k, len(examples), config.seed) for k in range(config.clips)]
     return chosen[world.rank::world.size]
 
-# %% ../../nbs/flux4d/training.ipynb #8cccaf5f
+# %% ../../nbs/flux4d/training.ipynb #81b5433d
 def make_reconstruction_step(model: ReconstructionNetwork, examples: Sequence[ClipExample],
                              config: ReconstructionTraining, world: World = ALONE) -> Callable:
     """Step function for `training.loop.train`: the mean terms of the step's clips. The next step's clips are prepared
@@ -174,7 +176,7 @@ def make_reconstruction_step(model: ReconstructionNetwork, examples: Sequence[Cl
         for clip in chosen:
             example = examples[clip]
             positions = supervised_positions(example.data.clip, config)
-            order = torch.randperm(len(positions), generator=generator, device=generator.device)
+            order = torch.randperm(len(positions), generator=host_generator(generator, number), device="cpu")
             terms.append(clip_loss(model, example, [positions[i] for i in order[:config.views].tolist()], config))
         if hasattr(examples, "prefetch"):
             for clip in draw_step(examples, number + 1, config, world): examples.prefetch(clip)

@@ -8,7 +8,7 @@ vectors.
 __all__ = ['VoxelFlowConfig', 'cluster_points', 'motion_evidence', 'flow_loss', 'FlowEstimate', 'estimate_flow',
            'estimate_pair_flow', 'clip_velocities']
 
-# %% ../../nbs/flux4d/voxel_flow.ipynb #229392d8
+# %% ../../nbs/flux4d/voxel_flow.ipynb #2c6fba3c
 import math
 import time
 from collections.abc import Sequence
@@ -26,10 +26,10 @@ from torch import Tensor
 
 from ..core.configs import checked
 from ..core.errors import KiloError
+from ..core.work_queue import parallel_for, queued_jobs
 from kilonb.flux4d.flow_grids import (
     DistanceGrid, FlowGrid, GroundGrid, SweepSurface, corner_weights, distance_grid, fill_nearest, fit_ground,
 )
-from ..splats.work_queue import parallel_for, queued_jobs
 
 # %% ../../nbs/flux4d/voxel_flow.ipynb #9a7d5f88
 _BOUNDS = {"range_m": (5, 300), "height_m": (1, 30), "ground_m": (.02, 1), "contact_m": (0, 1),

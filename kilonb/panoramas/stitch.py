@@ -9,7 +9,7 @@ __all__ = ['NOT_VISIBLE', 'PIXEL_ONLY', 'VISIBLE', 'FREE_SPACE_STEPS', 'FILLS', 
            'stitch', 'RangeDisagreement', 'range_disagreement', 'SeamStatistics', 'seam_statistics',
            'far_field_reference']
 
-# %% ../../nbs/panoramas/stitch.ipynb #8e7f40c2
+# %% ../../nbs/panoramas/stitch.ipynb #ecf0b030
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from numba import njit
 from torch import Tensor
 
 from ..core.errors import KiloError
+from ..core.work_queue import parallel_for, queued_jobs
 from ..geometry.cameras import Camera, DistortedPinholeCamera, PinholeCamera
 from ..geometry.panoramas import PanoramaCamera
 from ..geometry.rig_checks import check_rig
@@ -34,7 +35,6 @@ from kilonb.panoramas.exposure import (
 )
 from .surfaces import CAMERA_HEIGHT_M, choose_surface, fill_from_neighbours, surface_range
 from .warp import INNER, KERNEL, flat_depths, panorama_grid, source_cameras, warp_layers
-from ..splats.work_queue import parallel_for, queued_jobs
 
 # %% ../../nbs/panoramas/stitch.ipynb #16a5318b
 @njit(**INNER)
@@ -615,13 +615,13 @@ def seam_statistics(panorama: Panorama) -> SeamStatistics:
     jumps, interiors = torch.cat(jumps), torch.cat(interiors)
     return SeamStatistics(len(jumps), jumps.mean().item(), interiors.mean().item())
 
-# %% ../../nbs/panoramas/stitch.ipynb #48d8a1d8
+# %% ../../nbs/panoramas/stitch.ipynb #17c5d11b
 def _far_samples(camera: Camera, image: Tensor, target: PanoramaCamera, samples: int) -> tuple[Tensor, Tensor]:
     """(distance to the picture's border [h, w], -1 outside; sums [h, w, 4] of colour and count over samples x samples
     rays) of one camera, in the far field."""
     size, fine = (target.height, target.width), target.resized(target.width * samples, target.height * samples)
     def pixels_of(panorama: PanoramaCamera) -> Tensor:
-        return camera.project(camera.position.double() + panorama.rays().directions.double())[0]
+        return camera.project(camera.position + panorama.rays().directions.to(camera.position))[0].double()
     u, v = pixels_of(target).unbind(-1)
     border = torch.minimum(torch.minimum(u, camera.width - u) / camera.fx,
                            torch.minimum(v, camera.height - v) / camera.fy).reshape(size)
@@ -633,11 +633,11 @@ def _far_samples(camera: Camera, image: Tensor, target: PanoramaCamera, samples:
     sums = [x.reshape(size[0], samples, size[1], samples, -1).sum((1, 3)) for x in (colour * inside, inside)]
     return torch.where(border >= 0, border, -1.0), torch.cat(sums, -1)
 
-# %% ../../nbs/panoramas/stitch.ipynb #54a6b35d
+# %% ../../nbs/panoramas/stitch.ipynb #248c953d
 def far_field_reference(cameras: Sequence[Camera], images: Sequence[Tensor], target: PanoramaCamera, samples: int = 2,
                         feather_deg: float = 2.0) -> tuple[Tensor, Tensor]:
     """Reference implementation of `Stitcher` without depth, masks and exposure gains: (rgb_srgb [h, w, 3], source [h,
-    w]), in plain torch and float64."""
+    w]), in plain torch; positions in the dtype of the cameras, colours in float64."""
     parts = [_far_samples(camera, image, target, samples) for camera, image in zip(cameras, images)]
     borders, colours = (torch.stack(part) for part in zip(*parts))
     best, source = borders.max(0)

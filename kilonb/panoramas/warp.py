@@ -8,7 +8,7 @@ z-buffer of ranges.
 __all__ = ['KERNEL', 'INNER', 'PanoramaGrid', 'panorama_grid', 'approximate_atan2', 'project_point', 'SourceCameras',
            'source_cameras', 'same_surface', 'flat_depths', 'warp_layers', 'warp_reference']
 
-# %% ../../nbs/panoramas/warp.ipynb #ec1895d4
+# %% ../../nbs/panoramas/warp.ipynb #08679228
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -19,10 +19,10 @@ from numba import njit
 from torch import Tensor
 
 from ..core.errors import KiloError
+from ..core.work_queue import parallel_for, queued_jobs
 from ..geometry.cameras import Camera, DistortedPinholeCamera, PinholeCamera
 from ..geometry.panoramas import CylindricalCamera, PanoramaCamera
 from ..geometry.transforms import rigid_inverse
-from ..splats.work_queue import parallel_for, queued_jobs
 
 # %% ../../nbs/panoramas/warp.ipynb #f57161eb
 KERNEL = dict(cache=True, nogil=True, error_model="numpy")

@@ -22,7 +22,7 @@ from ..core.errors import KiloError
 from ..geometry.cameras import Camera, DistortedPinholeCamera, PinholeCamera
 from ..geometry.transforms import rigid_inverse
 
-# %% ../../nbs/pose/carve.ipynb #1a20d0ba
+# %% ../../nbs/pose/carve.ipynb #fa5fc255
 @dataclass(frozen=True)
 class VoxelGrid:
     """A cube of voxels around an animal, or a block of it, in the animal's frame: x along the heading, y left, z up.
@@ -52,19 +52,19 @@ class VoxelGrid:
     @property
     def corner(self) -> Tensor:
         """The lowest corner [3] of the block, metres."""
-        return torch.tensor(self.low) * self.voxel_m - self.side_m / 2
+        return torch.tensor(self.low, device="cpu") * self.voxel_m - self.side_m / 2
 
     def centres(self) -> Tensor:
         """Centres of the voxels [X, Y, Z, 3], metres."""
-        axes = [torch.arange(a, b) + .5 for a, b in zip(self.low, self.high)]
+        axes = [torch.arange(a, b, device="cpu") + .5 for a, b in zip(self.low, self.high)]
         return torch.stack(torch.meshgrid(*axes, indexing="ij"), -1) * self.voxel_m - self.side_m / 2
 
-# %% ../../nbs/pose/carve.ipynb #4b964f1a
+# %% ../../nbs/pose/carve.ipynb #01072116
 def animal_to_world(centre: Tensor, heading: float | Tensor) -> Tensor:
     """Pose [4, 4] float64 of an animal's frame: at `centre` [3] metres, turned by `heading` radians about +z."""
     c, s = cos(float(heading)), sin(float(heading))
-    pose = torch.eye(4, dtype=torch.float64)
-    pose[:3] = torch.tensor([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0]])
+    pose = torch.eye(4, dtype=torch.float64, device="cpu")
+    pose[:3] = torch.tensor([[c, -s, 0, 0], [s, c, 0, 0], [0, 0, 1, 0]], device="cpu")
     pose[:3, 3] = torch.as_tensor(centre).double().cpu()
     return pose
 
@@ -127,34 +127,48 @@ def _coverage(sums, left, top, right, bottom):
     total = sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
     return total / ((right - left) * (bottom - top))
 
-# %% ../../nbs/pose/carve.ipynb #e28e6677
+# %% ../../nbs/pose/carve.ipynb #4c8d31e9
 @numba.njit(cache=True, nogil=True, inline="always")
-def _two_lowest(sums, poses, intrinsics, lenses, voxel_m, x, y, z):
-    """Lowest and second lowest coverage of one voxel over the cameras that see it, and their number."""
-    height, width = sums.shape[1] - 1, sums.shape[2] - 1
-    low, second, count = 1.0, 1.0, 0
-    for c in range(len(sums)):
-        u, v, depth = _pixel(poses[c], intrinsics[c], lenses[c], x, y, z)
-        if depth <= 0 or u < 0 or v < 0 or u > width or v > height: continue
-        left, top, right, bottom = _box(u, v, .5 * intrinsics[c, 0] * voxel_m / depth, width, height)
-        share = _coverage(sums[c], left, top, right, bottom)
-        count += 1
-        if share < low: low, second = share, low
-        elif share < second: second = share
-    return low, second, count
+def _share_of_voxel(sums, pose, k, lens, voxel_m, x, y, z):
+    """Share of a voxel's square that one camera's mask covers; -1 where the voxel is not in its image."""
+    height, width = sums.shape[0] - 1, sums.shape[1] - 1
+    u, v, depth = _pixel(pose, k, lens, x, y, z)
+    if depth <= 0 or u < 0 or v < 0 or u > width or v > height: return -1.0
+    left, top, right, bottom = _box(u, v, .5 * k[0] * voxel_m / depth, width, height)
+    return _coverage(sums, left, top, right, bottom)
 
-# %% ../../nbs/pose/carve.ipynb #be7bc400
+# %% ../../nbs/pose/carve.ipynb #b26d1c60
+@numba.njit(cache=True, nogil=True)
+def _carve_slab(first, last, sums, poses, intrinsics, lenses, corner, voxel_m, lowest, second, seen):
+    """Lowest and second lowest share of the voxels [first:last] along x over the cameras that see them."""
+    for c in range(len(sums)):
+        for i in range(first, last):
+            for j in range(lowest.shape[1]):
+                for k in range(lowest.shape[2]):
+                    share = _share_of_voxel(sums[c], poses[c], intrinsics[c], lenses[c], voxel_m,
+                                            corner[0] + (i + .5) * voxel_m, corner[1] + (j + .5) * voxel_m,
+                                            corner[2] + (k + .5) * voxel_m)
+                    if share < 0: continue
+                    seen[i, j, k] += 1
+                    low = lowest[i, j, k]
+                    if share < low: lowest[i, j, k], second[i, j, k] = share, low
+                    elif share < second[i, j, k]: second[i, j, k] = share
+
+# %% ../../nbs/pose/carve.ipynb #81d870d8
+_SLAB = 8
+
+
 @numba.njit(parallel=True, cache=True, nogil=True)
 def _carve_kernel(sums, poses, intrinsics, lenses, corner, voxel_m, least, lowest, second, seen):
-    for i in numba.prange(lowest.shape[0]):
-        for j in range(lowest.shape[1]):
-            for k in range(lowest.shape[2]):
-                low, next_low, count = _two_lowest(sums, poses, intrinsics, lenses, voxel_m,
-                                                   corner[0] + (i + .5) * voxel_m, corner[1] + (j + .5) * voxel_m,
-                                                   corner[2] + (k + .5) * voxel_m)
-                seen[i, j, k] = count
-                if count >= least: lowest[i, j, k], second[i, j, k] = low, next_low
-                else: lowest[i, j, k], second[i, j, k] = 0.0, 0.0
+    size = len(lowest)
+    for slab in numba.prange((size + _SLAB - 1) // _SLAB):
+        first, last = slab * _SLAB, min(slab * _SLAB + _SLAB, size)
+        lowest[first:last], second[first:last], seen[first:last] = 1, 1, 0
+        _carve_slab(first, last, sums, poses, intrinsics, lenses, corner, voxel_m, lowest, second, seen)
+        for i in range(first, last):
+            for j in range(lowest.shape[1]):
+                for k in range(lowest.shape[2]):
+                    if seen[i, j, k] < least: lowest[i, j, k], second[i, j, k] = 0, 0
 
 # %% ../../nbs/pose/carve.ipynb #15c8450e
 @numba.njit(parallel=True, cache=True, nogil=True)

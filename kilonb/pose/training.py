@@ -9,7 +9,7 @@ __all__ = ['VARIANTS', 'MODEL_FILE', 'PoseTraining', 'training_variant', 'FrameS
            'drawing_loss', 'StepDraw', 'make_pose_model', 'make_pose_step', 'reconstruct', 'validation_loss',
            'check_frames', 'PoseResult', 'train_pose', 'save_pose', 'load_pose', 'continue_from']
 
-# %% ../../nbs/pose/training.ipynb #ed12aa05
+# %% ../../nbs/pose/training.ipynb #cbab01f2
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +29,7 @@ from .scores import over_white
 from ..splats.fit import view_order
 from ..splats.gaussians import Gaussians
 from ..training.checkpoints import read_checkpoint, write_checkpoint
+from ..training.determinism import host_generator
 from ..training.loop import LoopConfig, TrainingResult, train
 from ..training.parallel import ALONE, World
 from ..training.saved_models import restore_model, saved_config
@@ -186,7 +187,12 @@ def make_pose_model(prepared: PreparedRecording, config: PoseTraining,
     torch.manual_seed(config.seed)
     return PoseModel(config.model, prepared.grid).to(device)
 
-# %% ../../nbs/pose/training.ipynb #c682b2d1
+# %% ../../nbs/pose/training.ipynb #4680f293
+def _target(frames: "FrameStore", i: int, views: Sequence[int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(pictures, masks) of some cameras of a frame, on a device."""
+    return tuple(each[views].to(device) for each in frames[i])
+
+# %% ../../nbs/pose/training.ipynb #c336a46e
 def make_pose_step(model: PoseModel, prepared: PreparedRecording, rows: Sequence[int], config: PoseTraining,
                    world: World = ALONE, frames: FrameStore | None = None) -> Callable:
     """Step function for `training.loop.train` over the frames `rows`: rounds over all of them, each in a new order."""
@@ -194,11 +200,11 @@ def make_pose_step(model: PoseModel, prepared: PreparedRecording, rows: Sequence
 
     def step(number: int, generator: torch.Generator) -> dict[str, Tensor]:
         i = rows[view_order(number * world.size + world.rank, len(rows), config.seed)]
-        drawn = StepDraw(len(prepared.cameras), config, generator)
+        drawn = StepDraw(len(prepared.cameras), config, host_generator(generator, number))
         volume = input_volume(prepared, frames, i, drawn.inputs, model.grid, drawn.shift, drawn.turn)
         gaussians = gaussians_of(model, volume, drawn.mirror)
         rgb, alpha = draw_animals(gaussians, [prepared.cameras[c] for c in drawn.views])
-        target, masks = (each[drawn.views].to(device) for each in frames[i])
+        target, masks = _target(frames, i, drawn.views, device)
         return drawing_loss(rgb, alpha, target, masks, config) | {"gaussians": float(len(gaussians))}
     return step
 

@@ -119,19 +119,24 @@ class ModelState:
         model.evaluations, model.spent_s = list(state["evaluations"]), state["spent_s"]
         if model.exposure_ev is not None: model.exposure_ev = state["exposure_ev"].to(device).clone()
 
-# %% ../../nbs/splats/densification.ipynb #71d5b394
+# %% ../../nbs/splats/densification.ipynb #d53013f0
 def record_gradients(model: GaussianModel, meta: Mapping[str, Any]) -> None:
     """Add the gradients of the projected centres of the last backward pass to the statistics.
 
-    meta: of `rasterize`, after `meta["means2d"].retain_grad()`.
+    meta: of `rasterize`, after `meta["means2d"].retain_grad()`. Where the rasteriser was asked for absolute gradients,
+    these count.
     """
-    gradient = meta["means2d"].grad.detach().reshape(-1, 2)
+    absolute = getattr(meta["means2d"], "absgrad", None)
+    gradient = (meta["means2d"].grad if absolute is None else absolute).detach().reshape(-1, 2)
     half = torch.tensor([meta["width"] / 2, meta["height"] / 2], device=gradient.device)
     length, visible = (gradient * half).norm(dim=-1), (meta["radii"].reshape(len(gradient), -1) > 0).all(-1)
-    rows = torch.arange(len(gradient),
-                        device=gradient.device) if meta.get("gaussian_ids") is None else meta["gaussian_ids"]
-    model.gradient_sum.index_add_(0, rows[visible], length[visible])
-    model.visible_count.index_add_(0, rows[visible], torch.ones_like(length[visible]))
+    length, seen, rows = torch.where(visible, length, 0), visible.to(length.dtype), meta.get("gaussian_ids")
+    if rows is None:
+        model.gradient_sum += length
+        model.visible_count += seen
+    else:
+        model.gradient_sum.index_add_(0, rows, length)
+        model.visible_count.index_add_(0, rows, seen)
 
 # %% ../../nbs/splats/densification.ipynb #7a60c96c
 def step_generator(config: FitConfig, step: int, device: torch.device) -> torch.Generator:

@@ -10,14 +10,14 @@ __all__ = ['CHUNKS', 'chunk_range', 'unit_quaternion', 'rotation_matrix', 'camer
            'camera_point_gradient', 'quaternion_gradient', 'world_axes_gradient', 'project_backward', 'pack_rows',
            'fill_basis', 'unit_direction', 'harmonics_forward', 'direction_gradient', 'harmonics_backward']
 
-# %% ../../nbs/splats/kernels.ipynb #3c89027e
+# %% ../../nbs/splats/kernels.ipynb #a8ceb83a
 import math
 
 import numpy as np
 from numba import njit
 
+from ..core.work_queue import queued_jobs
 from .harmonics import SH_C0, SH_C1, SH_C2, SH_C3
-from .work_queue import queued_jobs
 
 # %% ../../nbs/splats/kernels.ipynb #c5c9ff23
 CHUNKS = 64
@@ -112,8 +112,8 @@ def box_radius(variance_x, variance_y, opacity):
     reach = min(3.33, math.sqrt(2.0 * math.log(opacity * 255.0)))
     return math.ceil(min(reach * math.sqrt(variance_x), 1e9)), math.ceil(min(reach * math.sqrt(variance_y), 1e9))
 
-# %% ../../nbs/splats/kernels.ipynb #87c4b314
-@njit(cache=True, error_model="numpy")
+# %% ../../nbs/splats/kernels.ipynb #f97e0466
+@njit(cache=True, forceinline=True, error_model="numpy")
 def _project_one(n, means, quats, scales, opacity, view, K, width, height, eps2d, near, far, radius_clip, antialiased,
                  radii, means2d, depths, conics, alphas, factors):
     """Project gaussian n into one camera: writes entry n of the outputs, zeros where it is not visible."""
@@ -143,7 +143,7 @@ def _project_one(n, means, quats, scales, opacity, view, K, width, height, eps2d
         0.5 / yy,
     )
 
-# %% ../../nbs/splats/kernels.ipynb #4da18445
+# %% ../../nbs/splats/kernels.ipynb #9a0b9968
 @njit(nogil=True, cache=True, error_model="numpy")
 def project_forward(counter, means, quats, scales, opacities, views, Ks, width, height, eps2d, near, far, radius_clip,
                     antialiased, radii, means2d, depths, conics, alphas, factors):
@@ -157,10 +157,11 @@ def project_forward(counter, means, quats, scales, opacities, views, Ks, width, 
     for chunk in queued_jobs(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
         for camera in range(len(views)):
+            view, K, own = views[camera], Ks[camera], (radii[camera], means2d[camera], depths[camera], conics[camera],
+                                                       alphas[camera], factors[camera])
             for n in range(begin, end):
-                _project_one(n, means, quats, scales, np.float64(opacities[n]), views[camera], Ks[camera], width,
-                             height, eps2d, near, far, radius_clip, antialiased, radii[camera], means2d[camera],
-                             depths[camera], conics[camera], alphas[camera], factors[camera])
+                _project_one(n, means, quats, scales, np.float64(opacities[n]), view, K, width, height, eps2d, near,
+                             far, radius_clip, antialiased, *own)
 
 # %% ../../nbs/splats/kernels.ipynb #6750713b
 @njit(cache=True, forceinline=True, error_model="numpy")
@@ -240,8 +241,8 @@ def _add_view_gradient(grad_view, means, n, grad_point, grad_axes, axes):
             grad_view[m, l] += grad * means[n, l] + h0 * axes[3 * l] + h1 * axes[3 * l + 1] + h2 * axes[3 * l + 2]
         grad_view[m, 3] += grad
 
-# %% ../../nbs/splats/kernels.ipynb #089b092a
-@njit(cache=True, error_model="numpy")
+# %% ../../nbs/splats/kernels.ipynb #df8397f2
+@njit(cache=True, forceinline=True, error_model="numpy")
 def _project_one_backward(n, row, means, quats, scales, opacity, view, K, width, height, eps2d, antialiased,
                           grad_means2d, grad_depths, grad_conics, grad_alphas, grad_means, grad_quats, grad_scales,
                           grad_opacities, grad_view):
@@ -276,7 +277,7 @@ def _project_one_backward(n, row, means, quats, scales, opacity, view, K, width,
     _add_view_gradient(grad_view, means, n, (grad_x, grad_y, grad_z), grad_axes,
                        (r0 * a, r1 * b, r2 * c, r3 * a, r4 * b, r5 * c, r6 * a, r7 * b, r8 * c))
 
-# %% ../../nbs/splats/kernels.ipynb #4ba32d82
+# %% ../../nbs/splats/kernels.ipynb #2586122c
 @njit(nogil=True, cache=True, error_model="numpy")
 def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, width, height, eps2d, antialiased,
                      grad_means2d, grad_depths, grad_conics, grad_alphas, grad_means, grad_quats, grad_scales,
@@ -293,13 +294,13 @@ def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, 
     for chunk in queued_jobs(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
         for camera in range(len(views)):
+            view, K, own = views[camera], Ks[camera], rows[camera]
             for k in range(12): by_view[k // 4, k % 4] = 0.0
             for n in range(begin, end):
-                if rows[camera, n] < 0: continue
-                _project_one_backward(n, rows[camera, n], means, quats, scales, np.float64(opacities[n]), views[camera],
-                                     Ks[camera], width, height, eps2d, antialiased, grad_means2d, grad_depths,
-                                     grad_conics, grad_alphas, grad_means, grad_quats, grad_scales, grad_opacities,
-                                     by_view)
+                if own[n] < 0: continue
+                _project_one_backward(n, own[n], means, quats, scales, np.float64(opacities[n]), view, K, width, height,
+                                      eps2d, antialiased, grad_means2d, grad_depths, grad_conics, grad_alphas,
+                                      grad_means, grad_quats, grad_scales, grad_opacities, by_view)
             for k in range(12): grad_views[chunk, camera, k // 4, k % 4] = by_view[k // 4, k % 4]
 
 # %% ../../nbs/splats/kernels.ipynb #ca509ee8

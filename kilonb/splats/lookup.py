@@ -8,7 +8,7 @@ on a CPU, plain torch on other devices.
 __all__ = ['half_polylogarithm', 'footprint_records', 'CellIndex', 'build_index', 'density_of', 'all_pairs',
            'QueryPlan', 'plan_query', 'CompiledLookup', 'sum_per_point', 'TorchIndex', 'TorchLookup', 'GaussianLookup']
 
-# %% ../../nbs/splats/lookup.ipynb #8d170b7d
+# %% ../../nbs/splats/lookup.ipynb #9dd8699a
 import math
 from typing import Literal, NamedTuple
 
@@ -17,12 +17,12 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from ..geometry.transforms import quat_to_rotmat
 from ..core.errors import KiloError
+from ..core.work_queue import parallel_for, queued_jobs
+from ..geometry.transforms import quat_to_rotmat
 from .gaussians import Gaussians
 from .harmonics import evaluate_sh
 from .kernels import fill_basis
-from .work_queue import parallel_for, queued_jobs
 
 # %% ../../nbs/splats/lookup.ipynb #fcd07a90
 _ZETA = (-1.4603545088, 0.2078862250, -0.0127426010, -0.0014194881, 0.0001850418)

@@ -89,15 +89,15 @@ def composite_image(means2d: Tensor, conics: Tensor, opacities: Tensor, colors: 
                     for tiles in (colours, [left[:, None] for left in transmittances]))
     return (colour if background is None else colour + left * background), 1 - left
 
-# %% ../../nbs/splats/reference.ipynb #904b5634
+# %% ../../nbs/splats/reference.ipynb #79a7e5d8
 def rasterize_reference(means: Tensor, quats: Tensor, scales: Tensor, opacities: Tensor, colors: Tensor,
                         viewmats: Tensor, Ks: Tensor, width: int, height: int, sh_degree: int | None = None,
                         render_mode: str = "RGB", backgrounds: Tensor | None = None, rasterize_mode: str = "classic",
                         **projection) -> tuple[Tensor, Tensor, Projection]:
     """`kilonb.splats.rasterizer.rasterize` in plain torch, for tests and as the baseline of benchmarks.
 
-    Arguments and results as there; projection: eps2d, near_plane, far_plane, radius_clip. Returns the Projection
-    instead of `meta`.
+    Arguments and results as there; projection: eps2d, near_plane, far_plane, radius_clip, camera_model. Returns the
+    Projection instead of `meta`.
     """
     projected = project_gaussians(means, quats, scales, opacities, viewmats, Ks, width, height,
                                   antialiased=rasterize_mode == "antialiased", **projection)

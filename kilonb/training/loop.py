@@ -8,7 +8,7 @@ bit-exact resumption, on one or several processes.
 __all__ = ['LoopConfig', 'LoopState', 'TrainingResult', 'optimizer_step', 'deferred_interrupt', 'TrainingRun',
            'start_run', 'train']
 
-# %% ../../nbs/training/loop.ipynb #0dd59a11
+# %% ../../nbs/training/loop.ipynb #57dcbfa2
 import math
 import signal
 import threading
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..core.configs import checked
 from ..core.errors import KiloError, shorten
-from ..core.numbers import LARGEST
+from ..core.numbers import LARGEST, finite
 from ..core.signals import signal_handlers
 from .averaging import Average, choose_average, upgraded_weights
 from .checkpoints import (check_training_state, final_path, keep_final, keep_latest_as, latest_path,
@@ -41,10 +41,11 @@ from .scalars import ScalarLog
 from ..runs.resuming import put_back
 from ..runs.scalars import SCALARS_NAME, read_scalars
 from ..runs.settings import FREE_SETTINGS
-from .schedules import ExtendedSchedule, WarmupCosine, schedule_for, set_learning_rates
+from .schedules import (ExtendedSchedule, StepPlan, WarmupCosine, planned_factor, schedule_for,
+                                       set_learning_rates)
 from .stop_rules import StopRule, stop_reason
 
-# %% ../../nbs/training/loop.ipynb #3fc4b180
+# %% ../../nbs/training/loop.ipynb #04c9648b
 @dataclass(frozen=True)
 @checked
 class LoopConfig:
@@ -71,7 +72,7 @@ class LoopConfig:
     keep_best: bool = False                      # and the best one
     seed: int = 0                                # of the generator passed to the step function
     deterministic: bool = False                  # strictly, and slower (`training.determinism`)
-    time_limit_s: float | None = None            # seconds of training, over all sessions; None: no limit
+    time_limit_s: float | None = None            # seconds of training, over all sessions; schedules end with it
     extend: Literal["", "constant", "rewarm"] = ""         # a finished run of fewer steps is resumed: its new rate
     tensorboard_time: Literal["wall", "elapsed"] = "wall"  # time axis of the events; elapsed: of training, no pauses
     tensorboard_graph: bool = False              # show the modules of the model, with the shapes of their weights
@@ -222,11 +223,11 @@ def deferred_interrupt() -> Iterator[threading.Event]:
 
     with signal_handlers(receive, [signal.SIGINT]): yield requested
 
-# %% ../../nbs/training/loop.ipynb #6f9481c7
+# %% ../../nbs/training/loop.ipynb #6f38db73
 @dataclass
 class TrainingRun:
     """The objects of one training run; the fields are explained by the arguments of `train`. log: None without a
-    folder. evaluate_s: seconds of evaluations, which are not counted as training."""
+    folder. evaluate_s: seconds of evaluations, which are not counted as training. plan: position in the schedules."""
 
     optimizer: torch.optim.Optimizer
     config: LoopConfig
@@ -243,6 +244,7 @@ class TrainingRun:
     log: ScalarLog | None = None
     evaluate: Callable[[], Mapping[str, float | None]] | None = None
     evaluate_s: float = 0.0
+    plan: StepPlan = field(default_factory=lambda: StepPlan(1))
 
 # %% ../../nbs/training/loop.ipynb #d2c3561c
 _LATER = ("evaluate_every_steps", "stop_when", "deterministic")      # fields that 0.1 did not have
@@ -258,7 +260,7 @@ def _recorded_loop(config: LoopConfig) -> dict[str, Any]:
 
 _TIMES = ("checkpoint_every_seconds", "checkpoint_every_steps", "time_limit_s")
 
-# %% ../../nbs/training/loop.ipynb #5c226797
+# %% ../../nbs/training/loop.ipynb #2dc2dc4c
 def start_run(optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Module | None = None,
           folder: str | Path | None = None, stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (),
           settings: Mapping[str, Any] | None = None, world: World = ALONE) -> TrainingRun:
@@ -272,20 +274,24 @@ def start_run(optimizer: torch.optim.Optimizer, config: LoopConfig, model: nn.Mo
                          **{f"settings.{name}": value for name, value in (settings or {}).items()}},
                schedule=config.schedule(),
                generator=torch.Generator(device=parameters[0].device if parameters else "cpu").manual_seed(config.seed),
-               averaged=choose_average(model, config.ema_decay, config.swa_from, config.steps), world=world)
+               averaged=choose_average(model, config.ema_decay, config.swa_from, config.steps), world=world,
+               plan=StepPlan(config.steps, config.time_limit_s))
 
-# %% ../../nbs/training/loop.ipynb #a2bed7c4
+# %% ../../nbs/training/loop.ipynb #c1019b6d
 def _take_step(run: TrainingRun, step_function: Callable) -> None:
     """One optimiser step at the schedule's rate, then an update of the average."""
     state = run.state
-    rate = set_learning_rates(run.optimizer, run.config.learning_rate, run.schedule.factor(state.step))
+    factor = planned_factor(run.schedule, run.plan, run.config.warmup_steps)
+    rate = set_learning_rates(run.optimizer, run.config.learning_rate, factor)
     values = optimizer_step(_checked_values(step_function(state.step, run.generator)), run.optimizer,
                             run.config.gradient_clip, run.world,
                             next((guard for guard in run.guards if isinstance(guard, SkipGuard)), None))
     weight = values.pop("share", 1 / run.world.size)
     if run.averaged is not None: run.averaged.update(run.model)
     state.step += 1
-    state.pending[state.step] = {**values, "learning_rate": rate} | ({"share": weight} if run.world.size > 1 else {})
+    more = {"share": weight} if run.world.size > 1 else {}
+    if run.plan.limit_s is not None: more["schedule_progress"] = run.plan.progress
+    state.pending[state.step] = {**values, "learning_rate": rate} | more
 
 # %% ../../nbs/training/loop.ipynb #c68d9665
 def _mean_over_ranks(interval: Mapping[int, Mapping[str, float]], world: World) -> dict[int, dict[str, float]]:
@@ -339,7 +345,7 @@ def _after_save(run: TrainingRun) -> None:
     if rule.keeps(state.step): keep_numbered(run.folder, state.step, rule, state.records)
     if state.extensions and state.step > state.extensions[-1]["from"]: final_path(run.folder).unlink(missing_ok=True)
 
-# %% ../../nbs/training/loop.ipynb #cc0e969e
+# %% ../../nbs/training/loop.ipynb #25cf167c
 def _save(run: TrainingRun, random: Mapping[str, Any] | None = None) -> None:
     """Write the latest checkpoint; to be called on all ranks.
 
@@ -358,7 +364,7 @@ def _save(run: TrainingRun, random: Mapping[str, Any] | None = None) -> None:
     if world.first:
         write_checkpoint(latest_path(run.folder),
                          {"step": state.step, "elapsed_s": state.elapsed_s, "pending": interval, "best": state.best,
-                          "stopped": state.stopped, "extensions": state.extensions,
+                          "stopped": state.stopped, "extensions": state.extensions, "position": _next_position(run),
                           "settings": run.settings, "model": None if run.model is None else run.model.state_dict(),
                           "optimizer": run.optimizer.state_dict(),
                           "averaged": None if run.averaged is None else run.averaged.state_dict(),
@@ -367,6 +373,21 @@ def _save(run: TrainingRun, random: Mapping[str, Any] | None = None) -> None:
                                      for guard in run.guards], "random": random or random_state(run.generator)})
         _after_save(run)
     agree(world, "a checkpoint is written")
+
+# %% ../../nbs/training/loop.ipynb #fe3fc7c8
+def _next_position(run: TrainingRun) -> float:
+    """Position in the schedules at which a resumed run begins: one after that of the last step taken, wherever a time
+    limit has moved the next one."""
+    plan, step = run.plan, run.state.step
+    if plan.step < step: return plan.position + 1                        # not advanced since the last step
+    return plan.position if step == plan.start[0] else min(plan.position, plan.before + 1)
+
+
+def _move_plan(run: TrainingRun) -> None:
+    """Advance the plan to the next step; with a time limit and several ranks, by the time of rank 0."""
+    elapsed = run.state.elapsed_s
+    if run.plan.limit_s is not None and run.world.size > 1: elapsed = from_first(elapsed, run.world)
+    run.plan.advance(run.state.step, elapsed)
 
 # %% ../../nbs/training/loop.ipynb #13670321
 def _check_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -385,7 +406,7 @@ def _check_optimizer_state(optimizer: torch.optim.Optimizer, path: Path) -> None
             if not ((value >= least) & (value <= most)).all():
                 raise KiloError(f"{path} holds {shorten(name)} of a parameter outside {least:g} to {most:g}.")
 
-# %% ../../nbs/training/loop.ipynb #1b014501
+# %% ../../nbs/training/loop.ipynb #febd19b8
 def _resume_run(run: TrainingRun) -> int | None:
     """Restore a run from its folder's latest checkpoint; returns its step, or None where there is none.
 
@@ -418,6 +439,8 @@ def _resume_run(run: TrainingRun) -> int | None:
     run.schedule = schedule_of_extensions(run.config, extensions)
     run.state = LoopState(content["step"], content["elapsed_s"], [], content["pending"], content["best"],
                           str(content.get("stopped") or ""), extensions)
+    position = finite(content.get("position", content["step"]), f"position in {path}", ())
+    run.plan.begin(content["step"], content["elapsed_s"], min(position, max(run.config.steps - 1, content["step"])))
     return content["step"]
 
 # %% ../../nbs/training/loop.ipynb #7a52a307
@@ -477,7 +500,7 @@ def _run_tensors(run: TrainingRun) -> list[Tensor]:
     average = [] if run.averaged is None else list(run.averaged.average.values())
     return list({id(tensor): tensor for tensor in (*_optimizer_parameters(run.optimizer), *model, *average)}.values())
 
-# %% ../../nbs/training/loop.ipynb #ea97b9da
+# %% ../../nbs/training/loop.ipynb #85abee30
 def _run_steps(run: TrainingRun, step_function: Callable, after_step: Callable | None, progress: Progress) -> None:
     """Step until the configured steps or the time limit are reached; KeyboardInterrupt, after a checkpoint, on
     SIGINT."""
@@ -491,6 +514,7 @@ def _run_steps(run: TrainingRun, step_function: Callable, after_step: Callable |
             _interruptible_step(run, step_function, requested)
             state.elapsed_s = before + time.perf_counter() - began - run.evaluate_s
             if after_step is not None: after_step(state.step - 1, state.records)
+            _move_plan(run)
             if state.step % config.log_every_steps == 0 or state.step == config.steps: _make_record(run)
             progress.update(state.step,
                             {name: state.records[-1][name] for name in ("loss", "learning_rate")
@@ -523,14 +547,15 @@ def _interruptible_step(run: TrainingRun, step_function: Callable, requested: th
             _save(run, random)
         raise
 
-# %% ../../nbs/training/loop.ipynb #b86e5dc7
+# %% ../../nbs/training/loop.ipynb #d036d724
 def train(step_function: Callable[[int, torch.Generator], dict[str, Tensor | float]], optimizer: torch.optim.Optimizer,
           config: LoopConfig, *, model: nn.Module | None = None, folder: str | Path | None = None,
           stateful: Mapping[str, Any] | None = None, guards: Sequence[Any] = (),
           after_step: Callable[[int, list[dict[str, float]]], None] | None = None,
           settings: Mapping[str, Any] | None = None, resume: bool = False, description: str = "training",
           quiet: bool = False, world: World | None = None,
-          evaluate: Callable[[], Mapping[str, float | None]] | None = None) -> TrainingResult:
+          evaluate: Callable[[], Mapping[str, float | None]] | None = None,
+          plan: StepPlan | None = None) -> TrainingResult:
     """Train a model; returns the records.
 
     step_function(step, generator): step counts from 0; random numbers must come from `generator` (seeded by the config,
@@ -543,13 +568,19 @@ def train(step_function: Callable[[int, torch.Generator], dict[str, Tensor | flo
     world: the joined ranks that share the run; None: this process alone. See "On several ranks" below.
     evaluate(): scores of held-out data, called every evaluate_every_steps with the averaged weights where there are
     some; logged, used for no gradient, and not counted as training time.
+    plan: a StepPlan of config.steps and config.time_limit_s, which the loop moves before each step and whose position
+    step_function and after_step may read for schedules of their own; None: the loop's own.
     Raises TrainingStopped by a guard, KiloError on bad input, KeyboardInterrupt on Ctrl-C once a checkpoint is saved.
     """
     world = world or ALONE
     if resume and folder is None and world.first:
         raise KiloError("resume is set without a folder: pass the folder of the run to resume.")
     run = start_run(optimizer, config, model, folder, stateful, guards, settings, world)
-    run.evaluate, quiet = evaluate, quiet or not world.first
+    run.evaluate, run.plan, quiet = evaluate, plan or run.plan, quiet or not world.first
+    if (run.plan.steps, run.plan.limit_s) != (config.steps, config.time_limit_s):
+        raise KiloError(f"The plan is of {run.plan.steps} steps within {run.plan.limit_s} s and the loop of "
+                        f"{config.steps} within {config.time_limit_s} s: make it from the loop's config.")
+    run.plan.begin(0, 0.0)
     _check_evaluate(run, description)
     with together(world), deterministic_algorithms(config.deterministic, config.seed):
         resumed_from = _train_to_the_end(run, step_function, after_step, resume, description, quiet)
@@ -579,7 +610,7 @@ def _train_to_the_end(run: TrainingRun, step_function: Callable, after_step: Cal
         if run.log is not None: run.log.close()
     return resumed_from
 
-# %% ../../nbs/training/loop.ipynb #71b66c8c
+# %% ../../nbs/training/loop.ipynb #4b88931f
 def _is_finished(run: TrainingRun) -> bool: return run.state.step >= run.config.steps or bool(run.state.stopped)
 
 
@@ -587,7 +618,7 @@ def _result_of(run: TrainingRun, resumed_from: int | None, quiet: bool) -> Train
     """The result of a run; prints why a rule ended it, and what evaluations took."""
     state, stopped = run.state, run.state.stopped
     if stopped and state.step < run.config.steps:
-        rate = run.schedule.factor(state.step - 1)
+        rate = run.schedule.factor(run.plan.before)
         stopped = (f"stopped at step {state.step} of {run.config.steps}: {stopped}; the learning rate was {rate:.0%} "
                    "of its peak, its schedule has not reached its end")
         if not quiet: print(stopped)

@@ -6,7 +6,7 @@
 __all__ = ['DEVICES', 'notebook_parameters', 'choose_device', 'Session', 'open_session', 'configure_session',
            'fixed_parameters', 'leave_group', 'finish_session']
 
-# %% ../../nbs/training/session.ipynb #938cc4cc
+# %% ../../nbs/training/session.ipynb #fd4ad702
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..core.configs import to_dict
-from ..core.errors import KiloError
+from ..core.errors import KiloError, shorten
 from ..core.files import write_json
 from ..core.compiling import announce_compiling
 from ..data.references import DataReference, check_data, resolve_data
@@ -55,25 +55,32 @@ def _config_paths(namespace: Mapping[str, Any]) -> tuple[str, ...]:
     annotation = (namespace.get("__annotations__") or {}).get(SETTINGS)
     return config_paths(annotation) if isinstance(annotation, str) else ()
 
-# %% ../../nbs/training/session.ipynb #9c01e755
+# %% ../../nbs/training/session.ipynb #b38fedda
 DEVICES = ("cpu", "cuda")
 
 
 def choose_device(name: str = "auto", supported: Sequence[str] = DEVICES) -> torch.device:
     """The torch device that a parameter `device` names.
 
-    name: `auto` (CUDA where torch finds a device and the experiment supports it, else the CPU), `cpu` or `cuda`.
+    name: `auto` (CUDA where torch finds a device and the experiment supports it, else the CPU), `cpu`, `cuda`, or
+    `cuda:N` for the GPU number N.
     supported: the device types that the experiment can compute on.
     Raises KiloError: another name, a device that the experiment does not support, or `cuda` where torch finds none.
     """
     available = torch.cuda.is_available()
     if name == "auto": return torch.device("cuda" if available and "cuda" in supported else "cpu")
-    if name not in DEVICES: raise KiloError(f"device is '{name}'; expected auto, cpu or cuda.")
-    if name not in supported:
+    kind, _, number = str(name).partition(":")
+    if kind not in DEVICES or (kind == "cpu" and number) or (":" in name and not number.isdecimal()):
+        raise KiloError(f"device is {shorten(name)}; expected auto, cpu, cuda or cuda and the number of a "
+                        "GPU (cuda:1).")
+    if kind not in supported:
         raise KiloError(f"device is '{name}', but this experiment computes on {' or '.join(supported)} only: "
                         "set device to auto.")
-    if name == "cuda" and not available:
-        raise KiloError("device is 'cuda', but torch finds no CUDA device on this machine: set device to auto or cpu.")
+    if kind == "cuda" and not available:
+        raise KiloError(f"device is '{name}', but torch finds no CUDA device on this machine: set device to "
+                        "auto or cpu.")
+    if number and int(number) >= torch.cuda.device_count():
+        raise KiloError(f"device is '{name}', but this machine has {torch.cuda.device_count()} GPUs, numbered from 0.")
     return torch.device(name)
 
 # %% ../../nbs/training/session.ipynb #95ba670c
@@ -151,7 +158,7 @@ def _log_elsewhere(run: Run | None, loggers: Mapping[str, Any]) -> None:
     sent = start_loggers(run.folder, run.parameters, loggers)
     run.figure_saved = lambda path: send_picture(sent, path)
 
-# %% ../../nbs/training/session.ipynb #f7547372
+# %% ../../nbs/training/session.ipynb #d17ed16c
 def open_session(experiment: str, parameters: Mapping[str, Any] | None = None, *, kinds: Sequence[str] = (),
                  data: Any = None, devices: Sequence[str] = DEVICES, check: Callable[[Any], Any] | None = None,
                  outputs: str | None = None, timeout_s: float = 600.0, loggers: Sequence[Any] | None = None) -> Session:
@@ -174,7 +181,7 @@ def open_session(experiment: str, parameters: Mapping[str, Any] | None = None, *
     if paths: settings = typed_settings(paths, settings)
     device = choose_device(parameters.get("device", "auto"), devices)
     deterministic_from_environment(parameters.get("seed"))
-    world = world_from_environment(device=device.type, timeout_s=timeout_s)
+    world = world_from_environment(device=str(device), timeout_s=timeout_s)
     group, made = join(world), make_loggers(loggers) if world.first else {}
     if world.first: announce_compiling()
     with together(world):
