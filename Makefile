@@ -34,11 +34,16 @@ demo: $(READY)
 	@$(BIN)/kilonb run single_view_overfit $(ARGS)
 
 # Experiments and benchmarks are run by pytest, at small size.
-LIBRARY := --n_workers 2 --do_print --skip_folder_re '^(experiments|benchmarks|explore|[_.])'
+LIBRARY := --n_workers 2 --do_print --skip_folder_re '^(experiments|benchmarks|explore|[_.])' \
+	--skip_file_re '^(triton_networks|simulated_device|[_.])'
+# Each in a process of its own: a device is registered with torch, and Triton's interpreter chosen, once in a process.
+ALONE := nbs/fields/triton_networks.ipynb nbs/training/simulated_device.ipynb
 
 # Both are run even if the notebooks fail, so that pytest's summary is printed last; either failure fails the target.
 test: $(READY)
-	@failed=0; MPLBACKEND=Agg $(BIN)/nbdev_test $(LIBRARY) || failed=1; $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) || failed=1; exit $$failed
+	@failed=0; MPLBACKEND=Agg $(BIN)/nbdev_test $(LIBRARY) || failed=1; \
+	for own in $(ALONE); do MPLBACKEND=Agg $(BIN)/nbdev_test --path $$own || failed=1; done; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) || failed=1; exit $$failed
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs $(ARGS)

@@ -2,7 +2,7 @@
 rule for operations between devices, a second opinion beside that of `training.simulated_device`.
 
 The device is the added one (torch's PrivateUse1), because a torch without CUDA cannot index a fake tensor on CUDA.
-Left out are passes whose shapes follow from values, which fake tensors do not have; tests/test_devices.py runs them
+Left out are passes whose shapes follow from values, which fake tensors do not have; tests/alone_devices.py runs them
 with values: KiloNeRF and the sparse U-Net of flux4d (samples or voxels are grouped), the tile lists of the portable
 rasteriser, the canonical headings of the cooperative model (`roll_each`), and the VTA (torch has no fake GRU cell)."""
 from collections.abc import Callable
