@@ -1,7 +1,5 @@
 """Fitting gaussians: held-out quality, empty background, and the same numbers after an interruption."""
 import json
-import os
-import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import StopAt
 
 from kilonb.core.errors import KiloError
 from kilonb.metrics.perceptual import lpips_available
@@ -111,21 +110,6 @@ def test_a_floater_beside_the_object_fades(scene):
     result = fit_gaussians(scene, replace(SHORT, steps=150, grow_until=0.1, grow_from=0.0, prune_opacity=0.0),
                          initial=begin, quiet=True)
     assert begin.opacities[-1] > .6 and result.gaussians.opacities[len(begin) - 1] < .1
-
-
-class StopAt:
-    """Ctrl-C in the step that requests the n-th picture."""
-
-    def __init__(self, at: int): self.left, self.original = at, ViewSet.premultiplied
-
-    def __enter__(self):
-        def premultiplied(views, index):
-            self.left -= 1
-            if self.left == 0: os.kill(os.getpid(), signal.SIGINT)
-            return self.original(views, index)
-        ViewSet.premultiplied = premultiplied
-
-    def __exit__(self, *_): ViewSet.premultiplied = self.original
 
 
 def test_a_stopped_fit_with_noise_ends_in_the_same_numbers(scene, tmp_path):

@@ -1,10 +1,9 @@
 """The teacher in time: stages of a fit that follow its progress, runs with a time limit, and runs of older versions."""
-import os
-import signal
 from dataclasses import replace
 
 import pytest
 import torch
+from helpers import StopAt
 
 import kilonb.splats.fit as fit_module
 from kilonb.core.errors import KiloError
@@ -42,21 +41,6 @@ def fit_at(scene: BlenderScene, config: FitConfig, position: float) -> tuple[Gau
                           scene_extent(views.cameras))
     fit = GaussianFit(model, views, None, plan)
     return fit, fit(0, torch.Generator().manual_seed(0))
-
-
-class StopAt:
-    """Ctrl-C in the step that requests the n-th picture."""
-
-    def __init__(self, at: int): self.left, self.original = at, ViewSet.premultiplied
-
-    def __enter__(self):
-        def premultiplied(views, index):
-            self.left -= 1
-            if self.left == 0: os.kill(os.getpid(), signal.SIGINT)
-            return self.original(views, index)
-        ViewSet.premultiplied = premultiplied
-
-    def __exit__(self, *_): ViewSet.premultiplied = self.original
 
 
 def test_every_schedule_follows_the_position_of_the_plan(scene, small_pictures):
