@@ -1,6 +1,7 @@
 """Files of an earlier version: compiled functions are removed, checkpoints resume or are refused in one sentence."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,13 @@ import torch
 import kilonb
 from kilonb.core.errors import KiloError
 from kilonb.fields.hashgrid import HashGridConfig, HashGridField
-from kilonb.training.checkpoints import latest_path
+from kilonb.scenes.blender import load_blender
+from kilonb.scenes.brickyard import write_brickyard
+from kilonb.splats.fit import fit_gaussians
+from kilonb.splats.fit_config import FitConfig
+from kilonb.training.checkpoints import latest_path, read_checkpoint
 from kilonb.training.loop import LoopConfig, train
+from helpers import StopAt
 
 VERSION = """
 import sys
@@ -77,3 +83,29 @@ def test_a_checkpoint_of_a_hash_grid_with_one_rate_for_all_is_refused_in_one_sen
         train(step, torch.optim.Adam(field.parameter_groups(1e-3)), config, model=field, folder=tmp_path, resume=True,
               quiet=True)
     assert "\n" not in str(error.value) and len(str(error.value)) <= 400
+
+
+def test_a_fit_of_gaussians_from_0_2_resumes_with_its_harmonics_joined(tmp_path):
+    """Until 0.2 the constant of the harmonics and the others were two parameters of a checkpoint."""
+    write_brickyard(tmp_path / "scene", width=48, height=48, train=6, test=1, count=4_000)
+    scene, config = load_blender(tmp_path / "scene"), FitConfig(steps=30, initial_count=300, maximum_count=400)
+    with pytest.raises(KeyboardInterrupt), StopAt(12): fit_gaussians(scene, config, tmp_path / "run", quiet=True)
+    shutil.copytree(tmp_path / "run", tmp_path / "former")
+    path = latest_path(tmp_path / "former")
+    content = read_checkpoint(path)
+    values = content["stateful"]["teacher"]["parameters"]
+    harmonics = values.pop("sh")
+    values |= {"sh0": harmonics[:, :1], "sh_rest": harmonics[:, 1:]}
+    saved = content["optimizer"]
+    last, moments = saved["param_groups"].pop(), saved["state"].pop(4)
+    for number, name, part in ((4, "sh0", slice(0, 1)), (5, "sh_rest", slice(1, None))):
+        group = {key: value for key, value in last.items() if key != "columns"}
+        saved["param_groups"].append({**group, "name": name, "params": [number]})
+        saved["state"][number] = {key: value[:, part] if key.startswith("exp_avg") else value
+                                  for key, value in moments.items()}
+    for group in saved["param_groups"]: group.pop("columns", None)
+    torch.save(content, path)
+    results = [fit_gaussians(scene, config, tmp_path / name, resume=True, quiet=True) for name in ("run", "former")]
+    assert [result.resumed_from for result in results] == [12, 12]
+    for name, tensor in results[0].gaussians.parameters().items():
+        assert torch.equal(tensor, results[1].gaussians.parameters()[name]), name

@@ -47,14 +47,14 @@ def find_teacher(root: str | Path, choice: str = "auto", run: str | Path | None 
     if found.is_file(): return found
     raise KiloError(f"There is no teacher {choice}: give the path of a PLY file, or 'images', or 'auto'.")
 
-# %% ../../nbs/distill/data.ipynb #15aa004e
+# %% ../../nbs/distill/data.ipynb #30b61357
 def teacher_in_frame(gaussians: Gaussians, world_shift: np.ndarray) -> Gaussians:
     """Gaussians in the frame of views from which `world_shift` [3] was subtracted: moved where their median is nearer
     to it than to the origin."""
     middle = gaussians.means.median(0).values.double().cpu().numpy()
     if np.linalg.norm(middle - world_shift) >= np.linalg.norm(middle): return gaussians
     means = (gaussians.means.double() - torch.from_numpy(world_shift).to(gaussians.means.device)).float()
-    return Gaussians(**{**gaussians.parameters(), "means": means})
+    return replace(gaussians, means=means)
 
 # %% ../../nbs/distill/data.ipynb #2b78fb46
 def check_teacher(gaussians: Gaussians, targets: Sequence[ViewTarget], margin_db: float = 3.0) -> float:

@@ -6,7 +6,7 @@
 __all__ = ['ViewedModel', 'model_at', 'render_gaussians_view', 'listed_gaussians', 'viewed_gaussians', 'viewed_model',
            'row_bands', 'render_view', 'picture_of_view', 'render_picture', 'available_channels', 'model_sheet']
 
-# %% ../../nbs/imaging/viewer.ipynb #c4f3ba26
+# %% ../../nbs/imaging/viewer.ipynb #0fef43da
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from kilonb.imaging.channels import (
     colourise,
 )
 from .sources import FrameSource, render_displayable, source_of_model
-from ..splats.gaussians import Gaussians
+from ..splats.gaussians import Gaussians, rasterize_mode
 from ..splats.rasterizer import rasterize
 from ..splats.tiles import TILE
 
@@ -69,13 +69,14 @@ def render_gaussians_view(gaussians: Gaussians, camera: PinholeCamera) -> Render
     parts = [part.cpu() for part in render_displayable(gaussians, camera)]
     return RenderedView(*parts, None, camera, 1e3 * (time.perf_counter() - began))
 
-# %% ../../nbs/imaging/viewer.ipynb #159fbcc3
+# %% ../../nbs/imaging/viewer.ipynb #3db69eb1
 @torch.no_grad()
 def listed_gaussians(gaussians: Gaussians, camera: PinholeCamera) -> Tensor:
     """[H, W]: number of gaussians in the list of each pixel's tile, which the rasteriser visits for it."""
     view, K = (t[None].to(gaussians.device) for t in (camera.world_to_camera, camera.K))
     shapes = gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities
-    meta = rasterize(*shapes, gaussians.opacities[:, None], view, K, camera.width, camera.height)[2]
+    meta = rasterize(*shapes, gaussians.opacities[:, None], view, K, camera.width, camera.height,
+                     rasterize_mode=rasterize_mode(gaussians))[2]
     first = meta["isect_offsets"].flatten().cpu()
     counts = (
         torch.cat([first, torch.tensor([len(meta["flatten_ids"])])])

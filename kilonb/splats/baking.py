@@ -7,7 +7,7 @@ least.
 # %% auto #0
 __all__ = ['contributions', 'mean_seen_colours', 'bake_colours']
 
-# %% ../../nbs/splats/baking.ipynb #ca77451e
+# %% ../../nbs/splats/baking.ipynb #972b2dea
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,17 +16,17 @@ from torch import Tensor
 
 from ..core.errors import KiloError
 from ..geometry.cameras import PinholeCamera
-from .gaussians import Gaussians
+from .gaussians import Gaussians, rasterize_mode
 from .harmonics import evaluate_sh, rgb_to_sh0, sh0_to_rgb
 from .rasterizer import rasterize
 
-# %% ../../nbs/splats/baking.ipynb #a6458cf2
+# %% ../../nbs/splats/baking.ipynb #026aa45d
 @torch.enable_grad()
 def contributions(gaussians: Gaussians, camera: PinholeCamera) -> Tensor:
     """[N] sum over the pixels of a view of each gaussian's compositing weight."""
     own, ones = gaussians.detach(), torch.ones(len(gaussians), 1, device=gaussians.device, requires_grad=True)
     drawn = rasterize(own.means, own.quats, own.scales, own.opacities, ones, camera.world_to_camera[None].to(own.means),
-                      camera.K[None].to(own.means), camera.width, camera.height)[0]
+                      camera.K[None].to(own.means), camera.width, camera.height, rasterize_mode=rasterize_mode(own))[0]
     return torch.autograd.grad(drawn.sum(), ones)[0][:, 0]
 
 # %% ../../nbs/splats/baking.ipynb #264f64ab

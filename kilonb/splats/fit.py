@@ -9,7 +9,7 @@ __all__ = ['SMALLEST', 'NEAR_SHARE', 'view_order', 'set_fit_rates', 'render_with
            'explore', 'held_out_scores', 'photograph_scores', 'held_out_photograph_scores', 'FitResult',
            'surroundings_of', 'fit_gaussians']
 
-# %% ../../nbs/splats/fit.ipynb #8263e49f
+# %% ../../nbs/splats/fit.ipynb #89a038fe
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from .densification import (GaussianModel, ModelState, Surroundings, add_explora
 from .exposure import clipped_where_white, exposed, fitted_ev, follow_ev
 from .fit_config import (DefaultStrategy, FitConfig, MCMCStrategy, config_for_views, continued_config,
                                        flat_settings)
-from .gaussians import Gaussians
+from .gaussians import Gaussians, rasterize_mode
 from .initialization import (TrainingView, ViewSet, check_start, halved_views, initial_gaussians,
                                           scene_extent)
 from .mcmc import penalty
@@ -60,14 +60,14 @@ def _draw_background(kind: str, generator: torch.Generator) -> Tensor:
     if kind in ("random", "auto"): return torch.rand(3, generator=generator, device=generator.device)
     return torch.full((3,), float(kind == "white"), device=generator.device)
 
-# %% ../../nbs/splats/fit.ipynb #c0fa2191
+# %% ../../nbs/splats/fit.ipynb #f7ddb57c
 def render_with_meta(gaussians: Gaussians, camera: PinholeCamera, background: Tensor, degree: int,
                      absgrad: bool = False) -> tuple[Tensor, Tensor, dict]:
     """(rgb [H, W, 3] over the background, alpha [H, W, 1], `rasterize`'s meta, not packed)."""
     colours, alphas, meta = rasterize(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities,
                                       gaussians.sh, camera.world_to_camera[None], camera.K[None], camera.width,
                                       camera.height, sh_degree=degree, backgrounds=background[None], packed=False,
-                                      absgrad=absgrad)
+                                      absgrad=absgrad, rasterize_mode=rasterize_mode(gaussians))
     return colours[0], alphas[0], meta
 
 # %% ../../nbs/splats/fit.ipynb #4cd3ab8d

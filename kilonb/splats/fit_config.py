@@ -66,7 +66,7 @@ def named_strategy(name: str, **settings: Any) -> DefaultStrategy | MCMCStrategy
     if name not in STRATEGIES: raise unknown_name("densification strategy", str(name), STRATEGIES)
     return build_config(STRATEGIES[name], {key: value for key, value in settings.items() if value is not None})
 
-# %% ../../nbs/splats/fit_config.ipynb #46989c5a
+# %% ../../nbs/splats/fit_config.ipynb #4e74f725
 @dataclass(frozen=True)
 @checked
 class FitConfig:
@@ -96,6 +96,7 @@ class FitConfig:
     prune_opacity: float = 0.005   # a gaussian below this opacity is pruned or relocated
     coarse_until: float = 0.0      # share of the run with pictures of half the size, where these keep 100 pixels
     square_from: float = 1.0       # share of the run after which the loss is the mean squared error, as PSNR is
+    antialiased: bool = False      # compensate opacities for the rasteriser's blur; stored with the gaussians
     evaluate_every_steps: int | None = None  # score held-out views; None: ten times in the run
     seed: int = 0
     strategy: DefaultStrategy | MCMCStrategy = DefaultStrategy()
@@ -158,8 +159,9 @@ def growth_per_change(config: FitConfig) -> float:
     changes = sum(config.changes_set(step) for step in range(1, config.steps + 1))
     return max(.05, (config.maximum_count / config.initial_count) ** (1 / max(1, changes)) - 1)
 
-# %% ../../nbs/splats/fit_config.ipynb #4fac8090
-LATER = {"coarse_until": 0.0, "square_from": 1.0, "strategy.absolute": False}   # later settings: former behaviour
+# %% ../../nbs/splats/fit_config.ipynb #ae108f66
+LATER = {"coarse_until": 0.0, "square_from": 1.0, "antialiased": False,
+         "strategy.absolute": False}                       # settings that 0.1 did not have: its behaviour
 
 
 def _former(config: FitConfig) -> dict[str, Any]:

@@ -57,9 +57,10 @@ def parse_splat(path: Path, data: bytes) -> tuple[Gaussians, list[str]]:
                                logits_of_opacities(table["colour"][:, 3] / 255),
                                rgb_to_sh0(rgb).numpy()[:, None]), []
 
-# %% ../../nbs/splats/formats.ipynb #c6a04817
+# %% ../../nbs/splats/formats.ipynb #71049d7d
 def write_splat(path: str | os.PathLike, gaussians: Gaussians) -> None:
-    """Write gaussians as .splat, atomically, in their order; harmonics above the constant are left out.
+    """Write gaussians as .splat, atomically, in their order; harmonics above the constant are left out, and whether the
+    set is antialiased.
 
     Errors: 1/510 in colour and opacity, 1/256 in a component of the rotation, float32 elsewhere. Colours beyond 0..1
     are clamped. Raises KiloError for gaussians that are not valid, or none.

@@ -7,9 +7,10 @@ compressed one.
 # %% auto #0
 __all__ = ['checked_gaussians', 'gaussians_of_ply', 'read_ply', 'write_ply']
 
-# %% ../../nbs/splats/ply.ipynb #57997bc9
+# %% ../../nbs/splats/ply.ipynb #6c7ba230
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from ..core.documents import read_bytes
 from ..core.errors import KiloError, shorten
 from ..core.files import atomic_write
 from ..core.numbers import LARGEST
-from .compressed_ply import unpack_compressed
+from .compressed_ply import ANTIALIASED, unpack_compressed
 from .gaussians import Gaussians, bad_gaussians
 from .ply_tables import MOST_PLY_BYTES, PlyFile, parse_ply
 
@@ -159,13 +160,14 @@ def checked_gaussians(path: Path, gaussians: Gaussians, drop_bad: bool, notes: l
     try: return gaussians.validate()
     except KiloError as error: raise KiloError(f"{path}: {error}") from None
 
-# %% ../../nbs/splats/ply.ipynb #b8126a64
+# %% ../../nbs/splats/ply.ipynb #93cc53ad
 def gaussians_of_ply(path: Path, data: bytes, drop_bad: bool = False, activated: bool | None = None,
                      say: Callable[[str], None] = print) -> Gaussians:
     """Gaussians in the bytes of a PLY file, in the original layout or SuperSplat's compressed one; see `read_ply`."""
     file = parse_ply(path, data, ("chunk", "vertex", "sh"))
     compressed = "chunk" in file.tables or "packed_position" in file.names("vertex")
     gaussians, notes = unpack_compressed(file) if compressed else _original_layout(file, activated)
+    gaussians = replace(gaussians, antialiased=ANTIALIASED in file.comments)
     if file.trailing:
         notes.append(f"{file.trailing} byte{'s' * (file.trailing > 1)} behind its last element "
                      f"{'are' if file.trailing > 1 else 'is'} not read")
@@ -188,7 +190,7 @@ def read_ply(path: str | os.PathLike, drop_bad: bool = False, activated: bool | 
     if not path.is_file(): raise KiloError(f"There is no PLY file {path}.")
     return gaussians_of_ply(path, read_bytes(path, MOST_PLY_BYTES), drop_bad, activated, say)
 
-# %% ../../nbs/splats/ply.ipynb #9fb9c665
+# %% ../../nbs/splats/ply.ipynb #58ac7d21
 def write_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
     """Write gaussians as a little-endian float32 PLY in the layout of the original code, atomically.
 
@@ -202,7 +204,8 @@ def write_ply(path: str | os.PathLike, gaussians: Gaussians) -> None:
     columns = [gaussians.means, torch.zeros_like(gaussians.means), gaussians.sh[:, 0], higher,
                gaussians.logit_opacities[:, None], gaussians.log_scales, gaussians.quats]
     table = torch.cat(columns, 1).numpy().astype("<f4", copy=False)
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(gaussians)}",
+    header = ["ply", "format binary_little_endian 1.0", *[f"comment {ANTIALIASED}"] * gaussians.antialiased,
+              f"element vertex {len(gaussians)}",
               *[f"property float {name}" for name in names], "end_header"]
     with atomic_write(path) as partial, open(partial, "wb") as file:
         file.write(("\n".join(header) + "\n").encode("ascii"))

@@ -188,15 +188,17 @@ def _text_numbers(path: Path, element: PlyElement, data: bytes, start: int) -> t
     if found < wanted: raise _short(path, element, len(data) - start, True)
     return np.concatenate([*parts, np.zeros(0)]).reshape(element.count, len(element.properties)), place
 
-# %% ../../nbs/splats/ply_tables.ipynb #2bea087d
+# %% ../../nbs/splats/ply_tables.ipynb #0732483e
 @dataclass(frozen=True)
 class PlyFile:
-    """A PLY file: its elements, the tables of the wanted ones, and how many bytes follow the last element."""
+    """A PLY file: its elements, the tables of the wanted ones, how many bytes follow the last element, and the
+    comments of its header."""
 
     path: Path
     elements: list[PlyElement]
     tables: dict[str, np.ndarray]
     trailing: int
+    comments: tuple[str, ...] = ()
 
     def names(self, element: str) -> list[str]:
         """The properties of an element; empty where there is none of that name."""
@@ -227,7 +229,7 @@ def _refuse_text_transfer(path: Path, data: bytes, start: int, trailing: int) ->
         raise KiloError(f"{path} was changed by a transfer in text mode: each byte 10 of its numbers became "
                         "13 10; fetch " "it again in binary mode.")
 
-# %% ../../nbs/splats/ply_tables.ipynb #643fb56c
+# %% ../../nbs/splats/ply_tables.ipynb #02c79c23
 def parse_ply(path: Path, data: bytes, wanted: Sequence[str] = ("vertex",)) -> PlyFile:
     """The tables of the `wanted` elements in the bytes of a PLY file; elements after the last of them are passed over.
 
@@ -244,7 +246,8 @@ def parse_ply(path: Path, data: bytes, wanted: Sequence[str] = ("vertex",)) -> P
             place = _skip_lines(path, element, data, place)
     trailing = len(data) - place if order else 0
     _refuse_text_transfer(path, data, start, trailing)
-    return PlyFile(path, elements, tables, trailing)
+    comments = tuple(line[8:].strip() for line in lines if line.startswith("comment "))
+    return PlyFile(path, elements, tables, trailing, comments)
 
 # %% ../../nbs/splats/ply_tables.ipynb #e9aa0067
 def read_ply_tables(path: str | os.PathLike, wanted: Sequence[str] = ("vertex",)) -> PlyFile:

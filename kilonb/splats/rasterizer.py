@@ -7,7 +7,7 @@ on CUDA tensors, compiled kernels on a CPU.
 # %% auto #0
 __all__ = ['RENDER_MODES', 'rasterize', 'Render', 'render_gaussians']
 
-# %% ../../nbs/splats/rasterizer.ipynb #6d9b7bcb
+# %% ../../nbs/splats/rasterizer.ipynb #ef1df39a
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -21,13 +21,13 @@ from ..geometry.cameras import PinholeCamera
 from ..core.errors import KiloError
 from ..core.numbers import whole
 from .camera_models import require_camera_model
-from .gaussians import Gaussians
+from .gaussians import Gaussians, rasterize_mode
 from .harmonics import evaluate_sh
 from .portable import rasterize_portable
 from .projection import covariances, project_covariances
 from .sparse_gradients import SparseGradient
 from .stages import Composite, GatherRows, Harmonics, Project, Rows, make_rows
-from .tiles import TILE, TileLists
+from .tiles import RECORD, TILE, TileLists, fill_records
 
 # %% ../../nbs/splats/rasterizer.ipynb #0123f384
 RENDER_MODES = ("RGB", "D", "ED", "RGB+D", "RGB+ED")
@@ -101,7 +101,7 @@ def _sigma_factors(conics: Tensor) -> Tensor:
     factors = torch.stack([(safe / 2).sqrt(), b / (2 * safe).sqrt(), (c - b * b / safe).clamp(min=0) / 2], -1)
     return (factors * (a > 0)[:, None]).float()
 
-# %% ../../nbs/splats/rasterizer.ipynb #d2b28df6
+# %% ../../nbs/splats/rasterizer.ipynb #2c18c9e9
 def _project_in_torch(scene: dict, size: tuple[int, int], given: dict, antialiased: bool, camera_model: str) -> tuple:
     """The results of `Project` for any camera model and for covariances."""
     covars, names = scene["covars"], ("eps2d", "near_plane", "far_plane", "radius_clip")
@@ -115,8 +115,10 @@ def _project_in_torch(scene: dict, size: tuple[int, int], given: dict, antialias
             else (slice(None),))
     radii, means2d, depths, conics, alphas = (value[pick] if given["packed"] else value.flatten(0, 1)
                                               for value in (*projected[:4], opacities * projected.compensations))
-    return (means2d.float(), depths.float(), conics.float(), alphas.float(), radii, _sigma_factors(conics.detach()),
-            rows)
+    means2d, alphas, records = means2d.float(), alphas.float(), np.empty((len(radii), RECORD), np.float32)
+    fill_records(means2d.detach().numpy(), _sigma_factors(conics.detach()).numpy(), alphas.detach().numpy(),
+                 radii.numpy(), records)
+    return means2d, depths.float(), conics.float(), alphas, radii, torch.from_numpy(records), rows
 
 # %% ../../nbs/splats/rasterizer.ipynb #c97b1bb4
 def _project(scene: dict, size: tuple[int, int], given: dict, antialiased: bool, camera_model: str) -> tuple:
@@ -181,17 +183,17 @@ def _tile_meta(lists: TileLists, shape: tuple[int, ...], images: tuple[int, ...]
                 isect_offsets=torch.from_numpy(lists.offsets[:-1]).view(*images, tile_rows, columns), width=width,
                 height=height, tile_size=TILE, n_batches=math.prod(images[:-1]), n_cameras=images[-1])
 
-# %% ../../nbs/splats/rasterizer.ipynb #8df8b346
+# %% ../../nbs/splats/rasterizer.ipynb #325e7ff0
 def _composite(tables: list[Tensor], own: Tensor | None, starts: np.ndarray, shape: tuple[int, ...], size: tuple,
                given: dict) -> tuple:
     """Images [C, H, W, X], alphas, tile lists and the tables of `meta`, from those of the projection."""
-    means2d, depths, conics, alphas, radii, factors = tables
+    means2d, depths, conics, alphas, radii, records = tables
     values = dict(radii=radii, means2d=means2d, depths=depths, conics=conics, opacities=alphas)
     if not given["packed"]: values = {name: value.view(*shape, *value.shape[1:]) for name, value in values.items()}
     backgrounds = given["backgrounds"] if own is not None else None
     if backgrounds is not None: backgrounds = backgrounds.float().reshape(-1, backgrounds.shape[-1])
     drawn = Composite.apply(values["means2d"].view(-1, 2), values["conics"].view(-1, 3), values["opacities"].view(-1),
-                            own, values["depths"].view(-1), backgrounds, radii, factors, starts, *size,
+                            own, values["depths"].view(-1), backgrounds, records, starts, *size,
                             given["render_mode"], [values["means2d"]] if given["absgrad"] else [])
     return *drawn, values
 
@@ -307,7 +309,7 @@ class Render:
     alpha: Tensor
     expected_depth: Tensor
 
-# %% ../../nbs/splats/rasterizer.ipynb #957a44ce
+# %% ../../nbs/splats/rasterizer.ipynb #a69574f9
 def render_gaussians(gaussians: Gaussians, camera: PinholeCamera, background: Tensor | None = None,
                      sh_degree: int | None = None) -> Render:
     """Render gaussians through a pinhole camera; differentiable in the gaussians.
@@ -320,5 +322,5 @@ def render_gaussians(gaussians: Gaussians, camera: PinholeCamera, background: Te
     view, K = camera.world_to_camera[None].to(gaussians.means), camera.K[None].to(gaussians.means)
     colors, alphas, _ = rasterize(gaussians.means, gaussians.quats, gaussians.scales, gaussians.opacities, gaussians.sh,
                                   view, K, camera.width, camera.height, sh_degree=degree, render_mode="RGB+ED",
-                                  backgrounds=backgrounds)
+                                  backgrounds=backgrounds, rasterize_mode=rasterize_mode(gaussians))
     return Render(colors[0, ..., :3], alphas[0, ..., 0], colors[0, ..., 3])

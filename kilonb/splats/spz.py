@@ -7,11 +7,12 @@ gzipped.
 # %% auto #0
 __all__ = ['SpzHeader', 'turn_about_x', 'parse_spz', 'write_spz']
 
-# %% ../../nbs/splats/spz.ipynb #8e69c90f
+# %% ../../nbs/splats/spz.ipynb #c2a148a0
 import gzip
 import math
 import os
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from ..core.files import atomic_write
 from .compressed_ply import gaussians_of_arrays, logits_of_opacities
 from .gaussians import SH_DEGREES, Gaussians
 
-# %% ../../nbs/splats/spz.ipynb #02d016ac
+# %% ../../nbs/splats/spz.ipynb #4f5fa0f5
 _MAGIC, _HEADER = b"NGSP", np.dtype([("magic", "S4"), ("version", "<u4"), ("count", "<u4"), ("degree", "u1"),
                                      ("fraction", "u1"), ("flags", "u1"), ("reserved", "u1")])
 _MOST_GAUSSIANS, _EXTENSIONS = 1 << 26, 1 << 20
@@ -32,18 +33,19 @@ _MOST_GAUSSIANS, _EXTENSIONS = 1 << 26, 1 << 20
 
 class SpzHeader(NamedTuple):
     """version: 2 or 3. count: of gaussians. degree: of the harmonics, 0 to 3. fraction: bits behind the binary
-    point."""
+    point. flags: bit 0, whether the gaussians are antialiased."""
 
     version: int
     count: int
     degree: int
     fraction: int
+    flags: int = 0
 
     def sizes(self) -> list[int]:
         """Bytes of a gaussian in each attribute: position, opacity, colour, scale, rotation, harmonics."""
         return [9, 1, 3, 3, 3 if self.version == 2 else 4, 3 * ((self.degree + 1) ** 2 - 1)]
 
-# %% ../../nbs/splats/spz.ipynb #72c13704
+# %% ../../nbs/splats/spz.ipynb #0dbd5bf8
 def _other_version(path: Path, version: int) -> KiloError:
     return KiloError(f"{path} is an spz file of version {version}; versions 2 and 3 are read: open it in SuperSplat "
                      "(superspl.at/editor) or with splat-transform and save it as a PLY.")
@@ -61,7 +63,7 @@ def _parse_spz_header(path: Path, data: bytes) -> SpzHeader:
     if fraction > 23:
         raise KiloError(f"{path} has {fraction} fractional bits of 24 in its positions; at most 23 are read.")
     check_size(count, _MOST_GAUSSIANS, f"{path} names {{}} gaussians")
-    return SpzHeader(version, count, degree, fraction)
+    return SpzHeader(version, count, degree, fraction, int(row["flags"]))
 
 # %% ../../nbs/splats/spz.ipynb #3c03b7f6
 def _positions(stored: np.ndarray, fraction: int) -> np.ndarray:
@@ -109,7 +111,7 @@ def _rotation_bytes(quats: np.ndarray, version: int) -> np.ndarray:
     for column in fields.T: packed = (packed << np.uint32(10)) | column
     return packed.astype("<u4").view(np.uint8).reshape(-1, 4)
 
-# %% ../../nbs/splats/spz.ipynb #2f3f40d8
+# %% ../../nbs/splats/spz.ipynb #0ce0e8ee
 _TURNED_TERMS = np.array([1, -1, -1, 1, -1, 1, 1, -1, 1, -1, 1, -1, -1, 1, -1, 1.0])
 _TURNED = np.array([1, -1, -1.0])
 
@@ -119,8 +121,7 @@ def turn_about_x(gaussians: Gaussians) -> Gaussians:
     like = dict(dtype=gaussians.means.dtype, device=gaussians.device)
     axes, terms = torch.tensor(_TURNED, **like), torch.tensor(_TURNED_TERMS[:gaussians.sh.shape[1]], **like)
     quats = gaussians.quats * torch.tensor([1, 1, -1, -1], **like)
-    return Gaussians(gaussians.means * axes, quats, gaussians.log_scales, gaussians.logit_opacities,
-                     gaussians.sh * terms[:, None])
+    return replace(gaussians, means=gaussians.means * axes, quats=quats, sh=gaussians.sh * terms[:, None])
 
 # %% ../../nbs/splats/spz.ipynb #dc878d7f
 def _attributes(path: Path, header: SpzHeader, data: bytes) -> list[np.ndarray]:
@@ -135,7 +136,7 @@ def _attributes(path: Path, header: SpzHeader, data: bytes) -> list[np.ndarray]:
         place += header.count * size
     return parts
 
-# %% ../../nbs/splats/spz.ipynb #06d8a430
+# %% ../../nbs/splats/spz.ipynb #41a91d1b
 def parse_spz(path: Path, data: bytes) -> tuple[Gaussians, list[str]]:
     """(gaussians in the bytes of an .spz file, in the axes of a PLY; notes); values are not checked.
 
@@ -156,7 +157,7 @@ def parse_spz(path: Path, data: bytes) -> tuple[Gaussians, list[str]]:
     sh = np.concatenate([constant, (higher.reshape(header.count, higher.shape[1] // 3, 3) - 128.0) / 128], 1)
     found = gaussians_of_arrays(_positions(position, header.fraction), quats[:, [3, 0, 1, 2]], scale / 16 - 10,
                                 logits_of_opacities(alpha[:, 0] / 255), sh)
-    return turn_about_x(found), []
+    return replace(turn_about_x(found), antialiased=bool(header.flags & 1)), []
 
 # %% ../../nbs/splats/spz.ipynb #229992a6
 def _fraction_bits(path: str | os.PathLike, points: np.ndarray, bits: int) -> int:
@@ -172,7 +173,7 @@ def _harmonic_bytes(higher: np.ndarray) -> np.ndarray:
     step = np.where(np.arange(higher.shape[1]) < 3, 8, 16)[:, None]
     return np.clip(np.round(higher * 128 / step) * step + 128, 0, 255).astype(np.uint8)
 
-# %% ../../nbs/splats/spz.ipynb #1e15c4bc
+# %% ../../nbs/splats/spz.ipynb #997e6232
 def write_spz(path: str | os.PathLike, gaussians: Gaussians, version: int = 3, fractional_bits: int = 12) -> None:
     """Write gaussians as .spz, atomically, with the errors named at the top of this module.
 
@@ -188,7 +189,8 @@ def write_spz(path: str | os.PathLike, gaussians: Gaussians, version: int = 3, f
     bits = _fraction_bits(path, parts["means"], fractional_bits)
     quats = parts["quats"] / np.linalg.norm(parts["quats"], axis=1, keepdims=True)
     as_bytes = lambda values: np.clip(np.round(values), 0, 255).astype(np.uint8)
-    body = [np.array([(_MAGIC, version, len(gaussians), SH_DEGREES[gaussians.sh.shape[1]], bits, 0, 0)], _HEADER),
+    body = [np.array([(_MAGIC, version, len(gaussians), SH_DEGREES[gaussians.sh.shape[1]], bits,
+                       gaussians.antialiased, 0)], _HEADER),
             _position_bytes(parts["means"], bits), as_bytes(gaussians.opacities.double().numpy() * 255),
             as_bytes((parts["sh"][:, 0] * 0.15 + 0.5) * 255), as_bytes((parts["log_scales"] + 10) * 16),
             _rotation_bytes(quats[:, [1, 2, 3, 0]], version), _harmonic_bytes(parts["sh"][:, 1:])]

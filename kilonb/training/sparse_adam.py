@@ -7,10 +7,8 @@ moments; all of it in one pass of a compiled kernel.
 # %% auto #0
 __all__ = ['BLOCK', 'sparse_adam_step', 'SparseAdam']
 
-# %% ../../nbs/training/sparse_adam.ipynb #aee12f43
-import os
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+# %% ../../nbs/training/sparse_adam.ipynb #665e5b33
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,12 +17,13 @@ from numba import njit
 from torch import Tensor
 
 from ..core.errors import KiloError
+from ..core.work_queue import parallel_for, queued_jobs
 
-# %% ../../nbs/training/sparse_adam.ipynb #6d9e33ed
+# %% ../../nbs/training/sparse_adam.ipynb #d9879172
 BLOCK = 64
 
 
-@njit(nogil=True, fastmath={"contract", "nsz"})
+@njit(nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
 def _update_block(p, g, m, v, rate, beta1, beta2, root, eps):
     """Adam for one block of entries, all [n] float32; entries without gradient stay as they are.
 
@@ -40,52 +39,67 @@ def _update_block(p, g, m, v, rate, beta1, beta2, root, eps):
         v[i] = second if moved else v[i]
         p[i] = p[i] - step if moved else p[i]
 
-# %% ../../nbs/training/sparse_adam.ipynb #1f06a274
-@njit(nogil=True)
-def _update_range(begin, end, p, g, m, v, rate, beta1, beta2, root, eps):
-    """`_update_block` for the blocks of entries begin to end of flat float32 arrays, without blocks of zeros."""
-    for start in range(begin, end, BLOCK):
-        stop = min(start + BLOCK, end)
-        part, reached = g[start:stop], 0
-        for i in range(part.shape[0]): reached |= part[i] != 0      # true for NaN
-        if reached:
-            _update_block(p[start:stop], part, m[start:stop], v[start:stop], rate, beta1, beta2, root, eps)
-
-# %% ../../nbs/training/sparse_adam.ipynb #afca303d
-_pools: dict[int, ThreadPoolExecutor] = {}
-_SMALL = 65_536                    # entries that one thread updates alone
+# %% ../../nbs/training/sparse_adam.ipynb #c873e683
+@njit(nogil=True, error_model="numpy")
+def _any_gradient(g):
+    reached = 0
+    for i in range(len(g)): reached |= g[i] != 0      # true for NaN
+    return reached
 
 
-def _in_ranges(count: int, update: Callable[[int, int], None]) -> None:
-    """Call update(begin, end) for ranges of whole blocks that make up 0..count, in as many threads as torch uses."""
-    threads, process = min(torch.get_num_threads(), 1 + count // _SMALL), os.getpid()
-    size = -(-count // (threads * BLOCK)) * BLOCK
-    ranges = [(begin, min(begin + size, count)) for begin in range(0, count, max(size, 1))]
-    if process not in _pools: _pools[process] = ThreadPoolExecutor(os.cpu_count(), "adam")
-    helpers = [_pools[process].submit(update, *part) for part in ranges[1:]]
-    if ranges: update(*ranges[0])
-    for helper in helpers: helper.result()
+@njit(nogil=True, error_model="numpy")
+def _update_blocks(counter, jobs, p, g, m, v, ends, rates, beta1, beta2, root, eps):
+    """`_update_block` for flat float32 arrays in blocks of ends[-1] entries, without blocks of zeros; `jobs` jobs.
 
-# %% ../../nbs/training/sparse_adam.ipynb #1625c86e
+    ends: where the entries of a block end that have each of the `rates`.
+    """
+    block = ends[-1]
+    blocks = (len(p) + block - 1) // block
+    for job in queued_jobs(counter, jobs):
+        for start in range(blocks * job // jobs * block, blocks * (job + 1) // jobs * block, block):
+            stop = min(start + block, len(p))
+            if not _any_gradient(g[start:stop]): continue
+            first = start
+            for k in range(len(ends)):
+                last = min(start + ends[k], stop)
+                _update_block(p[first:last], g[first:last], m[first:last], v[first:last], rates[k], beta1, beta2, root,
+                              eps)
+                first = last
+
+# %% ../../nbs/training/sparse_adam.ipynb #acaa0826
+_SMALL = 65_536                    # entries that one job updates
+
+
+def _segments(columns: Sequence[float] | None) -> tuple[np.ndarray, np.ndarray]:
+    """(where equal factors end, the factors) of a row; a block of factor 1 without columns."""
+    if not columns: return np.array([BLOCK]), np.ones(1, np.float32)
+    factors = np.array(columns, np.float32)
+    last = np.flatnonzero(np.append(factors[1:] != factors[:-1], True))
+    return last + 1, factors[last]
+
+# %% ../../nbs/training/sparse_adam.ipynb #10dd8b8f
 def sparse_adam_step(p: Tensor, g: Tensor, m: Tensor, v: Tensor, step: int, rate: float, betas: tuple[float, float],
-                     eps: float) -> None:
+                     eps: float, columns: Sequence[float] | None = None) -> None:
     """One step of Adam in place for the entries of p whose gradient g is not 0. m, v: moments. step: counts from 1.
 
+    columns: factors of the rate for the entries of a row p[i], flat; None: 1.
     All of one shape, dtype and device; contiguous float32 on a CPU runs in a compiled kernel, the rest in torch.
     """
     rate, root = rate / (1 - betas[0]**step), (1 - betas[1]**step) ** -.5
     tensors = p, g, m, v
     if all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors):
         flat = [t.detach().view(-1).numpy() for t in tensors]
-        constants = [np.float32(value) for value in (rate, *betas, root, eps)]
-        _in_ranges(p.numel(), lambda begin, end: _update_range(begin, end, *flat, *constants))
+        constants = [np.float32(value) for value in (*betas, root, eps)]
+        ends, factors = _segments(columns)
+        parallel_for(_update_blocks, 1 + p.numel() // _SMALL, *flat, ends, np.float32(rate) * factors, *constants)
         return
     moved = g != 0
+    if columns: rate = rate * p.new_tensor(columns).view(p.shape[1:])
     m.copy_(torch.where(moved, betas[0] * m + (1 - betas[0]) * g, m))
     v.copy_(torch.where(moved, betas[1] * v + (1 - betas[1]) * g * g, v))
     p.copy_(torch.where(moved, p - rate * m / (v.sqrt() * root + eps), p))
 
-# %% ../../nbs/training/sparse_adam.ipynb #8aa509e3
+# %% ../../nbs/training/sparse_adam.ipynb #8d5dff26
 def _step_parameter(state: dict[str, Any], parameter: Tensor, group: dict[str, Any]) -> None:
     """One step of a parameter; its state is made where there is none. A sparse gradient is made dense."""
     if not state:
@@ -94,14 +108,15 @@ def _step_parameter(state: dict[str, Any], parameter: Tensor, group: dict[str, A
     state["step"] += 1
     gradient = parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad
     sparse_adam_step(parameter, gradient, state["exp_avg"], state["exp_avg_sq"], int(state["step"]), group["lr"],
-                     group["betas"], group["eps"])
+                     group["betas"], group["eps"], group["columns"])
 
-# %% ../../nbs/training/sparse_adam.ipynb #c3f8f3d5
+# %% ../../nbs/training/sparse_adam.ipynb #85bc9f03
 class SparseAdam(torch.optim.Optimizer):
     """Adam that leaves entries without gradient as they are; one pass of a compiled kernel on a CPU.
 
-    params: parameters or groups of them, as for torch.optim.Adam. lr: rate. betas: of the moments. eps: added to the
-    root. Raises KiloError where one of these is out of range.
+    params: parameters or groups of them, as for torch.optim.Adam; a group may have "columns", factors of its rate for
+    the entries of a row. lr: rate. betas: of the moments. eps: added to the root. Raises KiloError where one of these
+    is out of range.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
@@ -109,7 +124,13 @@ class SparseAdam(torch.optim.Optimizer):
         if not (lr >= 0 and eps >= 0 and all(0 <= beta < 1 for beta in betas)):
             raise KiloError(f"SparseAdam has lr {lr}, betas {betas} and eps {eps}: lr and eps of at least 0 and betas "
                             "of 0 to below 1 are expected.")
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps})
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "columns": None})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore a saved state, also one of torch.optim.Adam, whose groups have no columns."""
+        columns = [group["columns"] for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, own in zip(self.param_groups, columns): group.setdefault("columns", own)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
