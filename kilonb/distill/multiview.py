@@ -8,7 +8,7 @@ __all__ = ['NETWORKS', 'TermFactory', 'TeachingConfig', 'field_config', 'scene_t
            'with_steps', 'space_of_scene', 'DistillationResult', 'teach', 'steps_in', 'teach_for_seconds',
            'choose_targets', 'data_of_view']
 
-# %% ../../nbs/distill/multiview.ipynb #363ddcba
+# %% ../../nbs/distill/multiview.ipynb #77129abf
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -37,6 +37,7 @@ from .student import DistillConfig, FieldConfig, Student, distill, make_student,
 from ..fields.hashgrid import HashGridConfig
 from ..fields.kilonerf import KiloNeRF, KiloNeRFConfig
 from ..fields.mlp import MLPConfig
+from ..fields.pruning import PruningConfig
 from ..fields.occupancy import OccupancyGrid, occupancy_from_silhouettes
 from ..fields.rendering import Field
 from ..geometry.cameras import PinholeCamera
@@ -138,7 +139,7 @@ def field_config(config: TeachingConfig, edge: float) -> FieldConfig:
     if config.kind == "kilonerf": return KiloNeRFConfig(cell_size=edge / config.cells, **values)
     return NETWORKS[config.kind](**values)
 
-# %% ../../nbs/distill/multiview.ipynb #81e8809c
+# %% ../../nbs/distill/multiview.ipynb #7d42f2e0
 def scene_teaching(steps: int, rays: int, learning_rate: float, points_steps: int, *, seed: int = 0,
                    **fields: Any) -> TeachingConfig:
     """Settings for a training of minutes to an hour on images of 400 to 800 pixels.
@@ -149,7 +150,8 @@ def scene_teaching(steps: int, rays: int, learning_rate: float, points_steps: in
     loop = LoopConfig(steps, learning_rate, warmup_steps=min(50, steps // 4), ema_decay=0.99, seed=seed)
     points = LoopConfig(points_steps, 1e-2, warmup_steps=min(20, points_steps // 4), minimum_learning_rate_ratio=0.1,
                         seed=seed) if points_steps else None
-    last = DistillConfig(rays, first_refresh=500, refresh_weight=0.01, refresh_until=0.8, loop=loop)
+    last = DistillConfig(rays, first_refresh=500, refresh_weight=0.01, refresh_until=0.8, loop=loop,
+                         pruning=PruningConfig(0.005, 0.01, rays=2_000_000))
     return TeachingConfig(points=points and PointsConfig(loop=points), rays=last, seed=seed, **fields)
 
 # %% ../../nbs/distill/multiview.ipynb #617d0214

@@ -53,16 +53,24 @@ def _empty_length(x, cell, clear, slope, metres):
 def _inverse(slope):
     return np.float32(1) / slope if abs(slope) > np.float32(1e-12) else np.float32(1e30)
 
-# %% ../../nbs/fields/marching.ipynb #e179b828
+# %% ../../nbs/fields/marching.ipynb #66c0139d
+@numba.njit(cache=True, inline="always")
+def _octant_bit(octants, i, j, l, x, y, z):
+    """Whether the octant of voxel (i, j, l) that the point (x, y, z), in voxels, is in is occupied: 1 or 0."""
+    half = np.float32(0.5)
+    upper = (x - np.float32(i) >= half) << 2 | (y - np.float32(j) >= half) << 1 | (z - np.float32(l) >= half)
+    return (octants[i, j, l] >> upper) & 1
+
+# %% ../../nbs/fields/marching.ipynb #808386ad
 @numba.njit(cache=True)
-def _walk(origin, direction, lower, upper, voxel, clearance, least, depth_limit, step, offset, near, far, begin, depth,
-          distances):
+def _walk(origin, direction, lower, upper, voxel, clearance, octants, least, depth_limit, step, offset, near, far,
+          begin, depth, distances):
     """Write the next kept distances of one ray, as many as fit; returns (number, next lattice point or -1 at the end of
     the ray, optical depth).
 
     clearance: [X, Y, Z] 0 where occupied, else voxels to the nearest occupied one. least: [X, Y, Z] lower bound of the
-    density, 1/metre, or [0, 0, 0] without one; the ray ends once its optical depth exceeds `depth_limit`. begin: the
-    lattice point to begin at, 0 for a new ray; depth: optical depth there.
+    density, 1/metre, or [0, 0, 0] without one; the ray ends once its optical depth exceeds `depth_limit`. octants: as
+    `OccupancyGrid.octants`, or [0, 0, 0]. begin: the lattice point to begin at, 0 for a new ray; depth: there.
     """
     enter, leave = near, far
     for a in range(3): enter, leave = _slab(origin[a], direction[a], lower[a], upper[a], enter, leave)
@@ -71,7 +79,7 @@ def _walk(origin, direction, lower, upper, voxel, clearance, least, depth_limit,
     ox, oy, oz = (origin[0] - lower[0]) / voxel[0], (origin[1] - lower[1]) / voxel[1], (origin[2] - lower[2]) / voxel[2]
     dx, dy, dz = direction[0] / voxel[0], direction[1] / voxel[1], direction[2] / voxel[2]
     mx, my, mz = _inverse(dx), _inverse(dy), _inverse(dz)
-    count, k, bounded = 0, max(int(np.ceil(enter / step - offset)), begin), least.size > 0
+    count, k, bounded, eighths = 0, max(int(np.ceil(enter / step - offset)), begin), least.size > 0, octants.size > 0
     per_step = np.float32(1) / step
     while True:
         t = (np.float32(k) + offset) * step
@@ -80,6 +88,9 @@ def _walk(origin, direction, lower, upper, voxel, clearance, least, depth_limit,
         i, j, l = min(max(int(x), 0), nx - 1), min(max(int(y), 0), ny - 1), min(max(int(z), 0), nz - 1)
         clear = clearance[i, j, l]
         if clear == 0:
+            if eighths and not _octant_bit(octants, i, j, l, x, y, z):
+                k += 1
+                continue
             if count == len(distances): return count, k, depth
             distances[count] = t
             count += 1
@@ -92,18 +103,18 @@ def _walk(origin, direction, lower, upper, voxel, clearance, least, depth_limit,
                                                                  _empty_length(z, l, clear, dz, mz)))
             k += 1 + int(max(length * per_step - np.float32(1e-3), np.float32(0)))
 
-# %% ../../nbs/fields/marching.ipynb #ad70d151
+# %% ../../nbs/fields/marching.ipynb #9d9903d6
 @numba.njit(cache=True, parallel=True)
-def _march(parts, origins, directions, lower, upper, voxel, clearance, least, depth_limit, step, offsets, near, far,
-           longest, counts, kept):
+def _march(parts, origins, directions, lower, upper, voxel, clearance, octants, least, depth_limit, step, offsets,
+           near, far, longest, counts, kept):
     """Each of `parts` threads steps along consecutive rays and packs their distances into its row of `kept`; counts:
     [R] samples of each ray."""
     rays = len(origins)
     for part in numba.prange(parts):
         buffer, used = np.empty(longest, np.float32), 0
         for ray in range(rays * part // parts, rays * (part + 1) // parts):
-            count, _, _ = _walk(origins[ray], directions[ray], lower, upper, voxel, clearance, least, depth_limit, step,
-                                offsets[ray], near, far, 0, np.float32(0), buffer)
+            count, _, _ = _walk(origins[ray], directions[ray], lower, upper, voxel, clearance, octants, least,
+                                depth_limit, step, offsets[ray], near, far, 0, np.float32(0), buffer)
             kept[part, used:used + count] = buffer[:count]
             counts[ray] = count
             used += count
@@ -152,22 +163,28 @@ def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor
     kept = distance[ray, column]
     return Samples(offsets, ray, kept, torch.full_like(kept, step), points[ray, column], rays.directions[ray])
 
-# %% ../../nbs/fields/marching.ipynb #f15551fc
+# %% ../../nbs/fields/marching.ipynb #6aeefcd9
+def _space_arrays(grid: OccupancyGrid) -> tuple[np.ndarray, ...]:
+    """The grid as the kernels read it: lower and upper corner, edges of a voxel, clearance, octants, least density."""
+    box = [t.float().numpy() for t in (grid.box[0], grid.box[1], grid.voxel_size)]
+    octants = np.empty((0, 0, 0), np.uint8) if grid.octants is None else grid.octants.numpy()
+    least = np.empty((0, 0, 0), np.float32) if grid.least_density is None else grid.least_density.numpy()
+    return *box, grid.clearance, octants, least
+
+# %% ../../nbs/fields/marching.ipynb #95e4331f
 def _walked(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None, near: float, far: float,
             stop: float) -> tuple[np.ndarray, ...]:
     """(origins, directions, starts [R + 1], distances): the rays as arrays, and one row of packed distances per part of
     the rays."""
     if not step > 0: raise KiloError(f"The marching step is {step:g} m; expected a length above 0.")
     origins, directions = (t.float().contiguous().numpy() for t in (rays.origins, rays.directions))
-    box = [t.float().numpy() for t in (grid.box[0], grid.box[1], grid.voxel_size)]
-    parts, count = numba.get_num_threads(), len(origins)
+    space, parts, count = _space_arrays(grid), numba.get_num_threads(), len(origins)
     offsets = np.full(count, 0.5, np.float32) if offset is None else offset.float().numpy()
-    longest = int(np.linalg.norm(box[1] - box[0]) / step) + 2
+    longest = int(np.linalg.norm(space[1] - space[0]) / step) + 2
     kept, counts = np.empty((parts, (count // parts + 1) * longest), np.float32), np.empty(count, np.int64)
-    least = np.empty((0, 0, 0), np.float32) if grid.least_density is None else grid.least_density.numpy()
     settings = (np.float32(value) for value in (-math.log(stop), step))
-    _march(parts, origins, directions, *box, grid.clearance, least, *settings, offsets, np.float32(near),
-           np.float32(far), longest, counts, kept)
+    _march(parts, origins, directions, *space, *settings, offsets, np.float32(near), np.float32(far), longest, counts,
+           kept)
     starts = np.zeros(count + 1, np.int64)
     np.cumsum(counts, out=starts[1:])
     return origins, directions, starts, kept
@@ -193,10 +210,10 @@ def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = 
     return Samples(*(torch.from_numpy(a) for a in (starts, ray, distance)), torch.full((total,), step),
                    torch.from_numpy(positions), torch.from_numpy(views))
 
-# %% ../../nbs/fields/marching.ipynb #7d729528
+# %% ../../nbs/fields/marching.ipynb #a01b4e5d
 @numba.njit(cache=True, parallel=True)
-def _walk_on(parts, alive, origins, directions, lower, upper, voxel, clearance, least, depth_limit, step, begin, depth,
-             table, counts):
+def _walk_on(parts, alive, origins, directions, lower, upper, voxel, clearance, octants, least, depth_limit, step,
+             begin, depth, table, counts):
     """Write the next distances of the rays `alive` into the rows of `table`, and their numbers into `counts`; begin and
     depth: state of every ray."""
     half, near, far = np.float32(0.5), np.float32(0), np.float32(1e6)
@@ -204,10 +221,10 @@ def _walk_on(parts, alive, origins, directions, lower, upper, voxel, clearance, 
         for n in range(len(alive) * part // parts, len(alive) * (part + 1) // parts):
             ray = alive[n]
             counts[n], begin[ray], depth[ray] = _walk(origins[ray], directions[ray], lower, upper, voxel, clearance,
-                                                      least, depth_limit, step, half, near, far, begin[ray], depth[ray],
-                                                      table[n])
+                                                      octants, least, depth_limit, step, half, near, far, begin[ray],
+                                                      depth[ray], table[n])
 
-# %% ../../nbs/fields/marching.ipynb #f7cb774b
+# %% ../../nbs/fields/marching.ipynb #376989a6
 class RayWalk:
     """The samples of `march` on a CPU, some of each ray at a time.
 
@@ -216,10 +233,9 @@ class RayWalk:
 
     def __init__(self, rays: Rays, grid: OccupancyGrid, step: float, stop: float = 1e-4):
         self.origins, self.directions = (t.float().contiguous().numpy() for t in (rays.origins, rays.directions))
-        box = [t.float().numpy() for t in (grid.box[0], grid.box[1], grid.voxel_size)]
-        least = np.empty((0, 0, 0), np.float32) if grid.least_density is None else grid.least_density.numpy()
-        self.space = (*box, grid.clearance, least, np.float32(-math.log(stop)), np.float32(step))
-        self.longest = int(np.linalg.norm(box[1] - box[0]) / step) + 2
+        arrays = _space_arrays(grid)
+        self.space = (*arrays, np.float32(-math.log(stop)), np.float32(step))
+        self.longest = int(np.linalg.norm(arrays[1] - arrays[0]) / step) + 2
         self.begin, self.depth = np.zeros(len(self.origins), np.int64), np.zeros(len(self.origins), np.float32)
 
     def next(self, alive: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:

@@ -173,15 +173,17 @@ def _evaluate_round(field: Field, *round_: Any) -> tuple[np.ndarray, np.ndarray]
     """(density [N], colour [N, 3]) at the samples of a round."""
     return (_at_cells(field, *round_) if _has_cells(field) else None) or _at_positions(field, *round_)
 
-# %% ../../nbs/fields/rendering.ipynb #5ab3d054
+# %% ../../nbs/fields/rendering.ipynb #910f2261
 @torch.no_grad()
 def trace_rays(field: Field, rays: Rays, grid: OccupancyGrid, step: float, stop: float = 1e-4,
-               at_a_time: int = 8) -> TracedRays:
+               at_a_time: int | None = None) -> TracedRays:
     """The rendering of `render_rays` without gradients, in rounds of at most `at_a_time` samples per ray.
 
-    step: metres between samples. stop: transmittance below which a ray ends; the field is not evaluated behind. On a
-    GPU all samples are evaluated in one round.
+    step: metres between samples. stop: transmittance below which a ray ends; the field is not evaluated behind.
+    at_a_time: None: 4 in a space that is pruned to octants, else 8, the fastest on lego. On a GPU all samples are
+    evaluated in one round.
     """
+    at_a_time = (8 if grid.octants is None else 4) if at_a_time is None else at_a_time
     if not (0 < stop < 1 and at_a_time >= 1):
         raise KiloError(f"stop is {stop:g} and at_a_time {at_a_time}; expected 0 < stop < 1 and at_a_time >= 1.")
     if rays.origins.device.type != "cpu":
