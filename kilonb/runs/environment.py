@@ -114,11 +114,15 @@ def graphics_cards() -> list[str]:
                          timeout=5.0)
     return [line.strip() for line in (printed or "").splitlines() if line.strip()]
 
-# %% ../../nbs/runs/environment.ipynb #f34927d6
-def _processor() -> str:
+# %% ../../nbs/runs/environment.ipynb #636894a6
+def _processor() -> tuple[str, str]:
+    """(name of the processor, its family and model): virtual machines give one name to several generations."""
     try: lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError: return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    except OSError: return platform.processor() or platform.machine(), ""
+    first = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    generation = [f"{name} {first[key]}" for name, key in (("family", "cpu family"), ("model", "model"))
+                  if key in first]
+    return first.get("model name", platform.machine()), ", ".join(generation)
 
 # %% ../../nbs/runs/environment.ipynb #5efb637b
 def _backends() -> dict[str, Any]:
@@ -131,15 +135,16 @@ def _backends() -> dict[str, Any]:
     return found | ({"cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()} if torch.cuda.is_available()
                     else {})
 
-# %% ../../nbs/runs/environment.ipynb #df3c3a2b
+# %% ../../nbs/runs/environment.ipynb #6ffbd892
 def _hardware() -> dict[str, Any]:
     import psutil
 
     torch = sys.modules.get("torch")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": _processor(), "cores": cores, "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-            "graphics_cards": graphics_cards(), "torch_threads": torch.get_num_threads() if torch is not None else None,
-            **_backends()}
+    name, generation = _processor()
+    return {"processor": name, "processor_model": generation, "cores": cores,
+            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1), "graphics_cards": graphics_cards(),
+            "torch_threads": torch.get_num_threads() if torch is not None else None, **_backends()}
 
 # %% ../../nbs/runs/environment.ipynb #e225c261
 def _data_entries(data: Any) -> list[dict[str, Any]]:
