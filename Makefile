@@ -39,11 +39,13 @@ LIBRARY := --n_workers 2 --do_print --skip_folder_re '^(experiments|benchmarks|e
 # Each in a process of its own: a device is registered with torch, and Triton's interpreter chosen, once in a process.
 ALONE := nbs/fields/triton_networks.ipynb nbs/training/simulated_device.ipynb
 
-# Both are run even if the notebooks fail, so that pytest's summary is printed last; either failure fails the target.
+# All are run even if one fails, so that pytest's summary is printed last; any failure fails the target. Pytest would begin
+# with the files that have most tests; tests/conftest.py puts those first that take longest.
 test: $(READY)
 	@failed=0; MPLBACKEND=Agg $(BIN)/nbdev_test $(LIBRARY) || failed=1; \
-	for own in $(ALONE); do MPLBACKEND=Agg $(BIN)/nbdev_test --path $$own || failed=1; done; \
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS) || failed=1; exit $$failed
+	started=; for own in $(ALONE); do MPLBACKEND=Agg $(BIN)/nbdev_test --path $$own & started="$$started $$!"; done; \
+	for one in $$started; do wait $$one || failed=1; done; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || failed=1; exit $$failed
 
 lab: $(READY)
 	@$(BIN)/jupyter lab nbs $(ARGS)

@@ -1,8 +1,6 @@
 """Every clause of KiloGS and of the panoramas is reached by a parameter or setting of a command and by a function."""
 import importlib
 import json
-import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +40,7 @@ from kilonb.splats.gaussians import gaussians_from_points
 from kilonb.splats.lookup import GaussianLookup
 from kilonb.training.loop import LoopConfig
 from kilonb.training.stop_rules import StopRule
-from tests.helpers import KILONB
+from tests.helpers import run_here
 
 # experiment: parameters and dotted settings by which its clauses are reached
 OPTIONS = {
@@ -271,11 +269,9 @@ def test_a_cooperative_run_is_extended(tmp_path, monkeypatch):
 
 
 def results_of(experiment: str, folder: Path, *arguments: str) -> dict:
-    """Results of `kilonb run` in another process. arguments: name=value of parameters."""
+    """Results of `kilonb run`. arguments: name=value of parameters."""
     options = [part for argument in arguments for part in ("-p", argument)]
-    call = [*KILONB, "run", experiment, "--out", folder, "--json", *options]
-    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, timeout=280, check=False,
-                          env={**os.environ, "MPLBACKEND": "Agg"})
+    done = run_here("run", experiment, "--out", folder, "--json", *options)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.strip().splitlines()[-1])["results"]
 

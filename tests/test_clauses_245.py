@@ -1,14 +1,13 @@
 """Clauses of Flux4D, Pose Splatter and Pin Pad that the audit of issue 16 found open, across modules."""
 import json
 import shutil
-import subprocess
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from helpers import KILONB
+from helpers import run_here
 from kilonb.core.errors import KiloError
 from kilonb.flux4d.clip_data import ClipOptions, load_clip
 from kilonb.flux4d.clips import build_clip_index, clips_of, missing_parts, write_clip_index
@@ -170,8 +169,7 @@ def places(town, tmp_path_factory):
 def test_an_experiment_runs_by_its_command_at_small_size(places, tmp_path, experiment):
     data, parameters, result = SMALL[experiment]
     given = [*parameters, *([f"data={places[data]}"] if data else [])]
-    done = subprocess.run([*KILONB, "run", experiment, "--out", str(tmp_path / "run"),
-                           *(part for one in given for part in ("-p", one))], capture_output=True, text=True)
+    done = run_here("run", experiment, "--out", tmp_path / "run", *(part for one in given for part in ("-p", one)))
     assert done.returncode in (0, 2, 3), done.stdout[-2000:] + done.stderr[-2000:]
     written = json.loads((tmp_path / "run" / "results.json").read_text())
     assert result in written["results"] and written["note"], "a small run says that it does not decide"

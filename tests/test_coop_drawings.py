@@ -1,7 +1,5 @@
 """Trained cooperative models: opened again from a run, drawn under predicted and true poses, by script and command."""
 import json
-import os
-import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -25,7 +23,7 @@ from kilonb.core.errors import KiloError
 from kilonb.core.files import write_json
 from kilonb.panoramas.tiles import PanoramaOptions
 from kilonb.scenes.boxtown import build_town, write_opv2v
-from tests.helpers import KILONB
+from tests.helpers import run_here
 
 PANORAMA = PanoramaOptions(128, 32, elevation_deg=18.0)
 MODEL = ModelConfig(widths=(8, 16, 16, 32), blocks=1, column_width=32, pair_blocks=1)
@@ -147,10 +145,8 @@ def test_every_epoch_prints_its_number_its_steps_and_the_learning_rate(samples, 
 @pytest.mark.slow
 def test_a_run_is_evaluated_and_drawn_by_the_command(run, tmp_path):
     write_opv2v(tmp_path / "town", build_town(), 2, 2, 80, 60, samples=1)
-    call = [*KILONB, "run", "coop_evaluate", "--data", f"opv2v:{tmp_path / 'town'}", "-p", f"run={run}", "-p",
-            "split=train", "-p", "index=0,-1", "-p", "pose=true", "--out", tmp_path / "out", "--json"]
-    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, timeout=280, check=False,
-                          env={**os.environ, "MPLBACKEND": "Agg"})
+    done = run_here("run", "coop_evaluate", "--data", f"opv2v:{tmp_path / 'town'}", "-p", f"run={run}", "-p",
+                    "split=train", "-p", "index=0,-1", "-p", "pose=true", "--out", tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.strip().splitlines()[-1])["results"]
     assert results["samples"] == 2 and results["range_rmse_m"] > 0 and results["pose"] == "true"

@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import KILONB
+from helpers import KILONB, run_here
 import torch
 
 from kilonb.distill.marcher_check import check_marcher
@@ -283,8 +283,8 @@ def test_the_same_notebook_runs_cell_by_cell_as_in_jupyterlab(brickyard):
 
 
 def refused(brickyard, tmp_path, *arguments) -> str:
-    done = run_cli("run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "--out", tmp_path / "run",
-                   *arguments)
+    done = run_here("run", "single_view_overfit", "--data", f"blender:{brickyard}", *SMALL, "--out", tmp_path / "run",
+                    *arguments)
     assert (
         done.returncode not in (0, 130)
         and not (tmp_path / "run" / "results.json").exists()

@@ -1,8 +1,6 @@
 """Options of a distillation: losses, schedules, samples and spaces; each from a config, and by `kilonb run`."""
 import json
 import math
-import os
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,7 +33,7 @@ from kilonb.scenes.brickyard import write_brickyard
 from kilonb.splats.gaussians import Gaussians, gaussians_from_points
 from kilonb.splats.lookup import GaussianLookup
 from kilonb.training.loop import LoopConfig
-from tests.helpers import KILONB
+from tests.helpers import run_here
 
 LOOP = LoopConfig(steps=12, learning_rate=5e-3, warmup_steps=2, ema_decay=0.9, log_every_steps=1,
                   checkpoint_every_seconds=None)
@@ -309,10 +307,8 @@ def test_the_options_are_reached_by_the_command(yard, tmp_path):
                 "distill.residual_share=0.3", "distill.direction.start=0.3", "distill.march_start=2",
                 "distill.loop.log_every_steps=1", "extra_terms.opacity_schedule=true",
                 "extra_terms.gradient_ratios_every=2", "extra_terms.transmittance_every=2"]
-    call = [*KILONB, "run", "single_view_overfit", "--data", f"blender:{yard}", "--out", tmp_path / "run", "--json",
-            *(part for setting in settings for part in ("-p", setting))]
-    done = subprocess.run(list(map(str, call)), capture_output=True, text=True, timeout=280, check=False,
-                          env={**os.environ, "MPLBACKEND": "Agg"})
+    done = run_here("run", "single_view_overfit", "--data", f"blender:{yard}", "--out", tmp_path / "run", "--json",
+                    *(part for setting in settings for part in ("-p", setting)))
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads(done.stdout.strip().splitlines()[-1])["results"]
     assert {"colour_loss_end", "alpha_penalty_p99", "opacity_weight_monotone"} <= set(results)

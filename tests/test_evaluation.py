@@ -2,7 +2,6 @@
 import html
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import run_here
 
 from kilonb.distill.diagnostics import gradient_norms, GradientRatios, transmittance_report
 from kilonb.imaging.differences import folder_differences, frame_difference
@@ -654,12 +654,9 @@ def test_render_and_rank_by_its_command(tmp_path):
     teacher = write_brickyard(tmp_path / "yard", width=64, height=64, train=1, test=3, count=4_000)
     space = occupancy_from_gaussians(teacher.means, teacher.quats, teacher.scales, teacher.opacities, 32)
     save_student(make_student(space, replace(SHAPE, cell_size=0.5), step=0.05), tmp_path / "student.pt", "averaged")
-    command = [sys.executable, "-c", "import sys; from kilonb.cli.main import main; sys.exit(main())", "run",
-               "render_and_rank", "--data", f"blender:{tmp_path / 'yard'}", "--out", str(tmp_path / "run"), "-p",
-               f"student={tmp_path / 'student.pt'}", "-p", "frames=0,2", "-p", "lpips_every=2", "-p",
-               "background=black"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=560, env={**os.environ, "MPLBACKEND": "Agg"},
-                          check=False)
+    done = run_here("run", "render_and_rank", "--data", f"blender:{tmp_path / 'yard'}", "--out", tmp_path / "run", "-p",
+                    f"student={tmp_path / 'student.pt'}", "-p", "frames=0,2", "-p", "lpips_every=2", "-p",
+                    "background=black")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     record = read_run(tmp_path / "run")
     assert (

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import KILONB
+from helpers import KILONB, run_here
 from jupyter_driver import needs_chromium, open_browser
 from PIL import Image
 
@@ -268,9 +268,8 @@ def test_kept_checkpoints_of_a_training_become_a_time_lapse(tmp_path, student):
 def test_script_and_notebook_write_the_same_files(tmp_path, ball):
     write_ply(tmp_path / "scene.ply", ball)
     paths = kilonb.export_run(tmp_path / "scene.ply", tmp_path / "out", ["gaussians"], ["spz"], scene_up="z")
-    command = [*KILONB, "run", "export_run", "--data", f"ply:{tmp_path / 'scene.ply'}", "--out", str(tmp_path / "run"),
-               "-p", "what=gaussians", "-p", "formats=spz", "-p", "export.scene_up=z"]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = run_here("run", "export_run", "--data", f"ply:{tmp_path / 'scene.ply'}", "--out", tmp_path / "run",
+                    "-p", "what=gaussians", "-p", "formats=spz", "-p", "export.scene_up=z")
     assert done.returncode in (0, 1), done.stderr
     assert (tmp_path / "run" / "export" / "gaussians" / "scene.spz").read_bytes() == paths[0].read_bytes()
     results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]

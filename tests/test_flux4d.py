@@ -3,14 +3,13 @@ import gzip
 import json
 import pickle
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from helpers import KILONB
+from helpers import run_here
 from kilonb.core.errors import KiloError
 from kilonb.data.tables import read_table, write_table
 from kilonb.flux4d.clip_data import ClipOptions, depth_target, load_clip
@@ -241,9 +240,7 @@ def test_losses_agree_with_float64(data):
 
 
 def _run(experiment, folder, *parameters):
-    done = subprocess.run([*KILONB, "run", experiment, "--out", str(folder),
-                           *(part for p in parameters for part in ("-p", p))], capture_output=True, text=True,
-                          timeout=300)
+    done = run_here("run", experiment, "--out", folder, *(part for p in parameters for part in ("-p", p)))
     assert done.returncode in (0, 2, 3), done.stdout[-2000:] + done.stderr[-2000:]
     return json.loads((folder / "results.json").read_text())["results"]
 
@@ -269,9 +266,7 @@ def test_flux4d_train_holds_out_whole_sequences_and_looks_at_a_snippet(town, tmp
 
 def _refused(experiment, folder, *parameters):
     """The last sentence of a run that must fail."""
-    done = subprocess.run([*KILONB, "run", experiment, "--out", str(folder),
-                           *(part for p in parameters for part in ("-p", p))], capture_output=True, text=True,
-                          timeout=120)
+    done = run_here("run", experiment, "--out", folder, *(part for p in parameters for part in ("-p", p)))
     assert done.returncode == 1, done.stdout[-2000:]
     return (done.stdout + done.stderr).partition("kilonb: ")[2].splitlines()[0]
 

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-import subprocess
 
 import numpy as np
 import pytest
@@ -21,7 +19,7 @@ from kilonb.imaging.summaries import summarise_methods
 from kilonb.metrics.images import psnr_linear_db, psnr_srgb_db, ssim
 from kilonb.runs.records import read_run
 from kilonb.scenes.brickyard import build_brickyard, write_brickyard
-from tests.helpers import KILONB
+from tests.helpers import run_here
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +35,7 @@ def rendered(tmp_path_factory):
 
 
 def run(*arguments, tmp_path, ok=True):
-    done = subprocess.run([*KILONB, *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False,
-                          env={**os.environ, "MPLBACKEND": "Agg", "KILONB_OUTPUTS": str(tmp_path / "outputs")})
+    done = run_here(*arguments, environment={"KILONB_OUTPUTS": str(tmp_path / "outputs")})
     assert (done.returncode == 0) == ok, done.stdout[-2000:] + done.stderr[-2000:]
     return done.stdout + done.stderr
 

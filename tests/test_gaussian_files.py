@@ -1,9 +1,7 @@
 """Files of gaussians from many programs: read rightly, or refused in one true sentence."""
 
 import gzip
-import os
 import struct
-import subprocess
 import zipfile
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from kilonb.splats.gaussians import Gaussians
 from kilonb.splats.ply import read_ply, write_ply
 from kilonb.splats.ply_tables import read_ply_tables
 from kilonb.splats.rasterizer import rasterize
-from tests.helpers import KILONB, real_data
+from tests.helpers import real_data, run_here
 
 
 def some_gaussians(count: int = 40, terms: int = 1, seed: int = 0) -> Gaussians:
@@ -260,9 +258,7 @@ def test_the_option_that_drops_rows_reaches_the_command(tmp_path):
     columns = columns_of(some_gaussians(60))
     columns["x"][:5] = np.nan
     path = put(tmp_path / "a.ply", columns)
-    command = [*KILONB, "run", "teacher", "--data", f"ply:{path}", "--out", str(tmp_path / "run"), "-p",
-               "orbit_views=1", "-p", "orbit_width=32", "-p", "drop_bad=true"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False,
-                          env={**os.environ, "MPLBACKEND": "Agg"})
+    done = run_here("run", "teacher", "--data", f"ply:{path}", "--out", tmp_path / "run", "-p", "orbit_views=1",
+                    "-p", "orbit_width=32", "-p", "drop_bad=true")
     assert done.returncode == 0 and "5 of 60 gaussians were left out" in done.stdout, done.stdout + done.stderr
     assert len(read_ply(tmp_path / "run" / "teacher.ply")) == 55

@@ -9,9 +9,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.fuzz.kills import KINDS, kill_trials, summary
 
 
-def check(kinds: list[str], count: int, folder: Path) -> None:
-    records = kill_trials(kinds, count, 1, folder)
-    assert len(records) == count and {record["kind"] for record in records} == {*kinds}
+def check(kinds: list[str], count: int, folder: Path, first: int = 0) -> None:
+    records = kill_trials(kinds, count, 1, folder, first)
+    assert len(records) == count - first and {record["kind"] for record in records} == {*kinds}
     for record in records: assert not (record["lost"] or record["half_read"] or record["differs"]), record
     print(summary(records))
 
@@ -20,7 +20,9 @@ def test_a_killed_maker_archive_and_restoration_are_repeated_to_the_same_bytes(t
     check(["data", "archive", "restore"], 6, tmp_path)
 
 
-def test_a_killed_fit_goes_on_to_the_same_gaussians(tmp_path): check(["teacher"], 2, tmp_path)
+def test_a_killed_fit_goes_on_to_the_same_gaussians(tmp_path):
+    """The moment is drawn after the first written file: most of the time before it is that of imports."""
+    check(["teacher"], 2, tmp_path, first=1)
 
 
 @pytest.mark.parametrize("kind", ["training", "sweep"])

@@ -1,12 +1,11 @@
 """Distillation from all views: space, points, rays; the experiments that are built on them; bad input."""
 import json
-import os
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from helpers import KILONB
+from helpers import run_here
 import torch
 
 from kilonb.imaging.scoring import evaluate_frames
@@ -227,9 +226,7 @@ def test_views_of_different_sizes_are_an_error(brickyard, tmp_path):
 # ---- the experiments
 
 def run_cli(experiment, brickyard, folder, *arguments) -> subprocess.CompletedProcess:
-    call = [*KILONB, "run", experiment, "--data", f"blender:{brickyard}", *TINY, "--out", folder, "--json", *arguments]
-    return subprocess.run(list(map(str, call)), capture_output=True, text=True, timeout=280,
-                          env={**os.environ, "MPLBACKEND": "Agg"}, check=False)
+    return run_here("run", experiment, "--data", f"blender:{brickyard}", *TINY, "--out", folder, "--json", *arguments)
 
 
 EXPERIMENTS = {

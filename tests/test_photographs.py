@@ -1,7 +1,5 @@
 """Photographs without masks: the synthetic ones, a teacher fitted to them with exposures, a student in a box."""
 import json
-import os
-import subprocess
 
 import numpy as np
 import pytest
@@ -18,7 +16,7 @@ from kilonb.splats.fit import fit_gaussians
 from kilonb.splats.fit_config import FitConfig
 from kilonb.splats.formats import read_gaussians
 from kilonb.splats.rasterizer import render_gaussians
-from tests.helpers import KILONB
+from tests.helpers import run_here
 
 BOX = torch.tensor([[-1.3, -.8, .112], [1.3, .8, 1.6]])
 SMALL = FitConfig(steps=100, initial_count=1500, maximum_count=2500, grow_until=.1, sh_degree=1)
@@ -37,11 +35,6 @@ def fitted(project):
     train, test = (open_views("colmap", project, split) for split in ("train", "test"))
     points = points_of_scene("colmap", project)
     return fit_gaussians(train, SMALL, held_out=test, points=points, quiet=True), train, test
-
-
-def run_cli(*arguments) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*KILONB, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=600)
 
 
 def test_the_synthetic_photographs_have_distortion_exposures_points_and_a_truth_that_no_reader_takes_for_masks(project):
@@ -114,12 +107,12 @@ def test_the_true_object_is_its_own_student_without_a_gap(project, fitted):
 
 
 def test_one_command_fits_a_teacher_and_teaches_a_student_of_the_box(project, tmp_path):
-    done = run_cli("run", "multi_view_response", "--data", f"colmap:{project}", "--out", tmp_path / "run", "-p",
-                   "box=-1.3,-0.8,0.112,1.3,0.8,1.6", "-p", "teacher_steps=40", "-p", "teacher_count=2000", "-p",
-                   "points_steps=10", "-p", "steps=15", "-p", "rays=256", "-p", "cells=4", "-p",
-                   "teaching.march_steps=40", "-p", "teaching.voxels=32", "-p", "teaching.points.bank=10000", "-p",
-                   "policy=off", "-p", "targets=both", "-p", "views.hold_out=6",
-                   "-p", "lpips_every=100", "-p", "test_views=2")
+    done = run_here("run", "multi_view_response", "--data", f"colmap:{project}", "--out", tmp_path / "run", "-p",
+                    "box=-1.3,-0.8,0.112,1.3,0.8,1.6", "-p", "teacher_steps=40", "-p", "teacher_count=2000", "-p",
+                    "points_steps=10", "-p", "steps=15", "-p", "rays=256", "-p", "cells=4", "-p",
+                    "teaching.march_steps=40", "-p", "teaching.voxels=32", "-p", "teaching.points.bank=10000", "-p",
+                    "policy=off", "-p", "targets=both", "-p", "views.hold_out=6",
+                    "-p", "lpips_every=100", "-p", "test_views=2")
     assert done.returncode in (0, 1), done.stderr
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     results = results.get("results", results)
@@ -132,8 +125,8 @@ def test_one_command_fits_a_teacher_and_teaches_a_student_of_the_box(project, tm
 
 @pytest.mark.parametrize(("box", "words"), [("1 1 1 0 0 0", "below"), ("5 5 5 6 6 6", "none of the")])
 def test_a_box_that_holds_nothing_is_refused_in_one_sentence(project, tmp_path, box, words):
-    done = run_cli("run", "multi_view_response", "--data", f"colmap:{project}", "--out", tmp_path / "run", "-p",
-                   f"box={box}", "-p", "policy=off")
+    done = run_here("run", "multi_view_response", "--data", f"colmap:{project}", "--out", tmp_path / "run", "-p",
+                    f"box={box}", "-p", "policy=off")
     said = [line for line in done.stderr.splitlines() if line.startswith("kilonb: ")]
     assert done.returncode == 1 and "Traceback" not in done.stderr and len(said) == 1
     assert words in said[0] and len(said[0]) < 450

@@ -7,7 +7,7 @@ import gymnasium
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
-from helpers import KILONB
+from helpers import KILONB, run_here
 
 from kilonb.core.errors import KiloError
 from kilonb.data.references import resolve_data
@@ -272,8 +272,8 @@ def test_the_datasets_of_pin_pad_on_the_command_line():
 
 def test_the_experiment_reports_optimum_and_policies(tmp_path):
     """One layout and few, short episodes."""
-    done = subprocess.run([*KILONB, "run", "pinpad_policies", "--out", str(tmp_path / "run"), "-p", 'layouts=["three"]',
-                           "-p", "episodes=4", "-p", "length=400"], capture_output=True, text=True)
+    done = run_here("run", "pinpad_policies", "--out", tmp_path / "run", "-p", 'layouts=["three"]', "-p", "episodes=4",
+                    "-p", "length=400")
     assert done.returncode == 0, done.stderr
     results = read_run(tmp_path / "run").results
     assert results["scripted_return_three"] > 90 > results["uniform_return_three"]

@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from helpers import KILONB
+from helpers import KILONB, run_here
 
 from kilonb.core.errors import KiloError
 from kilonb.dream.actor_critic import ActorCritic, ActorCriticConfig
@@ -175,10 +175,9 @@ def test_scores_of_an_agent_are_repeatable():
     assert (one == two).all()
 
 
-def run(tmp_path, experiment, *options, **popen):
-    environment = {**os.environ, "KILONB_OUTPUTS": str(tmp_path / "outputs"), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*KILONB, "run", experiment, "--out", str(tmp_path / experiment), *options],
-                          capture_output=True, text=True, env=environment, timeout=240, **popen)
+def run(tmp_path, experiment, *options):
+    return run_here("run", experiment, "--out", tmp_path / experiment, *options,
+                    environment={"KILONB_OUTPUTS": str(tmp_path / "outputs")})
 
 
 def test_the_world_model_experiment_runs_by_command(tmp_path):

@@ -1,11 +1,9 @@
 """The animal's model: gradients, a run from the command line, resumption, continuation, bad input."""
-import os
-import subprocess
 from dataclasses import replace
 
 import pytest
 import torch
-from helpers import KILONB
+from helpers import run_here
 
 from kilonb.core.errors import KiloError
 from kilonb.pose.carve import carve
@@ -91,9 +89,8 @@ OPTIONS = {"every": 1, "downsample": 1.0, "resolution": 32, "steps": 6, "refine_
 
 def run(folder, *more, **options):
     parameters = [part for name, value in {**OPTIONS, **options}.items() for part in ("-p", f"{name}={value}")]
-    environment = {**os.environ, "KILONB_OUTPUTS": str(folder / "outputs")}
-    return subprocess.run([*KILONB, "run", "pose_train", "--data", f"dannce:{folder / 'critter'}", *more, *parameters],
-                          capture_output=True, text=True, env=environment, timeout=300)
+    return run_here("run", "pose_train", "--data", f"dannce:{folder / 'critter'}", *more, *parameters,
+                    environment={"KILONB_OUTPUTS": str(folder / "outputs")})
 
 
 @pytest.mark.incident(23)

@@ -2,10 +2,8 @@
 import gzip
 import json
 import math
-import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +25,7 @@ from kilonb.scenes.nuscenes import load_nuscenes
 from kilonb.scenes.opv2v import load_opv2v
 from kilonb.scenes.pandaset import CAMERAS, load_surround_frames
 from kilonb.scenes.rig import load_rig, write_rig
-from tests.helpers import KILONB, real_data
+from tests.helpers import real_data, run_here
 
 TINY = PanoramaOptions(width=64, height=16)
 MOUNTS = {"0": [2.5, 0, 1, 0, 0, 0], "1": [0, .3, 1.8, 0, 100, 0], "2": [0, -.3, 1.8, 0, -100, 0],
@@ -382,8 +380,7 @@ def test_the_real_rig_as_a_yaml_is_the_rig_of_the_reader(tmp_path):
 
 def test_a_rig_is_checked_from_the_command_line(tmp_path):
     path = write_yaml(tmp_path / "rig", RIG)
-    command = [*KILONB, "run", "panorama_checks", "--data", f"rig:{path}", "-p", "width=64", "-p", "height=16", "-p",
-               "timing=false", "-p", "previews=0", "-p", "frames=1"]
-    done = subprocess.run(command, env=os.environ | {"KILONB_OUTPUTS": str(tmp_path / "out")}, text=True,
-                          capture_output=True, timeout=300)
+    done = run_here("run", "panorama_checks", "--data", f"rig:{path}", "-p", "width=64", "-p", "height=16", "-p",
+                    "timing=false", "-p", "previews=0", "-p", "frames=1",
+                    environment={"KILONB_OUTPUTS": str(tmp_path / "out")})
     assert done.returncode == 0 and "rig/1" in done.stdout and "rig/0:" not in done.stdout, done.stdout + done.stderr

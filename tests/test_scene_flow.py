@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from helpers import real_data
+from helpers import real_data, without_kernel
 
 from kilonb.batch.execution import run_notebook
 from kilonb.core.errors import KiloError
@@ -146,8 +146,8 @@ def test_incident_19_a_mean_over_all_points_stands_beside_zero_flow_and_the_shar
 def test_incident_19_the_flow_experiment_shows_baselines_and_counts(synthetic, tmp_path):
     notebook = read_notebook(Path(__file__).parent.parent / "nbs" / "experiments" / "flow_check.ipynb")
     run = tmp_path / "run"
-    settings = {"voxel_flow.range_m": 50.0, "voxel_flow.steps": 30}
-    run_notebook(notebook, {"data": f"argoverse2:{synthetic}", "settings": settings}, run_dir=run)
+    values = {"data": f"argoverse2:{synthetic}", "settings": {"voxel_flow.range_m": 50.0, "voxel_flow.steps": 30}}
+    with without_kernel(): run_notebook(notebook, values, run_dir=run)
     results = json.loads((run / "results.json").read_text())["results"]
     assert results["flow_epe_m_perfect"] == 0 and results["dynamic_normalised_car_ego_motion"] == pytest.approx(1)
     assert results["dynamic_normalised_car_box_rigid"] < 1e-3 and results["flow_points_dynamic"] > 50

@@ -2,14 +2,13 @@
 import datetime
 import json
 import math
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import KILONB
+from helpers import run_here
 
 from kilonb.core.errors import KiloError
 from kilonb.core.hashing import cached_hash
@@ -104,9 +103,8 @@ def test_a_splat_file_is_compared_with_gaussians_without_view_dependence(yard, t
     shiny = yard.sh.clone()
     shiny[:, 1:] += .2 * torch.randn(shiny[:, 1:].shape, generator=generator)
     write_ply(tmp_path / "shiny.ply", type(yard)(yard.means, yard.quats, yard.log_scales, yard.logit_opacities, shiny))
-    done = subprocess.run([*KILONB, "run", "convert_gaussians", "--data", f"ply:{tmp_path}/shiny.ply", "--out",
-                           str(tmp_path / "run"), "-p", "views=2", "-p", "width=48", "-p", "formats=ply,splat"],
-                          capture_output=True, text=True, timeout=300)
+    done = run_here("run", "convert_gaussians", "--data", f"ply:{tmp_path}/shiny.ply", "--out", tmp_path / "run", "-p",
+                    "views=2", "-p", "width=48", "-p", "formats=ply,splat")
     assert done.returncode == 0, done.stderr[-900:]
     results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
     assert results["ply_psnr_db"] is None and results["ply_exact_views"] == 2

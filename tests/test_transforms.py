@@ -3,7 +3,6 @@ scenes in other units, and what is said where the data is of another kind."""
 import json
 import math
 import struct
-import subprocess
 import warnings
 import zlib
 from pathlib import Path
@@ -26,7 +25,7 @@ from kilonb.geometry.fisheye import FisheyeCamera
 from kilonb.scenes.blender import load_blender, write_blender
 from kilonb.scenes.photographs import open_views, points_of_scene
 from kilonb.splats.fit_config import FitConfig
-from tests.helpers import KILONB
+from tests.helpers import run_here
 
 WIDTH, HEIGHT, FOCAL = 40, 30, 45.0
 
@@ -337,10 +336,8 @@ def test_a_space_in_millimetres_or_hundredths_is_met_before_memory_is_taken(scen
 
 def test_the_command_says_it_in_one_sentence(scene, tmp_path):
     moved(scene, [0, 0, 0], 1000)
-    done = subprocess.run([*KILONB, "run", "single_view_overfit", "--data", f"blender:{scene}",
-                           "--out", tmp_path / "run",
-                           "-p", "steps=2", "-p", "rays=16", "-p", "occupancy_resolution=24"],
-                          capture_output=True, text=True)
+    done = run_here("run", "single_view_overfit", "--data", f"blender:{scene}", "--out", tmp_path / "run",
+                    "-p", "steps=2", "-p", "rays=16", "-p", "occupancy_resolution=24")
     assert done.returncode == 1 and "m wide" in done.stderr and "networks" in done.stderr, done.stderr
 
 

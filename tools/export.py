@@ -54,13 +54,19 @@ def wrap_generated(path: Path) -> None:
 
 
 def export(path: Path) -> bool:
-    """Write the module of a notebook that has a `default_exp` directive; whether it has one."""
+    """Write the module of a notebook that has a `default_exp` directive; whether it has one.
+
+    A module that stays the same keeps its time of modification: with another one numba and Python compile it again.
+    """
     if "#| default_exp" not in path.read_text(encoding="utf-8"): return False
     folder = ROOT / "kilonb" / path.resolve().relative_to(ROOT / "nbs").parent
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "__init__.py").exists(): (folder / "__init__.py").touch()
+    module = folder / f"{path.stem}.py"
+    before = (module.read_bytes(), module.stat()) if module.exists() else None
     nb_export(str(path))
-    wrap_generated(folder / f"{path.stem}.py")
+    wrap_generated(module)
+    if before and module.read_bytes() == before[0]: os.utime(module, ns=(before[1].st_atime_ns, before[1].st_mtime_ns))
     return True
 
 

@@ -49,7 +49,10 @@ class Reader:
 
 @dataclass
 class Tally:
-    """What the inputs of one reader came to: numbers of values, of refusals, and the faults with their inputs."""
+    """What the inputs of one reader came to: numbers of values, of refusals, and the faults with their inputs.
+
+    unchanged: [ending, detail] of each of its seeds, which are valid inputs.
+    """
 
     reader: str
     values: int = 0
@@ -57,6 +60,7 @@ class Tally:
     slowest_s: float = 0.0
     most_bytes: float = 0.0
     faults: list[dict] = field(default_factory=list)
+    unchanged: list[list[str]] = field(default_factory=list)
 
     @property
     def inputs(self) -> int:
@@ -239,7 +243,7 @@ def _fuzz_one(worker: Worker, tally: Tally, seed: int, first: int, last: int) ->
             if "done" in line:
                 at = last
             elif "ready" in line:
-                ready = True
+                ready, tally.unchanged = True, line["unchanged"]
             else:
                 at = line["number"] + 1
                 _count(tally, line, seed)

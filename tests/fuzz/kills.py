@@ -28,6 +28,8 @@ from typing import Any
 
 import psutil
 
+from kilonb.core.compiling import COMPILING
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 PYTHON = [sys.executable, "-c"]
 KILONB = [*PYTHON, "import sys; from kilonb.cli.main import main; sys.exit(main())"]
@@ -53,11 +55,13 @@ SHORT_CELLS = [CELLS[0].replace("150", "20"), *CELLS[1:]]
 
 TEACHER = """import sys
 from pathlib import Path
+from kilonb.core.compiling import announce_compiling
 from kilonb.scenes.blender import load_blender
 from kilonb.splats.fit import fit_gaussians
 from kilonb.splats.fit_config import FitConfig
 from kilonb.training.checkpoints import seed_everything
 seed_everything(0)
+announce_compiling()
 config = FitConfig(steps=40, initial_count=150, maximum_count=300, sh_degree=0, grow_every_steps=10,
                    evaluate_every_steps=20)
 fit_gaussians(load_blender(Path(sys.argv[1]), "train"), config, Path(sys.argv[2]), resume=True, quiet=True,
@@ -69,8 +73,6 @@ make("brickyard", sys.argv[1], width=24, height=16, train=4, test=2)"""
 
 class Kind:
     """One kind of command, in the folder of a trial. `setup` is what all trials of the kind share."""
-
-    compiles = False      # whether the first run on a machine takes longer, because it compiles
 
     def __init__(self, setup: Path): self.setup = setup
 
@@ -196,8 +198,6 @@ class Training(Kind):
 
 class Teacher(Kind):
     """A fit of gaussians to pictures, resumed from its checkpoint or, before the first one, begun again."""
-
-    compiles = True
 
     def prepare_setup(self) -> None:
         subprocess.run([*PYTHON, DATA, str(self.setup / "data")], check=True, cwd=CHECKOUT, capture_output=True)
@@ -444,8 +444,8 @@ class Reference:
         self.kind = KINDS[name](folder / "setup")
         self.kind.setup.mkdir(parents=True)
         self.kind.prepare_setup()
-        if self.kind.compiles: self._run_unbroken(name, folder / "compiling")
         self._run_unbroken(name, folder / "unbroken")
+        if COMPILING in (folder / "unbroken/log.txt").read_text(): self._run_unbroken(name, folder / "compiled")
 
     def _run_unbroken(self, name: str, unbroken: Path) -> None:
         """Run the command to its end, and keep its times and its outcome."""
@@ -499,14 +499,15 @@ def _differs(kind: Kind, folder: Path, expected: Any) -> bool:
     return found != expected
 
 
-def kill_trials(kinds: Sequence[str], count: int, seed: int, folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """Records of `count` trials of the `kinds` in turn.
+def kill_trials(kinds: Sequence[str], count: int, seed: int, folder: str | os.PathLike,
+                first: int = 0) -> list[dict[str, Any]]:
+    """Records of the trials `first` .. `count` - 1 of the `kinds` in turn.
 
     folder: for their files. Every record holds kind, moment_s, phase, resumed (how often the command was repeated),
     lost and half_read (sentences; empty where all is well), differs, message. The same seed draws the same shares of
     the unbroken time.
     """
-    return list(iterate_trials(kinds, count, seed, folder))
+    return list(iterate_trials(kinds, count, seed, folder, first))
 
 
 def iterate_trials(kinds: Sequence[str], count: int, seed: int, folder: str | os.PathLike, first: int = 0):
