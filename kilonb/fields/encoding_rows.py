@@ -41,7 +41,16 @@ def sin_pi(x):
     power = multiply_add(power, square, 3.14159264)
     return _negate_odd(power * rest, rounded)
 
-# %% ../../nbs/fields/encoding_rows.ipynb #b3ef667c
+# %% ../../nbs/fields/encoding_rows.ipynb #d0409f11
+@njit(forceinline=True, error_model="numpy")
+def _within_period(x):
+    """x minus the nearest even number, exactly, of a vector with |x| below 2^20."""
+    return x - 2.0 * ((x * 0.5 + _ROUNDER) - _ROUNDER)
+
+# %% ../../nbs/fields/encoding_rows.ipynb #2c3b2d1a
+_DOUBLINGS = 6
+
+
 @njit(cache=True)
 def encode_rows(rows, first, frequencies, used):
     """Fourier features of the coordinates in rows first .. first + 2, into the rows after them: all sines, three per
@@ -50,9 +59,12 @@ def encode_rows(rows, first, frequencies, used):
     for a in range(3):
         for l in range(0, used, WIDTH):
             x = load_simd(rows, (first + a) * BLOCK + l)
-            s, c = sin_pi(x), sin_pi(x + 0.5)
-            for f in range(frequencies):
-                store_simd(rows, (sine + 3 * f + a) * BLOCK + l, s)
-                store_simd(rows, (cosine + 3 * f + a) * BLOCK + l, c)
-                twice = s + s
-                s, c = twice * c, 1.0 - twice * s
+            for start in range(0, frequencies, _DOUBLINGS):
+                if start > 0: x = x * np.float32(1 << _DOUBLINGS)
+                angle = _within_period(x) if start > 0 else x
+                s, c = sin_pi(angle), sin_pi(angle + 0.5)
+                for f in range(start, min(start + _DOUBLINGS, frequencies)):
+                    store_simd(rows, (sine + 3 * f + a) * BLOCK + l, s)
+                    store_simd(rows, (cosine + 3 * f + a) * BLOCK + l, c)
+                    twice = s + s
+                    s, c = twice * c, 1.0 - twice * s

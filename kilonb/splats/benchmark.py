@@ -7,7 +7,7 @@
 __all__ = ['benchmark_scene', 'time_calls', 'measure_rasterizer', 'stage_times', 'growth_scenes', 'measure_growth',
            'viewing_camera', 'time_frame']
 
-# %% ../../nbs/splats/benchmark.ipynb #0fea0278
+# %% ../../nbs/splats/benchmark.ipynb #41a58a43
 import math
 import statistics
 import time
@@ -18,6 +18,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from ..core.buffers import release_buffers
 from ..core.errors import KiloError
 from ..geometry.cameras import PinholeCamera, orbit_cameras
 from .gaussians import Gaussians
@@ -26,7 +27,7 @@ from .rasterizer import Render, rasterize, render_gaussians
 from .reference import rasterize_reference
 from .stages import Harmonics, Project
 from .blocks import composite_forward
-from .tiles import RECORD, fill_records, intersect_tiles
+from .tiles import intersect_tiles
 
 # %% ../../nbs/splats/benchmark.ipynb #90d8ef8a
 def benchmark_scene(count: int = 30_000, width: int = 400, height: int = 400, coverage: float = 0.65, seed: int = 0,
@@ -106,7 +107,7 @@ def measure_rasterizer(gaussians: Gaussians, camera: PinholeCamera, repeats: int
                       "threads": torch.get_num_threads(),
                       "largest_difference": (colors - reference()[0]).abs().max().item()}
 
-# %% ../../nbs/splats/benchmark.ipynb #2d865d5e
+# %% ../../nbs/splats/benchmark.ipynb #74370f87
 def stage_times(gaussians: Gaussians, camera: PinholeCamera, repeats: int = 10) -> dict[str, float]:
     """Median milliseconds of each stage of one forward pass: projection_ms, colours_ms, tile_lists_ms,
     compositing_ms."""
@@ -116,12 +117,10 @@ def stage_times(gaussians: Gaussians, camera: PinholeCamera, repeats: int = 10) 
         def project():
             return Project.apply(means, quats, scales, opacities, views, Ks, width, height, 0.3, 0.01, 1e10, 0.0, False,
                                  True)
-        means2d, depths, _, alphas, radii, factors, rows = project()
+        _, depths, _, _, _, records, rows = project()
         def shade(): return Harmonics.apply(means, centres, sh[None], gaussians.sh_degree, rows)
-        records, colors = np.empty((len(rows), RECORD), np.float32), shade().numpy()
-        def sort_into_tiles():
-            fill_records(means2d.numpy(), factors.numpy(), alphas.numpy(), radii.numpy(), records)
-            return intersect_tiles(records, depths.numpy(), rows.starts, width, height)
+        records, colors = records.numpy(), shade().numpy()
+        def sort_into_tiles(): return intersect_tiles(records, depths.numpy(), rows.starts, width, height)
         lists = sort_into_tiles()
         def draw(): return composite_forward(records, colors, lists, background, width, height)
         stages = {"projection_ms": project, "colours_ms": shade, "tile_lists_ms": sort_into_tiles,
@@ -145,8 +144,9 @@ def growth_scenes(kind: str, largest: float, count: int = 30_000, side: int = 40
     ball, camera = benchmark_scene(count, side, side)
     return [(replace(ball, log_scales=ball.log_scales + math.log(size)), camera) for size in sizes]
 
-# %% ../../nbs/splats/benchmark.ipynb #7ee25743
+# %% ../../nbs/splats/benchmark.ipynb #c3d604ad
 def _peak_megabytes(call: Callable[[], object]) -> float:
+    release_buffers()                              # memory that is kept would not be counted
     tracemalloc.start()
     try:
         call()

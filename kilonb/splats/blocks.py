@@ -9,13 +9,14 @@ __all__ = ['ALPHA_THRESHOLD', 'ALPHA_CAP', 'LEAST_TRANSMITTANCE', 'HALF', 'LARGE
            'PREFETCH_DISTANCE', 'channel_type', 'channel_count', 'CompositeOutput', 'composite_forward',
            'CompositeGradients', 'composite_backward']
 
-# %% ../../nbs/splats/blocks.ipynb #52e41a32
+# %% ../../nbs/splats/blocks.ipynb #2bd8003e
 from typing import NamedTuple
 
 import numpy as np
 from numba import njit, types
 from numba.extending import overload
 
+from ..core.buffers import reused_empty
 from ..core.simd import (absolute_value, add_scaled, and_not, any_lane, broadcast, dot_scaled, exp_negative,
                               fold_sums, interleave_quads, lane_maximum, lane_sum, lane_sums, leading_zeros, load_block,
                               load_simd, load_vectors, mark_lanes, minimum, multiply_add, multiply_pairs,
@@ -453,11 +454,12 @@ def _last_drawn(planes, stride, newest):
         largest = max(largest, newest[block])
     return largest
 
-# %% ../../nbs/splats/blocks.ipynb #1cf6ed47
+# %% ../../nbs/splats/blocks.ipynb #c396cbe7
 @njit(cache=True, forceinline=True, error_model="numpy")
 def _tile_backward(records, colors, members, pairs, begin, end, left, top, channels, absolute, planes, stride, chunk,
-                   words, newest, sums, wide, scratch, gradients):
-    """Write the rows `gradients` [P, ...] of a tile's pairs. wide: floats in a row of `sums`."""
+                   words, newest, sums, wide, scratch, gradients, drawn):
+    """Write the rows `gradients` [P, ...] of a tile's pairs up to the last that a pixel shows, and to `drawn` [P] which
+    these are. wide: floats in a row of `sums`."""
     count, largest = channel_count(channels), _last_drawn(planes, stride, newest)
     few = count if count <= _FEW else 0
     for number in range((largest + _CHUNK) // _CHUNK - 1, -1, -1):
@@ -474,11 +476,10 @@ def _tile_backward(records, colors, members, pairs, begin, end, left, top, chann
             _block_backward(chunk, word, first, colors, members, begin, block, channels, absolute, planes,
                             block * stride, sums, wide, scratch)
         for k in range(size):
+            drawn[pairs[begin + first + k]] = True
             _store_pair(channels, sums, k * wide, gradients[pairs[begin + first + k]],
                         _MIDDLE - chunk[k * _ROW + _C_X], _MIDDLE - chunk[k * _ROW + _C_Y])
-    for index in range(begin + largest + 1, end):
-        row = gradients[pairs[index]]
-        for at in range(0, len(row), _ROW): store_simd(row, at, broadcast(0.0))
+    for index in range(begin + largest + 1, end): drawn[pairs[index]] = False
 
 # %% ../../nbs/splats/blocks.ipynb #25711211
 def _read_pixels(channels, planes, at, image, place, stride, columns, rows): raise NotImplementedError
@@ -561,13 +562,13 @@ def _load_backward_state(planes, stride, tile, pixel, width, columns, rows, back
             _load_block_state(planes, at, source, pixel + y * width + x, width, columns - x, rows - y, background,
                               channels, expected, image, grad_image, grad_alphas, state, by_background)
 
-# %% ../../nbs/splats/blocks.ipynb #5fe82025
+# %% ../../nbs/splats/blocks.ipynb #4a5344d1
 @njit(nogil=True, cache=True, error_model="numpy")
 def _composite_tiles_backward(counter, records, colors, offsets, members, pairs, order, backgrounds, width, height,
                               channels, absolute, expected, images, state, grad_images, grad_alphas, wide, gradients,
-                              by_background):
-    """Write the rows of sums `gradients` [P, ...] of all pairs and [T, X] of the background in each tile, from the
-    gradients of the flat images [C * H * W * X] and alphas [C * H * W]. wide: floats in a row of a chunk's sums."""
+                              drawn, by_background):
+    """Write the rows of sums `gradients` [P, ...] of the `drawn` [P] pairs and [T, X] of the background in each tile,
+    from the gradients of the flat images [C * H * W * X] and alphas [C * H * W]. wide: floats in a row of sums."""
     across, count = -(-width // TILE), channel_count(channels)
     tiles, padded = across * -(-height // TILE), count if count <= _FEW else -(-count // _ROW) * _ROW
     stride = _GRADIENTS + padded * _BLOCK
@@ -580,7 +581,7 @@ def _composite_tiles_backward(counter, records, colors, offsets, members, pairs,
                              min(TILE, width - left), min(TILE, height - top), backgrounds[image], channels, expected,
                              images, grad_images, grad_alphas, state, by_background[tile])
         _tile_backward(records, colors, members, pairs, offsets[tile], offsets[tile + 1], left, top, channels, absolute,
-                       planes, stride, chunk, words, newest, sums, wide, scratch, gradients)
+                       planes, stride, chunk, words, newest, sums, wide, scratch, gradients, drawn)
 
 # %% ../../nbs/splats/blocks.ipynb #30c30f1e
 @njit(cache=True, forceinline=True, error_model="numpy")
@@ -595,17 +596,19 @@ def _store_gradients(record, sums, m, by_mean, by_conic, by_opacity, by_mean_abs
     by_mean_absolute[m, 0] = np.float32(2) * p * sums[6]
     by_mean_absolute[m, 1] = np.float32(2) * sums[7]
 
-# %% ../../nbs/splats/blocks.ipynb #ee1aa253
+# %% ../../nbs/splats/blocks.ipynb #11e03466
 @njit(nogil=True, cache=True, error_model="numpy")
-def _sum_pairs(counter, gradients, records, pair_starts, by_mean, by_conic, by_opacity, by_mean_absolute, by_color):
-    """Sum the pairs' rows over the pairs of each gaussian into [M, 2], [M, 3], [M, 1], [M, 2], [M, X]."""
+def _sum_pairs(counter, gradients, drawn, records, pair_starts, by_mean, by_conic, by_opacity, by_mean_absolute,
+               by_color):
+    """Sum the rows of the drawn pairs of each gaussian into [M, 2], [M, 3], [M, 1], [M, 2], [M, X]."""
     count, wide, channels = len(pair_starts) - 1, gradients.shape[1], by_color.shape[1]
     sums, skip = _aligned_buffer(wide), _SUMS if channels <= _FEW else _ROW
     for job in queued_jobs(counter, 16):
         for m in range(count * job // 16, count * (job + 1) // 16):
             for at in range(0, wide, _ROW):
                 total = broadcast(0.0)
-                for pair in range(pair_starts[m], pair_starts[m + 1]): total = total + load_simd(gradients[pair], at)
+                for pair in range(pair_starts[m], pair_starts[m + 1]):
+                    if drawn[pair]: total = total + load_simd(gradients[pair], at)
                 store_simd(sums, at, total)
             _store_gradients(records[m], sums, m, by_mean, by_conic, by_opacity, by_mean_absolute)
             for k in range(channels): by_color[m, k] = sums[skip + k]
@@ -626,7 +629,7 @@ class CompositeGradients(NamedTuple):
     color: np.ndarray
     background: np.ndarray
 
-# %% ../../nbs/splats/blocks.ipynb #0f8cc343
+# %% ../../nbs/splats/blocks.ipynb #3b0565d3
 def composite_backward(records: np.ndarray, colors: np.ndarray, lists: TileLists, backgrounds: np.ndarray,
                        output: CompositeOutput, grad_images: np.ndarray, grad_alphas: np.ndarray,
                        absolute: bool = False) -> CompositeGradients:
@@ -636,13 +639,13 @@ def composite_backward(records: np.ndarray, colors: np.ndarray, lists: TileLists
     absolute: also sum the absolute gradients of the centres.
     """
     images, height, width, channels = grad_images.shape
-    gradients = np.empty((len(lists.pairs), _pair_row(channels)), np.float32)
+    gradients, drawn = reused_empty((len(lists.pairs), _pair_row(channels))), np.empty(len(lists.pairs), np.bool_)
     by_background = np.zeros((len(output.order), channels), np.float32)
     parallel_for(_composite_tiles_backward, records, colors, lists.offsets, lists.members, lists.pairs, output.order,
                  backgrounds, width, height, channel_type(channels), absolute, output.expected,
                  output.images.reshape(-1), output.state, grad_images.reshape(-1), grad_alphas.reshape(-1),
-                 _sum_row(channels), gradients, by_background)
-    sums = [np.empty((len(records), size), np.float32) for size in (2, 3, 1, 2, channels)]
-    parallel_for(_sum_pairs, gradients, records, lists.pair_starts, *sums)
+                 _sum_row(channels), gradients, drawn, by_background)
+    sums = [reused_empty((len(records), size)) for size in (2, 3, 1, 2, channels)]
+    parallel_for(_sum_pairs, gradients, drawn, records, lists.pair_starts, *sums)
     return CompositeGradients(*sums,
                               by_background.reshape(images, -1, channels).sum(1, dtype=np.float64).astype(np.float32))

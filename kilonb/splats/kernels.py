@@ -6,11 +6,12 @@ backward.
 
 # %% auto #0
 __all__ = ['CHUNKS', 'chunk_range', 'unit_quaternion', 'rotation_matrix', 'camera_point', 'camera_axes',
-           'clamped_tangent', 'image_axes', 'image_ellipse', 'box_radius', 'project_forward', 'covariance_gradient',
-           'camera_point_gradient', 'quaternion_gradient', 'world_axes_gradient', 'project_backward', 'pack_rows',
-           'fill_basis', 'unit_direction', 'harmonics_forward', 'direction_gradient', 'harmonics_backward']
+           'clamped_tangent', 'image_axes', 'image_ellipse', 'box_radius', 'fill_rows', 'project_forward',
+           'covariance_gradient', 'camera_point_gradient', 'quaternion_gradient', 'world_axes_gradient',
+           'project_backward', 'fill_basis', 'unit_direction', 'harmonics_forward', 'direction_gradient',
+           'harmonics_backward']
 
-# %% ../../nbs/splats/kernels.ipynb #a8ceb83a
+# %% ../../nbs/splats/kernels.ipynb #3cbfbcc0
 import math
 
 import numpy as np
@@ -18,6 +19,7 @@ from numba import njit
 
 from ..core.work_queue import queued_jobs
 from .harmonics import SH_C0, SH_C1, SH_C2, SH_C3
+from .tiles import fill_record
 
 # %% ../../nbs/splats/kernels.ipynb #c5c9ff23
 CHUNKS = 64
@@ -112,56 +114,85 @@ def box_radius(variance_x, variance_y, opacity):
     reach = min(3.33, math.sqrt(2.0 * math.log(opacity * 255.0)))
     return math.ceil(min(reach * math.sqrt(variance_x), 1e9)), math.ceil(min(reach * math.sqrt(variance_y), 1e9))
 
-# %% ../../nbs/splats/kernels.ipynb #f97e0466
+# %% ../../nbs/splats/kernels.ipynb #af3a3148
 @njit(cache=True, forceinline=True, error_model="numpy")
 def _project_one(n, means, quats, scales, opacity, view, K, width, height, eps2d, near, far, radius_clip, antialiased,
-                 radii, means2d, depths, conics, alphas, factors):
-    """Project gaussian n into one camera: writes entry n of the outputs, zeros where it is not visible."""
-    radii[n, 0] = radii[n, 1] = 0
-    means2d[n, 0] = means2d[n, 1] = depths[n] = alphas[n] = 0.0
-    for k in range(3): conics[n, k] = factors[n, k] = 0.0
+                 place, radii, depths, conics, records):
+    """Project gaussian n into one camera: whether it is visible; entry `place` of the outputs is written if it is."""
     x, y, z = camera_point(view, means, n)
-    if not (near <= z <= far): return
+    if not (near <= z <= far): return False
     w, i, j, k, _ = unit_quaternion(quats, n)
     axes = camera_axes(view, rotation_matrix(w, i, j, k), np.float64(scales[n, 0]), np.float64(scales[n, 1]),
                        np.float64(scales[n, 2]))
     rows, _ = image_axes(K, x, y, z, axes, width, height)
     xx, xy, yy, determinant, sharp = image_ellipse(rows, eps2d)
-    if not determinant > 0.0: return
+    if not determinant > 0.0: return False
     alpha = opacity * math.sqrt(sharp / determinant) if antialiased else opacity
-    if not alpha >= 1.0 / 255.0: return
+    if not alpha >= 1.0 / 255.0: return False
     radius_x, radius_y = box_radius(xx, yy, alpha)
     u, v = K[0, 0] * x / z + K[0, 2], K[1, 1] * y / z + K[1, 2]
-    if radius_x <= radius_clip and radius_y <= radius_clip: return
-    if u + radius_x <= 0 or u - radius_x >= width or v + radius_y <= 0 or v - radius_y >= height: return
-    radii[n, 0], radii[n, 1] = radius_x, radius_y
-    means2d[n, 0], means2d[n, 1], depths[n], alphas[n] = u, v, z, alpha
-    conics[n, 0], conics[n, 1], conics[n, 2] = yy / determinant, -xy / determinant, xx / determinant
-    factors[n, 0], factors[n, 1], factors[n, 2] = (
-        math.sqrt(0.5 * yy / determinant),
-        -xy / math.sqrt(2.0 * yy * determinant),
-        0.5 / yy,
-    )
+    if radius_x <= radius_clip and radius_y <= radius_clip: return False
+    if u + radius_x <= 0 or u - radius_x >= width or v + radius_y <= 0 or v - radius_y >= height: return False
+    radii[place, 0], radii[place, 1], depths[place] = radius_x, radius_y, z
+    conics[place, 0], conics[place, 1], conics[place, 2] = yy / determinant, -xy / determinant, xx / determinant
+    fill_record(records, place, np.float32(u), np.float32(v), np.float32(math.sqrt(0.5 * yy / determinant)),
+                np.float32(-xy / math.sqrt(2.0 * yy * determinant)), np.float32(0.5 / yy), np.float32(alpha))
+    return True
 
-# %% ../../nbs/splats/kernels.ipynb #9a0b9968
+# %% ../../nbs/splats/kernels.ipynb #5b37bd1d
+@njit(cache=True, forceinline=True, error_model="numpy")
+def _copy_row(row, place, radii, depths, conics, records, all_radii, all_depths, all_conics, all_records):
+    for k in range(2): all_radii[row, k] = radii[place, k]
+    for k in range(3): all_conics[row, k] = conics[place, k]
+    for k in range(records.shape[1]): all_records[row, k] = records[place, k]
+    all_depths[row] = depths[place]
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def fill_rows(counter, numbers, counts, firsts, packed, copied, results, of_gaussian, gaussian_ids, camera_ids, means2d,
+              alphas, rows):
+    """Write the rows of the visible gaussians: where they are, and what `project_forward` found.
+
+    firsts: [C, CHUNKS] first row of each chunk in packed form. copied: whether `rows` have to be written.
+    results: radii, depths, conics, records of `project_forward`; rows: the same by row, [M, ...].
+    of_gaussian: [C, N], -1 where not visible. gaussian_ids, camera_ids: [visible]. means2d: [M, 2]. alphas: [M].
+    """
+    for chunk in queued_jobs(counter, CHUNKS):
+        begin, end = chunk_range(chunk, numbers.shape[1])
+        for camera in range(len(numbers)):
+            own = results[0][camera], results[1][camera], results[2][camera], results[3][camera]
+            for n in range(begin, end): of_gaussian[camera, n] = -1
+            for k in range(counts[camera, chunk]):
+                place, visible = begin + k, firsts[camera, chunk] + k
+                n = numbers[camera, place]
+                row = visible if packed else camera * numbers.shape[1] + n
+                of_gaussian[camera, n], gaussian_ids[visible], camera_ids[visible] = row, n, camera
+                means2d[row, 0], means2d[row, 1], alphas[row] = own[3][place, 0], own[3][place, 1], own[3][place, 5]
+                if copied: _copy_row(row, place, *own, *rows)
+
+# %% ../../nbs/splats/kernels.ipynb #20075ab8
 @njit(nogil=True, cache=True, error_model="numpy")
 def project_forward(counter, means, quats, scales, opacities, views, Ks, width, height, eps2d, near, far, radius_clip,
-                    antialiased, radii, means2d, depths, conics, alphas, factors):
+                    antialiased, numbers, counts, radii, depths, conics, records):
     """Project N gaussians into C cameras.
 
     counter, then means [N, 3], quats [N, 4] wxyz, scales [N, 3], opacities [N] float32, views [C, 4, 4] and Ks
     [C, 3, 3] float64, and the options of `rasterize`.
-    Writes radii [C, N, 2] int32, means2d [C, N, 2], depths [C, N], conics [C, N, 3], alphas [C, N] and factors p, q, r
-    [C, N, 3]; zeros where a gaussian is not visible.
+    Writes the visible gaussians of each chunk to the first places of the chunk's part of numbers [C, N] int32 (which
+    gaussian it is), radii [C, N, 2] int32, depths [C, N], conics [C, N, 3] and records [C, N, 8] (`tiles.fill_record`),
+    and how many there are to counts [C, CHUNKS].
     """
     for chunk in queued_jobs(counter, CHUNKS):
         begin, end = chunk_range(chunk, len(means))
         for camera in range(len(views)):
-            view, K, own = views[camera], Ks[camera], (radii[camera], means2d[camera], depths[camera], conics[camera],
-                                                       alphas[camera], factors[camera])
+            view, K, place = views[camera], Ks[camera], begin
+            own = radii[camera], depths[camera], conics[camera], records[camera]
             for n in range(begin, end):
-                _project_one(n, means, quats, scales, np.float64(opacities[n]), view, K, width, height, eps2d, near,
-                             far, radius_clip, antialiased, *own)
+                if _project_one(n, means, quats, scales, np.float64(opacities[n]), view, K, width, height, eps2d, near,
+                                far, radius_clip, antialiased, place, *own):
+                    numbers[camera, place] = n
+                    place += 1
+            counts[camera, chunk] = place - begin
 
 # %% ../../nbs/splats/kernels.ipynb #6750713b
 @njit(cache=True, forceinline=True, error_model="numpy")
@@ -277,12 +308,27 @@ def _project_one_backward(n, row, means, quats, scales, opacity, view, K, width,
     _add_view_gradient(grad_view, means, n, (grad_x, grad_y, grad_z), grad_axes,
                        (r0 * a, r1 * b, r2 * c, r3 * a, r4 * b, r5 * c, r6 * a, r7 * b, r8 * c))
 
-# %% ../../nbs/splats/kernels.ipynb #2586122c
+# %% ../../nbs/splats/kernels.ipynb #8715b79a
+@njit(cache=True, forceinline=True, error_model="numpy")
+def _clear_gradients(n, grad_means, grad_quats, grad_scales, grad_opacities):
+    for k in range(3): grad_means[n, k] = grad_scales[n, k] = 0.0
+    for k in range(4): grad_quats[n, k] = 0.0
+    grad_opacities[n] = 0.0
+
+
+@njit(cache=True, forceinline=True, error_model="numpy")
+def _has_gradient(row, grad_means2d, grad_depths, grad_conics, grad_alphas):
+    """Whether any gradient of a row is not 0; those of gaussians that no pixel shows are."""
+    return (grad_alphas[row] != 0.0 or grad_means2d[row, 0] != 0.0 or grad_means2d[row, 1] != 0.0
+            or grad_depths[row] != 0.0 or grad_conics[row, 0] != 0.0 or grad_conics[row, 1] != 0.0
+            or grad_conics[row, 2] != 0.0)
+
+# %% ../../nbs/splats/kernels.ipynb #a96233f9
 @njit(nogil=True, cache=True, error_model="numpy")
 def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, width, height, eps2d, antialiased,
                      grad_means2d, grad_depths, grad_conics, grad_alphas, grad_means, grad_quats, grad_scales,
                      grad_opacities, grad_views):
-    """Gradients of `project_forward`'s inputs, added to grad_means, grad_quats, grad_scales and grad_opacities.
+    """Gradients of `project_forward`'s inputs: grad_means, grad_quats, grad_scales and grad_opacities are overwritten.
 
     rows: [C, N] int32, entry of gaussian n of camera c in the outputs' gradients [M, ...], negative where it is not
     visible.
@@ -297,21 +343,13 @@ def project_backward(counter, rows, means, quats, scales, opacities, views, Ks, 
             view, K, own = views[camera], Ks[camera], rows[camera]
             for k in range(12): by_view[k // 4, k % 4] = 0.0
             for n in range(begin, end):
+                if camera == 0: _clear_gradients(n, grad_means, grad_quats, grad_scales, grad_opacities)
                 if own[n] < 0: continue
+                if not _has_gradient(own[n], grad_means2d, grad_depths, grad_conics, grad_alphas): continue
                 _project_one_backward(n, own[n], means, quats, scales, np.float64(opacities[n]), view, K, width, height,
                                       eps2d, antialiased, grad_means2d, grad_depths, grad_conics, grad_alphas,
                                       grad_means, grad_quats, grad_scales, grad_opacities, by_view)
             for k in range(12): grad_views[chunk, camera, k // 4, k % 4] = by_view[k // 4, k % 4]
-
-# %% ../../nbs/splats/kernels.ipynb #ca509ee8
-@njit(nogil=True, cache=True)
-def pack_rows(rows, source, target):
-    """Copy row (c, n) of source [C, N, K] to row rows[c, n] of target [M, K], where rows[c, n] >= 0."""
-    for camera in range(rows.shape[0]):
-        for n in range(rows.shape[1]):
-            row = rows[camera, n]
-            if row < 0: continue
-            for k in range(target.shape[1]): target[row, k] = source[camera, n, k]
 
 # %% ../../nbs/splats/kernels.ipynb #17cc8d4f
 @njit(cache=True, forceinline=True, error_model="numpy")
@@ -402,11 +440,11 @@ def _add_coefficient_gradients(own, grad_own, n, terms, basis, r, g, b, by_basis
         grad_own[n, k, 1] += basis[k] * g
         grad_own[n, k, 2] += basis[k] * b
 
-# %% ../../nbs/splats/kernels.ipynb #47681146
+# %% ../../nbs/splats/kernels.ipynb #33f19010
 @njit(nogil=True, cache=True, error_model="numpy")
 def harmonics_backward(counter, rows, means, centres, sh, degree, colors, grad_colors, grad_means, grad_centres,
                        grad_sh):
-    """Gradients of `harmonics_forward`'s inputs, added to grad_means [N, 3] and grad_sh (shape of sh).
+    """Gradients of `harmonics_forward`'s inputs, written to grad_means [N, 3] and grad_sh (shape of sh).
 
     grad_centres: [CHUNKS, C, 3] float64, overwritten; to be summed over chunks.
     """
@@ -420,12 +458,15 @@ def harmonics_backward(counter, rows, means, centres, sh, degree, colors, grad_c
             sum_x, sum_y, sum_z = 0.0, 0.0, 0.0
             for n in range(begin, end):
                 row = rows[camera, n]
+                if camera == 0: grad_means[n, 0] = grad_means[n, 1] = grad_means[n, 2] = 0.0
+                if camera == 0 or len(sh) > 1: grad_own[n] = 0.0
                 if row < 0: continue
-                x, y, z, distance = unit_direction(means, n, centres[camera])
-                fill_basis(x, y, z, degree, basis)
                 r = grad_colors[row, 0] if colors[row, 0] > 0 else np.float32(0)
                 g = grad_colors[row, 1] if colors[row, 1] > 0 else np.float32(0)
                 b = grad_colors[row, 2] if colors[row, 2] > 0 else np.float32(0)
+                if r == 0 and g == 0 and b == 0: continue
+                x, y, z, distance = unit_direction(means, n, centres[camera])
+                fill_basis(x, y, z, degree, basis)
                 _add_coefficient_gradients(own, grad_own, n, terms, basis, r, g, b, by_basis)
                 gx, gy, gz = direction_gradient(x, y, z, degree, by_basis)
                 along = gx * x + gy * y + gz * z

@@ -95,10 +95,10 @@ def composite_pieces(records: np.ndarray, colors: np.ndarray, lists: TileLists, 
                  output.state)
     return output
 
-# %% ../../nbs/splats/list_blocks.ipynb #850bf01d
+# %% ../../nbs/splats/list_blocks.ipynb #a3c03ba0
 @njit(nogil=True, cache=True, error_model="numpy")
 def _pieces_backward(counter, records, colors, offsets, members, pairs, order, pieces, backgrounds, channels, absolute,
-                     images, state, grad_images, grad_alphas, wide, gradients, by_background):
+                     images, state, grad_images, grad_alphas, wide, gradients, drawn, by_background):
     """`blocks._composite_tiles_backward` for pieces [S, 5]. images, grad_images, grad_alphas: [C, H, W, ...]."""
     count, height, width = channel_count(channels), images.shape[1], images.shape[2]
     stride = _GRADIENTS + (count if count <= _FEW else -(-count // _ROW) * _ROW) * _BLOCK
@@ -112,19 +112,20 @@ def _pieces_backward(counter, records, colors, offsets, members, pairs, order, p
                              bottom - top, backgrounds[image], channels, False, flat, by_image, by_alpha, state,
                              by_background[piece])
         _tile_backward(records, colors, members, pairs, offsets[piece], offsets[piece + 1], left, top, channels,
-                       absolute, planes, stride, chunk, words, newest, sums, wide, scratch, gradients)
+                       absolute, planes, stride, chunk, words, newest, sums, wide, scratch, gradients, drawn)
 
-# %% ../../nbs/splats/list_blocks.ipynb #efba4342
+# %% ../../nbs/splats/list_blocks.ipynb #df01c1f9
 def _backward_of_channels(records, colors, lists, backgrounds, output, grad_images, grad_alphas, absolute,
                           pieces) -> CompositeGradients:
     channels = colors.shape[1]
-    gradients = np.empty((len(lists.pairs), _pair_row(channels)), np.float32)
+    pairs = len(lists.pairs)
+    gradients, drawn = np.empty((pairs, _pair_row(channels)), np.float32), np.empty(pairs, np.bool_)
     by_background = np.zeros((len(pieces), channels), np.float32)
     parallel_for(_pieces_backward, records, colors, lists.offsets, lists.members, lists.pairs, output.order, pieces,
                  backgrounds, channel_type(channels), absolute, output.images, output.state, grad_images, grad_alphas,
-                 _sum_row(channels), gradients, by_background)
+                 _sum_row(channels), gradients, drawn, by_background)
     sums = [np.empty((len(records), size), np.float32) for size in (2, 3, 1, 2, channels)]
-    parallel_for(_sum_pairs, gradients, records, lists.pair_starts, *sums)
+    parallel_for(_sum_pairs, gradients, drawn, records, lists.pair_starts, *sums)
     by_image = by_background.reshape(len(backgrounds), -1, channels).sum(1, dtype=np.float64)
     return CompositeGradients(*sums, by_image.astype(np.float32))
 

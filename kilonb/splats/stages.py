@@ -7,8 +7,7 @@ CPU kernels.
 # %% auto #0
 __all__ = ['Rows', 'make_rows', 'Project', 'Harmonics', 'GatherRows', 'Composite']
 
-# %% ../../nbs/splats/stages.ipynb #5656170a
-import math
+# %% ../../nbs/splats/stages.ipynb #53ea25d5
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,17 +15,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..core.buffers import reused_empty
 from ..core.work_queue import parallel_for
 from .blocks import composite_backward, composite_forward
 from kilonb.splats.kernels import (
     CHUNKS,
+    fill_rows,
     harmonics_backward,
     harmonics_forward,
-    pack_rows,
     project_backward,
     project_forward,
 )
-from .tiles import RECORD, fill_records, intersect_tiles
+from .tiles import RECORD, intersect_tiles
 
 # %% ../../nbs/splats/stages.ipynb #f3e8d8a5
 def _array(tensor: Tensor) -> np.ndarray: return tensor.detach().contiguous().numpy()
@@ -35,7 +35,7 @@ def _array(tensor: Tensor) -> np.ndarray: return tensor.detach().contiguous().nu
 def _gradient(grad: Tensor | None, shape: tuple[int, ...]) -> np.ndarray:
     return np.zeros(shape, np.float32) if grad is None else _array(grad)
 
-# %% ../../nbs/splats/stages.ipynb #af0947a4
+# %% ../../nbs/splats/stages.ipynb #61deefb5
 @dataclass(frozen=True)
 class Rows:
     """Assignment of pairs of camera and gaussian to rows.
@@ -60,14 +60,6 @@ class Rows:
             return np.broadcast_to(values, (*self.of_gaussian.shape, values.shape[-1])).reshape(-1, values.shape[-1])
         return values[self.gaussian_ids] if values.ndim == 2 else values[self.camera_ids, self.gaussian_ids]
 
-    def flat(self, dense: np.ndarray) -> np.ndarray:
-        """Rows [M, K] of values computed for all cameras and gaussians, [C, N, K] or [C, N]."""
-        dense = dense.reshape(*self.of_gaussian.shape, math.prod(dense.shape[2:]))
-        if not self.packed: return dense.reshape(len(self), dense.shape[2])
-        target = np.empty((len(self), dense.shape[2]), dense.dtype)
-        pack_rows(self.of_gaussian, dense, target)
-        return target
-
     def gradient(self, by_rows: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         """Gradient by the argument of `of`, of the given `shape`, from the gradient by its result."""
         totals = np.zeros(shape, np.float32)
@@ -87,11 +79,26 @@ def make_rows(radii: np.ndarray, packed: bool) -> Rows:
     starts = np.concatenate([[0], np.cumsum(visible.sum(1))]) if packed else np.arange(cameras + 1) * count
     return Rows(of_gaussian, camera_ids, gaussian_ids, starts, packed)
 
-# %% ../../nbs/splats/stages.ipynb #e00d833c
+# %% ../../nbs/splats/stages.ipynb #68475628
+def _assign_rows(numbers: np.ndarray, counts: np.ndarray, results: tuple, packed: bool) -> tuple:
+    """(`Rows`, means2d, alphas, radii, depths, conics, records by row) of what `project_forward` wrote."""
+    (cameras, count), total = numbers.shape, int(counts.sum())
+    firsts, length = (np.cumsum(counts) - counts.reshape(-1)).reshape(counts.shape), total if packed else numbers.size
+    copied, make = not packed or total < numbers.size, reused_empty if packed else np.zeros
+    means2d, alphas = make((length, 2), np.float32), make(length, np.float32)
+    tables = tuple(make((length, *array.shape[2:]), array.dtype) if copied else array.reshape(length, *array.shape[2:])
+                   for array in results)
+    ids, of_gaussian = [np.empty(total, np.int64) for _ in range(2)], np.empty(numbers.shape, np.int32)
+    parallel_for(fill_rows, numbers, counts, firsts, packed, copied, results, of_gaussian, *ids, means2d, alphas,
+                 tables)
+    starts = np.append(firsts[:, 0], total) if packed else np.arange(cameras + 1) * count
+    return Rows(of_gaussian, ids[1], ids[0], starts, packed), means2d, alphas, *tables
+
+# %% ../../nbs/splats/stages.ipynb #374c7309
 class Project(torch.autograd.Function):
     """Projection as an autograd function of means, quats, scales, opacities and viewmats.
 
-    Returns means2d [M, 2], depths [M], conics [M, 3], alphas [M], and without gradient radii [M, 2], factors [M, 3],
+    Returns means2d [M, 2], depths [M], conics [M, 3], alphas [M], and without gradient radii [M, 2], records [M, 8],
     rows.
     """
 
@@ -101,22 +108,22 @@ class Project(torch.autograd.Function):
         shape = len(viewmats), len(means)
         inputs = [*(_array(tensor) for tensor in (means, quats, scales, opacities)), _array(viewmats.double()),
                   _array(Ks.double())]
-        radii = np.empty((*shape, 2), np.int32)
-        outputs = [np.empty((*shape, *size), np.float32) for size in ((2,), (), (3,), (), (3,))]
+        numbers, counts = np.empty(shape, np.int32), np.empty((len(viewmats), CHUNKS), np.int64)
+        results = (reused_empty((*shape, 2), np.int32),
+                   *(reused_empty((*shape, *size)) for size in ((), (3,), (RECORD,))))
         parallel_for(project_forward, *inputs, width, height, eps2d, near_plane, far_plane, radius_clip, antialiased,
-                     radii, *outputs)
-        rows = make_rows(radii, packed)
-        means2d, depths, conics, alphas, factors, radii = (torch.from_numpy(rows.flat(array))
-                                                           for array in (*outputs, radii))
+                     numbers, counts, *results)
+        rows, *tables = _assign_rows(numbers, counts, results, packed)
+        means2d, alphas, radii, depths, conics, records = (torch.from_numpy(table) for table in tables)
         ctx.inputs, ctx.rows = (*inputs, width, height, eps2d, antialiased), rows
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(radii, factors)
-        return means2d, depths[:, 0], conics, alphas[:, 0], radii, factors, rows
+        ctx.mark_non_differentiable(radii, records)
+        return means2d, depths, conics, alphas, radii, records, rows
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_means2d, grad_depths, grad_conics, grad_alphas, *_):
-        grads = [np.zeros_like(array) for array in ctx.inputs[:4]]
+        grads = [reused_empty(array.shape) for array in ctx.inputs[:4]]
         grad_views = np.empty((CHUNKS, len(ctx.inputs[4]), 3, 4))
         count = len(ctx.rows)
         outputs = [_gradient(*pair)
@@ -126,14 +133,14 @@ class Project(torch.autograd.Function):
         by_view = np.pad(grad_views.sum(0), ((0, 0), (0, 1), (0, 0))).astype(np.float32)
         return (*(torch.from_numpy(grad) for grad in (*grads, by_view)), *[None] * 9)
 
-# %% ../../nbs/splats/stages.ipynb #1db8fa4a
+# %% ../../nbs/splats/stages.ipynb #0545b8ac
 class Harmonics(torch.autograd.Function):
     """Colours [M, 3] as an autograd function of means [N, 3], camera centres [C, 3] and sh [1 or C, N, K, 3]."""
 
     @staticmethod
     def forward(ctx, means, centres, sh, degree, rows):
         arrays = _array(means), _array(centres.double()), _array(sh)
-        colors = np.zeros((len(rows), 3), np.float32)
+        colors = reused_empty((len(rows), 3)) if rows.packed else np.zeros((len(rows), 3), np.float32)
         parallel_for(harmonics_forward, rows.of_gaussian, *arrays, degree, colors)
         ctx.saved = (rows.of_gaussian, *arrays, degree, colors)
         return torch.from_numpy(colors)
@@ -142,7 +149,8 @@ class Harmonics(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_colors):
         _, means, centres, sh, *_ = ctx.saved
-        grad_means, grad_centres, grad_sh = np.zeros_like(means), np.empty((CHUNKS, *centres.shape)), np.zeros_like(sh)
+        grad_means, grad_sh = reused_empty(means.shape), reused_empty(sh.shape)
+        grad_centres = np.empty((CHUNKS, *centres.shape))
         parallel_for(harmonics_backward, *ctx.saved, _array(grad_colors), grad_means, grad_centres, grad_sh)
         return (
             torch.from_numpy(grad_means),
@@ -165,23 +173,23 @@ class GatherRows(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, by_rows): return torch.from_numpy(ctx.rows.gradient(_array(by_rows), tuple(ctx.shape))), None
 
-# %% ../../nbs/splats/stages.ipynb #35d16bf0
+# %% ../../nbs/splats/stages.ipynb #e2eb80b4
 class Composite(torch.autograd.Function):
     """Compositing as an autograd function of means2d, conics, alphas, colours [M, D] or None, depths and backgrounds.
 
+    The first three are drawn from `records` [M, 8], which `Project` returns with them.
     Returns images [C, H, W, X], alphas [C, H, W, 1] and the tile lists.
     absolute: [tensor whose `absgrad` the backward pass sets], or an empty list.
     """
 
     @staticmethod
-    def forward(ctx, means2d, conics, alphas, colors, depths, backgrounds, radii, factors, starts, width, height,
-                render_mode, absolute):
-        records, depth = np.empty((len(means2d), RECORD), np.float32), _array(depths)
-        fill_records(_array(means2d), _array(factors), _array(alphas), _array(radii), records)
+    def forward(ctx, means2d, conics, alphas, colors, depths, backgrounds, records, starts, width, height, render_mode,
+                absolute):
+        records, depth = _array(records), _array(depths)
         lists = intersect_tiles(records, depth, starts, width, height)
         deep = render_mode != "RGB"
-        channels = np.concatenate([*([_array(colors)] if colors is not None else []),
-                                   *([depth[:, None]] if deep else [])], 1)
+        parts = [*([_array(colors)] if colors is not None else []), *([depth[:, None]] if deep else [])]
+        channels = parts[0] if len(parts) == 1 else np.concatenate(parts, 1)
         behind = np.zeros((len(starts) - 1, channels.shape[1]), np.float32)
         if backgrounds is not None: behind[:, :colors.shape[1]] = _array(backgrounds)
         output = composite_forward(records, channels, lists, behind, width, height,
@@ -203,4 +211,4 @@ class Composite(torch.autograd.Function):
         by_depth = torch.from_numpy(grads.color[:, last].copy()) if ctx.deep else None
         return (torch.from_numpy(grads.mean), torch.from_numpy(grads.conic), torch.from_numpy(grads.opacity[:, 0]),
                 by_color if ctx.has_colors else None, by_depth,
-                torch.from_numpy(grads.background[:, :last]) if ctx.needs_input_grad[5] else None, *[None] * 7)
+                torch.from_numpy(grads.background[:, :last]) if ctx.needs_input_grad[5] else None, *[None] * 6)
