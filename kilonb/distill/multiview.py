@@ -139,7 +139,7 @@ def field_config(config: TeachingConfig, edge: float) -> FieldConfig:
     if config.kind == "kilonerf": return KiloNeRFConfig(cell_size=edge / config.cells, **values)
     return NETWORKS[config.kind](**values)
 
-# %% ../../nbs/distill/multiview.ipynb #7d42f2e0
+# %% ../../nbs/distill/multiview.ipynb #c4dc0851
 def scene_teaching(steps: int, rays: int, learning_rate: float, points_steps: int, *, seed: int = 0,
                    **fields: Any) -> TeachingConfig:
     """Settings for a training of minutes to an hour on images of 400 to 800 pixels.
@@ -151,7 +151,7 @@ def scene_teaching(steps: int, rays: int, learning_rate: float, points_steps: in
     points = LoopConfig(points_steps, 1e-2, warmup_steps=min(20, points_steps // 4), minimum_learning_rate_ratio=0.1,
                         seed=seed) if points_steps else None
     last = DistillConfig(rays, first_refresh=500, refresh_weight=0.01, refresh_until=0.8, loop=loop,
-                         pruning=PruningConfig(0.005, 0.01, rays=2_000_000))
+                         pruning=PruningConfig(0.001, 0.005, rays=8_000_000, points=4))
     return TeachingConfig(points=points and PointsConfig(loop=points), rays=last, seed=seed, **fields)
 
 # %% ../../nbs/distill/multiview.ipynb #617d0214
