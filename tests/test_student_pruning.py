@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from kilonb.core.errors import KiloError
+from kilonb.distill.multiview import scene_teaching
 from kilonb.distill.quick import train_quick_student
 from kilonb.distill.rays import RayPool
 from kilonb.distill.student import DistillConfig, load_student, make_student, prune_student, save_student
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.marching import march
 from kilonb.fields.occupancy import OccupancyGrid
-from kilonb.fields.pruning import PruningConfig
 from kilonb.fields.rendering import render_image
+from kilonb.fields.pruning import PruningConfig
 from kilonb.geometry.cameras import orbit_cameras
 from kilonb.imaging.targets import targets_from_teacher
 from kilonb.scenes.brickyard import write_brickyard
@@ -41,7 +42,11 @@ def shell():
     return student.requires_grad_(False), orbit_cameras(4, 3.0, 25, width=24, height=24)[1]
 
 
-def test_a_pruned_brickyard_loses_at_most_a_tenth_of_a_decibel_and_takes_fewer_samples(tmp_path):
+# the settings of `multi_view_response`, which hardly thin a space of soft surfaces as here, and coarser ones
+@pytest.mark.parametrize("config, share", [(scene_teaching(100, 1024, 5e-3, 0).rays, 1.0),
+                                           (DistillConfig(pruning=PruningConfig(0.005, 0.01)), 0.95)],
+                         ids=["default", "coarser"])
+def test_a_pruned_brickyard_loses_at_most_a_tenth_of_a_decibel_and_takes_fewer_samples(tmp_path, config, share):
     teacher = write_brickyard(tmp_path / "yard", width=64, height=64, train=20, test=3, count=4000)
     train_quick_student(tmp_path / "student.pt", tmp_path / "yard", 64, teacher, 150, quiet=True)
     student = load_student(tmp_path / "student.pt")[0].requires_grad_(False)
@@ -50,11 +55,11 @@ def test_a_pruned_brickyard_loses_at_most_a_tenth_of_a_decibel_and_takes_fewer_s
     targets = targets_from_teacher(teacher, held_out)
     before = [student.render(target.camera) for target in targets]
     pool = RayPool(targets_from_teacher(teacher, views), student.grid, student.step)
-    prune_student(student, pool, DistillConfig(pruning=PruningConfig(0.005, 0.01)))
+    prune_student(student, pool, config)
     after = [student.render(target.camera) for target in targets]
     scores = [sum(map(psnr, images, targets)) / len(targets) for images in (before, after)]
     counts = [sum(map(samples_per_hit_ray, images)) / len(targets) for images in (before, after)]
-    assert scores[1] > scores[0] - 0.1 and counts[1] < 0.95 * counts[0]
+    assert scores[1] > scores[0] - 0.1 and counts[1] < share * counts[0]
 
 
 def test_a_space_in_octants_is_kept_in_the_file(tmp_path):

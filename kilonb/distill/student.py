@@ -363,7 +363,7 @@ def _recorded_config(config: DistillConfig) -> dict[str, Any]:
     return {f"distill.{name}": value for name, value in whole.items()
             if name not in _AFTERWARDS and not (name in _LATER and value == default[name])}
 
-# %% ../../nbs/distill/student.ipynb #be8def50
+# %% ../../nbs/distill/student.ipynb #52068f58
 def prune_student(student: Student, pool: RayPool, config: DistillConfig) -> None:
     """Prune the space of a student by `config.pruning`, with random rays of the pool, each at most eight times in the
     mean."""
@@ -371,7 +371,8 @@ def prune_student(student: Student, pool: RayPool, config: DistillConfig) -> Non
     pool, device = pool.to(student.box.device), student.box.device
     generator = torch.Generator(device).manual_seed(config.loop.seed)
     count = min(config.pruning.rays, 8 * len(pool))
-    rays = pool.take(torch.randint(len(pool), (count,), generator=generator, device=device)).rays
+    index = torch.randint(len(pool), (count,), generator=generator, device=device)
+    rays = Rays(pool.origins[index], pool.directions[index])
     student.grid = prune_space(student.field, student.grid, rays, student.step, student.stop, config.pruning, generator)
 
 # %% ../../nbs/distill/student.ipynb #d80fabd2

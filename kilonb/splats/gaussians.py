@@ -56,7 +56,7 @@ class TensorRows:
         """The rows that `selection`, a boolean mask [N] or indices [M], selects."""
         return replace(self, **{name: tensor[selection] for name, tensor in self.parameters().items()})
 
-# %% ../../nbs/splats/gaussians.ipynb #3a365900
+# %% ../../nbs/splats/gaussians.ipynb #dadf7608
 SH_DEGREES = {1: 0, 4: 1, 9: 2, 16: 3}
 
 
@@ -99,9 +99,7 @@ class Gaussians(TensorRows):
         return f"Gaussians({len(self):,}, sh_degree={self.sh_degree}, {self.means.dtype}, {self.device}{kind})"
 
     @staticmethod
-    def concatenate(parts: Sequence["Gaussians"]) -> "Gaussians":
-        """See `concatenate_gaussians`."""
-        return concatenate_gaussians(parts)
+    def concatenate(parts: Sequence["Gaussians"]) -> "Gaussians": return concatenate_gaussians(parts)
 
     def validate(self) -> "Gaussians":
         """Return self, or raise KiloError; see `check_gaussians`."""
