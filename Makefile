@@ -33,16 +33,13 @@ demo: $(READY)
 	@echo "the demo makes a small scene, fits a student to one view of it and writes the run's page: about 2 minutes on two cores"
 	@$(BIN)/kilonb run single_view_overfit $(ARGS)
 
-# Experiments and benchmarks are run by pytest, at small size.
-LIBRARY := --n_workers 2 --do_print --skip_folder_re '^(experiments|benchmarks|explore|[_.])' \
-	--skip_file_re '^(triton_networks|simulated_device|[_.])'
 # Each in a process of its own: a device is registered with torch, and Triton's interpreter chosen, once in a process.
 ALONE := nbs/fields/triton_networks.ipynb nbs/training/simulated_device.ipynb
 
 # All are run even if one fails, so that pytest's summary is printed last; any failure fails the target. Pytest would begin
 # with the files that have most tests; tests/conftest.py puts those first that take longest.
 test: $(READY)
-	@failed=0; MPLBACKEND=Agg $(BIN)/nbdev_test $(LIBRARY) || failed=1; \
+	@failed=0; $(BIN)/python tools/notebooks.py || failed=1; \
 	started=; for own in $(ALONE); do MPLBACKEND=Agg $(BIN)/nbdev_test --path $$own & started="$$started $$!"; done; \
 	for one in $$started; do wait $$one || failed=1; done; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS) || failed=1; exit $$failed

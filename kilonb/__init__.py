@@ -27,6 +27,7 @@ _NAMES = {
     "splats.formats": "read_gaussians write_gaussians",
     "splats.ply": "read_ply write_ply",
     "splats.rasterizer": "Render rasterize render_gaussians",
+    "splats.contributions": "largest_contributions prune_gaussians",
     "splats.fit": "fit_gaussians",
     "splats.fit_config": "DefaultStrategy FitConfig MCMCStrategy",
     "splats.lookup": "GaussianLookup",

@@ -15,7 +15,7 @@ from kilonb.panoramas.checks import RIG_COVERAGE
 from kilonb.runs.folders import open_run
 from kilonb.runs.gate_files import (declared_gates, default_parameters, gate_files, gates_by_condition, read_gate_file,
                                     rules_of, settings_gap)
-from kilonb.runs.gates import GREEN, NO_GATES, NOT_RUN, PARTLY_RUN, RED, Gate, check_gates, verdict
+from kilonb.runs.gates import GREEN, NO_GATES, NOT_JUDGED, NOT_RUN, PARTLY_RUN, RED, Gate, check_gates, verdict
 from kilonb.runs.notebooks import code_cells, list_notebooks, read_notebook
 from kilonb.runs.promotion import Stage, promotions, read_policy, require_unlocked
 from kilonb.runs.records import list_runs, read_run
@@ -238,7 +238,8 @@ def test_the_gates_of_today_judge_an_old_run(tmp_path):
         "at_least", "at_most", "value", "verdict")}
     (run.folder / "results.json").write_text(json.dumps(written))
     record = read_run(run.folder)
-    assert record.ok and [line.verdict for line in judged_report(record).lines] == [RED, GREEN]
+    f1, seconds = [line.verdict for line in judged_report(record).lines]
+    assert record.ok and f1 == RED and seconds in (GREEN, NOT_JUDGED)      # seconds are judged on one kind of machine
 
 
 # Promotions

@@ -15,7 +15,8 @@ from kilonb.distill.data import (
     distillation_data_from_views,
     open_distillation_data,
 )
-from kilonb.distill.multiview import TeachingConfig, field_config, space_of_scene, steps_in, teach
+from kilonb.distill.multiview import (TeachingConfig, field_config, space_of_scene, steps_in, teach,
+                                       with_frequencies)
 from kilonb.distill.points import PointsConfig, visible_space
 from kilonb.distill.seams import Continuity, seam_error, wall_distance
 from kilonb.distill.space import occupancy_of_gaussians
@@ -116,7 +117,8 @@ def test_an_interrupted_distillation_ends_in_the_same_bits(data, result, tmp_pat
         from kilonb.distill.student import make_student
 
         grid, teacher, step = space_of_scene(data.teacher, [camera for _, camera in data.train], TEACHING)
-        fresh = make_student(grid, field_config(TEACHING, (grid.box[1] - grid.box[0]).max().item()), step, 0)
+        config = with_frequencies(TEACHING, grid, [camera for _, camera in data.train])
+        fresh = make_student(grid, field_config(config, (grid.box[1] - grid.box[0]).max().item()), step, 0)
         distill_points(fresh, teacher, [camera for _, camera in data.train], part, tmp_path / "points", quiet=True)
     else: teach(data, replace(TEACHING, rays=rays), tmp_path, quiet=True)
     assert latest_path(tmp_path / "points" if stage == "points" else tmp_path).is_file()
@@ -212,6 +214,17 @@ def test_a_checkpoint_of_another_config_is_refused(data, result, tmp_path):
     content["config"]["hidden"] = 16
     write_checkpoint(tmp_path / "other.pt", content)
     with pytest.raises(KiloError, match="does not fit its own settings"): load_student(tmp_path / "other.pt")
+
+
+def test_an_interrupted_run_without_a_finest_wave_resumes_without_it_only(data, tmp_path):
+    """As those of 0.2, whose KiloNeRF had the frequencies of its own default."""
+    loop = replace(LOOP, steps=4, warmup_steps=1, ema_decay=None, time_limit_s=1e-6)
+    old = replace(TEACHING, finest_wave=0.0, points=None, rays=replace(TEACHING.rays, loop=loop))
+    whole = lambda config: replace(config, rays=replace(config.rays, loop=replace(loop, time_limit_s=None)))
+    assert teach(data, old, tmp_path, quiet=True).rays.steps < 4
+    with pytest.raises(KiloError, match="position_frequencies"):
+        teach(data, whole(replace(old, finest_wave=4.0)), tmp_path, resume=True, quiet=True)
+    assert teach(data, whole(old), tmp_path, resume=True, quiet=True).rays.steps == 4
 
 
 def test_views_of_different_sizes_are_an_error(brickyard, tmp_path):

@@ -438,13 +438,17 @@ def test_swa_is_the_mean_of_the_snapshots_also_over_a_resume(tmp_path):
     assert load_weights(latest_path(tmp_path / "parts12"), reader).startswith("averaged")
 
 
-def test_a_run_that_ends_before_swa_begins_has_no_average(tmp_path):
+def test_a_run_that_is_stopped_before_swa_begins_has_no_average(tmp_path):
     model = nn.Linear(2, 1)
-    config = LoopConfig(40, 0.1, warmup_steps=0, swa_from=0.5, time_limit_s=1e-9)
-    result = train(lambda step, generator: {"loss": model(torch.ones(2)).square().sum()},
-                   torch.optim.SGD(model.parameters(), lr=0.1), config, model=model, folder=tmp_path, quiet=True)
-    assert result.averaged is None and load_weights(latest_path(tmp_path),
-                                                    model) == "raw weights of step 1 (its average begins after step 20)"
+
+    def step_function(step, generator):
+        if step == 1: raise KeyboardInterrupt
+        return {"loss": model(torch.ones(2)).square().sum()}
+
+    with pytest.raises(KeyboardInterrupt):
+        train(step_function, torch.optim.SGD(model.parameters(), lr=0.1),
+              LoopConfig(40, 0.1, warmup_steps=0, swa_from=0.5), model=model, folder=tmp_path, quiet=True)
+    assert load_weights(latest_path(tmp_path), model) == "raw weights of step 1 (its average begins after step 20)"
     with pytest.raises(KiloError, match="begins after step 20"):
         load_weights(latest_path(tmp_path), model, weights="averaged")
 

@@ -13,8 +13,8 @@ from kilonb.distill.student import DistillConfig, load_student, make_student, pr
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.marching import march
 from kilonb.fields.occupancy import OccupancyGrid
-from kilonb.fields.rendering import render_image
 from kilonb.fields.pruning import PruningConfig
+from kilonb.fields.rendering import render_image
 from kilonb.geometry.cameras import orbit_cameras
 from kilonb.imaging.targets import targets_from_teacher
 from kilonb.scenes.brickyard import write_brickyard

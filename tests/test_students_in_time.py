@@ -17,6 +17,7 @@ from kilonb.fields.occupancy import OccupancyGrid
 from kilonb.fields.rendering import render_image, render_rays
 from kilonb.geometry.cameras import orbit_cameras
 from kilonb.imaging.targets import ViewTarget
+from kilonb.training.averaging import load_weights
 from kilonb.training.checkpoints import latest_path, read_checkpoint
 from kilonb.training.loop import LoopConfig, train
 from kilonb.training.schedules import StepPlan, planned_factor
@@ -55,6 +56,15 @@ def test_a_run_that_ends_by_its_limit_has_passed_its_whole_schedule(clock):
     assert rates[-1] < 1.05 * 0.01 * 0.1, "the end rate"
     assert max(rates) > 0.09 and rates[0] <= 0.002, "the warm-up counts real steps, for a quarter of the run at most"
     assert result.records[-1]["schedule_progress"] > 0.97
+
+
+def test_a_limited_run_averages_its_weights_over_the_same_share_of_its_time(clock, tmp_path):
+    """It has far fewer steps than planned: the average began after 60,000 of 100,000 steps, which it never did."""
+    config = replace(CONFIG, time_limit_s=1.5, swa_from=0.6)
+    result, seen = run_limited(clock, tmp_path, config=config)
+    late = sum(position + 1 > 60_000 for position in map(int, seen))
+    assert result.steps < 5000 and result.averaged.taken["weight"] == late > 0.3 * result.steps
+    assert load_weights(latest_path(tmp_path), nn.Linear(2, 1)).startswith(f"averaged weights (SWA of the last {late} ")
 
 
 def test_the_last_rate_is_the_end_rate_within_five_percent_on_an_even_clock():

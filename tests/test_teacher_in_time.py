@@ -19,7 +19,7 @@ from kilonb.training.schedules import StepPlan
 
 FORMER = FitConfig(steps=24, initial_count=300, maximum_count=500, sh_degree=1, grow_every_steps=4, coarse_until=0.0,
                    square_from=1.0)
-STAGES = replace(FORMER, coarse_until=0.4, square_from=0.8)
+STAGES = replace(FORMER, coarse_until=0.4, square_from=0.8, prune_contribution=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,29 @@ def test_every_schedule_follows_the_position_of_the_plan(scene, small_pictures):
     rendered = render_with_meta(end.model.gaussians(), end.views.cameras[fit_module.view_order(0, 6, STAGES.seed)],
                                 torch.ones(3), 1)[0]
     torch.testing.assert_close(late["loss"], (rendered - colour - 1 + alpha).square().mean())
+
+
+def test_gaussians_that_no_view_shows_are_dropped_once_where_the_growth_ends(scene, monkeypatch):
+    """Also in a run whose position skips steps, since its time is nearly over."""
+    calls, drop = [], fit_module.prune_unseen
+
+    def counted(model, cameras, step):
+        before, dropped = len(model), drop(model, cameras, step)
+        calls.append((step, before, dropped))
+        return dropped
+
+    monkeypatch.setattr(fit_module, "prune_unseen", counted)
+    config = replace(FORMER, prune_contribution=2.0)
+    fit_gaussians(scene, config, quiet=True)
+    [(step, before, dropped)] = calls
+    assert step == 15 and 0 < dropped < before, "the first step after 0.6 of 24"
+    calls.clear()
+    fit, _ = fit_at(scene, config, 0)
+    for number, position in enumerate((11.0, 13.5, 17.2, 23.0)):
+        fit.plan.before, fit.plan.position = fit.plan.position, position
+        fit(number, torch.Generator().manual_seed(number))["loss"].backward()
+        fit.after_step(number, [])
+    assert [step for step, *_ in calls] == [18]
 
 
 def test_small_pictures_are_not_halved(scene):

@@ -6,7 +6,8 @@ dotted settings.
 
 # %% auto #0
 __all__ = ['Config', 'type_name', 'check_value', 'checked', 'build_config', 'to_dict', 'Setting', 'list_settings',
-           'setting_type', 'apply_settings', 'check_config', 'annotation_of', 'parse_value', 'read_numbers']
+           'setting_type', 'apply_settings', 'added_field', 'as_recorded', 'check_config', 'annotation_of',
+           'parse_value', 'read_numbers']
 
 # %% ../../nbs/core/configs.ipynb #abcda6fe
 import ast
@@ -297,6 +298,22 @@ def apply_settings(config: Config, settings: Mapping[str, Any], where: str = "")
     with _named(where): changed = dataclasses.replace(config, **values)
     _validate(changed, where)
     return changed
+
+# %% ../../nbs/core/configs.ipynb #a9676233
+def added_field(default: Any, before: Any) -> Any:
+    """A field of a config that older records lack. before: the value with which their runs went."""
+    return dataclasses.field(default=default, metadata={"before": before})
+
+
+def as_recorded(config: Config, record: Mapping[str, Any]) -> Config:
+    """The config whose added fields have the values of a `record` (`to_dict`), or those of before where it lacks them;
+    other fields stay."""
+    values = {}
+    for field in dataclasses.fields(config):
+        value, known = getattr(config, field.name), record.get(field.name)
+        if _is_config(value): values[field.name] = as_recorded(value, known if isinstance(known, Mapping) else {})
+        elif "before" in field.metadata: values[field.name] = record.get(field.name, field.metadata["before"])
+    return dataclasses.replace(config, **values) if values else config
 
 # %% ../../nbs/core/configs.ipynb #5faf6c15
 def check_config(config: Config, where: str = "") -> Config:

@@ -6,10 +6,11 @@ compiled to vector instructions.
 
 # %% auto #0
 __all__ = ['WIDTH', 'float32x16', 'mask16', 'multiply_pairs', 'multiply_quads', 'trailing_zeros', 'leading_zeros',
-           'SimdType', 'load_simd', 'store_simd', 'broadcast', 'prefetch_row', 'any_lane', 'and_not', 'select',
-           'multiply_add', 'minimum', 'absolute_value', 'negative_absolute_value', 'lane_indices', 'lane_sum',
-           'load_vectors', 'store_vectors', 'add_scaled', 'dot_scaled', 'lane_sums', 'weighted_lane_sums', 'fold_sums',
-           'interleave_quads', 'lane_maximum', 'load_block', 'store_block', 'mark_lanes', 'exp_negative']
+           'SimdType', 'load_simd', 'store_simd', 'broadcast', 'prefetch_row', 'aligned_zeros', 'prefetch_range',
+           'any_lane', 'and_not', 'select', 'multiply_add', 'minimum', 'absolute_value', 'negative_absolute_value',
+           'lane_indices', 'lane_sum', 'load_vectors', 'store_vectors', 'add_scaled', 'dot_scaled', 'lane_sums',
+           'weighted_lane_sums', 'fold_sums', 'interleave_quads', 'lane_maximum', 'load_block', 'store_block',
+           'mark_lanes', 'exp_negative']
 
 # %% ../../nbs/core/simd.ipynb #9d3037af
 import operator
@@ -104,6 +105,21 @@ def prefetch_row(typing, array, row):
                      [address, number(0), number(3), number(1)])
         return context.get_dummy_value()
     return types.void(array, row), emit
+
+# %% ../../nbs/core/simd.ipynb #38101571
+@njit(cache=True)
+def aligned_zeros(count):
+    """Zeros [count] float32 whose first element begins a cache line of 64 bytes."""
+    whole = np.zeros(count + WIDTH, np.float32)
+    before = (64 - whole.ctypes.data % 64) % 64 // 4
+    return whole[before:before + count]
+
+
+@njit(cache=True)
+def prefetch_range(array, first, last):
+    """Prefetch array[first:last] of a flat float32 array into the cache, as far as it reaches; no other effect."""
+    lines = array[:len(array) // WIDTH * WIDTH].reshape(-1, WIDTH)
+    for line in range(first // WIDTH, min((last + WIDTH - 1) // WIDTH, len(lines))): prefetch_row(lines, line)
 
 # %% ../../nbs/core/simd.ipynb #e3581683
 def _define(symbol, result, emit):

@@ -105,13 +105,13 @@ class DistillationData:
     def targets(self, kind: str, cache: Path | None = None,
                 further: Sequence[tuple[str, PinholeCamera]] = ()) -> list[ViewTarget]:
         """Training targets: "images", "teacher" or "both". cache: folder in which renders of the teacher are kept.
-        further: views for which there is no photograph, drawn from the teacher unless the kind is "images"."""
+        further: views for which there is no photograph, drawn from the teacher."""
         if kind not in ("images", "teacher", "both"):
             raise KiloError(f"targets is '{kind}': images, teacher or both is expected.")
         if kind != "teacher" and not self.photos:
             raise KiloError(f"targets is '{kind}', but a PLY has no photographs: choose teacher.")
         photos = targets_from_images(self.photos) if kind != "teacher" else []
-        views = [*self.train, *further] if kind != "images" else []
+        views = [*(self.train if kind != "images" else ()), *further]
         return photos + targets_from_teacher(self.teacher, views, cache)
 
 # %% ../../nbs/distill/data.ipynb #a3c89dd5

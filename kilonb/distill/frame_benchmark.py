@@ -7,21 +7,22 @@ the same frame.
 # %% auto #0
 __all__ = ['reference_frame', 'frame_counts', 'time_student_frames', 'frame_growth', 'compare_with_reference']
 
-# %% ../../nbs/distill/frame_benchmark.ipynb #1592e386
+# %% ../../nbs/distill/frame_benchmark.ipynb #d8115e47
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..core.errors import KiloError
 from .student import Student
+from ..fields.beams import first_lattice_points
 from ..fields.compositing import composite_reference
 from ..fields.kilonerf import KiloNeRF
 from ..fields.marching import RayWalk, march_reference
 from ..fields.mlp import activate
 from ..fields.rendering import FieldImage
 from ..geometry.cameras import PinholeCamera, Rays
+from ..metrics.images import over_background, psnr_srgb_db
 from ..metrics.timing import interleaved, medians
 
 # %% ../../nbs/distill/frame_benchmark.ipynb #b0610c4b
@@ -50,15 +51,20 @@ def reference_frame(student: Student, camera: PinholeCamera, chunk_rays: int = 4
         alphas.append(alpha)
     return torch.cat(colours).reshape(camera.height, camera.width, 3), torch.cat(alphas).reshape(camera.height, -1)
 
-# %% ../../nbs/distill/frame_benchmark.ipynb #152dcc69
+# %% ../../nbs/distill/frame_benchmark.ipynb #3a9f693d
 def _walk_all(student: Student, camera: PinholeCamera, stop: float, most: int = 8) -> int:
     """The number of samples of a walk along all rays of a camera that no density ends."""
-    walk = RayWalk(camera.rays(), student.grid, student.step, stop)
-    alive, total = np.arange(camera.width * camera.height), 0
+    rays = camera.rays()
+    begin = first_lattice_points(rays, camera.width, student.grid, student.step)
+    walk, alive, total = RayWalk(rays, student.grid, student.step, stop, begin), (begin >= 0).nonzero()[0], 0
     while len(alive):
         total += int(walk.next(alive, most)[1].sum())
         alive = alive[walk.begin[alive] >= 0]
     return total
+
+
+def _on_white(frame: FieldImage) -> Tensor:
+    return over_background(frame.rgb_premultiplied, frame.alpha, check=False).clamp(0, 1)
 
 
 def frame_counts(frame: FieldImage) -> dict[str, float]:
@@ -73,6 +79,7 @@ def _frame_calls(student: Student, view: PinholeCamera, width: int,
     """What `time_student_frames` times of one width, by name."""
     calls: dict[str, Callable[[], object]] = {f"frame_{width}_s": lambda: student.render(view)}
     calls |= {f"frame_{width}_stop_{100 * stop:g}_s": lambda stop=stop: student.render(view, stop) for stop in stops}
+    calls[f"frame_{width}_deferred_s"] = lambda: student.render(view, deferred=True)
     return calls | {f"walk_{width}_s": lambda: _walk_all(student, view, student.stop)}
 
 # %% ../../nbs/distill/frame_benchmark.ipynb #b68e76b2
@@ -80,14 +87,17 @@ def time_student_frames(student: Student, camera: PinholeCamera, widths: Sequenc
                         repeats: int) -> dict[str, float]:
     """Seconds of square frames of `widths` pixels, and their numbers of samples (`frame_counts`).
 
-    Names: frame_<width>_s at the student's own stop, frame_<width>_stop_<percent>_s at each of `stops`, walk_<width>_s
-    for the walk along all rays alone, and frames_per_s_<width>. Medians of `repeats` turns.
+    Names: frame_<width>_s at the student's own stop, frame_<width>_stop_<percent>_s at each of `stops`,
+    frame_<width>_deferred_s with one colour per ray, and deferred_<width>_db, the PSNR of that frame against the first;
+    walk_<width>_s for the walk along all rays alone, and frames_per_s_<width>. Medians of `repeats` turns.
     """
     results: dict[str, float] = {}
     for width in widths:
         view = camera.resized(width, width)
         results |= medians(interleaved(_frame_calls(student, view, width, stops), repeats))
-        results |= {f"{name}_{width}": value for name, value in frame_counts(student.render(view)).items()}
+        full, deferred = student.render(view), student.render(view, deferred=True)
+        results |= {f"{name}_{width}": value for name, value in frame_counts(full).items()}
+        results[f"deferred_{width}_db"] = psnr_srgb_db(_on_white(deferred), _on_white(full))
         results[f"frames_per_s_{width}"] = 1 / results[f"frame_{width}_s"]
     return results
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LOW_PASS_PIXELS2', 'MOST_SAMPLES_A_RAY', 'LEAST_SAMPLES_A_RAY', 'MOST_NETWORKS', 'pixel_blur',
-           'low_pass_voxels', 'occupancy_of_gaussians', 'tight_box', 'visual_hull', 'check_scale']
+           'pixel_width', 'low_pass_voxels', 'occupancy_of_gaussians', 'tight_box', 'visual_hull', 'check_scale']
 
 # %% ../../nbs/distill/space.ipynb #bbcc9cba
 import math
@@ -31,6 +31,17 @@ def pixel_blur(means: Tensor, cameras: Sequence[PinholeCamera]) -> Tensor:
         depth = (means - camera.position.to(means)) @ camera.camera_to_world[:3, 2].to(means)
         blur = torch.maximum(blur, depth * (LOW_PASS_PIXELS2**0.5 / min(camera.fx, camera.fy)))
     return blur
+
+# %% ../../nbs/distill/space.ipynb #166b01a8
+def pixel_width(points: Tensor, cameras: Sequence[PinholeCamera]) -> float:
+    """Width of a pixel at the points [N, 3], metres: at each that of the camera with the narrowest ones, of these the
+    median; 0 where no camera has a point in front."""
+    finest = points.new_full((len(points),), math.inf)
+    for camera in cameras:
+        depth = (points - camera.position.to(points)) @ camera.camera_to_world[:3, 2].to(points)
+        finest = torch.minimum(finest, torch.where(depth > 0, depth / max(camera.fx, camera.fy), math.inf))
+    seen = finest[finest.isfinite()]
+    return seen.median().item() if len(seen) else 0.0
 
 # %% ../../nbs/distill/space.ipynb #4de715e0
 def low_pass_voxels(means: Tensor, cameras: Sequence[PinholeCamera], grid: OccupancyGrid) -> int:

@@ -6,17 +6,18 @@
 __all__ = ['WHOLE_VOXEL', 'FieldConfig', 'Student', 'make_student', 'DistillConfig', 'overlapping', 'gather_render',
            'Distillation', 'prune_student', 'distill', 'save_student', 'load_student']
 
-# %% ../../nbs/distill/student.ipynb #dede7198
+# %% ../../nbs/distill/student.ipynb #c1f245b4
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.configs import checked
+from ..core.configs import added_field, checked
 from .losses import DistortionConfig, ResponseLossConfig, Term, add_terms, response_loss
 from .direction import DirectionConfig, schedule_direction
 from .heldout import held_out_scorer
@@ -89,10 +90,10 @@ class Student(nn.Module):
     def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
         super()._load_from_state_dict(self.upgrade_state(state_dict, prefix), prefix, *arguments)
 
-    def render(self, camera: PinholeCamera, stop: float | None = None) -> FieldImage:
+    def render(self, camera: PinholeCamera, stop: float | None = None, deferred: bool = False) -> FieldImage:
         """An image of the field (`fields.rendering.render_image`). stop: share of the light below which a ray ends;
-        None: the student's own."""
-        return render_image(self.field, camera, self.grid, self.step, stop=stop or self.stop)
+        None: the student's own. deferred: one colour per ray."""
+        return render_image(self.field, camera, self.grid, self.step, stop=stop or self.stop, deferred=deferred)
 
     def frame_source(self, weights: str = "raw", name: str = "in memory", sha256: str = "") -> FrameSource:
         """The student as a source of frames (`imaging.sources`); without chunks of rays, `render` is used."""
@@ -135,24 +136,23 @@ def make_student(grid: OccupancyGrid, config: FieldConfig, step: float, seed: in
     else: field = (MLPField if isinstance(config, MLPConfig) else HashGridField)(grid.box, config, generator)
     return Student(field, grid, step).to(grid.box.device)
 
-# %% ../../nbs/distill/student.ipynb #d6db8d98
+# %% ../../nbs/distill/student.ipynb #8ac60c3d
 @dataclass(frozen=True)
 @checked
 class DistillConfig:
     """Settings of the training on rays.
 
-    rays: per step. foreground: share of them with target alpha above 0.
-    first_refresh: step of the first occupancy refresh, repeated at its doublings and every refresh_every steps; 0:
-    none. refresh_until: share of the run after which the occupancy stays. refresh_weight: contribution to a ray below
-    which a voxel is dropped. tight_from: share of the run from which on a refresh keeps no voxels around those that
-    contribute, so that rays have fewer samples; 1: never. pruning: of the space after the training (`fields.pruning`).
-    overlap: share of a cell, below 1/2, by which the cells of a KiloNeRF overlap in training (`distill.seams`).
-    stop: transmittance below which rays end, in training and in rendering. distortion: loss for thin surfaces.
-    fixed_batch: the same rays in every step. residual_share: of the rays, drawn by the last errors (`distill.rays`).
-    march_start: distance between samples at the beginning, as a multiple of the student's; it falls to 1 over the
-    share march_ramp of the run. direction: schedule of the direction branch (`distill.direction`).
-    evaluate_views: scored every `loop.evaluate_every_steps`. alpha_floor: mean alpha of foreground rays below which
-    training stops. loop: steps, learning rate, averaging, checkpoints. loss: weights of the loss terms.
+    rays: per step. foreground: share of them with target alpha above 0. first_refresh: step of the first occupancy
+    refresh, 0: none; others at its doublings and every refresh_every steps. refresh_until: share of the run after which
+    the occupancy stays. refresh_weight: contribution to a ray below which a voxel is dropped. tight_from: share of the
+    run from which on a refresh keeps no voxels around those that contribute; 1: never. pruning: of the finished space.
+    overlap: share of a cell, below 1/2, by which the cells of a KiloNeRF overlap in training (`distill.seams`). stop:
+    transmittance below which rays end. distortion: loss for thin surfaces. fixed_batch: the same rays in every step.
+    residual_share: of the rays, drawn by the last errors (`distill.rays`). march_start: distance between samples at the
+    beginning, as a multiple of the student's; it falls to 1 over the share march_ramp of the run. march_finished: that
+    of the finished student, as a multiple of the one in training. direction: schedule of the direction branch
+    (`distill.direction`). evaluate_views: scored every `loop.evaluate_every_steps`. alpha_floor: mean alpha of
+    foreground rays below which training stops. loop: see `training.loop`. loss: weights of its terms.
     """
 
     rays: int = 4096
@@ -170,6 +170,7 @@ class DistillConfig:
     residual_share: float = 0.0
     march_start: float = 1.0
     march_ramp: float = 0.5
+    march_finished: float = added_field(1.0, before=1.0)
     direction: DirectionConfig = DirectionConfig()
     alpha_floor: float = 0.1
     evaluate_views: int = 4
@@ -177,11 +178,10 @@ class DistillConfig:
     loss: ResponseLossConfig = field(default_factory=ResponseLossConfig)
 
     def __post_init__(self): _check_distill(self)
-
     def march_factor(self, step: int) -> float: return _march_factor(self, step)
     def refreshes(self, step: int, scheduled: int | None = None) -> bool: return _refreshes(self, step, scheduled)
 
-# %% ../../nbs/distill/student.ipynb #8c014587
+# %% ../../nbs/distill/student.ipynb #1c278bf9
 def _check_distill(config: DistillConfig) -> None:
     """Raises KiloError for values out of range or at odds."""
     if config.evaluate_views < 1:
@@ -195,6 +195,9 @@ def _check_distill(config: DistillConfig) -> None:
             raise KiloError(f"{name} is {getattr(config, name):g}; expected a share from 0 to 1.")
     if not 1 <= config.march_start <= 16:
         raise KiloError(f"march_start is {config.march_start:g}; expected a multiple of the step from 1 to 16.")
+    if not 1 / 16 <= config.march_finished <= 16:
+        raise KiloError(f"march_finished is {config.march_finished:g}; expected a multiple of the step from 1/16 to "
+                        "16.")
     if config.fixed_batch and config.residual_share:
         raise KiloError(f"fixed_batch draws the same rays in every step, and residual_share = "
                         f"{config.residual_share:g} others: set one of them only.")
@@ -349,10 +352,10 @@ def _distillation_step(run: Distillation, step: int, generator: torch.Generator)
     for term in run.terms.values(): values |= term.measure(step, {**losses, "total": values["loss"]}, student)
     return values
 
-# %% ../../nbs/distill/student.ipynb #cd209eae
+# %% ../../nbs/distill/student.ipynb #e6d41b77
 _LATER = {"residual_share", "march_start", "march_ramp", "direction", "evaluate_views", "stop", "distortion",
           "tight_from"}                                                                        # not in 0.1
-_AFTERWARDS = {"loop", "pruning"}                                             # a resumed run may have others
+_AFTERWARDS = {"loop", "pruning", "march_finished"}                           # a resumed run may have others
 
 
 def _recorded_config(config: DistillConfig) -> dict[str, Any]:
@@ -363,19 +366,19 @@ def _recorded_config(config: DistillConfig) -> dict[str, Any]:
     return {f"distill.{name}": value for name, value in whole.items()
             if name not in _AFTERWARDS and not (name in _LATER and value == default[name])}
 
-# %% ../../nbs/distill/student.ipynb #52068f58
+# %% ../../nbs/distill/student.ipynb #3b282486
 def prune_student(student: Student, pool: RayPool, config: DistillConfig) -> None:
     """Prune the space of a student by `config.pruning`, with random rays of the pool, each at most eight times in the
     mean."""
-    if not config.pruning.weight: return
+    if not config.pruning.weight and not config.pruning.alpha: return
     pool, device = pool.to(student.box.device), student.box.device
     generator = torch.Generator(device).manual_seed(config.loop.seed)
-    count = min(config.pruning.rays, 8 * len(pool))
+    count = min(config.pruning.rays, 8 * len(pool)) if config.pruning.weight else 0    # octants need no rays
     index = torch.randint(len(pool), (count,), generator=generator, device=device)
     rays = Rays(pool.origins[index], pool.directions[index])
     student.grid = prune_space(student.field, student.grid, rays, student.step, student.stop, config.pruning, generator)
 
-# %% ../../nbs/distill/student.ipynb #d80fabd2
+# %% ../../nbs/distill/student.ipynb #084aa407
 def distill(student: Student, pool: RayPool, config: DistillConfig, folder: Path | None = None, *,
             terms: Sequence[Term] = (), resume: bool = False, blank_db: float | None = None,
             settings: dict | None = None, quiet: bool = False, world: World | None = None,
@@ -407,8 +410,10 @@ def distill(student: Student, pool: RayPool, config: DistillConfig, folder: Path
                    guards=[guard], after_step=run.after_step, settings=known, resume=resume, description="distilling",
                    quiet=quiet, world=world, evaluate=scorer, plan=run.plan)
     if result.averaged is not None: student.load_state_dict(result.averaged.average, strict=False)
+    start = time.perf_counter()
     prune_student(student, pool, config)
-    return result
+    student.step *= config.march_finished
+    return replace(result, seconds=result.seconds + time.perf_counter() - start)
 
 # %% ../../nbs/distill/student.ipynb #4407ca19
 def save_student(student: Student, path: str | Path, weights: str) -> None:

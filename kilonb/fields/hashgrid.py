@@ -9,9 +9,9 @@ __all__ = ['PRIMES', 'LEVEL_RESOLUTION', 'LEVEL_LAST_X', 'LEVEL_LAST_Y', 'LEVEL_
            'LEVEL_STRIDE_Y', 'LEVEL_STRIDE_Z', 'LEVEL_SLOTS', 'HEAD_DIRECTION_FREQUENCIES', 'HEAD_INPUTS',
            'HEAD_HIDDEN', 'HEAD_FEATURES', 'HEAD_POSITION_WEIGHTS', 'HEAD_POSITION_BIASES', 'HEAD_DENSITY_WEIGHTS',
            'HEAD_DENSITY_BIASES', 'HEAD_FEATURE_WEIGHTS', 'HEAD_FEATURE_BIASES', 'HEAD_DIRECTION_WEIGHTS',
-           'HEAD_DIRECTION_BIASES', 'HEAD_RGB_WEIGHTS', 'HEAD_RGB_BIASES', 'HEAD_SLOTS', 'HEAD_LAYER_SLOTS', 'PARTS',
-           'HashGridConfig', 'Level', 'place_levels', 'kernel_levels', 'read_grids', 'write_grids', 'HeadLayout',
-           'encode_reference', 'HashGridField']
+           'HEAD_DIRECTION_BIASES', 'HEAD_RGB_WEIGHTS', 'HEAD_RGB_BIASES', 'HEAD_DENSITY_ONLY', 'HEAD_SLOTS',
+           'HEAD_LAYER_SLOTS', 'PARTS', 'HashGridConfig', 'Level', 'place_levels', 'kernel_levels', 'read_grids',
+           'write_grids', 'HeadLayout', 'encode_reference', 'HashGridField']
 
 # %% ../../nbs/fields/hashgrid.ipynb #67e281e4
 from dataclasses import dataclass
@@ -23,15 +23,17 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from ..core.configs import checked
 from ..core.errors import KiloError
+from ..core.simd import aligned_zeros
 from .encodings import fourier_encode, fourier_width
 from .blocking import network_blocking
 from .encoding_rows import encode_rows
 from .kernels import (RowLayout, _keep_with_gradient, copy_sums, gather_gradient, gather_columns,
                                    input_gradient, layer_rows, layer_sums, mask_rows, padded_size, slot_table)
-from .mlp import BoxField
+from .mlp import BoxField, place_rows
 from .register_tiles import BLOCK, START_OUTPUT, START_ZERO, round_up
 
 PRIMES = 1, 2654435761, 805459861
@@ -211,7 +213,8 @@ HEAD_DIRECTION_FREQUENCIES, HEAD_INPUTS, HEAD_HIDDEN, HEAD_FEATURES = range(4)
 HEAD_POSITION_WEIGHTS, HEAD_POSITION_BIASES, HEAD_DENSITY_WEIGHTS, HEAD_DENSITY_BIASES = range(4, 8)
 HEAD_FEATURE_WEIGHTS, HEAD_FEATURE_BIASES, HEAD_DIRECTION_WEIGHTS, HEAD_DIRECTION_BIASES = range(8, 12)
 HEAD_RGB_WEIGHTS, HEAD_RGB_BIASES = range(12, 14)
-HEAD_SLOTS = 14
+HEAD_DENSITY_ONLY = 14                                                # 1: colours are not evaluated
+HEAD_SLOTS = 15
 HEAD_LAYER_SLOTS = {
     "position_layer": (HEAD_POSITION_WEIGHTS, HEAD_POSITION_BIASES),
     "density_head": (HEAD_DENSITY_WEIGHTS, HEAD_DENSITY_BIASES),
@@ -237,10 +240,10 @@ class HeadLayout(RowLayout):
                 "feature_layer": (self.hidden, self.features),
                 "direction_layer": (self.features + direction, self.hidden), "rgb_head": (self.hidden, 3)}
 
-    def table(self) -> np.ndarray:
-        """The layout as the kernels read it, [HEAD_SLOTS] int64."""
+    def table(self, density_only: bool = False) -> np.ndarray:
+        """The layout as the kernels read it, [HEAD_SLOTS] int64. density_only: without colours and gradients."""
         numbers = {HEAD_DIRECTION_FREQUENCIES: self.direction_frequencies, HEAD_INPUTS: self.inputs,
-                   HEAD_HIDDEN: self.hidden, HEAD_FEATURES: self.features}
+                   HEAD_HIDDEN: self.hidden, HEAD_FEATURES: self.features, HEAD_DENSITY_ONLY: int(density_only)}
         return slot_table(numbers, self.offsets, HEAD_LAYER_SLOTS, HEAD_SLOTS)
 
 # %% ../../nbs/fields/hashgrid.ipynb #0a7729aa
@@ -264,10 +267,11 @@ def _head_block_forward(blocking, w, t, rows, used):
     """Evaluate the network (parameters w, layout table t) on the encoded positions and directions of a block."""
     hidden, features, direction = t[HEAD_HIDDEN], t[HEAD_FEATURES], 3 + 6 * t[HEAD_DIRECTION_FREQUENCIES]
     h1, f, view, h2, raw, _, _, _, _, _, _ = _head_rows(t)
-    encode_rows(rows, view, t[HEAD_DIRECTION_FREQUENCIES], used)
     layer_rows(blocking, w, t[HEAD_POSITION_WEIGHTS], t[HEAD_POSITION_BIASES], rows, 0, t[HEAD_INPUTS], h1, hidden,
                True, used)
     layer_rows(blocking, w, t[HEAD_DENSITY_WEIGHTS], t[HEAD_DENSITY_BIASES], rows, h1, hidden, raw, 1, False, used)
+    if t[HEAD_DENSITY_ONLY]: return
+    encode_rows(rows, view, t[HEAD_DIRECTION_FREQUENCIES], used)
     layer_rows(blocking, w, t[HEAD_FEATURE_WEIGHTS], t[HEAD_FEATURE_BIASES], rows, h1, hidden, f, features, False, used)
     layer_rows(blocking, w, t[HEAD_DIRECTION_WEIGHTS], t[HEAD_DIRECTION_BIASES], rows, f, features + direction, h2,
                hidden, True, used)
@@ -327,7 +331,7 @@ def _head_forward(blocking, w, t, kept, encoded, directions, raw):
     flat; kept: indices of all samples."""
     for part in numba.prange(PARTS):
         numbers = _head_rows(t)
-        rows, top = np.zeros(numbers[10] * BLOCK, np.float32), numbers[4] * BLOCK
+        rows, top = aligned_zeros(numbers[10] * BLOCK), numbers[4] * BLOCK
         end = len(kept) * (part + 1) // PARTS
         for first in range(len(kept) * part // PARTS, end, BLOCK):
             last = min(first + BLOCK, end)
@@ -343,8 +347,8 @@ def _head_backward(blocking, w, t, kept, encoded, directions, grad_raw, padded, 
     grad_encoded [inputs, K]. padded: length of the padded sums."""
     for part in numba.prange(PARTS):
         numbers = _head_rows(t)
-        rows, sums = np.zeros(numbers[10] * BLOCK, np.float32), np.zeros(padded, np.float32)
-        turned = np.zeros(BLOCK * round_up(max(t[HEAD_HIDDEN], t[HEAD_FEATURES]), 16), np.float32)
+        rows, sums = aligned_zeros(numbers[10] * BLOCK), aligned_zeros(padded)
+        turned = aligned_zeros(BLOCK * round_up(max(t[HEAD_HIDDEN], t[HEAD_FEATURES]), 16))
         end = len(kept) * (part + 1) // PARTS
         for first in range(len(kept) * part // PARTS, end, BLOCK):
             last = min(first + BLOCK, end)
@@ -357,15 +361,22 @@ def _head_backward(blocking, w, t, kept, encoded, directions, grad_raw, padded, 
         _head_gradient(t, sums, grad_w[part])
 
 # %% ../../nbs/fields/hashgrid.ipynb #69f4c184
+def _evaluate_grid(table: Tensor, network: Tensor, points: Tensor, directions: Tensor, levels: np.ndarray,
+                   head: np.ndarray) -> tuple[Tensor, Tensor]:
+    """(encoded positions [2 L, N], raw density and colour [N, 4]) by the compiled kernels."""
+    encoded, raw = points.new_empty(2 * len(levels), len(points)), points.new_empty(len(points), 4)
+    arrays = [a.detach().contiguous().numpy() for a in (table, network, points, directions)]
+    read_grids(numba.get_num_threads(), levels, arrays[2], arrays[0], encoded.numpy())
+    _head_forward(network_blocking(), arrays[1], head, np.arange(len(points), dtype=np.int32), encoded.numpy(),
+                  arrays[3].reshape(-1), raw.numpy())
+    return encoded, raw
+
+
 class _HashGrid(torch.autograd.Function):
     @staticmethod
     def forward(ctx, table, network, points, directions, levels, layout):
         head = layout.table()
-        encoded, raw = points.new_empty(2 * len(levels), len(points)), points.new_empty(len(points), 4)
-        arrays = [a.detach().contiguous().numpy() for a in (table, network, points, directions)]
-        read_grids(numba.get_num_threads(), levels, arrays[2], arrays[0], encoded.numpy())
-        _head_forward(network_blocking(), arrays[1], head, np.arange(len(points), dtype=np.int32), encoded.numpy(),
-                      arrays[3].reshape(-1), raw.numpy())
+        encoded, raw = _evaluate_grid(table, network, points, directions, levels, head)
         ctx.save_for_backward(network, points, directions, encoded)
         ctx.shape, ctx.padded = (levels, head, table.shape), padded_size(layout.shapes.values())
         return raw
@@ -428,13 +439,20 @@ class HashGridField(BoxField):
         directions, too."""
         return _head_reference(self, _hidden(self, positions), directions)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the kernels are used: on a CPU, in float32."""
+        return self.table.device.type == "cpu" and self.table.dtype == torch.float32
+
     def _raw(self, positions: Tensor, directions: Tensor) -> Tensor:
-        compiled = self.table.device.type == "cpu" and self.table.dtype == torch.float32
-        if not compiled: return self.run_reference(positions, directions)
+        if not self.compiled: return self.run_reference(positions, directions)
         return _HashGrid.apply(self.table, self.network, self._units(positions), directions, kernel_levels(self.levels),
                                self.layout)
 
     def _features(self, positions: Tensor) -> Tensor: return _linear(self, "feature_layer", _hidden(self, positions))
+    def densities(self, positions: Tensor) -> Tensor:
+        """Density [N], 1/metre, at positions [N, 3], metres, without gradients and colours; 0 outside the box."""
+        return _densities(self, positions)
 
     def parameter_groups(self, rate: float) -> list[dict[str, Any]]:
         """Parameter groups for an optimiser: the network with the learning rate `rate`, the table with a larger one,
@@ -442,6 +460,17 @@ class HashGridField(BoxField):
         return [{"params": [self.network], "lr": rate}, {"params": [self.table], "lr": rate * self.config.table_rate}]
 
     def _units(self, positions: Tensor) -> Tensor: return (positions - self.box[0]) / (self.box[1] - self.box[0]).max()
+
+# %% ../../nbs/fields/hashgrid.ipynb #96df2ab3
+@torch.no_grad()
+def _densities(field: HashGridField, positions: Tensor) -> Tensor:
+    if not field.compiled: return field(positions, torch.zeros_like(positions))[0]
+    index = field._inside(positions).nonzero().flatten()
+    units = field._units(positions[index])
+    _, raw = _evaluate_grid(field.table, field.network, units, units, kernel_levels(field.levels),
+                            field.layout.table(density_only=True))
+    found = field.config.density_scale * softplus(raw[:, 0] + field.config.density_bias)
+    return place_rows(found, index, len(positions))
 
 # %% ../../nbs/fields/hashgrid.ipynb #129d019b
 def _linear(field: HashGridField, name: str, x: Tensor) -> Tensor:

@@ -8,9 +8,9 @@ its own network.
 __all__ = ['POSITION_FREQUENCIES', 'DIRECTION_FREQUENCIES', 'HIDDEN', 'POSITION_2_INPUTS', 'POSITION_1_WEIGHTS',
            'POSITION_1_BIASES', 'POSITION_2_WEIGHTS', 'POSITION_2_BIASES', 'DENSITY_WEIGHTS', 'DENSITY_BIASES',
            'FEATURE_WEIGHTS', 'FEATURE_BIASES', 'DIRECTION_WEIGHTS', 'DIRECTION_BIASES', 'RGB_WEIGHTS', 'RGB_BIASES',
-           'NETWORK_SLOTS', 'NETWORK_LAYER_SLOTS', 'RowLayout', 'slot_table', 'NetworkLayout', 'layer_rows',
-           'layer_sums', 'input_gradient', 'mask_rows', 'copy_sums', 'padded_size', 'sort_by_network', 'gather_columns',
-           'prefetch_samples', 'gather_gradient', 'run_networks', 'evaluate_networks_into']
+           'DENSITY_ONLY', 'NETWORK_SLOTS', 'NETWORK_LAYER_SLOTS', 'RowLayout', 'slot_table', 'NetworkLayout',
+           'layer_rows', 'layer_sums', 'input_gradient', 'mask_rows', 'copy_sums', 'padded_size', 'sort_by_network',
+           'gather_columns', 'prefetch_samples', 'gather_gradient', 'run_networks', 'evaluate_networks_into']
 
 # %% ../../nbs/fields/kernels.ipynb #322c70ac
 from collections.abc import Mapping
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.simd import WIDTH, load_simd, prefetch_row, select, store_simd
+from ..core.simd import WIDTH, aligned_zeros, load_simd, prefetch_range, prefetch_row, select, store_simd
 from .blocking import network_blocking
 from .encoding_rows import encode_rows
 from .encodings import fourier_width
@@ -66,7 +66,8 @@ POSITION_FREQUENCIES, DIRECTION_FREQUENCIES, HIDDEN, POSITION_2_INPUTS = range(4
 POSITION_1_WEIGHTS, POSITION_1_BIASES, POSITION_2_WEIGHTS, POSITION_2_BIASES = range(4, 8)
 DENSITY_WEIGHTS, DENSITY_BIASES, FEATURE_WEIGHTS, FEATURE_BIASES = range(8, 12)
 DIRECTION_WEIGHTS, DIRECTION_BIASES, RGB_WEIGHTS, RGB_BIASES = range(12, 16)
-NETWORK_SLOTS = 16
+DENSITY_ONLY = 16                                                     # 1: colours are not evaluated
+NETWORK_SLOTS = 17
 NETWORK_LAYER_SLOTS = {
     "position_layer_1": (POSITION_1_WEIGHTS, POSITION_1_BIASES),
     "position_layer_2": (POSITION_2_WEIGHTS, POSITION_2_BIASES), "density_head": (DENSITY_WEIGHTS, DENSITY_BIASES),
@@ -104,10 +105,11 @@ class NetworkLayout(RowLayout):
                 "density_head": (self.hidden, 1), "feature_layer": (self.hidden, self.hidden),
                 "direction_layer": (self.hidden + direction, self.hidden), "rgb_head": (self.hidden, 3)}
 
-    def table(self) -> np.ndarray:
-        """The layout as the kernels read it, [NETWORK_SLOTS] int64."""
+    def table(self, density_only: bool = False) -> np.ndarray:
+        """The layout as the kernels read it, [NETWORK_SLOTS] int64. density_only: without colours, for frames only."""
         numbers = {POSITION_FREQUENCIES: self.position_frequencies, DIRECTION_FREQUENCIES: self.direction_frequencies,
-                   HIDDEN: self.hidden, POSITION_2_INPUTS: self.shapes["position_layer_2"][0]}
+                   HIDDEN: self.hidden, POSITION_2_INPUTS: self.shapes["position_layer_2"][0],
+                   DENSITY_ONLY: int(density_only)}
         return slot_table(numbers, self.offsets, NETWORK_LAYER_SLOTS, NETWORK_SLOTS)
 
 # %% ../../nbs/fields/kernels.ipynb #ae761808
@@ -179,7 +181,7 @@ def _row_numbers(t):
 def _block_rows(t):
     """A zeroed array for the rows of one block and their gradients."""
     hidden, position, direction = t[HIDDEN], 3 + 6 * t[POSITION_FREQUENCIES], 3 + 6 * t[DIRECTION_FREQUENCIES]
-    return np.zeros((8 * hidden + position + direction + 8 + 16) * BLOCK, np.float32)
+    return aligned_zeros((8 * hidden + position + direction + 8 + 16) * BLOCK)
 
 # %% ../../nbs/fields/kernels.ipynb #58c5922e
 @numba.njit(cache=True)
@@ -188,13 +190,14 @@ def _block_forward(blocking, w, base, t, rows, used):
     hidden, position, direction = t[HIDDEN], 3 + 6 * t[POSITION_FREQUENCIES], 3 + 6 * t[DIRECTION_FREQUENCIES]
     encoded, second, features, view, third, raw, _, _, _, _, _ = _row_numbers(t)
     encode_rows(rows, encoded, t[POSITION_FREQUENCIES], used)
-    encode_rows(rows, view, t[DIRECTION_FREQUENCIES], used)
     layer_rows(blocking, w, base + t[POSITION_1_WEIGHTS], base + t[POSITION_1_BIASES], rows, encoded, position, 0,
                hidden, True, used)
     layer_rows(blocking, w, base + t[POSITION_2_WEIGHTS], base + t[POSITION_2_BIASES], rows, 0, t[POSITION_2_INPUTS],
                second, hidden, True, used)
     layer_rows(blocking, w, base + t[DENSITY_WEIGHTS], base + t[DENSITY_BIASES], rows, second, hidden, raw, 1, False,
                used)
+    if t[DENSITY_ONLY]: return
+    encode_rows(rows, view, t[DIRECTION_FREQUENCIES], used)
     layer_rows(blocking, w, base + t[FEATURE_WEIGHTS], base + t[FEATURE_BIASES], rows, second, hidden, features,
                hidden, False, used)
     layer_rows(blocking, w, base + t[DIRECTION_WEIGHTS], base + t[DIRECTION_BIASES], rows, features,
@@ -320,6 +323,7 @@ def _networks_forward(parts, blocking, w, size, t, order, starts, local, directi
     for part in numba.prange(parts):
         rows, top = _block_rows(t), _row_numbers(t)[5] * BLOCK
         for n in range(bounds[part], bounds[part + 1]):
+            prefetch_range(w, (n + 1) * size, (n + 2) * size)
             for first in range(starts[n], starts[n + 1], BLOCK):
                 last = min(first + BLOCK, starts[n + 1])
                 prefetch_samples(order, last, last + BLOCK, points, views)
@@ -344,14 +348,16 @@ def _networks_backward(parts, blocking, w, size, t, order, starts, local, direct
     bounds, most = _balanced_bounds(starts, parts), np.max(np.diff(starts))
     points, views = local.reshape(-1, 3), directions.reshape(-1, 3)
     for part in numba.prange(parts):
-        rows, turned = _block_rows(t), np.zeros(BLOCK * round_up(t[HIDDEN], 16), np.float32)
-        sums, kept = np.zeros(padded, np.float32), np.empty(most, np.int32)
+        rows, turned = _block_rows(t), aligned_zeros(BLOCK * round_up(t[HIDDEN], 16))
+        sums, kept = aligned_zeros(padded), np.empty(most, np.int32)
         for n in range(bounds[part], bounds[part + 1]):
             count = _keep_with_gradient(order, starts[n], starts[n + 1], grad_raw, kept)
             if count == 0:
                 grad[n * size:(n + 1) * size] = 0
                 continue
             sums[:] = 0
+            prefetch_range(w, (n + 1) * size, (n + 2) * size)
+            prefetch_range(grad, n * size, (n + 1) * size)
             for first in range(0, count, BLOCK):
                 last = min(first + BLOCK, count)
                 if last < count: prefetch_samples(kept, last, min(last + BLOCK, count), points, views)
@@ -404,11 +410,13 @@ def _mark_missing(network, raw):
 
 
 def evaluate_networks_into(networks: Tensor, layout: NetworkLayout, network: np.ndarray, local: np.ndarray,
-                           directions: np.ndarray, raw: np.ndarray) -> None:
+                           directions: np.ndarray | None, raw: np.ndarray) -> None:
     """raw[:N] = density and colour as `run_networks` gives them, without gradients; density minus infinity where the
-    network is negative. network: [N] int64; local, directions: [N, 3]; raw: [N or more, 4]; all contiguous, float32."""
+    network is negative. network: [N] int64; local, directions: [N, 3]; raw: [N or more, 4]; all contiguous, float32.
+    directions: None leaves the colours out, which are then undefined."""
     parts, count = numba.get_num_threads(), len(network)
     order, starts = sort_by_network(parts, network, len(networks))
-    _networks_forward(parts, network_blocking(), _flat(networks), layout.size, layout.table(), order, starts,
-                      local.reshape(-1), directions.reshape(-1), raw)
+    views = local if directions is None else directions
+    _networks_forward(parts, network_blocking(), _flat(networks), layout.size, layout.table(directions is None), order,
+                      starts, local.reshape(-1), views.reshape(-1), raw)
     if len(order) < count: _mark_missing(network, raw)

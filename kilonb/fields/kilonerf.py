@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KiloNeRFConfig', 'CellGrid', 'cells_from_occupancy', 'blend_weights', 'NetworkGroups', 'group_by_network',
-           'PaddedNetworks', 'KiloNeRF']
+           'PaddedNetworks', 'KiloNeRF', 'cell_densities']
 
 # %% ../../nbs/fields/kilonerf.ipynb #119c6dca
 from collections.abc import Callable
@@ -15,11 +15,12 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from ..core.configs import checked
 from ..core.errors import KiloError
 from .encodings import fourier_encode
-from .kernels import NetworkLayout, run_networks
+from .kernels import NetworkLayout, evaluate_networks_into, run_networks
 from .mlp import activate, place_rows
 from .occupancy import OccupancyGrid
 
@@ -358,3 +359,12 @@ class KiloNeRF(PaddedNetworks):
         index = (network >= 0).nonzero().flatten()
         found = self._by_network(_features, network[index], local[index], self.feature_width)
         return place_rows(found, index, len(positions))
+
+# %% ../../nbs/fields/kilonerf.ipynb #53a93583
+@torch.no_grad()
+def cell_densities(field: KiloNeRF, network: Tensor, local: Tensor) -> Tensor:
+    """Density [N], 1/metre, by given networks: indices [N], negative for density 0, and cell coordinates [N, 3]; on the
+    CPU, without gradients."""
+    raw = np.empty((len(network), 4), np.float32)
+    evaluate_networks_into(field.networks, field.layout, network.numpy(), local.contiguous().numpy(), None, raw)
+    return field.config.density_scale * softplus(torch.from_numpy(raw[:, 0]) + field.config.density_bias)

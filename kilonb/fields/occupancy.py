@@ -6,7 +6,7 @@
 __all__ = ['FX', 'FY', 'CX', 'CY', 'OccupancyGrid', 'octant_of', 'empty_grid', 'dilate_grid',
            'occupancy_from_gaussians', 'occupancy_from_silhouettes', 'VoxelContributions']
 
-# %% ../../nbs/fields/occupancy.ipynb #2daa0975
+# %% ../../nbs/fields/occupancy.ipynb #32cfb692
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,6 +18,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from ..core.errors import KiloError
+from ..core.simd import prefetch_row
 from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import quat_to_rotmat
 
@@ -224,17 +225,35 @@ def occupancy_from_silhouettes(cameras: Sequence[PinholeCamera], alphas: Sequenc
                         "camera convention (camera to world, OpenCV axes) and the alphas.")
     return dilate_grid(grid, dilate)
 
-# %% ../../nbs/fields/occupancy.ipynb #5c587264
-@numba.njit(cache=True)
-def _scatter_extremes(points, weights, densities, lower, voxel, best, least):
-    nx, ny, nz = best.shape
-    for n in range(len(points)):
+# %% ../../nbs/fields/occupancy.ipynb #b53bf547
+@numba.njit(cache=True, parallel=True)
+def _voxel_numbers(points, lower, voxel, shape):
+    """Number of the voxel of each point [N] in the flat grid, -1 outside."""
+    nx, ny, nz = shape
+    numbers = np.empty(len(points), np.int64)
+    for n in numba.prange(len(points)):
         i = int(np.floor((points[n, 0] - lower[0]) / voxel[0]))
         j = int(np.floor((points[n, 1] - lower[1]) / voxel[1]))
         k = int(np.floor((points[n, 2] - lower[2]) / voxel[2]))
-        if 0 <= i < nx and 0 <= j < ny and 0 <= k < nz:
-            best[i, j, k] = max(best[i, j, k], weights[n])
-            least[i, j, k] = min(least[i, j, k], densities[n])
+        inside = 0 <= i < nx and 0 <= j < ny and 0 <= k < nz
+        numbers[n] = (i * ny + j) * nz + k if inside else -1
+    return numbers
+
+# %% ../../nbs/fields/occupancy.ipynb #f0cc9337
+_AHEAD = 16                                                # samples between a prefetch and its use
+
+
+@numba.njit(cache=True, parallel=True)
+def _scatter_extremes(numbers, weights, densities, best, least):
+    """best[v] = the largest of the weights of the samples in voxel v and best[v]; least[v]: the same with the smallest
+    density. best, least: [V, 1]."""
+    last = len(numbers) - 1
+    for part in numba.prange(2):
+        for n in range(len(numbers)):
+            ahead, v = max(numbers[min(n + _AHEAD, last)], 0), numbers[n]
+            prefetch_row(least if part else best, ahead)
+            if v >= 0 and part == 0: best[v, 0] = max(best[v, 0], weights[n])
+            if v >= 0 and part == 1: least[v, 0] = min(least[v, 0], densities[n])
 
 # %% ../../nbs/fields/occupancy.ipynb #4f103897
 def _scatter_extremes_torch(positions: Tensor, weights: Tensor, densities: Tensor, lower: Tensor, voxel: Tensor,
@@ -248,7 +267,7 @@ def _scatter_extremes_torch(positions: Tensor, weights: Tensor, densities: Tenso
     best.view(-1).scatter_reduce_(0, cell, torch.where(inside, weights, 0), "amax")
     least.view(-1).scatter_reduce_(0, cell, torch.where(inside, densities, torch.inf), "amin")
 
-# %% ../../nbs/fields/occupancy.ipynb #fb1f2e58
+# %% ../../nbs/fields/occupancy.ipynb #3906e112
 class VoxelContributions:
     """Largest compositing weight and least density of the samples in each voxel of a grid; `refreshed` gives the new
     grid."""
@@ -262,8 +281,9 @@ class VoxelContributions:
         if positions.device.type != "cpu":
             self.best, self.least = self.best.to(positions.device), self.least.to(positions.device)
             return _scatter_extremes_torch(*own, self.grid.box[0], self.grid.voxel_size, self.best, self.least)
-        lower, voxel = self.grid.box[0].numpy(), self.grid.voxel_size.numpy()
-        _scatter_extremes(*(t.numpy() for t in own), lower, voxel, self.best.numpy(), self.least.numpy())
+        lower, voxel, (positions, weights, densities) = self.grid.box[0], self.grid.voxel_size, (t.numpy() for t in own)
+        numbers = _voxel_numbers(positions, lower.numpy(), voxel.numpy(), self.grid.resolution)
+        _scatter_extremes(numbers, weights, densities, self.best.view(-1, 1).numpy(), self.least.view(-1, 1).numpy())
 
     def state_dict(self) -> dict[str, Tensor]:
         """State for a checkpoint."""

@@ -16,15 +16,15 @@ from torch import Tensor
 from ..core.configs import checked
 from ..core.errors import KiloError
 from .occupancy import OccupancyGrid, VoxelContributions
-from .rendering import Field, render_rays
+from .rendering import Field, field_densities, render_rays
 from ..geometry.cameras import Rays
 
-# %% ../../nbs/fields/pruning.ipynb #aab1d62f
+# %% ../../nbs/fields/pruning.ipynb #d7143ef4
 @dataclass(frozen=True)
 @checked
 class PruningConfig:
     """Settings of the pruning of a finished field. weight: compositing weight of a sample, 0..1, from which on its
-    voxel is kept; 0: not pruned. alpha: of one step, 0..1, from which on an octant of a kept voxel is kept; 0: all.
+    voxel is kept; 0: all are. alpha: of one step, 0..1, from which on an octant of a kept voxel is kept; 0: all are.
     rays: number of training rays that decide, at most. points: random points in an octant that decide."""
 
     weight: float = 0.0
@@ -56,10 +56,10 @@ def _contributing(field: Field, grid: OccupancyGrid, rays: Rays, step: float, st
 # %% ../../nbs/fields/pruning.ipynb #f9f04c28
 def _largest_density(field: Field, low: Tensor, edges: Tensor, points: int, generator: torch.Generator) -> Tensor:
     """The largest density [N], 1/metre, at random points of boxes with lower corners [N, 3] and edges [3], metres."""
-    direction, largest = torch.eye(3, device=low.device)[2], low.new_zeros(len(low))
+    largest = low.new_zeros(len(low))
     for _ in range(points):
         inside = low + torch.rand(low.shape, generator=generator, device=generator.device) * edges
-        parts = [field(part, direction.expand_as(part).contiguous())[0] for part in inside.split(POINTS_AT_ONCE)]
+        parts = [field_densities(field, part) for part in inside.split(POINTS_AT_ONCE)]
         largest = largest.maximum(torch.cat(parts))
     return largest
 
@@ -79,18 +79,18 @@ def solid_octants(field: Field, grid: OccupancyGrid, step: float, alpha: float, 
     octants &= known
     return replace(grid, occupied=octants > 0, octants=octants)
 
-# %% ../../nbs/fields/pruning.ipynb #c497fdb5
+# %% ../../nbs/fields/pruning.ipynb #c8982d15
 @torch.no_grad()
 def prune_space(field: Field, grid: OccupancyGrid, rays: Rays, step: float, stop: float, config: PruningConfig,
                 generator: torch.Generator) -> OccupancyGrid:
-    """The part of `grid` that a finished field needs, see above; the grid itself where `config.weight` is 0 or nothing
-    would be left.
+    """The part of `grid` that a finished field needs, see above; the grid itself where `config` has weight and alpha 0
+    or nothing would be left.
 
     rays: of training views, [R, 3] each, on the field's device. step: between samples, metres. stop: transmittance
     below which a ray ends. generator: on the field's device.
     """
-    if not config.weight: return grid
-    shell = _contributing(field, grid, rays, step, stop, config.weight, generator)
+    shell = grid
+    if config.weight: shell = _contributing(field, grid, rays, step, stop, config.weight, generator)
     if not config.alpha: return shell
     solid = solid_octants(field, shell, step, config.alpha, config.points, generator)
     return solid if solid.occupied.any() else shell

@@ -7,17 +7,19 @@ prune by image gradients, or relocation and growth (MCMC).
 # %% auto #0
 __all__ = ['Surroundings', 'harmonic_factors', 'GaussianAdam', 'joined_harmonics', 'GaussianModel', 'change_set',
            'clear_moments', 'ModelState', 'record_gradients', 'step_generator', 'local_extents', 'near_a_camera',
-           'grow_and_prune', 'reset_opacities', 'relocate_and_grow', 'add_exploration_noise']
+           'grow_and_prune', 'prune_unseen', 'reset_opacities', 'relocate_and_grow', 'add_exploration_noise']
 
 # %% ../../nbs/splats/densification.ipynb #4a93e10c
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..geometry.cameras import PinholeCamera
 from ..geometry.transforms import quat_to_rotmat
+from .contributions import largest_contributions
 from .fit_config import FitConfig, growth_per_change
 from .gaussians import Gaussians
 from .mcmc import draw_sources, exploration_noise, grown_count, scatter, share_with_copies
@@ -226,6 +228,19 @@ def grow_and_prune(model: GaussianModel, step: int) -> dict[str, int]:
     change_set(model, alive.nonzero()[:, 0], new)
     return {"cloned": len(cloned), "split": len(split), "dropped": int((~alive).sum()) - len(split),
             "count": len(model)}
+
+# %% ../../nbs/splats/densification.ipynb #85f257e2
+def prune_unseen(model: GaussianModel, cameras: Sequence[PinholeCamera], step: int) -> int:
+    """Drop the gaussians that add fewer than `prune_contribution` pixels to the picture of every camera; their number.
+
+    Raises TrainingStopped where none is left.
+    """
+    least = model.config.prune_contribution
+    seen = largest_contributions(model.gaussians(), cameras) >= least
+    _require_alive(seen, step, f"adding less than {least:g} pixels to every picture")
+    change_set(model, seen.nonzero()[:, 0],
+               {group["name"]: group["params"][0][:0] for group in model.optimizer.param_groups})
+    return int((~seen).sum())
 
 # %% ../../nbs/splats/densification.ipynb #3c7be909
 def reset_opacities(model: GaussianModel, ceiling: float = .02) -> None:

@@ -23,8 +23,8 @@ from ..geometry.cameras import PinholeCamera
 from ..metrics.flow import mean_or_none
 from ..metrics.images import decibels, mean_over_views
 from .densification import (GaussianModel, ModelState, Surroundings, add_exploration_noise,
-                                         grow_and_prune, record_gradients, relocate_and_grow, reset_opacities,
-                                         step_generator)
+                                         grow_and_prune, prune_unseen, record_gradients, relocate_and_grow,
+                                         reset_opacities, step_generator)
 from .exposure import clipped_where_white, exposed, fitted_ev, follow_ev
 from .fit_config import (DefaultStrategy, FitConfig, MCMCStrategy, config_for_views, continued_config,
                                        flat_settings)
@@ -110,8 +110,15 @@ def _after_step(fit: GaussianFit, step: int) -> None:
     def passes(every: int) -> bool: return (step + 1) % every == 0     # statistics need so many steps, not so much time
     if isinstance(config.strategy, MCMCStrategy): explore(model, done, passes)
     else: densify(model, done, fit.meta, passes)
+    if config.prune_contribution and _growth_ends(fit, step): prune_unseen(model, fit.views.cameras, done)
     every, last = config.evaluate_every_steps or max(1, config.steps // 10), step + 1 == config.steps
     if fit.held_out is not None and (fit.plan.passes(every, 1) or last): _evaluate(fit, step + 1, done)
+
+# %% ../../nbs/splats/fit.ipynb #696fc695
+def _growth_ends(fit: GaussianFit, step: int) -> bool:
+    """Whether step `step` is the one with which the set stops growing."""
+    end, before = fit.config.grow_until * fit.config.steps, max(step - 1, fit.plan.before)
+    return int(before) + 1 < end <= int(fit.position(step)) + 1
 
 # %% ../../nbs/splats/fit.ipynb #56abd91b
 def _evaluate(fit: GaussianFit, steps: int, done: int) -> None:

@@ -94,6 +94,7 @@ class FitConfig:
     grow_from: float = 0.1         # share of the run after which the set changes
     grow_until: float = 0.6        # and until which
     prune_opacity: float = 0.005   # a gaussian below this opacity is pruned or relocated
+    prune_contribution: float = 0.0  # at grow_until, gaussians that add fewer pixels to every view are pruned; 0: none
     coarse_until: float = 0.0      # share of the run with pictures of half the size, where these keep 100 pixels
     square_from: float = 1.0       # share of the run after which the loss is the mean squared error, as PSNR is
     antialiased: bool = False      # compensate opacities for the rasteriser's blur; stored with the gaussians
@@ -135,6 +136,7 @@ def _check_fit_config(config: FitConfig) -> None:
         raise KiloError(f"initial_count is {config.initial_count}: 1 to maximum_count, {config.maximum_count}, is "
                         "expected.")
     _check_minimum(config, 1, "steps", "grow_every_steps", "evaluate_every_steps")
+    _check_minimum(config, 0, "prune_contribution")
 
 # %% ../../nbs/splats/fit_config.ipynb #8175a3ec
 def config_for_views(config: FitConfig, masked: bool, has_points: bool = False) -> FitConfig:
@@ -160,7 +162,7 @@ def growth_per_change(config: FitConfig) -> float:
     return max(.05, (config.maximum_count / config.initial_count) ** (1 / max(1, changes)) - 1)
 
 # %% ../../nbs/splats/fit_config.ipynb #ae108f66
-LATER = {"coarse_until": 0.0, "square_from": 1.0, "antialiased": False,
+LATER = {"coarse_until": 0.0, "square_from": 1.0, "antialiased": False, "prune_contribution": 0.0,
          "strategy.absolute": False}                       # settings that 0.1 did not have: its behaviour
 
 
@@ -178,7 +180,7 @@ def flat_settings(config: FitConfig) -> dict[str, Any]:
     unused = {field.name: field.default for strategy in STRATEGIES.values() for field in fields(strategy)
               if field.default is not MISSING}
     own = {name: value for name, value in asdict(config).items()
-           if (name, value) not in (("exposure", "none"), ("far_share", 0.0))}
+           if (name, value) not in (("exposure", "none"), ("far_share", 0.0), ("prune_contribution", 0.0))}
     flat = {**own, **unused, **asdict(config.strategy), "strategy": config.strategy.name}
     if apply_settings(config, _former(config)) != config: return flat
     return {name: value for name, value in flat.items() if name not in _flat_later()}

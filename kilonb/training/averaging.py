@@ -32,8 +32,9 @@ class Average:
     average: dict[str, Tensor]
     updates: int = 0
 
-    def update(self, model: nn.Module) -> None:
-        """Include the model's current weights; to be called once after each optimiser step."""
+    def update(self, model: nn.Module, done: int | None = None) -> None:
+        """Include the model's current weights; to be called once after each optimiser step. done: steps of the planned
+        run that its schedules have passed; None: one for each update."""
         raise NotImplementedError
 
     def match_parameters(self, present: Mapping[str, Tensor]) -> list[str]:
@@ -102,8 +103,8 @@ class EMA(Average):
         self.average = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Include the model's current weights; to be called once after each optimiser step."""
+    def update(self, model: nn.Module, done: int | None = None) -> None:
+        """See `Average`; `done` has no effect."""
         present = dict(model.named_parameters())
         same = self.match_parameters(present)
         decay = min(self.decay, self.updates / (self.updates + 9))
@@ -116,6 +117,7 @@ class EMA(Average):
 class SWA(Average):
     """Equal average of a model's parameters over all steps after the first `start`; `average` is empty until then.
 
+    start: steps of the planned run: a run with a time limit begins to average at the same share of its time.
     taken: parameter name -> number of steps in its average. Source: Izmailov et al. 2018, algorithm 1, cycle of one
     step.
     """
@@ -125,10 +127,10 @@ class SWA(Average):
         self.start, self.updates, self.taken, self.average = start, 0, {}, {}
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Include the model's current weights; to be called once after each optimiser step."""
+    def update(self, model: nn.Module, done: int | None = None) -> None:
+        """See `Average`."""
         self.updates += 1
-        if self.updates <= self.start: return
+        if (self.updates if done is None else done) <= self.start: return
         present = dict(model.named_parameters())
         same = self.match_parameters(present)
         self.taken = {name: self.taken[name] + 1 if name in same else 1 for name in present}
@@ -171,7 +173,9 @@ def _saved_weights(values: Any, model: nn.Module, what: str) -> dict[str, Tensor
     return upgraded_weights(check_tensors(values, what), model)
 
 def _averaged_steps(averaged: Mapping[str, Any]) -> int:
-    return whole(averaged.get("updates"), "updates") - whole(averaged["start"], "start")
+    taken = averaged.get("taken")
+    if not isinstance(taken, Mapping) or not taken: raise KiloError("The saved average has no numbers of steps.")
+    return max(whole(count, "taken", 1) for count in taken.values())
 
 # %% ../../nbs/training/averaging.ipynb #201a81d1
 def load_weights(checkpoint: str | os.PathLike | Mapping[str, Any], model: nn.Module,

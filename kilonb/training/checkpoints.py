@@ -148,16 +148,28 @@ def check_tensors(tensors: Any, what: str) -> dict[str, torch.Tensor]:
                             f"{LARGEST:g}.")
     return dict(tensors)
 
-# %% ../../nbs/training/checkpoints.ipynb #f47362b6
+# %% ../../nbs/training/checkpoints.ipynb #22d0a465
+_UNSET = object()
+
+
+def _innermost_difference(before: Any, after: Any) -> tuple[str, str, str]:
+    """(dotted name, text before, text after) of the first difference of two mappings, inside of nested ones."""
+    names = []
+    while isinstance(before, Mapping) and isinstance(after, Mapping):
+        key = next(key for key in [*after, *before] if before.get(key, _UNSET) != after.get(key, _UNSET))
+        names, before, after = [*names, str(key)], before.get(key, _UNSET), after.get(key, _UNSET)
+    return ".".join(names), *("not set" if value is _UNSET else shorten(value) for value in (before, after))
+
+# %% ../../nbs/training/checkpoints.ipynb #3490ed11
 def check_same_settings(stored: Mapping[str, Any], now: Mapping[str, Any], path: str | os.PathLike,
                         free: frozenset[str] = frozenset()) -> None:
     """Raise KiloError with the first key in which a checkpoint's settings and this run's differ; keys in `free` may."""
-    stored, now = portable(stored), portable(now)
-    for key in [*now, *(key for key in stored if key not in now)]:
-        if key in free or (key in now and key in stored and now[key] == stored[key]): continue
-        before, after = (shorten(settings[key]) if key in settings else "not set" for settings in (stored, now))
-        raise KiloError(f"{path} comes from a run with {key} = {before}, this run has {key} = {after}: resume "
-                        "with the same settings, or start a fresh run.")
+    stored, now = ({key: value for key, value in portable(settings).items() if key not in free}
+                   for settings in (stored, now))
+    if stored == now: return
+    name, before, after = _innermost_difference(stored, now)
+    raise KiloError(f"{path} comes from a run with {name} = {before}, this run has {name} = {after}: resume with the "
+                    "same settings, or start a fresh run.")
 
 # %% ../../nbs/training/checkpoints.ipynb #fe7a22de
 def numbered_path(folder: str | os.PathLike, step: int) -> Path:

@@ -287,7 +287,7 @@ def _take_step(run: TrainingRun, step_function: Callable) -> None:
                             run.config.gradient_clip, run.world,
                             next((guard for guard in run.guards if isinstance(guard, SkipGuard)), None))
     weight = values.pop("share", 1 / run.world.size)
-    if run.averaged is not None: run.averaged.update(run.model)
+    if run.averaged is not None: run.averaged.update(run.model, run.plan.scheduled + 1)
     state.step += 1
     more = {"share": weight} if run.world.size > 1 else {}
     if run.plan.limit_s is not None: more["schedule_progress"] = run.plan.progress

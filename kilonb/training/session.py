@@ -6,7 +6,7 @@
 __all__ = ['DEVICES', 'notebook_parameters', 'choose_device', 'Session', 'open_session', 'configure_session',
            'fixed_parameters', 'leave_group', 'finish_session']
 
-# %% ../../nbs/training/session.ipynb #fd4ad702
+# %% ../../nbs/training/session.ipynb #d12ce586
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..core.configs import to_dict
+from ..core.configs import as_recorded, to_dict
+from ..core.documents import read_object
 from ..core.errors import KiloError, shorten
 from ..core.files import write_json
 from ..core.compiling import announce_compiling
@@ -194,16 +195,29 @@ def open_session(experiment: str, parameters: Mapping[str, Any] | None = None, *
     return Session(experiment, plain, settings, reference, torch.device(world.device), world, group, folder, resumed,
                    run)
 
-# %% ../../nbs/training/session.ipynb #bca8cad7
+# %% ../../nbs/training/session.ipynb #17942399
+def _recorded_config(session: Session, name: str) -> dict[str, Any] | None:
+    """What the newest earlier part of a resumed run recorded of a config; None where it was stopped before that."""
+    files = [file for file in session.folder.glob("earlier/*/config.json") if file.parent.name.isdigit()]
+    parts = sorted(files, key=lambda file: int(file.parent.name))
+    found = read_object(parts[-1]).get(name) if parts else None
+    return found if isinstance(found, dict) else None
+
+# %% ../../nbs/training/session.ipynb #58c4f39f
 def configure_session(session: Session, config: Any) -> Any:
-    """`config` with those settings of the session that begin with the prefix of its class, applied last.
+    """`config` with those settings of the session that begin with the prefix of its class, applied last. In a resumed
+    run, fields that its version did not have keep their earlier meaning (`core.configs.as_recorded`).
 
     The result is kept in `config.json` of the run folder under the prefix (`teaching`; a second config of the class:
     `teaching_2`). Raises KiloError: unknown setting, wrong type, or what the config's validation refuses.
     """
-    prefix, changed = settings_prefix(type(config).__name__), configure(config, session.settings)
+    prefix = settings_prefix(type(config).__name__)
     count = sum(name == prefix or name.startswith(f"{prefix}_") for name in session.configs)
-    session.configs[f"{prefix}_{count + 1}" if count else prefix] = to_dict(changed)
+    name = f"{prefix}_{count + 1}" if count else prefix
+    record = _recorded_config(session, name) if session.resumed else None
+    if record is not None: config = as_recorded(config, record)
+    changed = configure(config, session.settings)
+    session.configs[name] = to_dict(changed)
     if session.run is not None: write_json(session.folder / "config.json", session.configs)
     return changed
 
