@@ -356,8 +356,8 @@ def wait_for_ranks(ranks: RankProcesses) -> int:
 
 # %% ../../nbs/batch/launch.ipynb #107055ec
 def _read_outcome(notebook: Notebook, folder: Path, answer: Mapping[str, Any], stopped: int) -> RunRecord:
-    """The record of a finished run, or its error. answer: what rank 0 wrote of its error; empty: none. stopped: the
-    signal that ended the ranks."""
+    """The record of a finished run, or its error. answer: what rank 0 wrote of its error; empty: none, as where it was
+    killed, by `wait_for_ranks` too. stopped: the signal that ended the ranks."""
     from kilonb.batch.execution import RunFailed, RunInterrupted
 
     status = (read_status(folder) or {}).get("status")
@@ -368,7 +368,7 @@ def _read_outcome(notebook: Notebook, folder: Path, answer: Mapping[str, Any], s
         if status == ABANDONED: mark_run(folder, INTERRUPTED, "It was stopped.")
         raise RunInterrupted(f"Stopped: {notebook.name} was interrupted.", folder, stopped or signal.SIGINT)
     killed = "Rank 0 was killed without an error message, most often because memory ran out."
-    error = answer.get("error") or killed
+    error = answer.get("error") or _other_rank_error(folder, settled=False) or killed
     if status == ABANDONED: mark_run(folder, FAILED, error)
     raise RunFailed(error, folder)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KiloNeRFConfig', 'CellGrid', 'cells_from_occupancy', 'blend_weights', 'NetworkGroups', 'group_by_network',
-           'PaddedNetworks', 'KiloNeRF', 'cell_densities']
+           'PaddedNetworks', 'KiloNeRF', 'cell_densities', 'one_network_each']
 
 # %% ../../nbs/fields/kilonerf.ipynb #119c6dca
 from collections.abc import Callable
@@ -352,6 +352,11 @@ class KiloNeRF(PaddedNetworks):
                else self.run_reference(network, local, directions))
         return activate(raw, self.config.density_scale, self.config.density_bias)
 
+    def densities(self, positions: Tensor) -> Tensor:
+        """Density [N], 1/metre, at positions [N, 3], metres, without gradients and, on the CPU, without colours; 0
+        outside all cells."""
+        return _densities(self, positions)
+
     def features(self, positions: Tensor, directions: Tensor | None = None) -> Tensor:
         """Output of the feature layer at `positions` [N, 3]: [N, feature_width], differentiable; 0 outside all
         cells."""
@@ -368,3 +373,16 @@ def cell_densities(field: KiloNeRF, network: Tensor, local: Tensor) -> Tensor:
     raw = np.empty((len(network), 4), np.float32)
     evaluate_networks_into(field.networks, field.layout, network.numpy(), local.contiguous().numpy(), None, raw)
     return field.config.density_scale * softplus(torch.from_numpy(raw[:, 0]) + field.config.density_bias)
+
+
+def one_network_each(field: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> bool:
+    """Whether each sample of a field is evaluated by the network of its cell alone, by the kernel."""
+    return (isinstance(field, KiloNeRF) and field.config.blend == 0 and field.overlap == 0
+            and field.networks.dtype == torch.float32)
+
+
+@torch.no_grad()
+def _densities(field: KiloNeRF, positions: Tensor) -> Tensor:
+    if positions.device.type == "cpu" and one_network_each(field):
+        return cell_densities(field, *field.cells.locate(positions))
+    return field(positions, torch.zeros_like(positions))[0]

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.errors import KiloError
 from .beams import first_lattice_points
 from .compositing import composite
-from .kilonerf import KiloNeRF, cell_densities
+from .kilonerf import KiloNeRF, cell_densities, one_network_each
 from .marching import RayWalk, Samples, march
 from .occupancy import OccupancyGrid
 from ..geometry.cameras import PinholeCamera, Rays
@@ -171,23 +171,15 @@ def _at_cells(field: KiloNeRF, alive: np.ndarray, starts: np.ndarray, table: np.
     return sigma.numpy(), rgb.contiguous().numpy()
 
 # %% ../../nbs/fields/rendering.ipynb #c17efcf2
-def _has_cells(field: Field) -> bool:
-    """Whether each sample of a field is evaluated by the network of its cell alone, by the kernel."""
-    return (isinstance(field, KiloNeRF) and field.config.blend == 0 and field.overlap == 0
-            and field.networks.dtype == torch.float32)
-
-
 def field_densities(field: Field, positions: Tensor) -> Tensor:
     """Density [N], 1/metre, of a field at positions [N, 3], metres; without colours where the field can."""
-    if positions.device.type == "cpu" and _has_cells(field):
-        return cell_densities(field, *field.cells.locate(positions))
     if hasattr(field, "densities"): return field.densities(positions)
     return field(positions, positions.new_tensor([0.0, 0.0, 1.0]).expand_as(positions).contiguous())[0]
 
 
 def _evaluate_round(field: Field, *round_: Any) -> tuple[np.ndarray, np.ndarray]:
     """(density [N], colour [N, 3]) at the samples of a round; deferred colours are 0."""
-    return (_at_cells(field, *round_) if _has_cells(field) else None) or _at_positions(field, *round_)
+    return (_at_cells(field, *round_) if one_network_each(field) else None) or _at_positions(field, *round_)
 
 # %% ../../nbs/fields/rendering.ipynb #e922f828
 def _round_samples(grid: OccupancyGrid, step: float) -> int:
