@@ -28,11 +28,13 @@ from torch.nn.functional import softplus
 from ..core.configs import checked
 from ..core.errors import KiloError
 from ..core.simd import aligned_zeros
+from ..core.work_queue import parallel_for, queued_jobs
 from .encodings import fourier_encode, fourier_width
 from .blocking import network_blocking
 from .encoding_rows import encode_rows
-from .kernels import (RowLayout, _keep_with_gradient, copy_sums, gather_gradient, gather_columns,
-                                   input_gradient, layer_rows, layer_sums, mask_rows, padded_size, slot_table)
+from .kernels import (DENSITY_ROWS, FIRST_ROW, LINEAR, RELU, RGB_ROWS, RowLayout, _keep_with_gradient,
+                                   copy_sums, gather_columns, gather_gradient, input_gradient, layer_rows, layer_sums,
+                                   mask_rows, padded_size, slot_table)
 from .mlp import BoxField, place_rows
 from .register_tiles import BLOCK, START_OUTPUT, START_ZERO, round_up
 
@@ -262,58 +264,60 @@ def _head_rows(t):
             gradient + features + hidden, gradient + features + hidden + inputs + 16)
 
 # %% ../../nbs/fields/hashgrid.ipynb #04fc8346
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _head_block_forward(blocking, w, t, rows, used):
     """Evaluate the network (parameters w, layout table t) on the encoded positions and directions of a block."""
     hidden, features, direction = t[HEAD_HIDDEN], t[HEAD_FEATURES], 3 + 6 * t[HEAD_DIRECTION_FREQUENCIES]
     h1, f, view, h2, raw, _, _, _, _, _, _ = _head_rows(t)
-    layer_rows(blocking, w, t[HEAD_POSITION_WEIGHTS], t[HEAD_POSITION_BIASES], rows, 0, t[HEAD_INPUTS], h1, hidden,
-               True, used)
-    layer_rows(blocking, w, t[HEAD_DENSITY_WEIGHTS], t[HEAD_DENSITY_BIASES], rows, h1, hidden, raw, 1, False, used)
+    layer_rows(blocking, w, t[HEAD_POSITION_WEIGHTS], t[HEAD_POSITION_BIASES], rows, FIRST_ROW, t[HEAD_INPUTS], h1,
+               hidden, RELU, used)
+    layer_rows(blocking, w, t[HEAD_DENSITY_WEIGHTS], t[HEAD_DENSITY_BIASES], rows, h1, hidden, raw, DENSITY_ROWS,
+               LINEAR, used)
     if t[HEAD_DENSITY_ONLY]: return
     encode_rows(rows, view, t[HEAD_DIRECTION_FREQUENCIES], used)
-    layer_rows(blocking, w, t[HEAD_FEATURE_WEIGHTS], t[HEAD_FEATURE_BIASES], rows, h1, hidden, f, features, False, used)
+    layer_rows(blocking, w, t[HEAD_FEATURE_WEIGHTS], t[HEAD_FEATURE_BIASES], rows, h1, hidden, f, features, LINEAR,
+               used)
     layer_rows(blocking, w, t[HEAD_DIRECTION_WEIGHTS], t[HEAD_DIRECTION_BIASES], rows, f, features + direction, h2,
-               hidden, True, used)
-    layer_rows(blocking, w, t[HEAD_RGB_WEIGHTS], t[HEAD_RGB_BIASES], rows, h2, hidden, raw + 1, 3, False, used)
+               hidden, RELU, used)
+    layer_rows(blocking, w, t[HEAD_RGB_WEIGHTS], t[HEAD_RGB_BIASES], rows, h2, hidden, raw + 1, RGB_ROWS, LINEAR, used)
 
 # %% ../../nbs/fields/hashgrid.ipynb #9ecd70aa
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _head_block_backward(blocking, w, t, rows, turned, sums, used):
     """Gradients on a block, from the rows that `_head_block_forward` wrote and the gradient of density and colour: of
     parameters added to `sums`, in the order colour, direction, features, density, position; of inputs in rows."""
     hidden, features, direction = t[HEAD_HIDDEN], t[HEAD_FEATURES], 3 + 6 * t[HEAD_DIRECTION_FREQUENCIES]
     h1, f, _, h2, _, g_raw, g_h2, g_f, g_h1, g_x, _ = _head_rows(t)
-    at = layer_sums(blocking, rows, h2, hidden, g_raw + 1, 3, turned, sums, 0, used)
-    input_gradient(blocking, w, t[HEAD_RGB_WEIGHTS], rows, g_raw + 1, 3, g_h2, hidden, START_ZERO, used)
+    at = layer_sums(blocking, rows, h2, hidden, g_raw + 1, RGB_ROWS, turned, sums, FIRST_ROW, used)
+    input_gradient(blocking, w, t[HEAD_RGB_WEIGHTS], rows, g_raw + 1, RGB_ROWS, g_h2, hidden, START_ZERO, used)
     mask_rows(rows, g_h2, h2, hidden, used)
     at = layer_sums(blocking, rows, f, features + direction, g_h2, hidden, turned, sums, at, used)
     input_gradient(blocking, w, t[HEAD_DIRECTION_WEIGHTS], rows, g_h2, hidden, g_f, features, START_ZERO, used)
     at = layer_sums(blocking, rows, h1, hidden, g_f, features, turned, sums, at, used)
-    at = layer_sums(blocking, rows, h1, hidden, g_raw, 1, turned, sums, at, used)
+    at = layer_sums(blocking, rows, h1, hidden, g_raw, DENSITY_ROWS, turned, sums, at, used)
     input_gradient(blocking, w, t[HEAD_FEATURE_WEIGHTS], rows, g_f, features, g_h1, hidden, START_ZERO, used)
-    input_gradient(blocking, w, t[HEAD_DENSITY_WEIGHTS], rows, g_raw, 1, g_h1, hidden, START_OUTPUT, used)
+    input_gradient(blocking, w, t[HEAD_DENSITY_WEIGHTS], rows, g_raw, DENSITY_ROWS, g_h1, hidden, START_OUTPUT, used)
     mask_rows(rows, g_h1, h1, hidden, used)
-    layer_sums(blocking, rows, 0, t[HEAD_INPUTS], g_h1, hidden, turned, sums, at, used)
+    layer_sums(blocking, rows, FIRST_ROW, t[HEAD_INPUTS], g_h1, hidden, turned, sums, at, used)
     input_gradient(blocking, w, t[HEAD_POSITION_WEIGHTS], rows, g_h1, hidden, g_x, t[HEAD_INPUTS], START_ZERO, used)
 
 # %% ../../nbs/fields/hashgrid.ipynb #8fca2f3f
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _head_gradient(t, sums, grad):
     """Copy the padded sums of the layers to the gradient of the parameters."""
     hidden, features = t[HEAD_HIDDEN], t[HEAD_FEATURES]
-    at = copy_sums(sums, 0, hidden, 3, grad, t[HEAD_RGB_WEIGHTS], t[HEAD_RGB_BIASES])
+    at = copy_sums(sums, FIRST_ROW, hidden, RGB_ROWS, grad, t[HEAD_RGB_WEIGHTS], t[HEAD_RGB_BIASES])
     at = copy_sums(sums, at, features + 3 + 6 * t[HEAD_DIRECTION_FREQUENCIES], hidden, grad, t[HEAD_DIRECTION_WEIGHTS],
                    t[HEAD_DIRECTION_BIASES])
     at = copy_sums(sums, at, hidden, features, grad, t[HEAD_FEATURE_WEIGHTS], t[HEAD_FEATURE_BIASES])
-    at = copy_sums(sums, at, hidden, 1, grad, t[HEAD_DENSITY_WEIGHTS], t[HEAD_DENSITY_BIASES])
+    at = copy_sums(sums, at, hidden, DENSITY_ROWS, grad, t[HEAD_DENSITY_WEIGHTS], t[HEAD_DENSITY_BIASES])
     copy_sums(sums, at, t[HEAD_INPUTS], hidden, grad, t[HEAD_POSITION_WEIGHTS], t[HEAD_POSITION_BIASES])
 
 # %% ../../nbs/fields/hashgrid.ipynb #09afcf79
 PARTS = 16
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _gather(kept, first, last, encoded, directions, rows, view):
     """Copy the inputs of samples kept[first:last] into a block; the last one is repeated up to the next multiple of 16.
     Returns the number of columns used."""
@@ -325,13 +329,13 @@ def _gather(kept, first, last, encoded, directions, rows, view):
     return used
 
 # %% ../../nbs/fields/hashgrid.ipynb #2e78662d
-@numba.njit(cache=True, parallel=True)
-def _head_forward(blocking, w, t, kept, encoded, directions, raw):
+@numba.njit(cache=True, nogil=True)
+def _head_forward(counter, blocking, w, t, kept, encoded, directions, raw):
     """raw [N, 4] = density and colour before activation, from encoded positions [inputs, N] and unit directions [N, 3],
     flat; kept: indices of all samples."""
-    for part in numba.prange(PARTS):
-        numbers = _head_rows(t)
-        rows, top = aligned_zeros(numbers[10] * BLOCK), numbers[4] * BLOCK
+    numbers = _head_rows(t)
+    rows, top = aligned_zeros(numbers[10] * BLOCK), numbers[4] * BLOCK
+    for part in queued_jobs(counter, PARTS):
         end = len(kept) * (part + 1) // PARTS
         for first in range(len(kept) * part // PARTS, end, BLOCK):
             last = min(first + BLOCK, end)
@@ -341,14 +345,15 @@ def _head_forward(blocking, w, t, kept, encoded, directions, raw):
                 for a in range(4): raw[kept[first + l], a] = rows[top + a * BLOCK + l]
 
 # %% ../../nbs/fields/hashgrid.ipynb #289691f8
-@numba.njit(cache=True, parallel=True)
-def _head_backward(blocking, w, t, kept, encoded, directions, grad_raw, padded, grad_w, grad_encoded):
+@numba.njit(cache=True, nogil=True)
+def _head_backward(counter, blocking, w, t, kept, encoded, directions, grad_raw, padded, grad_w, grad_encoded):
     """Gradient of sum(grad_raw * raw) over the samples `kept` [K]: in grad_w [PARTS, size], one row per part, and in
     grad_encoded [inputs, K]. padded: length of the padded sums."""
-    for part in numba.prange(PARTS):
-        numbers = _head_rows(t)
-        rows, sums = aligned_zeros(numbers[10] * BLOCK), aligned_zeros(padded)
-        turned = aligned_zeros(BLOCK * round_up(max(t[HEAD_HIDDEN], t[HEAD_FEATURES]), 16))
+    numbers = _head_rows(t)
+    rows, sums = aligned_zeros(numbers[10] * BLOCK), aligned_zeros(padded)
+    turned = aligned_zeros(BLOCK * round_up(max(t[HEAD_HIDDEN], t[HEAD_FEATURES]), 16))
+    for part in queued_jobs(counter, PARTS):
+        sums[:] = 0
         end = len(kept) * (part + 1) // PARTS
         for first in range(len(kept) * part // PARTS, end, BLOCK):
             last = min(first + BLOCK, end)
@@ -367,8 +372,8 @@ def _evaluate_grid(table: Tensor, network: Tensor, points: Tensor, directions: T
     encoded, raw = points.new_empty(2 * len(levels), len(points)), points.new_empty(len(points), 4)
     arrays = [a.detach().contiguous().numpy() for a in (table, network, points, directions)]
     read_grids(numba.get_num_threads(), levels, arrays[2], arrays[0], encoded.numpy())
-    _head_forward(network_blocking(), arrays[1], head, np.arange(len(points), dtype=np.int32), encoded.numpy(),
-                  arrays[3].reshape(-1), raw.numpy())
+    parallel_for(_head_forward, network_blocking(), arrays[1], head, np.arange(len(points), dtype=np.int32),
+                 encoded.numpy(), arrays[3].reshape(-1), raw.numpy())
     return encoded, raw
 
 
@@ -390,8 +395,8 @@ class _HashGrid(torch.autograd.Function):
         kept = kept[:_keep_with_gradient(every, 0, len(every), grad_raw, kept)]
         grad_parts = np.empty((PARTS, len(network)), np.float32)
         grad_encoded = np.empty((len(encoded), len(kept)), np.float32)
-        _head_backward(network_blocking(), network, head, kept, encoded, directions.reshape(-1), grad_raw, ctx.padded,
-                       grad_parts, grad_encoded)
+        parallel_for(_head_backward, network_blocking(), network, head, kept, encoded, directions.reshape(-1), grad_raw,
+                     ctx.padded, grad_parts, grad_encoded)
         grad_table = torch.zeros(shape)
         write_grids(min(numba.get_num_threads(), len(levels)), levels, points, kept, grad_encoded, grad_table.numpy())
         return grad_table, torch.from_numpy(grad_parts.sum(0)), None, None, None, None

@@ -8,9 +8,10 @@ its own network.
 __all__ = ['POSITION_FREQUENCIES', 'DIRECTION_FREQUENCIES', 'HIDDEN', 'POSITION_2_INPUTS', 'POSITION_1_WEIGHTS',
            'POSITION_1_BIASES', 'POSITION_2_WEIGHTS', 'POSITION_2_BIASES', 'DENSITY_WEIGHTS', 'DENSITY_BIASES',
            'FEATURE_WEIGHTS', 'FEATURE_BIASES', 'DIRECTION_WEIGHTS', 'DIRECTION_BIASES', 'RGB_WEIGHTS', 'RGB_BIASES',
-           'DENSITY_ONLY', 'NETWORK_SLOTS', 'NETWORK_LAYER_SLOTS', 'RowLayout', 'slot_table', 'NetworkLayout',
-           'layer_rows', 'layer_sums', 'input_gradient', 'mask_rows', 'copy_sums', 'padded_size', 'sort_by_network',
-           'gather_columns', 'prefetch_samples', 'gather_gradient', 'run_networks', 'evaluate_networks_into']
+           'DENSITY_ONLY', 'NETWORK_SLOTS', 'NETWORK_LAYER_SLOTS', 'FIRST_ROW', 'DENSITY_ROWS', 'RGB_ROWS', 'RELU',
+           'LINEAR', 'JOBS', 'RowLayout', 'slot_table', 'NetworkLayout', 'layer_rows', 'layer_sums', 'input_gradient',
+           'mask_rows', 'copy_sums', 'padded_size', 'sort_by_network', 'gather_columns', 'prefetch_samples',
+           'gather_gradient', 'run_networks', 'evaluate_networks_into']
 
 # %% ../../nbs/fields/kernels.ipynb #322c70ac
 from collections.abc import Mapping
@@ -20,9 +21,11 @@ from math import inf, sqrt
 import numba
 import numpy as np
 import torch
+from numba import int64
 from torch import Tensor
 
 from ..core.simd import WIDTH, aligned_zeros, load_simd, prefetch_range, prefetch_row, select, store_simd
+from ..core.work_queue import parallel_for, queued_jobs
 from .blocking import network_blocking
 from .encoding_rows import encode_rows
 from .encodings import fourier_width
@@ -113,14 +116,16 @@ class NetworkLayout(RowLayout):
         return slot_table(numbers, self.offsets, NETWORK_LAYER_SLOTS, NETWORK_SLOTS)
 
 # %% ../../nbs/fields/kernels.ipynb #ae761808
-_NO_LIMIT = np.float32(-inf)
+# the first row of a block and the outputs of the last layers; not literals, since numba compiles a function for each
+FIRST_ROW, DENSITY_ROWS, RGB_ROWS = map(np.int64, (0, 1, 3))
+RELU, LINEAR = np.float32(0), np.float32(-inf)               # least output of a layer
 
 
 @numba.njit(cache=True)
-def layer_rows(blocking, w, weights, biases, rows, x, inputs, out, outputs, relu, used):
+def layer_rows(blocking, w, weights, biases, rows, x, inputs, out, outputs, least, used):
     """Rows `out` = the layer at w[weights:], w[biases:] of rows `x`, for the first `used` samples of a block."""
-    multiply_rows(blocking, w, weights, outputs, 1, biases, START_BIAS, rows, x, inputs, out, outputs,
-                  np.float32(0) if relu else _NO_LIMIT, used)
+    multiply_rows(blocking, w, weights, outputs, int64(1), biases, START_BIAS, rows, x, inputs, out, outputs, least,
+                  used)
 
 # %% ../../nbs/fields/kernels.ipynb #f5ed064d
 @numba.njit(cache=True)
@@ -138,7 +143,8 @@ def layer_sums(blocking, rows, x, inputs, grad, outputs, turned, sums, at, used)
 def input_gradient(blocking, w, weights, rows, grad, outputs, out, wanted, start, used):
     """Rows `out` = the gradient of a layer's first `wanted` inputs, from that of its output in rows `grad`; added to
     them with START_OUTPUT."""
-    multiply_rows(blocking, w, weights, 1, outputs, weights, start, rows, grad, outputs, out, wanted, _NO_LIMIT, used)
+    multiply_rows(blocking, w, weights, int64(1), outputs, weights, start, rows, grad, outputs, out, wanted, LINEAR,
+                  used)
 
 
 @numba.njit(cache=True)
@@ -177,65 +183,67 @@ def _row_numbers(t):
             raw + 8 + 3 * hidden)
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _block_rows(t):
     """A zeroed array for the rows of one block and their gradients."""
     hidden, position, direction = t[HIDDEN], 3 + 6 * t[POSITION_FREQUENCIES], 3 + 6 * t[DIRECTION_FREQUENCIES]
     return aligned_zeros((8 * hidden + position + direction + 8 + 16) * BLOCK)
 
 # %% ../../nbs/fields/kernels.ipynb #58c5922e
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _block_forward(blocking, w, base, t, rows, used):
     """Evaluate the network with parameters w[base:] and layout table t on the positions and directions of a block."""
     hidden, position, direction = t[HIDDEN], 3 + 6 * t[POSITION_FREQUENCIES], 3 + 6 * t[DIRECTION_FREQUENCIES]
     encoded, second, features, view, third, raw, _, _, _, _, _ = _row_numbers(t)
     encode_rows(rows, encoded, t[POSITION_FREQUENCIES], used)
-    layer_rows(blocking, w, base + t[POSITION_1_WEIGHTS], base + t[POSITION_1_BIASES], rows, encoded, position, 0,
-               hidden, True, used)
-    layer_rows(blocking, w, base + t[POSITION_2_WEIGHTS], base + t[POSITION_2_BIASES], rows, 0, t[POSITION_2_INPUTS],
-               second, hidden, True, used)
-    layer_rows(blocking, w, base + t[DENSITY_WEIGHTS], base + t[DENSITY_BIASES], rows, second, hidden, raw, 1, False,
-               used)
+    layer_rows(blocking, w, base + t[POSITION_1_WEIGHTS], base + t[POSITION_1_BIASES], rows, encoded, position,
+               FIRST_ROW, hidden, RELU, used)
+    layer_rows(blocking, w, base + t[POSITION_2_WEIGHTS], base + t[POSITION_2_BIASES], rows, FIRST_ROW,
+               t[POSITION_2_INPUTS], second, hidden, RELU, used)
+    layer_rows(blocking, w, base + t[DENSITY_WEIGHTS], base + t[DENSITY_BIASES], rows, second, hidden, raw,
+               DENSITY_ROWS, LINEAR, used)
     if t[DENSITY_ONLY]: return
     encode_rows(rows, view, t[DIRECTION_FREQUENCIES], used)
     layer_rows(blocking, w, base + t[FEATURE_WEIGHTS], base + t[FEATURE_BIASES], rows, second, hidden, features,
-               hidden, False, used)
+               hidden, LINEAR, used)
     layer_rows(blocking, w, base + t[DIRECTION_WEIGHTS], base + t[DIRECTION_BIASES], rows, features,
-               hidden + direction, third, hidden, True, used)
-    layer_rows(blocking, w, base + t[RGB_WEIGHTS], base + t[RGB_BIASES], rows, third, hidden, raw + 1, 3, False, used)
+               hidden + direction, third, hidden, RELU, used)
+    layer_rows(blocking, w, base + t[RGB_WEIGHTS], base + t[RGB_BIASES], rows, third, hidden, raw + 1, RGB_ROWS, LINEAR,
+               used)
 
 # %% ../../nbs/fields/kernels.ipynb #8265d0a6
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _block_backward(blocking, w, base, t, rows, turned, sums, used):
     """Add the parameter gradients of a block to `sums`, from the rows that `_block_forward` wrote and the gradient of
     density and colour."""
     hidden, direction = t[HIDDEN], 3 + 6 * t[DIRECTION_FREQUENCIES]
     encoded, second, features, _, third, _, g_raw, g_third, g_features, g_second, g_first = _row_numbers(t)
-    at = layer_sums(blocking, rows, third, hidden, g_raw + 1, 3, turned, sums, 0, used)
-    input_gradient(blocking, w, base + t[RGB_WEIGHTS], rows, g_raw + 1, 3, g_third, hidden, START_ZERO, used)
+    at = layer_sums(blocking, rows, third, hidden, g_raw + 1, RGB_ROWS, turned, sums, FIRST_ROW, used)
+    input_gradient(blocking, w, base + t[RGB_WEIGHTS], rows, g_raw + 1, RGB_ROWS, g_third, hidden, START_ZERO, used)
     mask_rows(rows, g_third, third, hidden, used)
     at = layer_sums(blocking, rows, features, hidden + direction, g_third, hidden, turned, sums, at, used)
     input_gradient(blocking, w, base + t[DIRECTION_WEIGHTS], rows, g_third, hidden, g_features, hidden, START_ZERO,
                    used)
     at = layer_sums(blocking, rows, second, hidden, g_features, hidden, turned, sums, at, used)
-    at = layer_sums(blocking, rows, second, hidden, g_raw, 1, turned, sums, at, used)
+    at = layer_sums(blocking, rows, second, hidden, g_raw, DENSITY_ROWS, turned, sums, at, used)
     input_gradient(blocking, w, base + t[FEATURE_WEIGHTS], rows, g_features, hidden, g_second, hidden, START_ZERO, used)
-    input_gradient(blocking, w, base + t[DENSITY_WEIGHTS], rows, g_raw, 1, g_second, hidden, START_OUTPUT, used)
+    input_gradient(blocking, w, base + t[DENSITY_WEIGHTS], rows, g_raw, DENSITY_ROWS, g_second, hidden, START_OUTPUT,
+                   used)
     mask_rows(rows, g_second, second, hidden, used)
-    at = layer_sums(blocking, rows, 0, t[POSITION_2_INPUTS], g_second, hidden, turned, sums, at, used)
+    at = layer_sums(blocking, rows, FIRST_ROW, t[POSITION_2_INPUTS], g_second, hidden, turned, sums, at, used)
     input_gradient(blocking, w, base + t[POSITION_2_WEIGHTS], rows, g_second, hidden, g_first, hidden, START_ZERO, used)
-    mask_rows(rows, g_first, 0, hidden, used)
+    mask_rows(rows, g_first, FIRST_ROW, hidden, used)
     layer_sums(blocking, rows, encoded, 3 + 6 * t[POSITION_FREQUENCIES], g_first, hidden, turned, sums, at, used)
 
 # %% ../../nbs/fields/kernels.ipynb #18cc5c29
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _write_gradient(t, sums, grad, base):
     """Copy the padded sums of one network to grad[base:]."""
     hidden, direction = t[HIDDEN], 3 + 6 * t[DIRECTION_FREQUENCIES]
-    at = copy_sums(sums, 0, hidden, 3, grad, base + t[RGB_WEIGHTS], base + t[RGB_BIASES])
+    at = copy_sums(sums, FIRST_ROW, hidden, RGB_ROWS, grad, base + t[RGB_WEIGHTS], base + t[RGB_BIASES])
     at = copy_sums(sums, at, hidden + direction, hidden, grad, base + t[DIRECTION_WEIGHTS], base + t[DIRECTION_BIASES])
     at = copy_sums(sums, at, hidden, hidden, grad, base + t[FEATURE_WEIGHTS], base + t[FEATURE_BIASES])
-    at = copy_sums(sums, at, hidden, 1, grad, base + t[DENSITY_WEIGHTS], base + t[DENSITY_BIASES])
+    at = copy_sums(sums, at, hidden, DENSITY_ROWS, grad, base + t[DENSITY_WEIGHTS], base + t[DENSITY_BIASES])
     at = copy_sums(sums, at, t[POSITION_2_INPUTS], hidden, grad, base + t[POSITION_2_WEIGHTS],
                    base + t[POSITION_2_BIASES])
     copy_sums(sums, at, 3 + 6 * t[POSITION_FREQUENCIES], hidden, grad, base + t[POSITION_1_WEIGHTS],
@@ -265,7 +273,7 @@ def sort_by_network(parts, network, count):
     return order, starts
 
 # %% ../../nbs/fields/kernels.ipynb #eb496428
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _keep_with_gradient(order, first, last, grad_raw, kept):
     """Write those of the samples order[first:last] that have a gradient to `kept`; returns their number."""
     count = 0
@@ -276,7 +284,7 @@ def _keep_with_gradient(order, first, last, grad_raw, kept):
     return count
 
 # %% ../../nbs/fields/kernels.ipynb #f8893383
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _balanced_bounds(starts, parts):
     """Bounds [parts + 1] of consecutive networks with about equally many blocks per part."""
     blocks = np.zeros(len(starts), np.int64)
@@ -287,7 +295,7 @@ def _balanced_bounds(starts, parts):
     return bounds
 
 # %% ../../nbs/fields/kernels.ipynb #64f177f9
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def gather_columns(order, first, last, table, rows, row):
     """Rows `row`, `row` + 1, `row` + 2 = the three columns of `table` (flat, [N, 3]) for samples order[first:last]; the
     last one is repeated up to the next multiple of 16. Returns the number of columns used."""
@@ -298,7 +306,7 @@ def gather_columns(order, first, last, table, rows, row):
     return used
 
 
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def prefetch_samples(order, first, last, one, two):
     """Prefetch the rows of two tables [N, ...] for samples order[first:last], as far as there are any."""
     for at in range(first, min(last, len(order))):
@@ -306,7 +314,7 @@ def prefetch_samples(order, first, last, one, two):
         prefetch_row(two, order[at])
 
 # %% ../../nbs/fields/kernels.ipynb #55cca01f
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def _fill_block(blocking, w, base, t, order, first, last, local, directions, rows):
     """Gather a block of samples and evaluate it; returns the number of columns used."""
     gather_columns(order, first, last, local, rows, t[HIDDEN])
@@ -315,13 +323,16 @@ def _fill_block(blocking, w, base, t, order, first, last, local, directions, row
     return used
 
 
-@numba.njit(cache=True, parallel=True)
-def _networks_forward(parts, blocking, w, size, t, order, starts, local, directions, raw):
+JOBS = 16                       # parts with equally many blocks: more than threads, so that none waits long
+
+
+@numba.njit(cache=True, nogil=True)
+def _networks_forward(counter, parts, blocking, w, size, t, order, starts, local, directions, raw):
     """raw [N, 4] = density and colour before activation of samples with cell coordinates `local` and unit `directions`,
-    both [N, 3] and flat, in `parts` threads."""
+    both [N, 3] and flat; in `parts` jobs."""
     bounds, points, views = _balanced_bounds(starts, parts), local.reshape(-1, 3), directions.reshape(-1, 3)
-    for part in numba.prange(parts):
-        rows, top = _block_rows(t), _row_numbers(t)[5] * BLOCK
+    rows, top = _block_rows(t), _row_numbers(t)[5] * BLOCK
+    for part in queued_jobs(counter, parts):
         for n in range(bounds[part], bounds[part + 1]):
             prefetch_range(w, (n + 1) * size, (n + 2) * size)
             for first in range(starts[n], starts[n + 1], BLOCK):
@@ -332,7 +343,7 @@ def _networks_forward(parts, blocking, w, size, t, order, starts, local, directi
                     for a in range(4): raw[order[first + l], a] = rows[top + a * BLOCK + l]
 
 # %% ../../nbs/fields/kernels.ipynb #52d55708
-@numba.njit(cache=True)
+@numba.njit(cache=True, inline="always")
 def gather_gradient(order, first, last, used, grad_raw, rows, row):
     """Rows `row` .. `row` + 3 = the gradient of density and colour of samples order[first:last], zero behind them."""
     for l in range(last - first):
@@ -341,15 +352,16 @@ def gather_gradient(order, first, last, used, grad_raw, rows, row):
         for a in range(4): rows[(row + a) * BLOCK + l] = 0
 
 # %% ../../nbs/fields/kernels.ipynb #bc088eaa
-@numba.njit(cache=True, parallel=True)
-def _networks_backward(parts, blocking, w, size, t, order, starts, local, directions, grad_raw, padded, grad):
+@numba.njit(cache=True, nogil=True)
+def _networks_backward(counter, parts, blocking, w, size, t, order, starts, local, directions, grad_raw, padded, grad):
     """grad [networks * size] = the gradient of sum(grad_raw * raw), zero for networks without samples; activations are
-    recomputed, not stored. padded: length of the padded sums."""
-    bounds, most = _balanced_bounds(starts, parts), np.max(np.diff(starts))
+    recomputed, not stored. padded: length of the padded sums; in `parts` jobs."""
+    bounds, most = _balanced_bounds(starts, parts), 0
+    for n in range(len(starts) - 1): most = max(most, starts[n + 1] - starts[n])
     points, views = local.reshape(-1, 3), directions.reshape(-1, 3)
-    for part in numba.prange(parts):
-        rows, turned = _block_rows(t), aligned_zeros(BLOCK * round_up(t[HIDDEN], 16))
-        sums, kept = aligned_zeros(padded), np.empty(most, np.int32)
+    rows, turned = _block_rows(t), aligned_zeros(BLOCK * round_up(t[HIDDEN], 16))
+    sums, kept = aligned_zeros(padded), np.empty(most, np.int32)
+    for part in queued_jobs(counter, parts):
         for n in range(bounds[part], bounds[part + 1]):
             count = _keep_with_gradient(order, starts[n], starts[n + 1], grad_raw, kept)
             if count == 0:
@@ -371,10 +383,10 @@ def _networks_backward(parts, blocking, w, size, t, order, starts, local, direct
 class _Networks(torch.autograd.Function):
     @staticmethod
     def forward(ctx, networks, local, directions, network, layout):
-        parts, raw, table = numba.get_num_threads(), networks.new_empty(len(local), 4), layout.table()
-        order, starts = sort_by_network(parts, network.numpy(), len(networks))
-        _networks_forward(parts, network_blocking(), _flat(networks), layout.size, table, order, starts, _flat(local),
-                          _flat(directions), raw.numpy())
+        raw, table = networks.new_empty(len(local), 4), layout.table()
+        order, starts = sort_by_network(numba.get_num_threads(), network.numpy(), len(networks))
+        parallel_for(_networks_forward, JOBS, network_blocking(), _flat(networks), layout.size, table, order,
+                     starts, _flat(local), _flat(directions), raw.numpy())
         ctx.save_for_backward(networks, local, directions)
         ctx.sorted = layout, order, starts
         return raw
@@ -384,9 +396,9 @@ class _Networks(torch.autograd.Function):
         (layout, order, starts), grad_raw = ctx.sorted, grad_raw.contiguous().numpy()
         grad = torch.empty_like(ctx.saved_tensors[0])
         networks, local, directions = (_flat(tensor) for tensor in ctx.saved_tensors)
-        _networks_backward(numba.get_num_threads(), network_blocking(), networks, layout.size, layout.table(), order,
-                           starts, local, directions, grad_raw, padded_size(layout.shapes.values()),
-                           grad.numpy().reshape(-1))
+        parallel_for(_networks_backward, JOBS, network_blocking(), networks, layout.size, layout.table(), order,
+                     starts, local, directions, grad_raw, padded_size(layout.shapes.values()),
+                     grad.numpy().reshape(-1))
         return grad, None, None, None, None
 
 
@@ -414,9 +426,8 @@ def evaluate_networks_into(networks: Tensor, layout: NetworkLayout, network: np.
     """raw[:N] = density and colour as `run_networks` gives them, without gradients; density minus infinity where the
     network is negative. network: [N] int64; local, directions: [N, 3]; raw: [N or more, 4]; all contiguous, float32.
     directions: None leaves the colours out, which are then undefined."""
-    parts, count = numba.get_num_threads(), len(network)
-    order, starts = sort_by_network(parts, network, len(networks))
+    order, starts = sort_by_network(numba.get_num_threads(), network, len(networks))
     views = local if directions is None else directions
-    _networks_forward(parts, network_blocking(), _flat(networks), layout.size, layout.table(directions is None), order,
-                      starts, local.reshape(-1), views.reshape(-1), raw)
-    if len(order) < count: _mark_missing(network, raw)
+    parallel_for(_networks_forward, JOBS, network_blocking(), _flat(networks), layout.size,
+                 layout.table(directions is None), order, starts, local.reshape(-1), views.reshape(-1), raw)
+    if len(order) < len(network): _mark_missing(network, raw)

@@ -11,6 +11,7 @@ __all__ = ['BLOCK', 'START_BIAS', 'START_ZERO', 'START_OUTPUT', 'WIDE', 'NARROW'
 # %% ../../nbs/fields/register_tiles.ipynb #64a8d8f8
 from collections.abc import Callable
 
+import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -73,7 +74,7 @@ def _add_products(builder, numbers, vectors, sums):
     return [builder.call(function, [*pair, total]) for pair, total in zip(pairs, sums)]
 
 # %% ../../nbs/fields/register_tiles.ipynb #ae43b93f
-START_BIAS, START_ZERO, START_OUTPUT = range(3)
+START_BIAS, START_ZERO, START_OUTPUT = map(np.int64, range(3))
 
 
 @intrinsic(prefer_literal=True)
@@ -119,7 +120,7 @@ def _emit_multiply(context, builder, kinds, arguments, vectors, outputs):
         _store(builder, raised, out, at)
 
 # %% ../../nbs/fields/register_tiles.ipynb #6e7cfd22
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _four_vectors(w, at, step_in, step_out, bias, start, rows, x, inputs, out, outputs, least):
     j = 0
     while j + 4 <= outputs:
@@ -135,7 +136,7 @@ def _four_vectors(w, at, step_in, step_out, bias, start, rows, x, inputs, out, o
                       least)
 
 # %% ../../nbs/fields/register_tiles.ipynb #ac6c6648
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _three_vectors(w, at, step_in, step_out, bias, start, rows, x, inputs, out, outputs, least):
     j = 0
     while j + 4 <= outputs:
@@ -148,7 +149,7 @@ def _three_vectors(w, at, step_in, step_out, bias, start, rows, x, inputs, out, 
         j += 1
 
 # %% ../../nbs/fields/register_tiles.ipynb #487af2ab
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _two_vectors(w, at, step_in, step_out, bias, start, rows, x, inputs, out, outputs, least):
     j = 0
     while j + 8 <= outputs:
@@ -165,7 +166,7 @@ def _two_vectors(w, at, step_in, step_out, bias, start, rows, x, inputs, out, ou
         j += 1
 
 # %% ../../nbs/fields/register_tiles.ipynb #471a7d23
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _one_vector(w, at, step_in, step_out, bias, start, rows, x, inputs, out, outputs, least):
     j = 0
     while j + 16 <= outputs:
@@ -182,7 +183,7 @@ def _one_vector(w, at, step_in, step_out, bias, start, rows, x, inputs, out, out
         j += 1
 
 # %% ../../nbs/fields/register_tiles.ipynb #8d7fc8a8
-@njit(cache=True)
+@njit(cache=True, inline="always")
 def _narrow(w, at, step_in, step_out, bias, start, rows, x, inputs, out, outputs, least, used):
     j = 0
     while j + 6 <= outputs:

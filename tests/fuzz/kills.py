@@ -29,6 +29,7 @@ from typing import Any
 import psutil
 
 from kilonb.core.compiling import COMPILING
+from kilonb.core.processes import sweep_leftovers
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 PYTHON = [sys.executable, "-c"]
@@ -313,6 +314,7 @@ class Archive(Kind):
             manifest = json.loads(tar.extractfile(first).read())
             members = [[one.name, one.size, one.mode, int(one.mtime),
                         hashlib.sha256(tar.extractfile(one).read()).hexdigest()] for one in others]
+        sweep_leftovers(path.parent)        # as the next command does: the killed one may have been removing the run
         left = [one.name for one in (folder / "outputs/toy").iterdir()] + [one.name for one in path.parent.iterdir()]
         return [{key: value for key, value in manifest.items() if key != "packed"}, members, left]
 
