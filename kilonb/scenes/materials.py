@@ -42,8 +42,10 @@ def _hash_unit(i: int, j: int, k: int, seed: int) -> float:
 
 # %% ../../nbs/scenes/materials.ipynb #fc5babc6
 @njit(cache=True)
-def _noise_2d(x: float, y: float, seed: int) -> float:
-    """Two-dimensional value noise in 0..1 on the unit lattice."""
+def _noise_2d(x: float, y: float, seed: float) -> float:
+    """Two-dimensional value noise in 0..1 on the unit lattice. seed: a whole number; a float where it is a literal, since
+    numba compiles a function again for each literal integer."""
+    seed = int(seed)
     i, j = math.floor(x), math.floor(y)
     u, v = x - i, y - j
     u, v = u * u * (3 - 2 * u), v * v * (3 - 2 * v)
@@ -156,8 +158,8 @@ def _paint_across(across: float, along: float, side: float, half: float, parking
 @njit(cache=True)
 def _worn_paint(x: float, y: float, paint: int, footprint: float) -> tuple[float, float, float, float, int]:
     """Colour, gloss and label of white (1) or yellow (2) road paint."""
-    scratch = .25 * _detail_weight(.1, footprint) * (_noise_2d(11 * x, 11 * y, 24) > .72)
-    worn = .75 + .25 * min(1.0, 2.2 * _noise_2d(3.1 * x, 3.1 * y, 23)) - scratch
+    scratch = .25 * _detail_weight(.1, footprint) * (_noise_2d(11 * x, 11 * y, 24.0) > .72)
+    worn = .75 + .25 * min(1.0, 2.2 * _noise_2d(3.1 * x, 3.1 * y, 23.0)) - scratch
     if paint == 1: return .62 * worn, .62 * worn, .6 * worn, 0.0, 2
     return .66 * worn, .46 * worn, .09 * worn, 0.0, 2
 
@@ -165,8 +167,8 @@ def _worn_paint(x: float, y: float, paint: int, footprint: float) -> tuple[float
 @njit(cache=True)
 def _meadow(x: float, y: float, footprint: float) -> tuple[float, float, float, float, int]:
     """Colour, gloss and label of the ground outside streets and blocks."""
-    fine = .5 * _detail_weight(.3, footprint) * (_noise_2d(3 * x, 3 * y, 6) - .5)
-    shade = .7 + .5 * _noise_2d(.07 * x, .07 * y, 5) + fine
+    fine = .5 * _detail_weight(.3, footprint) * (_noise_2d(3 * x, 3 * y, 6.0) - .5)
+    shade = .7 + .5 * _noise_2d(.07 * x, .07 * y, 5.0) + fine
     return .075 * shade, .125 * shade, .035 * shade, 0.0, 4
 
 # %% ../../nbs/scenes/materials.ipynb #0a0a1baf
@@ -192,10 +194,10 @@ def _street(x: float, y: float, plan: np.ndarray, footprint: float) -> tuple[flo
 # %% ../../nbs/scenes/materials.ipynb #6dcd5dc5
 @njit(cache=True)
 def _grass(x: float, y: float, footprint: float) -> tuple[float, float, float]:
-    blades = .5 * _detail_weight(.12, footprint) * (_noise_2d(9 * x, 9 * y, 32) - .5)
-    blades += .4 * _detail_weight(.03, footprint) * (_noise_2d(40 * x, 23 * y, 33) - .5)
-    tone = .75 + .5 * (_noise_2d(.3 * x, .3 * y, 31) - .5) + blades
-    dry = .5 * _noise_2d(.15 * x, .15 * y, 34)
+    blades = .5 * _detail_weight(.12, footprint) * (_noise_2d(9 * x, 9 * y, 32.0) - .5)
+    blades += .4 * _detail_weight(.03, footprint) * (_noise_2d(40 * x, 23 * y, 33.0) - .5)
+    tone = .75 + .5 * (_noise_2d(.3 * x, .3 * y, 31.0) - .5) + blades
+    dry = .5 * _noise_2d(.15 * x, .15 * y, 34.0)
     return (.07 + .05 * dry) * tone, (.135 + .01 * dry) * tone, .033 * tone
 
 # %% ../../nbs/scenes/materials.ipynb #52a00ebd
@@ -203,7 +205,7 @@ def _grass(x: float, y: float, footprint: float) -> tuple[float, float, float]:
 def _kerbstone(x: float, y: float, footprint: float) -> tuple[float, float, float, float, int]:
     """Colour, gloss and label of the kerb."""
     joint = 1 - .35 * _detail_weight(.02, footprint) * (_fraction(x + y) < .02)
-    tone = .36 * joint * (.9 + .2 * _noise_2d(2 * x, 2 * y, 41))
+    tone = .36 * joint * (.9 + .2 * _noise_2d(2 * x, 2 * y, 41.0))
     return tone, tone, tone * .97, 0.0, 3
 
 # %% ../../nbs/scenes/materials.ipynb #dc91f235
@@ -211,7 +213,7 @@ def _kerbstone(x: float, y: float, footprint: float) -> tuple[float, float, floa
 def _pavement(x: float, y: float, footprint: float) -> tuple[float, float, float, float, int]:
     """Colour, gloss and label of a pavement of slabs of 0.8 m."""
     slab = .05 * (_hash_unit(math.floor(x / .8), math.floor(y / .8), 0, 42) - .5) * _detail_weight(.4, footprint)
-    tone = .30 + slab + .06 * (_noise_2d(.4 * x, .4 * y, 43) - .5)
+    tone = .30 + slab + .06 * (_noise_2d(.4 * x, .4 * y, 43.0) - .5)
     joint = min(_fraction(x / .8), _fraction(y / .8)) < .025
     tone *= 1 - .4 * joint * _detail_weight(.02, footprint)
     return tone * 1.02, tone, tone * .96, 0.0, 3
@@ -228,10 +230,10 @@ def _block(x: float, y: float, lx: float, ly: float, face: int, half: np.ndarray
     if params[8] > .5:
         path = min(abs(lx - .3 * ly), abs(ly + .25 * lx - 4 * math.sin(.09 * lx)))
         if path < 1.1:
-            tone = .34 + .1 * (_noise_2d(6 * x, 6 * y, 44) - .5) * _detail_weight(.15, footprint)
+            tone = .34 + .1 * (_noise_2d(6 * x, 6 * y, 44.0) - .5) * _detail_weight(.15, footprint)
             return tone, tone * .88, tone * .7, 0.0, 4
-    elif _noise_2d(.12 * x, .12 * y, 45) > .42:
-        tone = .2 + .05 * (_noise_2d(x, y, 46) - .5)
+    elif _noise_2d(.12 * x, .12 * y, 45.0) > .42:
+        tone = .2 + .05 * (_noise_2d(x, y, 46.0) - .5)
         return tone, tone, tone, 0.0, 4
     return r, g, b, 0.0, 4
 
@@ -444,10 +446,10 @@ def _building_material(material: int, x: float, y: float, lx: float, ly: float, 
     if material == FACADE:
         if face < 2: r, g, b, gloss = _facade(ly + half[1], lz + half[2], 2 * half[1], 2 * half[2], params, footprint)
         elif face < 4: r, g, b, gloss = _facade(lx + half[0], lz + half[2], 2 * half[0], 2 * half[2], params, footprint)
-        else: r = g = b = .22 + .08 * (_noise_2d(x, y, 51) - .5)
+        else: r = g = b = .22 + .08 * (_noise_2d(x, y, 51.0) - .5)
     elif material == GRAVEL:
-        grain = .5 * _detail_weight(.05, footprint) * (_noise_2d(20 * x, 20 * y, 53) - .5)
-        tone = .8 + .5 * (_noise_2d(.5 * x, .5 * y, 52) - .5) + grain
+        grain = .5 * _detail_weight(.05, footprint) * (_noise_2d(20 * x, 20 * y, 53.0) - .5)
+        tone = .8 + .5 * (_noise_2d(.5 * x, .5 * y, 52.0) - .5) + grain
         r, g, b = r * tone, g * tone, b * tone
     else: r, g, b = _tiles(lx, ly, lz, params, footprint)
     return r, g, b, gloss
@@ -470,7 +472,7 @@ def _simple_material(material: int, lx: float, ly: float, lz: float, z: float, h
     """Colour of plain surfaces, bark, heads (hair in the second colour) and stripes (in two colours)."""
     r, g, b = params[0], params[1], params[2]
     if material == BARK:
-        tone = .7 + .6 * _noise_2d(12 * math.atan2(ly, lx), 2.5 * z, 54)
+        tone = .7 + .6 * _noise_2d(12 * math.atan2(ly, lx), 2.5 * z, 54.0)
         r, g, b = r * tone, g * tone, b * tone
     elif material == HEAD:
         if lz > .35 * half[2] or (lx < -.1 * half[0] and lz > -.5 * half[2]): r, g, b = params[3], params[4], params[5]

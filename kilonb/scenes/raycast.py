@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numba import njit, prange
+from numba import njit
 
 from ..core.errors import KiloError
+from ..core.work_queue import parallel_for, queued_jobs
 from .materials import MARKING, VEGETATION, shade_surface, sky_colour, surface_material, tone_map
 
 # %% ../../nbs/scenes/raycast.ipynb #d2f01d11
@@ -518,13 +519,12 @@ def _cast_ray(s: SceneArrays, phase: float, origin: np.ndarray, direction: np.nd
     hit_ids[3] = int(s.motions[actor, 11]) if actor >= 0 else 0
 
 # %% ../../nbs/scenes/raycast.ipynb #3d81b53d
-@njit(cache=True, parallel=True, error_model="numpy")
-def _cast_kernel(s: SceneArrays, origins: np.ndarray, directions: np.ndarray, phases: np.ndarray, reach: float,
-                 numbers: np.ndarray, hit_ids: np.ndarray) -> None:
+@njit(cache=True, nogil=True, error_model="numpy")
+def _cast_kernel(counter: int, s: SceneArrays, origins: np.ndarray, directions: np.ndarray, phases: np.ndarray,
+                 reach: float, numbers: np.ndarray, hit_ids: np.ndarray) -> None:
     """numbers: [N, 8] range, normal (3), uv (2), reflectance, gloss. hit_ids: [N, 4] solid, face, label, instance."""
-    chunk = 1024
-    for block in prange((len(origins) + chunk - 1) // chunk):
-        stack = np.empty(128, np.int32)
+    chunk, stack = 1024, np.empty(128, np.int32)
+    for block in queued_jobs(counter, (len(origins) + chunk - 1) // chunk):
         for n in range(block * chunk, min(len(origins), (block + 1) * chunk)):
             _cast_ray(s, phases[n], origins[n], directions[n], reach, numbers[n], hit_ids[n], stack)
 
@@ -575,7 +575,8 @@ def cast(world: SolidWorld, origins: Any, directions: Any, time: Any, reach: flo
     start, end = (times.min(), times.max()) if len(times) else (0.0, 0.0)
     phases = np.ascontiguousarray((times - start) / (end - start) if end > start else np.zeros(len(times)))
     numbers, hit_ids = np.empty((len(origins), 8)), np.empty((len(origins), 4), np.int32)
-    _cast_kernel(world.arrays(float(start), float(end)), origins, directions, phases, float(reach), numbers, hit_ids)
+    parallel_for(_cast_kernel, world.arrays(float(start), float(end)), origins, directions, phases, float(reach),
+                 numbers, hit_ids)
     return Hits(numbers[:, 0], hit_ids[:, 0], hit_ids[:, 1].astype(np.int8), numbers[:, 1:4], numbers[:, 4:6],
                 hit_ids[:, 2].astype(np.int16), hit_ids[:, 3], numbers[:, 6], numbers[:, 7])
 
@@ -626,13 +627,12 @@ def _render_ray(s: SceneArrays, origin: np.ndarray, direction: np.ndarray, sprea
     return t
 
 # %% ../../nbs/scenes/raycast.ipynb #3e9e6473
-@njit(cache=True, parallel=True, error_model="numpy")
-def _render_kernel(s: SceneArrays, origins: np.ndarray, directions: np.ndarray, spread: float, colours: np.ndarray,
-                   ranges: np.ndarray, hit_ids: np.ndarray) -> None:
+@njit(cache=True, nogil=True, error_model="numpy")
+def _render_kernel(counter: int, s: SceneArrays, origins: np.ndarray, directions: np.ndarray, spread: float,
+                   colours: np.ndarray, ranges: np.ndarray, hit_ids: np.ndarray) -> None:
     """colours: [N, 3] float32. ranges: [N]. hit_ids: [N, 3] int32 solid with face, label, instance."""
-    chunk = 512
-    for block in prange((len(origins) + chunk - 1) // chunk):
-        stack = np.empty(128, np.int32)
+    chunk, stack = 512, np.empty(128, np.int32)
+    for block in queued_jobs(counter, (len(origins) + chunk - 1) // chunk):
         for n in range(block * chunk, min(len(origins), (block + 1) * chunk)):
             ranges[n] = _render_ray(s, origins[n], directions[n], spread, colours[n], hit_ids[n], stack)
 
@@ -655,12 +655,13 @@ def _count_actors_hit(s: SceneArrays, x: float, y: float, z: float, dx: float, d
             if _intersect_actor(s, a, 0.0, x, y, z, dx, dy, dz, np.inf)[1] >= 0: counts[a] += 1
 
 # %% ../../nbs/scenes/raycast.ipynb #2a1e5138
-@njit(cache=True, parallel=True, error_model="numpy")
-def _outline_kernel(s: SceneArrays, origins: np.ndarray, directions: np.ndarray, counts: np.ndarray) -> None:
+@njit(cache=True, nogil=True, error_model="numpy")
+def _outline_kernel(counter: int, s: SceneArrays, origins: np.ndarray, directions: np.ndarray,
+                    counts: np.ndarray) -> None:
     """counts: [chunks, A] pixels of each actor's outline, in the order of `s.motions`."""
     chunk = (len(origins) + len(counts) - 1) // len(counts)
-    for block in prange(len(counts)):
-        stack = np.empty(128, np.int32)
+    stack = np.empty(128, np.int32)
+    for block in queued_jobs(counter, len(counts)):
         for n in range(block * chunk, min(len(origins), (block + 1) * chunk)):
             _count_actors_hit(s, origins[n, 0], origins[n, 1], origins[n, 2], directions[n, 0], directions[n, 1],
                               directions[n, 2], counts[block], stack)
@@ -700,7 +701,7 @@ def _render_rays(arrays: SceneArrays, origins: Any, directions: Any,
     """(colours [N, 3] float32, ranges [N], hit ids [N, 3]) of `_render_kernel`."""
     colours, ranges = np.empty((len(origins), 3), np.float32), np.empty(len(origins))
     hit_ids = np.empty((len(origins), 3), np.int32)
-    _render_kernel(arrays, origins, directions, spread, colours, ranges, hit_ids)
+    parallel_for(_render_kernel, arrays, origins, directions, spread, colours, ranges, hit_ids)
     return colours, ranges, hit_ids
 
 # %% ../../nbs/scenes/raycast.ipynb #91aa5d74
@@ -708,7 +709,7 @@ def _visible_fractions(arrays: SceneArrays, origins: np.ndarray, directions: np.
                        instances: np.ndarray) -> dict[int, float]:
     """Instance -> visible pixels / pixels of its outline. instances: [N], of the nearest hits."""
     counts = np.zeros((16, len(arrays.motions)), np.int64)
-    if len(arrays.motions): _outline_kernel(arrays, origins, directions, counts)
+    if len(arrays.motions): parallel_for(_outline_kernel, arrays, origins, directions, counts)
     seen = dict(zip(*np.unique(instances, return_counts=True)))
     return {int(i): float(seen.get(int(i), 0) / n) for i, n in zip(arrays.motions[:, 11], counts.sum(0)) if n}
 
