@@ -203,7 +203,8 @@ def _colour_kernel(rgb, depths, cells, poses, intrinsics, lenses, corner, voxel_
             weight = 1.0 if first else hidden
             total += weight
             for channel in range(3): colours[n, channel] += weight * rgb[c, row, column, channel]
-        if total > 0: colours[n] /= total
+        if total > 0:
+            for channel in range(3): colours[n, channel] /= total
 
 # %% ../../nbs/pose/carve.ipynb #e7f51915
 @dataclass(frozen=True, eq=False)

@@ -43,8 +43,8 @@ def _hash_unit(i: int, j: int, k: int, seed: int) -> float:
 # %% ../../nbs/scenes/materials.ipynb #fc5babc6
 @njit(cache=True)
 def _noise_2d(x: float, y: float, seed: float) -> float:
-    """Two-dimensional value noise in 0..1 on the unit lattice. seed: a whole number; a float where it is a literal, since
-    numba compiles a function again for each literal integer."""
+    """Two-dimensional value noise in 0..1 on the unit lattice. seed: a whole number; a float where it is a literal,
+    since numba compiles a function for each literal integer."""
     seed = int(seed)
     i, j = math.floor(x), math.floor(y)
     u, v = x - i, y - j

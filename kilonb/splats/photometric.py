@@ -26,19 +26,19 @@ _FAST = {"contract", "reassoc", "nsz", "arcp"}
 _ROWS = 8                          # rows of a job
 
 
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _add_rows(weight, a, total):
     """total += weight * a, all of one length."""
     for j in range(total.shape[0]): total[j] += weight * a[j]
 
 
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _add_products(weight, a, b, total):
     """total += weight * a * b, all of one length."""
     for j in range(total.shape[0]): total[j] += weight * a[j] * b[j]
 
 
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _vertical_moments(x, y, row, window, moments):
     """Rows `row`, row + 1, ... of x and y [H, L], filtered vertically: moments [5, L] of x, y, xx, yy, xy."""
     moments[:] = 0
@@ -51,13 +51,13 @@ def _vertical_moments(x, y, row, window, moments):
         _add_products(weight, a, b, moments[4])
 
 # %% ../../nbs/splats/photometric.ipynb #e29e5a91
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _add_pair(weight, a, b, total):
     """total += weight * (a + b), all of one length."""
     for j in range(total.shape[0]): total[j] += weight * (a[j] + b[j])
 
 
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _filter_row(values, window, out):
     """out[j] = sum over k of window[k] values[j + 3 k]; the window is symmetric."""
     half, count = len(window) // 2, len(out)
@@ -68,7 +68,7 @@ def _filter_row(values, window, out):
         _add_pair(window[k], values[near:near + count], values[far:far + count], out)
 
 # %% ../../nbs/splats/photometric.ipynb #9dec2752
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _similarity(x, y, xx, yy, xy, b1, b2, similarity):
     """SSIM [L] of filtered moments [L], and its two inverse denominators b1, b2; returns the sum."""
     c1, c2, one, two = np.float32(0.01**2), np.float32(0.03**2), np.float32(1), np.float32(2)
@@ -82,7 +82,7 @@ def _similarity(x, y, xx, yy, xy, b1, b2, similarity):
     return total
 
 # %% ../../nbs/splats/photometric.ipynb #e5448ddd
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _similarity_slopes(x, y, xy, b1, b2, similarity, by_x, by_xx, by_xy):
     """Derivatives of SSIM by the moments of x, xx and xy; all [L]."""
     c1, c2, two = np.float32(0.01**2), np.float32(0.03**2), np.float32(2)
@@ -93,7 +93,7 @@ def _similarity_slopes(x, y, xy, b1, b2, similarity, by_x, by_xx, by_xy):
     for j in range(len(by_xy)): by_xy[j] = two * (two * x[j] * y[j] + c1) * b1[j] * b2[j]
 
 # %% ../../nbs/splats/photometric.ipynb #0daa774d
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _maps_kernel(counter, x, y, window, maps, sums):
     """SSIM of every window of x and y [H, L]: maps [3, H - w + 1, L - 3 w + 3] of derivatives, sums [H - w + 1]."""
     rows, columns, length = maps.shape[1], maps.shape[2], x.shape[1]
@@ -106,7 +106,7 @@ def _maps_kernel(counter, x, y, window, maps, sums):
             _similarity_slopes(m[0], m[1], m[4], m[5], m[6], m[7], maps[0, row], maps[1, row], maps[2, row])
 
 # %% ../../nbs/splats/photometric.ipynb #b2155ac6
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _pixel_terms(x, y, absolute, square, gradient):
     """(sum of |x - y|, sum of (x - y)^2) over a row; gradient = absolute * sign(x - y) + 2 * square * (x - y)."""
     total, squares = np.float32(0), np.float32(0)
@@ -119,7 +119,7 @@ def _pixel_terms(x, y, absolute, square, gradient):
     return total, squares
 
 # %% ../../nbs/splats/photometric.ipynb #17a5b066
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _adjoint_row(maps, row, window, similar, x, y, padded, gathered, gradient):
     """Adds `similar` times the gradient of the sum of SSIM by row `row` of x. padded: [L + 3 w - 3], gathered: [L]."""
     margin = 3 * (len(window) - 1)
@@ -134,7 +134,7 @@ def _adjoint_row(maps, row, window, similar, x, y, padded, gathered, gradient):
         else: _add_products(similar, y, gathered, gradient)
 
 # %% ../../nbs/splats/photometric.ipynb #eb92589d
-@njit(nogil=True, fastmath=_FAST)
+@njit(cache=True, nogil=True, fastmath=_FAST)
 def _gradient_kernel(counter, x, y, maps, window, absolute, square, similar, gradient, sums):
     """Gradient [H, L] by x of absolute * L1 + square * L2 + similar * SSIM (sums over pixels); sums [H, 2] of L1, L2.
     Without windows (len 0) SSIM is left out."""
@@ -142,7 +142,7 @@ def _gradient_kernel(counter, x, y, maps, window, absolute, square, similar, gra
     gathered = np.empty(x.shape[1], np.float32)
     for job in queued_jobs(counter, (x.shape[0] + _ROWS - 1) // _ROWS):
         for row in range(job * _ROWS, min(x.shape[0], (job + 1) * _ROWS)):
-            sums[row] = _pixel_terms(x[row], y[row], absolute, square, gradient[row])
+            sums[row, 0], sums[row, 1] = _pixel_terms(x[row], y[row], absolute, square, gradient[row])
             if len(window):
                 _adjoint_row(maps, row, window, similar, x[row], y[row], padded, gathered, gradient[row])
 

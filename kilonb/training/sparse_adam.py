@@ -23,7 +23,7 @@ from ..core.work_queue import parallel_for, queued_jobs
 BLOCK = 64
 
 
-@njit(nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
+@njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "nsz"})
 def _update_block(p, g, m, v, rate, beta1, beta2, root, eps):
     """Adam for one block of entries, all [n] float32; entries without gradient stay as they are.
 
@@ -40,14 +40,14 @@ def _update_block(p, g, m, v, rate, beta1, beta2, root, eps):
         p[i] = p[i] - step if moved else p[i]
 
 # %% ../../nbs/training/sparse_adam.ipynb #c873e683
-@njit(nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def _any_gradient(g):
     reached = 0
     for i in range(len(g)): reached |= g[i] != 0      # true for NaN
     return reached
 
 
-@njit(nogil=True, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def _update_blocks(counter, jobs, p, g, m, v, ends, rates, beta1, beta2, root, eps):
     """`_update_block` for flat float32 arrays in blocks of ends[-1] entries, without blocks of zeros; `jobs` jobs.
 
