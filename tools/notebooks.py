@@ -106,6 +106,7 @@ def main() -> int | str:
     if missing: return f"There is no notebook {missing[0]}."
     failed, start = [], time.perf_counter()
     os.environ.update(IN_TEST="1", MPLBACKEND="Agg")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                           # see kilonb/__init__.py
     for name in SLOW_IMPORTS: importlib.import_module(name)
     for path, passed, seconds in tested(paths):
         name = path.relative_to(ROOT / "nbs")

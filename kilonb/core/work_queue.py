@@ -32,7 +32,7 @@ def fetch_and_increment(typing, counter):
     return types.int64(counter), emit
 
 # %% ../../nbs/core/work_queue.ipynb #c6014255
-@njit(cache=True, nogil=True)
+@njit(nogil=True)                    # numba cannot compile a caller of a generator that comes from its cache
 def queued_jobs(counter, jobs):
     """Iterate over the job numbers 0..jobs-1 that this thread takes from the shared counter.
 
