@@ -12,6 +12,7 @@ import numba
 import numpy as np
 
 from ..core.errors import KiloError
+from ..core.work_queue import parallel_for, queued_jobs
 from .marching import space_arrays
 from .occupancy import OccupancyGrid
 from ..geometry.cameras import Rays
@@ -54,11 +55,11 @@ TILE = 8                               # pixels, edge of the tile of a beam
 @numba.njit(cache=True, inline="always")
 def _tile_axis(directions, width, top, bottom, left, right, axis):
     """Write the mean direction of the rays of a tile into axis; returns the largest distance of one from it."""
-    axis[:] = 0.0
+    for a in range(3): axis[a] = 0.0
     for row in range(top, bottom):
         for column in range(left, right):
             for a in range(3): axis[a] += directions[row * width + column, a]
-    axis /= (bottom - top) * (right - left)
+    for a in range(3): axis[a] /= (bottom - top) * (right - left)
     largest = 0.0
     for row in range(top, bottom):
         for column in range(left, right):
@@ -79,21 +80,23 @@ def _reach(origin, axis, lower, upper, margin):
     return enter, leave
 
 # %% ../../nbs/fields/beams.ipynb #846a4935
-@numba.njit(cache=True, parallel=True)
-def _start_tiles(parts, origin, directions, width, farthest, lower, upper, voxel, clearance, step, begin):
+@numba.njit(cache=True, nogil=True)
+def _start_tiles(counter, origin, directions, width, farthest, lower, upper, voxel, clearance, step, begin):
     """Write the first lattice point of each ray into begin [R], tile by tile; see `first_lattice_points`."""
     height = len(directions) // width
-    columns, rows = (width + TILE - 1) // TILE, (height + TILE - 1) // TILE
-    for part in numba.prange(parts):
-        axis, place = np.empty(3), (origin - lower) / voxel
-        for tile in range(columns * rows * part // parts, columns * rows * (part + 1) // parts):
-            top, left = tile // columns * TILE, tile % columns * TILE
-            bottom, right = min(top + TILE, height), min(left + TILE, width)
+    axis, place, slope, growth = np.empty(3), np.empty(3), np.empty(3), np.empty(3)
+    for a in range(3): place[a] = (origin[a] - lower[a]) / voxel[a]
+    for tile_row in queued_jobs(counter, (height + TILE - 1) // TILE):
+        top, bottom = tile_row * TILE, min((tile_row + 1) * TILE, height)
+        for left in range(0, width, TILE):
+            right = min(left + TILE, width)
             spread = 1.0001 * _tile_axis(directions, width, top, bottom, left, right, axis) + 1e-6
             near, far = _reach(origin, axis, lower, upper, spread * farthest)
-            start = _beam_start(place, axis / voxel, spread / voxel, near, min(far, farthest), clearance)
+            for a in range(3): slope[a], growth[a] = axis[a] / voxel[a], spread / voxel[a]
+            start = _beam_start(place, slope, growth, near, min(far, farthest), clearance)
             first = -1 if start < 0 else max(int(start / step - 0.5) - 1, 0)
-            for row in range(top, bottom): begin[row * width + left:row * width + right] = first
+            for row in range(top, bottom):
+                for column in range(left, right): begin[row * width + column] = first
 
 # %% ../../nbs/fields/beams.ipynb #8e829bcf
 def first_lattice_points(rays: Rays, width: int, grid: OccupancyGrid, step: float) -> np.ndarray:
@@ -111,6 +114,5 @@ def first_lattice_points(rays: Rays, width: int, grid: OccupancyGrid, step: floa
                                       for array in space_arrays(grid)[:4])
     begin, origin = np.full(len(directions), -1, np.int64), origins[0].astype(np.float64)
     farthest = np.linalg.norm(np.maximum(abs(lower - origin), abs(upper - origin))) + step
-    _start_tiles(numba.get_num_threads(), origin, directions, width, farthest, lower, upper, voxel, clearance, step,
-                 begin)
+    parallel_for(_start_tiles, origin, directions, width, farthest, lower, upper, voxel, clearance, step, begin)
     return begin

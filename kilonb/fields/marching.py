@@ -114,8 +114,8 @@ def _march(parts, origins, directions, lower, upper, voxel, clearance, octants, 
         buffer, used = np.empty(longest, np.float32), 0
         for ray in range(rays * part // parts, rays * (part + 1) // parts):
             count, _, _ = _walk(origins[ray], directions[ray], lower, upper, voxel, clearance, octants, least,
-                                depth_limit, step, offsets[ray], near, far, 0, np.float32(0), buffer)
-            kept[part, used:used + count] = buffer[:count]
+                                depth_limit, step, offsets[ray], near, far, np.int64(0), np.float32(0), buffer)
+            for i in range(count): kept[part, used + i] = buffer[i]
             counts[ray] = count
             used += count
 

@@ -154,7 +154,9 @@ def _mlp_backward(counter, order, voxels, chunks, term, first, second, mlp, back
                 for c in range(gradient.shape[1]): g3[r, c] = gradient[points[r], c]
             _backward_block(own, h1, h2, back, slope, rows, len(points), g1, g2, g3, sums)
             voxel = _add_to_voxels(points, voxels, voxel, g1, to_term)
-            if len(to_hidden): to_hidden[start:start + len(points)] = g1[:len(points)]
+            if len(to_hidden):
+                for n in range(len(points)):
+                    for j in range(g1.shape[1]): to_hidden[start + n, j] = g1[n, j]
 
 # %% ../../nbs/flux4d/point_mlp.ipynb #b5fd1fd8
 def _layout(weight: Tensor, padded: bool = False) -> np.ndarray:

@@ -88,7 +88,7 @@ def _lzf(data: np.ndarray, out: np.ndarray) -> int:
         if control < 32:
             length = control + 1
             if i + length > n or o + length > most: return -1
-            out[o:o + length] = data[i:i + length]
+            for k in range(length): out[o + k] = data[i + k]
             i += length
         else:
             length = control >> 5

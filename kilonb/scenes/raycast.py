@@ -172,7 +172,8 @@ def _sort_members(order: np.ndarray, first: int, count: int, axis: int, low: np.
     members = order[first:first + count].copy()
     keys = np.empty(count)
     for k in range(count): keys[k] = low[members[k], axis] + high[members[k], axis]
-    order[first:first + count] = members[np.argsort(keys, kind="mergesort")]
+    sorted_members = np.argsort(keys, kind="mergesort")
+    for k in range(count): order[first + k] = members[sorted_members[k]]
 
 # %% ../../nbs/scenes/raycast.ipynb #394d3e37
 @njit(cache=True)
