@@ -325,13 +325,12 @@ class KiloNeRF(PaddedNetworks):
 
     def __init__(self, cells: CellGrid, config: KiloNeRFConfig | None = None, generator: torch.Generator | None = None):
         super().__init__()
-        self.cells, self.config = cells, config or KiloNeRFConfig()
+        self.config = c = config or KiloNeRFConfig()
+        # overlap: fraction of a cell; above 0 only in training, see `CellGrid.locate`
+        self.cells, self.feature_width, self.overlap = cells, c.hidden, 0.0
         if cells.count < 1: raise KiloError("No cell has a network because the occupancy grid is empty: check its box.")
-        c = self.config
         self.layout = NetworkLayout(c.position_frequencies, c.direction_frequencies, c.hidden, c.refeed_position)
         self.networks = nn.Parameter(self.layout.fresh_row(generator).repeat(cells.count, 1))
-        self.feature_width = c.hidden
-        self.overlap = 0.0                   # fraction of a cell; above 0 only in training, see `CellGrid.locate`
 
     def forward(self, positions: Tensor, directions: Tensor) -> tuple[Tensor, Tensor]:
         """Density [N], 1/metre, and colour [N, 3] in [0, 1] at `positions` [N, 3] metres along unit `directions` [N,
@@ -353,8 +352,7 @@ class KiloNeRF(PaddedNetworks):
         return activate(raw, self.config.density_scale, self.config.density_bias)
 
     def densities(self, positions: Tensor) -> Tensor:
-        """Density [N], 1/metre, at positions [N, 3], metres, without gradients and, on the CPU, without colours; 0
-        outside all cells."""
+        """Density [N], 1/metre, at positions [N, 3], metres, without gradients and colours; 0 outside all cells."""
         return _densities(self, positions)
 
     def features(self, positions: Tensor, directions: Tensor | None = None) -> Tensor:
