@@ -326,8 +326,7 @@ class KiloNeRF(PaddedNetworks):
     def __init__(self, cells: CellGrid, config: KiloNeRFConfig | None = None, generator: torch.Generator | None = None):
         super().__init__()
         self.config = c = config or KiloNeRFConfig()
-        # overlap: fraction of a cell; above 0 only in training, see `CellGrid.locate`
-        self.cells, self.feature_width, self.overlap = cells, c.hidden, 0.0
+        self.cells, self.feature_width, self.overlap = cells, c.hidden, 0.0    # overlap: see `CellGrid.locate`
         if cells.count < 1: raise KiloError("No cell has a network because the occupancy grid is empty: check its box.")
         self.layout = NetworkLayout(c.position_frequencies, c.direction_frequencies, c.hidden, c.refeed_position)
         self.networks = nn.Parameter(self.layout.fresh_row(generator).repeat(cells.count, 1))
