@@ -3,7 +3,6 @@ import math
 import os
 from pathlib import Path
 
-import numba
 import numpy as np
 import pytest
 import torch
@@ -17,6 +16,7 @@ from kilonb.data.manifests import load_manifests
 from kilonb.data.verification import verify
 from kilonb.data.generation import make
 from kilonb.core.pickles import list_globals
+from kilonb.core.testing import with_threads
 from kilonb.scenes import boxtown
 from kilonb.scenes.boxtown import (
     TownConfig,
@@ -146,10 +146,8 @@ def test_threads_and_repetition_do_not_change_a_bit(town):
     pose = town.actor(201).pose(1.0).matrix()
     lidar = SpinningLidar((-10.0, -5.0, 0.0, 3.0), steps=300)
     def everything(): return [*render(town.world, camera, 1.0)[:5], *spin_lidar(town.world, lambda t: pose, 1.0, lidar)]
-    many, threads = everything(), numba.get_num_threads()
-    numba.set_num_threads(1)
-    try: one = everything()
-    finally: numba.set_num_threads(threads)
+    many = everything()
+    with with_threads(1): one = everything()
     assert all(np.array_equal(a, b) for a, b in zip(many, one))
 
 

@@ -1,11 +1,11 @@
 """The compiled network kernels against float64 autograd: random shapes, both blockings, any number of threads."""
 
-import numba
 import psutil
 import pytest
 import torch
 from torch.nn.functional import normalize
 
+from kilonb.core.testing import with_threads
 from kilonb.fields.blocking import VARIABLE
 from kilonb.fields.hashgrid import HashGridConfig, HashGridField
 from kilonb.fields.kernels import run_networks
@@ -20,13 +20,6 @@ SHAPES = [(32, 7, 4, False), (32, 7, 4, True), (18, 2, 0, False), (1, 0, 0, Fals
 def blocking(request, monkeypatch):
     monkeypatch.setenv(VARIABLE, request.param)
     return request.param
-
-
-@pytest.fixture
-def threads():
-    before = numba.get_num_threads()
-    yield numba.set_num_threads
-    numba.set_num_threads(before)
 
 
 def field_of(hidden: int, position: int, direction: int, refeed: bool, cells: int = 7) -> KiloNeRF:
@@ -77,14 +70,12 @@ def test_no_samples_give_no_values_and_zero_gradients(blocking):
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
-def test_both_blockings_and_all_numbers_of_threads_give_the_same_bits(shape, threads, monkeypatch):
+def test_both_blockings_and_all_numbers_of_threads_give_the_same_bits(shape, monkeypatch):
     field, samples, results = field_of(*shape), samples_of(700), []
     for name in ("wide", "narrow"):
         monkeypatch.setenv(VARIABLE, name)
-        for count in (1, 2):
-            if count > numba.config.NUMBA_NUM_THREADS: continue
-            threads(count)
-            results.append(gradients_of(field, samples))
+        for count in (1, 2, 3):
+            with with_threads(count): results.append(gradients_of(field, samples))
     for raw, gradient in results[1:]: assert torch.equal(raw, results[0][0]) and torch.equal(gradient, results[0][1])
 
 

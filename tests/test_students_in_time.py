@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kilonb.core.errors import KiloError
+from kilonb.core.testing import with_threads
 from kilonb.distill.losses import DistortionConfig
 from kilonb.distill.rays import RayPool
 from kilonb.distill.student import DistillConfig, distill, load_student, make_student, save_student
@@ -116,16 +117,15 @@ def disc(camera, name):
 
 
 def test_a_frame_in_rounds_is_the_frame_at_once_for_any_number_of_threads():
-    import numba
     student, cameras = ball()
     with torch.no_grad():
         student.field.networks.add_(torch.randn(student.field.networks.shape,
                                                 generator=torch.Generator().manual_seed(0)) * 0.1)
         whole = render_rays(student.field, cameras[0].rays(), student.grid, student.step)
-        frames, threads = [], numba.get_num_threads()
-        for count in (1, threads):
-            numba.set_num_threads(count)
-            frames.append(render_image(student.field, cameras[0], student.grid, student.step))
+        frames = []
+        for count in (1, 2):
+            with with_threads(count):
+                frames.append(render_image(student.field, cameras[0], student.grid, student.step))
     torch.testing.assert_close(frames[0].alpha.flatten(), whole.alpha, atol=2e-5, rtol=1e-4)
     for a, b in zip(frames[0][:3], frames[1][:3]): torch.testing.assert_close(a, b)
 

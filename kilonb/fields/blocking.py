@@ -33,8 +33,8 @@ MEASURING = "measuring which register tiles are fastest, once per machine"
 @njit(cache=True)
 def _repeat_layer(blocking, w, rows, count):
     for _ in range(count):
-        multiply_rows(blocking, w, int64(0), int64(32), int64(1), int64(59 * 32), int64(START_BIAS), rows, int64(0),
-                      int64(59), int64(59), int64(32), np.float32(0), int64(BLOCK))
+        multiply_rows(blocking, w, int64(0), int64(32), int64(1), int64(59 * 32), START_BIAS, rows, int64(0), int64(59),
+                      int64(59), int64(32), np.float32(0), int64(BLOCK))
 
 
 def measure_blockings(turns: int = 12, count: int = 100) -> dict[str, float]:

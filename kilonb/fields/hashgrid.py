@@ -10,8 +10,8 @@ __all__ = ['PRIMES', 'LEVEL_RESOLUTION', 'LEVEL_LAST_X', 'LEVEL_LAST_Y', 'LEVEL_
            'HEAD_HIDDEN', 'HEAD_FEATURES', 'HEAD_POSITION_WEIGHTS', 'HEAD_POSITION_BIASES', 'HEAD_DENSITY_WEIGHTS',
            'HEAD_DENSITY_BIASES', 'HEAD_FEATURE_WEIGHTS', 'HEAD_FEATURE_BIASES', 'HEAD_DIRECTION_WEIGHTS',
            'HEAD_DIRECTION_BIASES', 'HEAD_RGB_WEIGHTS', 'HEAD_RGB_BIASES', 'HEAD_DENSITY_ONLY', 'HEAD_SLOTS',
-           'HEAD_LAYER_SLOTS', 'PARTS', 'HashGridConfig', 'Level', 'place_levels', 'kernel_levels', 'read_grids',
-           'write_grids', 'HeadLayout', 'encode_reference', 'HashGridField']
+           'HEAD_LAYER_SLOTS', 'HashGridConfig', 'Level', 'place_levels', 'kernel_levels', 'read_grids', 'write_grids',
+           'HeadLayout', 'encode_reference', 'HashGridField']
 
 # %% ../../nbs/fields/hashgrid.ipynb #67e281e4
 from dataclasses import dataclass
@@ -32,9 +32,9 @@ from ..core.work_queue import parallel_for, queued_jobs
 from .encodings import fourier_encode, fourier_width
 from .blocking import network_blocking
 from .encoding_rows import encode_rows
-from .kernels import (DENSITY_ROWS, FIRST_ROW, LINEAR, RELU, RGB_ROWS, RowLayout, _keep_with_gradient,
-                                   copy_sums, gather_columns, gather_gradient, input_gradient, layer_rows, layer_sums,
-                                   mask_rows, padded_size, slot_table)
+from .kernels import (DENSITY_ROWS, FIRST_ROW, JOBS, LINEAR, RELU, RGB_ROWS, RowLayout,
+                                   _keep_with_gradient, copy_sums, gather_columns, gather_gradient, input_gradient,
+                                   layer_rows, layer_sums, mask_rows, padded_size, slot_table)
 from .mlp import BoxField, place_rows
 from .register_tiles import BLOCK, START_OUTPUT, START_ZERO, round_up
 
@@ -314,9 +314,6 @@ def _head_gradient(t, sums, grad):
     copy_sums(sums, at, t[HEAD_INPUTS], hidden, grad, t[HEAD_POSITION_WEIGHTS], t[HEAD_POSITION_BIASES])
 
 # %% ../../nbs/fields/hashgrid.ipynb #09afcf79
-PARTS = 16
-
-
 @numba.njit(cache=True, inline="always")
 def _gather(kept, first, last, encoded, directions, rows, view):
     """Copy the inputs of samples kept[first:last] into a block; the last one is repeated up to the next multiple of 16.
@@ -335,9 +332,9 @@ def _head_forward(counter, blocking, w, t, kept, encoded, directions, raw):
     flat; kept: indices of all samples."""
     numbers = _head_rows(t)
     rows, top = aligned_zeros(numbers[10] * BLOCK), numbers[4] * BLOCK
-    for part in queued_jobs(counter, PARTS):
-        end = len(kept) * (part + 1) // PARTS
-        for first in range(len(kept) * part // PARTS, end, BLOCK):
+    for part in queued_jobs(counter, JOBS):
+        end = len(kept) * (part + 1) // JOBS
+        for first in range(len(kept) * part // JOBS, end, BLOCK):
             last = min(first + BLOCK, end)
             used = _gather(kept, first, last, encoded, directions, rows, numbers[2])
             _head_block_forward(blocking, w, t, rows, used)
@@ -347,15 +344,15 @@ def _head_forward(counter, blocking, w, t, kept, encoded, directions, raw):
 # %% ../../nbs/fields/hashgrid.ipynb #289691f8
 @numba.njit(cache=True, nogil=True)
 def _head_backward(counter, blocking, w, t, kept, encoded, directions, grad_raw, padded, grad_w, grad_encoded):
-    """Gradient of sum(grad_raw * raw) over the samples `kept` [K]: in grad_w [PARTS, size], one row per part, and in
+    """Gradient of sum(grad_raw * raw) over the samples `kept` [K]: in grad_w [JOBS, size], one row per part, and in
     grad_encoded [inputs, K]. padded: length of the padded sums."""
     numbers = _head_rows(t)
     rows, sums = aligned_zeros(numbers[10] * BLOCK), aligned_zeros(padded)
     turned = aligned_zeros(BLOCK * round_up(max(t[HEAD_HIDDEN], t[HEAD_FEATURES]), 16))
-    for part in queued_jobs(counter, PARTS):
+    for part in queued_jobs(counter, JOBS):
         sums[:] = 0
-        end = len(kept) * (part + 1) // PARTS
-        for first in range(len(kept) * part // PARTS, end, BLOCK):
+        end = len(kept) * (part + 1) // JOBS
+        for first in range(len(kept) * part // JOBS, end, BLOCK):
             last = min(first + BLOCK, end)
             used = _gather(kept, first, last, encoded, directions, rows, numbers[2])
             _head_block_forward(blocking, w, t, rows, used)
@@ -393,7 +390,7 @@ class _HashGrid(torch.autograd.Function):
         grad_raw = grad_raw.contiguous().numpy()
         every, kept = np.arange(len(grad_raw), dtype=np.int32), np.empty(len(grad_raw), np.int32)
         kept = kept[:_keep_with_gradient(every, 0, len(every), grad_raw, kept)]
-        grad_parts = np.empty((PARTS, len(network)), np.float32)
+        grad_parts = np.empty((JOBS, len(network)), np.float32)
         grad_encoded = np.empty((len(encoded), len(kept)), np.float32)
         parallel_for(_head_backward, network_blocking(), network, head, kept, encoded, directions.reshape(-1), grad_raw,
                      ctx.padded, grad_parts, grad_encoded)
