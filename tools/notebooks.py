@@ -1,7 +1,8 @@
 """Tests the library notebooks by nbdev, two at a time, each with its seconds; exits with 1 where one fails.
 
 Each runs in a process of its own, so that none depends on what another left there: a process that has a second device
-starts threads of autograd, and none of its forks can train. The slow imports are done once, before the forks.
+starts threads of autograd, and none of its forks can train. What is slow to import is imported once, before the forks:
+the modules of KiloNB and the libraries that they import late.
 Two things make this faster than `nbdev_test` alone. A cell with numba kernels that stands word for word in the exported
 module is imported from there, since the kernels of a cell and those of its module are compiled apart. And figures are
 drawn at the resolution of a screen. `nbdev_test --path nbs/<package>/<name>.ipynb` runs one notebook with neither.
@@ -10,26 +11,34 @@ import ast
 import importlib
 import multiprocessing
 import os
+import pkgutil
 import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from functools import partial
+from contextlib import suppress
 from itertools import islice
 from multiprocessing import connection
 from pathlib import Path
 
 import execnb.shell
+import matplotlib.pyplot
+import numba
 from nbdev import test as nbdev
 from nbdev.process import NBProcessor
+
+import kilonb
 
 ROOT = Path(__file__).resolve().parent.parent
 # experiments and benchmarks are run by pytest, at small size; the last two in a process of their own (see Makefile)
 LEFT_OUT = {"experiments", "benchmarks", "explore", "results"}
 ALONE = {"triton_networks", "simulated_device"}
 WORKERS = 2
-SLOW_IMPORTS = ("torch", "numba", "scipy.spatial", "scipy.stats", "sklearn.cluster", "matplotlib.pyplot",
-                "plotly.graph_objects", "anywidget", "zarr")
+FEW = 4             # notebooks that import for themselves: importing everything takes as long as they do
+# the first optimiser of a process imports torch._dynamo, as does the first comparison of tensors a part of it
+SLOW_IMPORTS = ("torch._dynamo", "papermill", "nbconvert", "distributed", "matplotlib.pyplot", "plotly.graph_objects",
+                "tensorboard.summary", "IPython.lib.lexers", "scipy.stats", "sklearn.cluster", "zarr", "h5py", "av",
+                "trimesh", "gymnasium")
 
 
 def library_notebooks() -> list[Path]:
@@ -75,13 +84,29 @@ class KernelsFromModule(NBProcessor):
             if names := defined_names(code): cell.source = f"from kilonb.{module} import {', '.join(names)}"
 
 
+class Shell(execnb.shell.CaptureShell):
+    """An IPython shell that draws each figure once, where it is shown, and not a second time before that."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, mpl_format="png", **kwargs)
+        matplotlib.pyplot.uninstall_repl_displayhook()
+
+
 def run_notebook(path: Path) -> None:
     """Run the cells of a notebook; exits with 1 where one fails."""
     nbdev.NBProcessor = KernelsFromModule
-    nbdev.CaptureShell = partial(execnb.shell.CaptureShell, mpl_format="png")
+    nbdev.CaptureShell = Shell
     with nbdev.working_directory(ROOT / "nbs"):
         passed, _ = nbdev.test_nb(path, skip_flags=nbdev.get_config().tst_flags.split(), force_flags=[], basepath=ROOT)
     sys.exit(int(not passed))
+
+
+def import_first() -> None:
+    """Import what notebooks import, and set numba's compiler up, neither of which starts a thread."""
+    for name in SLOW_IMPORTS: importlib.import_module(name)
+    for module in pkgutil.walk_packages(kilonb.__path__, "kilonb.", onerror=lambda name: None):
+        with suppress(Exception): importlib.import_module(module.name)      # the notebooks that need it say what is wrong
+    numba.njit(lambda: 0)()
 
 
 def tested(paths: Iterable[Path]) -> Iterator[tuple[Path, bool, float]]:
@@ -107,7 +132,7 @@ def main() -> int | str:
     failed, start = [], time.perf_counter()
     os.environ.update(IN_TEST="1", MPLBACKEND="Agg")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")                           # see kilonb/__init__.py
-    for name in SLOW_IMPORTS: importlib.import_module(name)
+    if len(paths) > FEW: import_first()
     for path, passed, seconds in tested(paths):
         name = path.relative_to(ROOT / "nbs")
         print(f"{seconds:6.1f} s  {name}{'' if passed else '  FAILED'}", flush=True)

@@ -13,10 +13,11 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 
 import kilonb
@@ -146,14 +147,18 @@ def _module_file(name: str) -> Path | None:
     return next((path for path in (base.with_suffix(".py"), base / "__init__.py") if path.is_file()), None)
 
 # %% ../../nbs/core/hashing.ipynb #2c391732
-def _imported(source: str, package: str) -> Iterator[str]:
+@lru_cache(1024)
+def _imported(source: str, package: str) -> tuple[str, ...]:
+    """The names that `source` imports. Each source is parsed once in a process: a list of datasets asks for the same
+    modules again for every one."""
+    names: list[str] = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.Import): names += [alias.name for alias in node.names]
         if isinstance(node, ast.ImportFrom):
             base = ".".join([*package.split(".")[:len(package.split(".")) - node.level + 1],
                              *filter(None, [node.module])]) if node.level else node.module
-            yield base
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return tuple(names)
 
 # %% ../../nbs/core/hashing.ipynb #d516f7dc
 def imported_modules(source: str, package: str = "", within: str = "kilonb") -> dict[str, Path]:

@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 from numba import njit
-from scipy.stats import rankdata
 
 from ..core.errors import KiloError, unknown_name
 
@@ -357,6 +356,8 @@ def events_above(values: Sequence[np.ndarray], valid: Sequence[np.ndarray], perc
 def event_auc(probability: np.ndarray, true: np.ndarray) -> float | None:
     """Area under the ROC curve of `probability` [N] for events `true` bool [N]: the share of (event, other) pairs that
     are in the right order, ties half; None where one of the two is missing."""
+    from scipy.stats import rankdata        # half a second: most who import this module count events
+
     true = np.asarray(true, bool)
     positive, negative = int(true.sum()), int((~true).sum())
     if not positive or not negative: return None

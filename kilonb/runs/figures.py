@@ -8,6 +8,7 @@ __all__ = ['write_figure']
 # %% ../../nbs/runs/figures.ipynb #3ef94ec0
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,8 @@ from ..core.errors import KiloError
 from ..core.files import atomic_write
 
 # %% ../../nbs/runs/figures.ipynb #05b3f5ac
-def _encode_png(figure: Any, dots_per_inch: float, colours: int | None) -> bytes:
+def _encode_png(figure: Any, dots_per_inch: float) -> bytes:
     """A figure or image as PNG; an image is scaled by dots_per_inch / 110, never enlarged."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     if hasattr(figure, "savefig"):
         figure.savefig(buffer, format="png", dpi=dots_per_inch, bbox_inches="tight", facecolor="white")
@@ -27,10 +26,24 @@ def _encode_png(figure: Any, dots_per_inch: float, colours: int | None) -> bytes
         figure.resize((max(1, round(figure.width * scale)), max(1, round(figure.height * scale)))).save(
             buffer, format="PNG", optimize=True
         )
-    if colours is None: return buffer.getvalue()
+    return buffer.getvalue()
+
+
+def _with_palette(png: bytes) -> bytes:
+    """The picture with 256 colours."""
+    from PIL import Image
+
     small = io.BytesIO()
-    Image.open(buffer).convert("RGB").quantize(colours).save(small, format="PNG", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(small, format="PNG", optimize=True)
     return small.getvalue()
+
+
+def _encodings(figure: Any) -> Iterator[bytes]:
+    """The figure as PNG files, with all colours, with 256, and with fewer and fewer pixels; each size is drawn once."""
+    for reduction in range(16):
+        png = _encode_png(figure, 110 * 0.8**reduction)
+        if reduction == 0: yield png
+        yield _with_palette(png)
 
 # %% ../../nbs/runs/figures.ipynb #50e1c490
 def write_figure(figure: Any, path: str | os.PathLike, maximum_bytes: int = 150_000) -> Path:
@@ -38,8 +51,7 @@ def write_figure(figure: Any, path: str | os.PathLike, maximum_bytes: int = 150_
 
     Raises KiloError where 256 colours and 3% of the width are still too large.
     """
-    steps = [(110.0, None), *((110.0 * 0.8**k, 256) for k in range(16))]
-    png = next((png for step in steps if len(png := _encode_png(figure, *step)) <= maximum_bytes), None)
+    png = next((png for png in _encodings(figure) if len(png) <= maximum_bytes), None)
     if png is None: raise KiloError(f"{path} cannot be made smaller than {maximum_bytes} bytes.")
     with atomic_write(path) as partial: partial.write_bytes(png)
     return Path(path)
