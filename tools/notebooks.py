@@ -105,7 +105,7 @@ def import_first() -> None:
     """Import what notebooks import, and set numba's compiler up, neither of which starts a thread."""
     for name in SLOW_IMPORTS: importlib.import_module(name)
     for module in pkgutil.walk_packages(kilonb.__path__, "kilonb.", onerror=lambda name: None):
-        with suppress(Exception): importlib.import_module(module.name)      # the notebooks that need it say what is wrong
+        with suppress(Exception): importlib.import_module(module.name)     # a notebook that needs it says what is wrong
     numba.njit(lambda: 0)()
 
 
