@@ -4,13 +4,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kilonb.distill.student import make_student
+from kilonb.core.testing import expect_error
+from kilonb.distill.student import make_student, with_deferred_colours
 from kilonb.fields.hashgrid import HashGridConfig
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.mlp import MLPConfig
 from kilonb.fields.occupancy import OccupancyGrid
 from kilonb.fields.rendering import field_densities
 from kilonb.geometry.cameras import orbit_cameras
+from kilonb.imaging.rendering import render_frames
+from kilonb.imaging.sources import source_of_gaussians
+from kilonb.scenes.brickyard import build_brickyard
 
 BOX = torch.tensor([[-1.0, -1, -1], [1, 1, 1]])
 CONFIGS = {"kilonerf": KiloNeRFConfig(0.5, 4, density_bias=1.0), "mlp": MLPConfig(4, 2, 16, 2, density_bias=1.0),
@@ -60,3 +64,19 @@ def test_an_opaque_surface_has_the_same_colour_either_way(name):
     solid = full.alpha > 0.999
     assert solid.any()
     torch.testing.assert_close(deferred.rgb_premultiplied[solid], full.rgb_premultiplied[solid], atol=2e-2, rtol=1e-2)
+
+
+def test_frames_of_one_colour_per_ray_have_a_folder_of_their_own(student, tmp_path):
+    views = [(f"view_{i}", camera) for i, camera in enumerate(orbit_cameras(2, 3.0, 20, width=24, height=24))]
+    source = with_deferred_colours(student.frame_source())
+    outcome = render_frames(source, views, tmp_path / "frames", dtype="float32", quiet=True)
+    wanted = student.render(views[1][1], deferred=True)
+    torch.testing.assert_close(outcome.frames.read("view_1").rgb_premultiplied, wanted.rgb_premultiplied)
+    assert render_frames(source, views, tmp_path / "frames", dtype="float32", quiet=True).kept == 2
+    assert "holds frames of the kind 'student, one colour per ray', not 'student'" in expect_error(
+        render_frames, student.frame_source(), views, tmp_path / "frames", dtype="float32", quiet=True)
+
+
+def test_gaussians_have_no_deferred_colours():
+    source = source_of_gaussians(build_brickyard(count=4_000))
+    assert "an option of students" in expect_error(with_deferred_colours, source)

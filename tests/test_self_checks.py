@@ -112,6 +112,25 @@ def test_a_splat_file_is_compared_with_gaussians_without_view_dependence(yard, t
     assert read_gaussians(tmp_path / "run" / "shiny.splat").sh.shape[1] == 1
 
 
+def test_gaussians_that_no_picture_shows_are_left_out_of_the_files(yard, tmp_path):
+    inside = yard.subset(torch.arange(400))
+    inside.logit_opacities = torch.full((400,), -8.0)                               # next to nothing of any picture
+    parts = [torch.cat([getattr(yard, name), getattr(inside, name)])
+             for name in ("means", "quats", "log_scales", "logit_opacities", "sh")]
+    write_ply(tmp_path / "both.ply", type(yard)(*parts))
+    command = ("run", "convert_gaussians", "--data", f"ply:{tmp_path}/both.ply", "-p", "views=2", "-p", "width=48",
+               "-p", "formats=ply", "-p", "prune_views=12")
+    done = run_here(*command, "--out", tmp_path / "run", "-p", "prune=0.05")
+    assert done.returncode == 0, done.stderr[-900:]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())["results"]
+    written = read_gaussians(tmp_path / "run" / "both.ply")
+    assert len(written) == results["written"] and results["count"] == len(yard) + 400
+    assert 0.2 * len(yard) < len(written) <= len(yard), "all 400 are gone, and what shows is not"
+    assert results["ply_psnr_db"] > 30
+    refused = run_here(*command, "--out", tmp_path / "none", "-p", "prune=1e6")
+    assert refused.returncode == 1 and "smaller number" in refused.stderr
+
+
 # Gates whose bounds are parameters
 
 

@@ -181,7 +181,7 @@ def diagnose_view(source: FrameSource, frame: RenderedFrame, view: Any,
     """
     target = view if isinstance(view, ViewTarget) else targets_from_images([view])[0]
     light = None
-    if source.kind == "student":
+    if source.kind.startswith("student"):
         light = transmittance_report(source.model, target.camera.to(source.device), target.alpha.to(source.device))
     difference = frame_difference(recomposite(frame, background), target_picture(target, background))
     return ViewDiagnosis(frame.alpha, target.alpha, difference, light)

@@ -103,9 +103,10 @@ def _refuse_other_render(before: FrameFolder, now: FrameFolder) -> None:
     def refuse(what: str, was: str, wanted: str) -> KiloError:
         return KiloError(f"{before.folder} holds frames of {what} {was}, not {wanted}: choose another folder, or "
                          "delete it.")
-    for key, what in (("sha256", "another checkpoint,"), ("weights", "the weights")):
+    for key, what in (("sha256", "another checkpoint,"), ("weights", "the weights"), ("kind", "the kind")):
         if before.source[key] != now.source[key]:
-            raise refuse(what, before.source[key][:12] or "none", now.source[key][:12] or "none")
+            raise refuse(what, *((one.source[key][:12] if key == "sha256" else f"'{one.source[key]}'")
+                                 for one in (before, now)))
     for what, was, wanted in (("the size", f"{before.width}x{before.height}", f"{now.width}x{now.height}"),
                               ("the number format", before.dtype, now.dtype)):
         if was != wanted: raise refuse(what, was, wanted)
