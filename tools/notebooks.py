@@ -22,8 +22,6 @@ from multiprocessing import connection
 from pathlib import Path
 
 import execnb.shell
-import matplotlib.pyplot
-import numba
 from nbdev import test as nbdev
 from nbdev.process import NBProcessor
 
@@ -89,7 +87,8 @@ class Shell(execnb.shell.CaptureShell):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, mpl_format="png", **kwargs)
-        matplotlib.pyplot.uninstall_repl_displayhook()
+        from matplotlib import pyplot               # not before `main` has chosen the backend
+        pyplot.uninstall_repl_displayhook()
 
 
 def run_notebook(path: Path) -> None:
@@ -106,7 +105,7 @@ def import_first() -> None:
     for name in SLOW_IMPORTS: importlib.import_module(name)
     for module in pkgutil.walk_packages(kilonb.__path__, "kilonb.", onerror=lambda name: None):
         with suppress(Exception): importlib.import_module(module.name)     # a notebook that needs it says what is wrong
-    numba.njit(lambda: 0)()
+    importlib.import_module("numba").njit(lambda: 0)()
 
 
 def tested(paths: Iterable[Path]) -> Iterator[tuple[Path, bool, float]]:

@@ -371,6 +371,7 @@ def read_frames(folder: str | Path) -> FrameFolder:
         frames = {entry["name"]: {key: entry[key] for key in ("index", "file", "camera")}
                   for entry in content["frames"]}
         source = {key: content["source"][key] for key in ("kind", "name", "sha256", "weights")}
+        if source["kind"] == "teacher": source["kind"] = "gaussians"                    # as 0.1 called them
         shown = {key: content[key] for key in ("width", "height", "dtype", "alpha_convention", "colour_space")}
         _check_manifest(frames, source, shown, len(content["frames"]))
     except (ValueError, KeyError, TypeError, KiloError) as error:

@@ -98,16 +98,13 @@ def peak_memory(device: str) -> dict[str, Any]:
     return {"peak_memory_mb": peak_memory_mb(), "peak_memory_of": "process"}
 
 # %% ../../nbs/imaging/rendering.ipynb #6fcf3507
-_EARLIER_KINDS = {"teacher": "gaussians"}                    # what 0.1 wrote
-
-
 def _refuse_other_render(before: FrameFolder, now: FrameFolder) -> None:
-    """KiloError where a folder holds frames of another checkpoint, size, number format or camera."""
+    """KiloError where a folder holds frames of another checkpoint, kind, size, number format or camera."""
     def refuse(what: str, was: str, wanted: str) -> KiloError:
         return KiloError(f"{before.folder} holds frames of {what} {was}, not {wanted}: choose another folder, or "
                          "delete it.")
     for key, what in (("sha256", "another checkpoint,"), ("weights", "the weights"), ("kind", "the kind")):
-        was, wanted = (_EARLIER_KINDS.get(one.source[key], one.source[key]) for one in (before, now))
+        was, wanted = before.source[key], now.source[key]
         if was != wanted: raise refuse(what, *(f"'{text[:12] if key == 'sha256' else text}'" for text in (was, wanted)))
     for what, was, wanted in (("the size", f"{before.width}x{before.height}", f"{now.width}x{now.height}"),
                               ("the number format", before.dtype, now.dtype)):

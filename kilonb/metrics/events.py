@@ -356,7 +356,7 @@ def events_above(values: Sequence[np.ndarray], valid: Sequence[np.ndarray], perc
 def event_auc(probability: np.ndarray, true: np.ndarray) -> float | None:
     """Area under the ROC curve of `probability` [N] for events `true` bool [N]: the share of (event, other) pairs that
     are in the right order, ties half; None where one of the two is missing."""
-    from scipy.stats import rankdata        # half a second: most who import this module count events
+    from scipy.stats import rankdata        # takes over a second, and few who import this module ask for an AUC
 
     true = np.asarray(true, bool)
     positive, negative = int(true.sum()), int((~true).sum())
