@@ -29,6 +29,7 @@ from ..fields.mlp import MLPConfig, MLPField
 from ..fields.occupancy import OccupancyGrid, VoxelContributions
 from ..fields.pruning import PruningConfig, prune_space
 from ..fields.rendering import FieldImage, RayRender, render_image, render_rays
+from ..fields.visible import SparseGradient
 from ..geometry.cameras import PinholeCamera, Rays
 from ..imaging.sources import FrameSource, tensors_digest
 from ..imaging.targets import ViewTarget
@@ -158,7 +159,9 @@ class DistillConfig:
     transmittance below which rays end. distortion: loss for thin surfaces. fixed_batch: the same rays in every step.
     residual_share: of the rays, drawn by the last errors (`distill.rays`). march_start: distance between samples at the
     beginning, as a multiple of the student's; it falls to 1 over the share march_ramp of the run. march_finished: that
-    of the finished student, as a multiple of the one in training. direction: schedule of the direction branch
+    of the finished student, as a multiple of the one in training. sparse_share: of the samples with a weight below
+    sparse_weight, those that pass a gradient, divided by the share (compiled fields, `fields.visible`); 1: all.
+    direction: schedule of the direction branch
     (`distill.direction`). evaluate_views: scored every `loop.evaluate_every_steps`. alpha_floor: mean alpha of
     foreground rays below which training stops. loop: see `training.loop`. loss: weights of its terms.
     """
@@ -179,6 +182,8 @@ class DistillConfig:
     march_start: float = 1.0
     march_ramp: float = 0.5
     march_finished: float = added_field(1.0, before=1.0)
+    sparse_weight: float = 1e-3
+    sparse_share: float = added_field(1.0, before=1.0)
     direction: DirectionConfig = DirectionConfig()
     alpha_floor: float = 0.1
     evaluate_views: int = 4
@@ -198,9 +203,11 @@ def _check_distill(config: DistillConfig) -> None:
     if not 0 <= config.overlap < 0.5:
         raise KiloError(f"overlap is {config.overlap:g}; expected a share of a cell from 0 to less than 1/2.")
     if not 0 < config.stop < 1: raise KiloError(f"stop is {config.stop:g}; expected a share of light between 0 and 1.")
-    for name in ("foreground", "residual_share", "march_ramp", "tight_from"):
+    for name in ("foreground", "residual_share", "march_ramp", "tight_from", "sparse_weight"):
         if not 0 <= getattr(config, name) <= 1:
             raise KiloError(f"{name} is {getattr(config, name):g}; expected a share from 0 to 1.")
+    if not 0 < config.sparse_share <= 1:
+        raise KiloError(f"sparse_share is {config.sparse_share:g}; expected a share above 0, at most 1.")
     if not 1 <= config.march_start <= 16:
         raise KiloError(f"march_start is {config.march_start:g}; expected a multiple of the step from 1 to 16.")
     if not 1 / 16 <= config.march_finished <= 16:
@@ -346,7 +353,7 @@ def _distillation_step(run: Distillation, step: int, generator: torch.Generator)
     rays = Rays(batch.rays.origins[run.mine], batch.rays.directions[run.mine])
     with overlapping(student.field, config.overlap):
         render = render_rays(student.field, rays, student.grid, student.step * config.march_factor(step),
-                             offset[run.mine], config.stop)
+                             offset[run.mine], config.stop, SparseGradient(config.sparse_weight, config.sparse_share))
     if step <= config.refresh_until * config.loop.steps:
         run.contributions.add(render.samples.positions, render.weights, render.densities)
     samples, distortion = run.world.size * len(render.weights), _distortion_term(run, step, render, len(batch.alpha))
@@ -362,7 +369,7 @@ def _distillation_step(run: Distillation, step: int, generator: torch.Generator)
 
 # %% ../../nbs/distill/student.ipynb #e6d41b77
 _LATER = {"residual_share", "march_start", "march_ramp", "direction", "evaluate_views", "stop", "distortion",
-          "tight_from"}                                                                        # not in 0.1
+          "tight_from", "sparse_weight", "sparse_share"}                                       # not in 0.1
 _AFTERWARDS = {"loop", "pruning", "march_finished"}                           # a resumed run may have others
 
 

@@ -11,7 +11,7 @@ __all__ = ['PRIMES', 'LEVEL_RESOLUTION', 'LEVEL_LAST_X', 'LEVEL_LAST_Y', 'LEVEL_
            'HEAD_DENSITY_BIASES', 'HEAD_FEATURE_WEIGHTS', 'HEAD_FEATURE_BIASES', 'HEAD_DIRECTION_WEIGHTS',
            'HEAD_DIRECTION_BIASES', 'HEAD_RGB_WEIGHTS', 'HEAD_RGB_BIASES', 'HEAD_DENSITY_ONLY', 'HEAD_SLOTS',
            'HEAD_LAYER_SLOTS', 'HashGridConfig', 'Level', 'place_levels', 'kernel_levels', 'read_grids', 'write_grids',
-           'HeadLayout', 'encode_reference', 'HashGridField']
+           'HeadLayout', 'encode_reference', 'HashGridField', 'GridSamples']
 
 # %% ../../nbs/fields/hashgrid.ipynb #67e281e4
 from dataclasses import dataclass
@@ -376,9 +376,9 @@ def _evaluate_grid(table: Tensor, network: Tensor, points: Tensor, directions: T
 
 class _HashGrid(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, table, network, points, directions, levels, layout):
+    def forward(ctx, table, network, points, directions, levels, layout, known):
         head = layout.table()
-        encoded, raw = _evaluate_grid(table, network, points, directions, levels, head)
+        encoded, raw = known or _evaluate_grid(table, network, points, directions, levels, head)
         ctx.save_for_backward(network, points, directions, encoded)
         ctx.shape, ctx.padded = (levels, head, table.shape), padded_size(layout.shapes.values())
         return raw
@@ -396,7 +396,7 @@ class _HashGrid(torch.autograd.Function):
                      ctx.padded, grad_parts, grad_encoded)
         grad_table = torch.zeros(shape)
         write_grids(min(numba.get_num_threads(), len(levels)), levels, points, kept, grad_encoded, grad_table.numpy())
-        return grad_table, torch.from_numpy(grad_parts.sum(0)), None, None, None, None
+        return grad_table, torch.from_numpy(grad_parts.sum(0)), None, None, None, None, None
 
 # %% ../../nbs/fields/hashgrid.ipynb #5193e539
 def encode_reference(units: Tensor, table: Tensor, levels: list[Level]) -> Tensor:
@@ -449,7 +449,7 @@ class HashGridField(BoxField):
     def _raw(self, positions: Tensor, directions: Tensor) -> Tensor:
         if not self.compiled: return self.run_reference(positions, directions)
         return _HashGrid.apply(self.table, self.network, self._units(positions), directions, kernel_levels(self.levels),
-                               self.layout)
+                               self.layout, None)
 
     def _features(self, positions: Tensor) -> Tensor: return _linear(self, "feature_layer", _hidden(self, positions))
     def densities(self, positions: Tensor) -> Tensor:
@@ -473,6 +473,30 @@ def _densities(field: HashGridField, positions: Tensor) -> Tensor:
                             field.layout.table(density_only=True))
     found = field.config.density_scale * softplus(raw[:, 0] + field.config.density_bias)
     return place_rows(found, index, len(positions))
+
+# %% ../../nbs/fields/hashgrid.ipynb #7f6b0700
+class GridSamples:
+    """Samples of a hash grid on a CPU that are evaluated part by part, with one gradient for all."""
+
+    def __init__(self, field: HashGridField):
+        self.field, self.levels, self.head = field, kernel_levels(field.levels), field.layout.table()
+        self.parts, edges = [], field.box[1] - field.box[0]
+        self.farthest = edges / edges.max()
+
+    @torch.no_grad()
+    def add(self, positions: Tensor, directions: Tensor) -> Tensor:
+        """Raw density and colour [n, 4] of further samples: positions [n, 3], metres, inside the box up to rounding,
+        and unit directions [n, 3]."""
+        units = self.field._units(positions).clamp_(min=0).minimum(self.farthest)
+        encoded, raw = _evaluate_grid(self.field.table, self.field.network, units, directions, self.levels, self.head)
+        self.parts.append((units, directions, encoded, raw))
+        return raw
+
+    def raw(self) -> Tensor:
+        """Those of all samples [N, 4], in the order in which they were added; differentiable in the parameters."""
+        units, directions, encoded, raw = zip(*self.parts)
+        return _HashGrid.apply(self.field.table, self.field.network, torch.cat(units), torch.cat(directions),
+                               self.levels, self.field.layout, (torch.cat(encoded, 1), torch.cat(raw)))
 
 # %% ../../nbs/fields/hashgrid.ipynb #129d019b
 def _linear(field: HashGridField, name: str, x: Tensor) -> Tensor:

@@ -382,13 +382,14 @@ def _networks_backward(counter, parts, blocking, w, size, t, order, starts, loca
 # %% ../../nbs/fields/kernels.ipynb #3bd83534
 class _Networks(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, networks, local, directions, network, layout):
-        raw, table = networks.new_empty(len(local), 4), layout.table()
+    def forward(ctx, networks, local, directions, network, layout, known):
         order, starts = sort_by_network(numba.get_num_threads(), network.numpy(), len(networks))
-        parallel_for(_networks_forward, JOBS, network_blocking(), _flat(networks), layout.size, table, order,
-                     starts, _flat(local), _flat(directions), raw.numpy())
         ctx.save_for_backward(networks, local, directions)
         ctx.sorted = layout, order, starts
+        if known is not None: return known
+        raw = networks.new_empty(len(local), 4)
+        parallel_for(_networks_forward, JOBS, network_blocking(), _flat(networks), layout.size, layout.table(), order,
+                     starts, _flat(local), _flat(directions), raw.numpy())
         return raw
 
     @staticmethod
@@ -399,20 +400,22 @@ class _Networks(torch.autograd.Function):
         parallel_for(_networks_backward, JOBS, network_blocking(), networks, layout.size, layout.table(), order,
                      starts, local, directions, grad_raw, padded_size(layout.shapes.values()),
                      grad.numpy().reshape(-1))
-        return grad, None, None, None, None
+        return grad, None, None, None, None, None
 
 
 def _flat(tensor: Tensor) -> np.ndarray: return tensor.detach().contiguous().numpy().reshape(-1)
 
 # %% ../../nbs/fields/kernels.ipynb #328de3ed
-def run_networks(networks: Tensor, layout: NetworkLayout, network: Tensor, local: Tensor, directions: Tensor) -> Tensor:
+def run_networks(networks: Tensor, layout: NetworkLayout, network: Tensor, local: Tensor, directions: Tensor,
+                 known: Tensor | None = None) -> Tensor:
     """Raw density and colour [N, 4] from a table of networks, on the CPU.
 
     networks: [C, layout.size] float32. network: [N] int64 index of the network of each sample.
-    local: [N, 3] cell coordinates in [-1, 1]. directions: [N, 3] unit vectors.
+    local: [N, 3] cell coordinates in [-1, 1]. directions: [N, 3] unit vectors. known: the result, [N, 4], where it was
+    computed before; then only the gradient is. A sample with a negative index has no gradient, and needs to be known.
     Differentiable in `networks`. The reference implementation is `KiloNeRF.run_reference`.
     """
-    return _Networks.apply(networks, local, directions, network, layout)
+    return _Networks.apply(networks, local, directions, network, layout, known)
 
 # %% ../../nbs/fields/kernels.ipynb #f9f49a68
 @numba.njit(cache=True)

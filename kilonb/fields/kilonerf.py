@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KiloNeRFConfig', 'CellGrid', 'cells_from_occupancy', 'blend_weights', 'NetworkGroups', 'group_by_network',
-           'PaddedNetworks', 'KiloNeRF', 'cell_densities', 'one_network_each']
+           'PaddedNetworks', 'KiloNeRF', 'cell_densities', 'one_network_each', 'NetworkSamples']
 
 # %% ../../nbs/fields/kilonerf.ipynb #119c6dca
 from collections.abc import Callable
@@ -383,3 +383,25 @@ def _densities(field: KiloNeRF, positions: Tensor) -> Tensor:
     if positions.device.type == "cpu" and one_network_each(field):
         return cell_densities(field, *field.cells.locate(positions))
     return field(positions, torch.zeros_like(positions))[0]
+
+# %% ../../nbs/fields/kilonerf.ipynb #d15b2ef5
+class NetworkSamples:
+    """Samples of a KiloNeRF on a CPU that are evaluated part by part, with one gradient for all."""
+
+    def __init__(self, field: KiloNeRF): self.field, self.parts = field, []
+
+    @torch.no_grad()
+    def add(self, positions: Tensor, directions: Tensor) -> Tensor:
+        """Raw density and colour [n, 4] of further samples: positions [n, 3], metres, and unit directions [n, 3]; the
+        density is minus infinity outside all cells."""
+        network, local = self.field.cells.locate(positions, self.field.overlap)
+        raw = self.field.networks.new_empty(len(positions), 4)
+        evaluate_networks_into(self.field.networks, self.field.layout, network.numpy(), local.numpy(),
+                               directions.numpy(), raw.numpy())
+        self.parts.append((network, local, directions, raw))
+        return raw
+
+    def raw(self) -> Tensor:
+        """Those of all samples [N, 4], in the order in which they were added; differentiable in the parameters."""
+        network, local, directions, raw = map(torch.cat, zip(*self.parts))
+        return run_networks(self.field.networks, self.field.layout, network, local, directions, raw)

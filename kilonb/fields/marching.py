@@ -164,14 +164,21 @@ def march_reference(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor
     return Samples(offsets, ray, kept, torch.full_like(kept, step), points[ray, column], rays.directions[ray])
 
 # %% ../../nbs/fields/marching.ipynb #ba091723
-def space_arrays(grid: OccupancyGrid) -> tuple[np.ndarray, ...]:
-    """The grid as the kernels read it: lower and upper corner, edges of a voxel, clearance, octants, least density."""
+def space_arrays(grid: OccupancyGrid, bounded: bool = True) -> tuple[np.ndarray, ...]:
+    """The grid as the kernels read it: lower and upper corner, edges of a voxel, clearance, octants, least density; the
+    last one is empty where it is not known or not `bounded`."""
     box = [t.float().numpy() for t in (grid.box[0], grid.box[1], grid.voxel_size)]
     octants = np.empty((0, 0, 0), np.uint8) if grid.octants is None else grid.octants.numpy()
-    least = np.empty((0, 0, 0), np.float32) if grid.least_density is None else grid.least_density.numpy()
+    known = bounded and grid.least_density is not None
+    least = grid.least_density.numpy() if known else np.empty((0, 0, 0), np.float32)
     return *box, grid.clearance, octants, least
 
 # %% ../../nbs/fields/marching.ipynb #759fdc6c
+def _lattice_offsets(offset: Tensor | None, count: int) -> np.ndarray:
+    """The shifts [count] of the rays' lattices, in steps; None: 1/2."""
+    return np.full(count, 0.5, np.float32) if offset is None else offset.float().numpy()
+
+
 def _walked(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None, near: float, far: float,
             stop: float) -> tuple[np.ndarray, ...]:
     """(origins, directions, starts [R + 1], distances): the rays as arrays, and one row of packed distances per part of
@@ -179,7 +186,7 @@ def _walked(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None,
     if not step > 0: raise KiloError(f"The marching step is {step:g} m; expected a length above 0.")
     origins, directions = (t.float().contiguous().numpy() for t in (rays.origins, rays.directions))
     space, parts, count = space_arrays(grid), numba.get_num_threads(), len(origins)
-    offsets = np.full(count, 0.5, np.float32) if offset is None else offset.float().numpy()
+    offsets = _lattice_offsets(offset, count)
     longest = int(np.linalg.norm(space[1] - space[0]) / step) + 2
     kept, counts = np.empty((parts, (count // parts + 1) * longest), np.float32), np.empty(count, np.int64)
     settings = (np.float32(value) for value in (-math.log(stop), step))
@@ -213,30 +220,44 @@ def march(rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = 
 # %% ../../nbs/fields/marching.ipynb #a01b4e5d
 @numba.njit(cache=True, parallel=True)
 def _walk_on(parts, alive, origins, directions, lower, upper, voxel, clearance, octants, least, depth_limit, step,
-             begin, depth, table, counts):
+             offsets, begin, depth, table, counts):
     """Write the next distances of the rays `alive` into the rows of `table`, and their numbers into `counts`; begin and
     depth: state of every ray."""
-    half, near, far = np.float32(0.5), np.float32(0), np.float32(1e6)
+    near, far = np.float32(0), np.float32(1e6)
     for part in numba.prange(parts):
         for n in range(len(alive) * part // parts, len(alive) * (part + 1) // parts):
             ray = alive[n]
             counts[n], begin[ray], depth[ray] = _walk(origins[ray], directions[ray], lower, upper, voxel, clearance,
-                                                      octants, least, depth_limit, step, half, near, far, begin[ray],
-                                                      depth[ray], table[n])
+                                                      octants, least, depth_limit, step, offsets[ray], near, far,
+                                                      begin[ray], depth[ray], table[n])
+
+# %% ../../nbs/fields/marching.ipynb #06da149a
+@numba.njit(cache=True, parallel=True)
+def _fill_positions(parts, alive, starts, table, origins, directions, positions, views):
+    """Write positions and directions of the samples with distances `table` of the rays `alive`, packed by `starts`."""
+    for part in numba.prange(parts):
+        for n in range(len(alive) * part // parts, len(alive) * (part + 1) // parts):
+            ray = alive[n]
+            for i in range(starts[n], starts[n + 1]):
+                for a in range(3):
+                    positions[i, a] = origins[ray, a] + table[n, i - starts[n]] * directions[ray, a]
+                    views[i, a] = directions[ray, a]
 
 # %% ../../nbs/fields/marching.ipynb #c45f9a3f
 class RayWalk:
     """The samples of `march` on a CPU, some of each ray at a time.
 
-    origins, directions: [R, 3] float32 arrays. begin: [R] next lattice point of each ray, -1 at its end.
+    origins, directions: [R, 3] float32 arrays. begin: [R] next lattice point of each ray, -1 at its end. offset: as in
+    `march`. stop: None: rays do not end by the least density.
     """
 
-    def __init__(self, rays: Rays, grid: OccupancyGrid, step: float, stop: float = 1e-4,
-                 begin: np.ndarray | None = None):
+    def __init__(self, rays: Rays, grid: OccupancyGrid, step: float, stop: float | None = 1e-4,
+                 begin: np.ndarray | None = None, offset: Tensor | None = None):
         self.origins, self.directions = (t.float().contiguous().numpy() for t in (rays.origins, rays.directions))
-        arrays = space_arrays(grid)
-        self.space = (*arrays, np.float32(-math.log(stop)), np.float32(step))
+        arrays = space_arrays(grid, stop is not None)
+        self.space = (*arrays, np.float32(-math.log(stop or 1)), np.float32(step))
         self.longest = int(np.linalg.norm(arrays[1] - arrays[0]) / step) + 2
+        self.offset = _lattice_offsets(offset, len(self.origins))
         self.begin = np.zeros(len(self.origins), np.int64) if begin is None else begin.copy()
         self.depth = np.zeros(len(self.origins), np.float32)
 
@@ -244,6 +265,14 @@ class RayWalk:
         """(distances [len(alive), most], numbers [len(alive)] of valid ones in each row) of the next samples of the
         rays `alive`, at most `most` each."""
         table, counts = np.empty((len(alive), min(most, self.longest)), np.float32), np.empty(len(alive), np.int64)
-        _walk_on(numba.get_num_threads(), alive, self.origins, self.directions, *self.space, self.begin, self.depth,
-                 table, counts)
+        _walk_on(numba.get_num_threads(), alive, self.origins, self.directions, *self.space, self.offset, self.begin,
+                 self.depth, table, counts)
         return table, counts
+
+    def places(self, alive: np.ndarray, starts: np.ndarray, table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(positions [N, 3] metres, directions [N, 3]) of samples of the rays `alive`: those of row n of the distances
+        `table` are starts[n]:starts[n + 1]."""
+        positions, directions = np.empty((2, starts[-1], 3), np.float32)
+        _fill_positions(numba.get_num_threads(), alive, starts, table, self.origins, self.directions, positions,
+                        directions)
+        return positions, directions

@@ -22,6 +22,7 @@ from .compositing import composite
 from .kilonerf import KiloNeRF, cell_densities, one_network_each
 from .marching import RayWalk, Samples, march
 from .occupancy import OccupancyGrid
+from .visible import WHOLE_GRADIENT, SparseGradient, samples_in_parts, visible_samples
 from ..geometry.cameras import PinholeCamera, Rays
 
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -32,7 +33,7 @@ class RayRender(NamedTuple):
 
     rgb_premultiplied: [R, 3]. alpha: [R] in [0, 1]. expected_distance: [R] metres along the ray, 0 where alpha is
     below 1e-4. weights: [N] of the samples, not differentiable. samples: positions of the samples. densities: [N] of
-    the samples, 1/metre, not differentiable. sigma: the same, differentiable.
+    the samples, 1/metre, not differentiable. sigma: the same, differentiable. Samples without weight may be left out.
     """
 
     rgb_premultiplied: Tensor
@@ -45,29 +46,21 @@ class RayRender(NamedTuple):
 
 # %% ../../nbs/fields/rendering.ipynb #3562079b
 def render_rays(field: Field, rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None,
-                stop: float = 1e-4) -> RayRender:
+                stop: float = 1e-4, sparse: SparseGradient = WHOLE_GRADIENT) -> RayRender:
     """Volume rendering of a field along rays, in the occupied voxels of `grid` only.
 
     step: metres between samples. offset: [R] lattice shifts in [0, 1), default 1/2. stop: transmittance below which a
-    ray ends. Differentiable in the field's parameters.
+    ray ends; the compiled fields are not evaluated behind. sparse: which of their samples pass a gradient
+    (`fields.visible`). Differentiable in the field's parameters.
     """
-    samples = march(rays, grid, step, offset, stop=stop)
-    sigma, rgb = field(samples.positions, samples.directions)
+    if (values := samples_in_parts(field)) is not None:
+        samples, sigma, rgb = visible_samples(values, rays, grid, step, offset, stop, sparse)
+    else:
+        samples = march(rays, grid, step, offset, stop=stop)
+        sigma, rgb = field(samples.positions, samples.directions)
     rendered = composite(sigma, rgb, samples.delta, samples.distance, samples.offsets, stop)
     return RayRender(rendered.rgb_premultiplied, rendered.alpha, rendered.expected_distance(), rendered.weights,
                      samples, sigma.detach(), sigma)
-
-# %% ../../nbs/fields/rendering.ipynb #06da149a
-@numba.njit(cache=True, parallel=True)
-def _fill_positions(parts, alive, starts, table, origins, directions, positions, views):
-    """Write positions and directions of the samples with distances `table` of the rays `alive`, packed by `starts`."""
-    for part in numba.prange(parts):
-        for n in range(len(alive) * part // parts, len(alive) * (part + 1) // parts):
-            ray = alive[n]
-            for i in range(starts[n], starts[n + 1]):
-                for a in range(3):
-                    positions[i, a] = origins[ray, a] + table[n, i - starts[n]] * directions[ray, a]
-                    views[i, a] = directions[ray, a]
 
 # %% ../../nbs/fields/rendering.ipynb #c39c0094
 @numba.njit(cache=True)
@@ -147,11 +140,9 @@ FIELD_SAMPLES = 2**18                  # samples per call of a field that is not
 def _at_positions(field: Field, alive: np.ndarray, starts: np.ndarray, table: np.ndarray, walk: RayWalk,
                   deferred: bool) -> tuple[np.ndarray, np.ndarray]:
     """(density [N], colour [N, 3]) of any field at the samples of a round, FIELD_SAMPLES at a time."""
-    inputs = np.empty((2, starts[-1], 3), np.float32)
-    _fill_positions(numba.get_num_threads(), alive, starts, table, walk.origins, walk.directions, *inputs)
-    positions, directions = (torch.from_numpy(part).split(FIELD_SAMPLES) for part in inputs)
+    positions, directions = (torch.from_numpy(part).split(FIELD_SAMPLES) for part in walk.places(alive, starts, table))
     if deferred:
-        return torch.cat([field_densities(field, part) for part in positions]).numpy(), np.zeros_like(inputs[0])
+        return torch.cat([field_densities(field, part) for part in positions]).numpy(), np.zeros((starts[-1], 3))
     parts = [field(*both) for both in zip(positions, directions)]
     return tuple(torch.cat(values).contiguous().numpy() for values in zip(*parts))
 
