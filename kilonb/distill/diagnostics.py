@@ -98,7 +98,8 @@ def transmittance_report(student: Any, camera: PinholeCamera, target_alpha: Tens
     keep = torch.arange(0, target_alpha.numel(), max(1, math.ceil(target_alpha.numel() / maximum_rays)),
                         device=target_alpha.device)
     rays = camera.rays()
-    render = render_rays(student.field, Rays(rays.origins[keep], rays.directions[keep]), student.grid, student.step)
+    render = render_rays(student.field, Rays(rays.origins[keep], rays.directions[keep]), student.grid, student.step,
+                         behind=True)
     target, (reached, left) = target_alpha.flatten()[keep], transmittance(render)
     ends = lambda mask: torch.histc(left[mask].cpu(), bins, 0, 1)
     solid = ((target >= 0.99) & (render.alpha > 0.5))[render.samples.ray]

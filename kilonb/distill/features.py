@@ -191,7 +191,8 @@ class FeatureConfig:
     the weight is 0; cosine_ramp, l2_ramp: shares in which it rises after that.
     projector_alone: share in which the loss trains the projector only. freeze: share after which the projector is
     frozen, 1: never.
-    mask_fraction: share of the samples at which features are compared, drawn by their weight in the image.
+    mask_fraction: share of the rays' samples (in front of their ends) at which features are compared, drawn by their
+    weight in the image.
     minimum_density: of the teacher, 1/metre; samples below it do not count. minimum_kept: the run stops where less than
     this share of the samples counts in `patience` consecutive steps. cka_every: steps, 0: never.
     """

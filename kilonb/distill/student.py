@@ -29,7 +29,7 @@ from ..fields.mlp import MLPConfig, MLPField
 from ..fields.occupancy import OccupancyGrid, VoxelContributions
 from ..fields.pruning import PruningConfig, prune_space
 from ..fields.rendering import FieldImage, RayRender, render_image, render_rays
-from ..fields.visible import SparseGradient
+from ..fields.visible import GradientSampling
 from ..geometry.cameras import PinholeCamera, Rays
 from ..imaging.sources import FrameSource, tensors_digest
 from ..imaging.targets import ViewTarget
@@ -152,18 +152,16 @@ class DistillConfig:
     """Settings of the training on rays.
 
     rays: per step. foreground: share of them with target alpha above 0. first_refresh: step of the first occupancy
-    refresh, 0: none; others at its doublings and every refresh_every steps. refresh_until: share of the run after which
-    the occupancy stays. refresh_weight: contribution to a ray below which a voxel is dropped. tight_from: share of the
-    run from which on a refresh keeps no voxels around those that contribute; 1: never. pruning: of the finished space.
-    overlap: share of a cell, below 1/2, by which the cells of a KiloNeRF overlap in training (`distill.seams`). stop:
-    transmittance below which rays end. distortion: loss for thin surfaces. fixed_batch: the same rays in every step.
-    residual_share: of the rays, drawn by the last errors (`distill.rays`). march_start: distance between samples at the
-    beginning, as a multiple of the student's; it falls to 1 over the share march_ramp of the run. march_finished: that
-    of the finished student, as a multiple of the one in training. sparse_share: of the samples with a weight below
-    sparse_weight, those that pass a gradient, divided by the share (compiled fields, `fields.visible`); 1: all.
-    direction: schedule of the direction branch
-    (`distill.direction`). evaluate_views: scored every `loop.evaluate_every_steps`. alpha_floor: mean alpha of
-    foreground rays below which training stops. loop: see `training.loop`. loss: weights of its terms.
+    refresh, 0: none; others at its doublings and every refresh_every steps, up to the share refresh_until of the run.
+    refresh_weight: contribution to a ray below which a voxel is dropped, from the share tight_from of the run on
+    without a margin; 1: never. pruning: of the finished space. overlap: of the cells of a KiloNeRF, in cells, below 1/2
+    (`distill.seams`). stop: transmittance below which rays end. distortion: loss for thin surfaces. fixed_batch: the
+    same rays in every step. residual_share: of the rays, drawn by the last errors (`distill.rays`). march_start:
+    distance between samples at first, in those of the student; it falls to 1 over the share march_ramp of the run.
+    march_finished: that of the finished student, in those of the training. sparse_share: of the samples with a weight
+    below sparse_weight, those that pass a gradient (compiled fields, `fields.visible`); 1: all. direction: schedule of
+    the direction branch (`distill.direction`). evaluate_views: scored every `loop.evaluate_every_steps`. alpha_floor:
+    mean alpha of foreground rays below which training stops. loop: see `training.loop`. loss: weights of its terms.
     """
 
     rays: int = 4096
@@ -191,8 +189,6 @@ class DistillConfig:
     loss: ResponseLossConfig = field(default_factory=ResponseLossConfig)
 
     def __post_init__(self): _check_distill(self)
-    def march_factor(self, step: int) -> float: return _march_factor(self, step)
-    def refreshes(self, step: int, scheduled: int | None = None) -> bool: return _refreshes(self, step, scheduled)
 
 # %% ../../nbs/distill/student.ipynb #1c278bf9
 def _check_distill(config: DistillConfig) -> None:
@@ -287,10 +283,10 @@ class Distillation:
         return _distillation_step(self, step, generator)
 
     def after_step(self, step: int, records: list[dict[str, float]]) -> None:
-        """Refresh the occupancy where `DistillConfig.refreshes` says so."""
+        """Refresh the occupancy where the config says so."""
         scheduled = max(self.plan.scheduled, step)
         for term in self.terms.values(): term.after_step(scheduled)
-        if not self.config.refreshes(step + 1, scheduled + 1): return
+        if not _refreshes(self.config, step + 1, scheduled + 1): return
         self.merge(self.world)
         self.student.grid = self.contributions.refreshed(self.config.refresh_weight, _dilation(self.config, scheduled))
         self.contributions = VoxelContributions(self.student.grid)
@@ -352,8 +348,8 @@ def _distillation_step(run: Distillation, step: int, generator: torch.Generator)
     offset = torch.rand(len(batch.alpha), generator=drawn, device=drawn.device)
     rays = Rays(batch.rays.origins[run.mine], batch.rays.directions[run.mine])
     with overlapping(student.field, config.overlap):
-        render = render_rays(student.field, rays, student.grid, student.step * config.march_factor(step),
-                             offset[run.mine], config.stop, SparseGradient(config.sparse_weight, config.sparse_share))
+        render = render_rays(student.field, rays, student.grid, student.step * _march_factor(config, step),
+                             offset[run.mine], config.stop, GradientSampling(config.sparse_weight, config.sparse_share))
     if step <= config.refresh_until * config.loop.steps:
         run.contributions.add(render.samples.positions, render.weights, render.densities)
     samples, distortion = run.world.size * len(render.weights), _distortion_term(run, step, render, len(batch.alpha))

@@ -22,7 +22,7 @@ from .compositing import composite
 from .kilonerf import KiloNeRF, cell_densities, one_network_each
 from .marching import RayWalk, Samples, march
 from .occupancy import OccupancyGrid
-from .visible import WHOLE_GRADIENT, SparseGradient, samples_in_parts, visible_samples
+from .visible import WHOLE_GRADIENT, GradientSampling, samples_in_parts, visible_samples
 from ..geometry.cameras import PinholeCamera, Rays
 
 Field = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -46,14 +46,15 @@ class RayRender(NamedTuple):
 
 # %% ../../nbs/fields/rendering.ipynb #3562079b
 def render_rays(field: Field, rays: Rays, grid: OccupancyGrid, step: float, offset: Tensor | None = None,
-                stop: float = 1e-4, sparse: SparseGradient = WHOLE_GRADIENT) -> RayRender:
+                stop: float = 1e-4, sparse: GradientSampling = WHOLE_GRADIENT, behind: bool = False) -> RayRender:
     """Volume rendering of a field along rays, in the occupied voxels of `grid` only.
 
     step: metres between samples. offset: [R] lattice shifts in [0, 1), default 1/2. stop: transmittance below which a
-    ray ends; the compiled fields are not evaluated behind. sparse: which of their samples pass a gradient
-    (`fields.visible`). Differentiable in the field's parameters.
+    ray ends. Behind it the compiled fields are evaluated with `behind` only, others always; such samples have no
+    weight. sparse: which samples of the compiled fields pass a gradient (`fields.visible`).
+    Differentiable in the field's parameters.
     """
-    if (values := samples_in_parts(field)) is not None:
+    if not behind and (values := samples_in_parts(field)) is not None:
         samples, sigma, rgb = visible_samples(values, rays, grid, step, offset, stop, sparse)
     else:
         samples = march(rays, grid, step, offset, stop=stop)
