@@ -143,7 +143,8 @@ def _at_positions(field: Field, alive: np.ndarray, starts: np.ndarray, table: np
     """(density [N], colour [N, 3]) of any field at the samples of a round, FIELD_SAMPLES at a time."""
     positions, directions = (torch.from_numpy(part).split(FIELD_SAMPLES) for part in walk.places(alive, starts, table))
     if deferred:
-        return torch.cat([field_densities(field, part) for part in positions]).numpy(), np.zeros((starts[-1], 3))
+        sigma = torch.cat([field_densities(field, part) for part in positions])
+        return sigma.numpy(), np.zeros((len(sigma), 3), np.float32)
     parts = [field(*both) for both in zip(positions, directions)]
     return tuple(torch.cat(values).contiguous().numpy() for values in zip(*parts))
 
