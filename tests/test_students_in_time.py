@@ -121,7 +121,7 @@ def test_a_frame_in_rounds_is_the_frame_at_once_for_any_number_of_threads():
     with torch.no_grad():
         student.field.networks.add_(torch.randn(student.field.networks.shape,
                                                 generator=torch.Generator().manual_seed(0)) * 0.1)
-        whole = render_rays(student.field, cameras[0].rays(), student.grid, student.step)
+        whole = render_rays(student.field, cameras[0].rays(), student.grid, student.step, behind=True)
         frames = []
         for count in (1, 2):
             with with_threads(count):

@@ -80,6 +80,7 @@ def _frame_calls(student: Student, view: PinholeCamera, width: int,
     calls: dict[str, Callable[[], object]] = {f"frame_{width}_s": lambda: student.render(view)}
     calls |= {f"frame_{width}_stop_{100 * stop:g}_s": lambda stop=stop: student.render(view, stop) for stop in stops}
     calls[f"frame_{width}_deferred_s"] = lambda: student.render(view, deferred=True)
+    calls[f"frame_{width}_4_rays_s"] = lambda: student.render(view, supersampling=2)
     return calls | {f"walk_{width}_s": lambda: _walk_all(student, view, student.stop)}
 
 # %% ../../nbs/distill/frame_benchmark.ipynb #b68e76b2
@@ -89,7 +90,8 @@ def time_student_frames(student: Student, camera: PinholeCamera, widths: Sequenc
 
     Names: frame_<width>_s at the student's own stop, frame_<width>_stop_<percent>_s at each of `stops`,
     frame_<width>_deferred_s with one colour per ray, and deferred_<width>_db, the PSNR of that frame against the first;
-    walk_<width>_s for the walk along all rays alone, and frames_per_s_<width>. Medians of `repeats` turns.
+    frame_<width>_4_rays_s with four rays per pixel; walk_<width>_s for the walk along all rays alone, and
+    frames_per_s_<width>. Medians of `repeats` turns.
     """
     results: dict[str, float] = {}
     for width in widths:

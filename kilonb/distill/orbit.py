@@ -40,12 +40,12 @@ from ..training.loop import LoopConfig, TrainingResult
 # %% ../../nbs/distill/orbit.ipynb #ad86e2e8
 def render_student_in_bands(student: Student, camera: PinholeCamera, stop: float = 0.01,
                             rows: int = 4096) -> Iterator[RenderedView | None]:
-    """Yields None after each band of `rows` rows, and the view of the student at the end. stop: share of the light
-    below which a ray ends."""
+    """Yields None after each band of `rows` rows, and the view of the student at the end, with one ray per pixel.
+    stop: share of the light below which a ray ends."""
     device, parts, milliseconds = student.box.device, [], 0.0
     for band in row_bands(camera, rows):
         began = time.perf_counter()
-        image = student.render(band.to(device), stop)
+        image = student.render(band.to(device), stop, supersampling=1)
         parts.append([part.cpu() for part in (image.rgb_premultiplied, image.alpha, image.expected_depth,
                                               image.samples)])
         milliseconds += 1e3 * (time.perf_counter() - began)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Field', 'TRANSMITTANCE', 'RED', 'GREEN', 'BLUE', 'ALPHA', 'DISTANCE_SUM', 'HEAVIEST', 'HEAVIEST_DISTANCE',
-           'RAY_COLUMNS', 'FIELD_SAMPLES', 'LEAST_ALPHA', 'RayRender', 'render_rays', 'TracedRays', 'field_densities',
-           'trace_rays', 'FieldImage', 'render_image']
+           'RAY_COLUMNS', 'FIELD_SAMPLES', 'LEAST_ALPHA', 'MOST_SUPERSAMPLING', 'RayRender', 'render_rays',
+           'TracedRays', 'field_densities', 'trace_rays', 'FieldImage', 'pixel_means', 'render_image']
 
 # %% ../../nbs/fields/rendering.ipynb #2066caba
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.errors import KiloError
+from ..core.numbers import whole
 from .beams import first_lattice_points
 from .compositing import composite
 from .kilonerf import KiloNeRF, cell_densities, one_network_each
@@ -252,17 +253,37 @@ class FieldImage(NamedTuple):
     samples_per_ray: float
     samples: Tensor | None = None
 
+# %% ../../nbs/fields/rendering.ipynb #7a72a0e9
+MOST_SUPERSAMPLING = 8                                                   # rays per pixel along each axis
+
+
+def pixel_means(image: FieldImage, size: int) -> FieldImage:
+    """The image whose pixels are the means of blocks of `size` x `size` pixels, [H, W] from [size H, size W].
+
+    Colour and alpha are means over the block, depth is weighted by alpha, and samples are summed.
+    """
+    blocks = lambda value: value.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2).flatten(2, 3)
+    alpha, depth = blocks(image.alpha[..., None]), blocks(image.expected_depth[..., None])
+    summed = alpha.sum(2)
+    depth = torch.where(summed > 0, (alpha * depth).sum(2) / summed.clamp(min=1e-12), 0)
+    samples = None if image.samples is None else blocks(image.samples[..., None]).sum((2, 3))
+    return FieldImage(blocks(image.rgb_premultiplied).mean(2), alpha.mean((2, 3)), depth[..., 0],
+                      image.samples_per_ray, samples)
+
 # %% ../../nbs/fields/rendering.ipynb #67547850
 @torch.no_grad()
 def render_image(field: Field, camera: PinholeCamera, grid: OccupancyGrid, step: float, chunk_rays: int | None = None,
-                 stop: float = 1e-4, deferred: bool = False) -> FieldImage:
+                 stop: float = 1e-4, deferred: bool = False, supersampling: int = 1) -> FieldImage:
     """Render an image of a field, `chunk_rays` rays at a time to bound memory.
 
     step: metres between samples. chunk_rays: None: 262,144 on a CPU, where rounds of many rays are the fastest, and
     32,768 elsewhere. stop: transmittance below which a ray ends; colour and alpha are too small by at most this.
-    deferred: one colour per ray, see `trace_rays`.
+    deferred: one colour per ray, see `trace_rays`. supersampling: rays per pixel along each axis, see `pixel_means`.
     """
     if chunk_rays is not None and chunk_rays < 1: raise KiloError(f"chunk_rays is {chunk_rays}; expected at least 1.")
+    if whole(supersampling, "supersampling", 1, MOST_SUPERSAMPLING) > 1:
+        finer = camera.resized(supersampling * camera.width, supersampling * camera.height)
+        return pixel_means(render_image(field, finer, grid, step, chunk_rays, stop, deferred), supersampling)
     rays, on_cpu = camera.rays(), camera.camera_to_world.device.type == "cpu"
     chunk_rays = chunk_rays or (2**18 if on_cpu else 2**15)
     begin = first_lattice_points(rays, camera.width, grid, step) if on_cpu else None
