@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from kilonb.core.testing import expect_error
-from kilonb.distill.student import make_student, with_options
+from kilonb.distill.student import DrawingConfig, make_student, with_options
 from kilonb.fields.hashgrid import HashGridConfig
 from kilonb.fields.kilonerf import KiloNeRFConfig
 from kilonb.fields.mlp import MLPConfig
@@ -68,7 +68,7 @@ def test_an_opaque_surface_has_the_same_colour_either_way(name):
 
 def test_frames_of_one_colour_per_ray_have_a_folder_of_their_own(student, tmp_path):
     views = [(f"view_{i}", camera) for i, camera in enumerate(orbit_cameras(2, 3.0, 20, width=24, height=24))]
-    source = with_options(student.frame_source(), deferred=True)
+    source = with_options(student.frame_source(), DrawingConfig(deferred=True))
     outcome = render_frames(source, views, tmp_path / "frames", dtype="float32", quiet=True)
     wanted = student.render(views[1][1], deferred=True)
     torch.testing.assert_close(outcome.frames.read("view_1").rgb_premultiplied, wanted.rgb_premultiplied)
@@ -79,4 +79,4 @@ def test_frames_of_one_colour_per_ray_have_a_folder_of_their_own(student, tmp_pa
 
 def test_gaussians_have_no_deferred_colours():
     source = source_of_gaussians(build_brickyard(count=4_000))
-    assert "options of students" in expect_error(with_options, source, deferred=True)
+    assert "options of students" in expect_error(with_options, source, DrawingConfig(deferred=True))

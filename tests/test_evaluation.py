@@ -679,9 +679,9 @@ def test_render_and_rank_by_its_command(tmp_path):
     assert again.means()["psnr_srgb_white_db"] == pytest.approx(record.results["test_psnr_srgb_white_db"])
     done = run_here("run", "render_and_rank", "--data", f"blender:{tmp_path / 'yard'}", "--out", tmp_path / "one", "-p",
                     f"student={tmp_path / 'student.pt'}", "-p", "frames=0", "-p", "lpips_every=2", "-p",
-                    "deferred=true")
-    assert done.returncode == 0 and "one colour per ray" in done.stdout, done.stderr[-2000:]
-    assert read_frames(tmp_path / "one/frames").source["kind"] == "student, one colour per ray"
+                    "drawing.deferred=true", "-p", "drawing.supersampling=2")
+    assert done.returncode == 0 and "one colour per ray, 4 rays per pixel" in done.stdout, done.stderr[-2000:]
+    assert read_frames(tmp_path / "one/frames").source["kind"] == "student, one colour per ray, 4 rays per pixel"
 
 
 @pytest.mark.gpu
