@@ -93,8 +93,8 @@ class Student(nn.Module):
         super()._load_from_state_dict(self.upgrade_state(state_dict, prefix), prefix, *arguments)
 
     def render(self, camera: PinholeCamera, stop: float | None = None, **options: Any) -> FieldImage:
-        """An image of the field. stop: share of the light below which a ray ends; None: the student's own. options: of
-        `fields.rendering.render_image`, such as deferred and supersampling, that student's own by default."""
+        """An image of the field. stop: share of the light below which a ray ends; None: the student's own. options:
+        further ones of `fields.rendering.render_image`; without supersampling among them the student's own is used."""
         options = {"supersampling": self.supersampling, **options}
         return render_image(self.field, camera, self.grid, self.step, stop=stop or self.stop, **options)
 

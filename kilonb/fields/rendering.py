@@ -5,10 +5,13 @@
 # %% auto #0
 __all__ = ['Field', 'TRANSMITTANCE', 'RED', 'GREEN', 'BLUE', 'ALPHA', 'DISTANCE_SUM', 'HEAVIEST', 'HEAVIEST_DISTANCE',
            'RAY_COLUMNS', 'FIELD_SAMPLES', 'LEAST_ALPHA', 'MOST_SUPERSAMPLING', 'RayRender', 'render_rays',
-           'TracedRays', 'field_densities', 'trace_rays', 'FieldImage', 'pixel_means', 'render_image']
+           'TracedRays', 'field_densities', 'trace_rays', 'FieldImage', 'subpixel_cameras', 'mean_image',
+           'render_image']
 
 # %% ../../nbs/fields/rendering.ipynb #2066caba
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import product
 from typing import Any, NamedTuple
 
 import numba
@@ -257,18 +260,22 @@ class FieldImage(NamedTuple):
 MOST_SUPERSAMPLING = 8                                                   # rays per pixel along each axis
 
 
-def pixel_means(image: FieldImage, size: int) -> FieldImage:
-    """The image whose pixels are the means of blocks of `size` x `size` pixels, [H, W] from [size H, size W].
+def subpixel_cameras(camera: PinholeCamera, size: int) -> Iterator[PinholeCamera]:
+    """The camera with its pixels moved so that their centres are those of `size` x `size` equal parts of each pixel."""
+    places = [(i + 0.5) / size - 0.5 for i in range(size)]
+    for right, down in product(places, places): yield replace(camera, cx=camera.cx - right, cy=camera.cy - down)
 
-    Colour and alpha are means over the block, depth is weighted by alpha, and samples are summed.
-    """
-    blocks = lambda value: value.unflatten(1, (-1, size)).unflatten(0, (-1, size)).transpose(1, 2).flatten(2, 3)
-    alpha, depth = blocks(image.alpha[..., None]), blocks(image.expected_depth[..., None])
-    summed = alpha.sum(2)
-    depth = torch.where(summed > 0, (alpha * depth).sum(2) / summed.clamp(min=1e-12), 0)
-    samples = None if image.samples is None else blocks(image.samples[..., None]).sum((2, 3))
-    return FieldImage(blocks(image.rgb_premultiplied).mean(2), alpha.mean((2, 3)), depth[..., 0],
-                      image.samples_per_ray, samples)
+
+def mean_image(images: Iterable[FieldImage]) -> FieldImage:
+    """The mean of images of one size: of colour and alpha, of depth weighted by alpha; their samples are summed."""
+    totals, count = [], 0
+    for image in images:
+        parts = [image.rgb_premultiplied, image.alpha, image.alpha * image.expected_depth, image.samples]
+        totals = [total.add_(part) for total, part in zip(totals, parts)] or parts
+        count += 1
+    colour, alpha, depth, samples = totals
+    depth = torch.where(alpha > 0, depth / alpha.clamp(min=1e-12), 0)
+    return FieldImage(colour / count, alpha / count, depth, samples.double().mean().item() / count, samples)
 
 # %% ../../nbs/fields/rendering.ipynb #67547850
 @torch.no_grad()
@@ -278,12 +285,13 @@ def render_image(field: Field, camera: PinholeCamera, grid: OccupancyGrid, step:
 
     step: metres between samples. chunk_rays: None: 262,144 on a CPU, where rounds of many rays are the fastest, and
     32,768 elsewhere. stop: transmittance below which a ray ends; colour and alpha are too small by at most this.
-    deferred: one colour per ray, see `trace_rays`. supersampling: rays per pixel along each axis, see `pixel_means`.
+    deferred: one colour per ray, see `trace_rays`. supersampling: rays per pixel along each axis, of which a
+    pixel is the mean.
     """
     if chunk_rays is not None and chunk_rays < 1: raise KiloError(f"chunk_rays is {chunk_rays}; expected at least 1.")
     if whole(supersampling, "supersampling", 1, MOST_SUPERSAMPLING) > 1:
-        finer = camera.resized(supersampling * camera.width, supersampling * camera.height)
-        return pixel_means(render_image(field, finer, grid, step, chunk_rays, stop, deferred), supersampling)
+        return mean_image(render_image(field, shifted, grid, step, chunk_rays, stop, deferred)
+                          for shifted in subpixel_cameras(camera, supersampling))
     rays, on_cpu = camera.rays(), camera.camera_to_world.device.type == "cpu"
     chunk_rays = chunk_rays or (2**18 if on_cpu else 2**15)
     begin = first_lattice_points(rays, camera.width, grid, step) if on_cpu else None
