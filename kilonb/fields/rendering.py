@@ -271,7 +271,7 @@ def mean_image(images: Iterable[FieldImage]) -> FieldImage:
     totals, count = [], 0
     for image in images:
         parts = [image.rgb_premultiplied, image.alpha, image.alpha * image.expected_depth, image.samples]
-        totals = [total.add_(part) for total, part in zip(totals, parts)] or parts
+        totals = [total + part for total, part in zip(totals, parts)] or parts
         count += 1
     colour, alpha, depth, samples = totals
     depth = torch.where(alpha > 0, depth / alpha.clamp(min=1e-12), 0)
