@@ -6,6 +6,7 @@ import torch
 
 from kilonb.core.errors import KiloError
 from kilonb.core.testing import expect_error
+from kilonb.distill.frame_benchmark import time_student_frames
 from kilonb.distill.orbit import render_student
 from kilonb.distill.rays import RayPool
 from kilonb.distill.student import (DistillConfig, DrawingConfig, distill, load_student, make_student, save_student,
@@ -79,16 +80,18 @@ def test_the_config_of_a_training_decides_and_refuses_what_is_out_of_range():
 def test_frames_of_several_rays_have_a_folder_of_their_own(tmp_path):
     student, views = student_of(supersampling=2), [("front", CAMERA)]
     own, one = student.frame_source(), with_options(student.frame_source(), DrawingConfig(supersampling=1))
-    assert own.kind == "student" and one.kind == "student, 1 ray per pixel"
-    assert with_options(own, DrawingConfig(supersampling=2)).kind == "student"
+    assert own.kind == "student, 4 rays per pixel" and one.kind == "student"
+    assert with_options(own, DrawingConfig(supersampling=2)).kind == own.kind
     both = with_options(own, DrawingConfig(deferred=True, supersampling=3))
     assert both.kind == "student, one colour per ray, 9 rays per pixel"
     frames = render_frames(own, views, tmp_path / "frames", dtype="float32", quiet=True, chunk_rays=100).frames
     torch.testing.assert_close(frames.read("front").alpha, student.render(CAMERA).alpha)
-    assert "holds frames of the kind 'student', not 'student, 1 ray per pixel'" in expect_error(
+    assert "holds frames of the kind 'student, 4 rays per pixel', not 'student'" in expect_error(
         render_frames, one, views, tmp_path / "frames", dtype="float32", quiet=True)
 
 
-def test_an_orbit_has_one_ray_per_pixel():
-    view = render_student(student_of(supersampling=3), CAMERA)
-    torch.testing.assert_close(view.samples, student_of().render(CAMERA, 0.01).samples)
+def test_an_orbit_and_the_benchmark_have_one_ray_per_pixel():
+    student, one = student_of(supersampling=3), student_of().render(CAMERA, 0.01).samples
+    torch.testing.assert_close(render_student(student, CAMERA).samples, one)
+    numbers = time_student_frames(student, CAMERA, [20], [], 1)
+    assert numbers["samples_20"] == float(student_of().render(CAMERA.resized(20, 20)).samples.sum())

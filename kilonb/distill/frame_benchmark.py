@@ -63,6 +63,10 @@ def _walk_all(student: Student, camera: PinholeCamera, stop: float, most: int = 
     return total
 
 
+def _one_ray(student: Student, view: PinholeCamera, stop: float | None = None, **options: bool) -> FieldImage:
+    return student.render(view, stop, supersampling=1, **options)
+
+
 def _on_white(frame: FieldImage) -> Tensor:
     return over_background(frame.rgb_premultiplied, frame.alpha, check=False).clamp(0, 1)
 
@@ -77,16 +81,16 @@ def frame_counts(frame: FieldImage) -> dict[str, float]:
 def _frame_calls(student: Student, view: PinholeCamera, width: int,
                  stops: Sequence[float]) -> dict[str, Callable[[], object]]:
     """What `time_student_frames` times of one width, by name."""
-    calls: dict[str, Callable[[], object]] = {f"frame_{width}_s": lambda: student.render(view)}
-    calls |= {f"frame_{width}_stop_{100 * stop:g}_s": lambda stop=stop: student.render(view, stop) for stop in stops}
-    calls[f"frame_{width}_deferred_s"] = lambda: student.render(view, deferred=True)
+    calls: dict[str, Callable[[], object]] = {f"frame_{width}_s": lambda: _one_ray(student, view)}
+    calls |= {f"frame_{width}_stop_{100 * stop:g}_s": lambda stop=stop: _one_ray(student, view, stop) for stop in stops}
+    calls[f"frame_{width}_deferred_s"] = lambda: _one_ray(student, view, deferred=True)
     calls[f"frame_{width}_4_rays_s"] = lambda: student.render(view, supersampling=2)
     return calls | {f"walk_{width}_s": lambda: _walk_all(student, view, student.stop)}
 
 # %% ../../nbs/distill/frame_benchmark.ipynb #b68e76b2
 def time_student_frames(student: Student, camera: PinholeCamera, widths: Sequence[int], stops: Sequence[float],
                         repeats: int) -> dict[str, float]:
-    """Seconds of square frames of `widths` pixels, and their numbers of samples (`frame_counts`).
+    """Seconds of square frames of `widths` pixels with one ray each, and their numbers of samples (`frame_counts`).
 
     Names: frame_<width>_s at the student's own stop, frame_<width>_stop_<percent>_s at each of `stops`,
     frame_<width>_deferred_s with one colour per ray, and deferred_<width>_db, the PSNR of that frame against the first;
@@ -97,7 +101,7 @@ def time_student_frames(student: Student, camera: PinholeCamera, widths: Sequenc
     for width in widths:
         view = camera.resized(width, width)
         results |= medians(interleaved(_frame_calls(student, view, width, stops), repeats))
-        full, deferred = student.render(view), student.render(view, deferred=True)
+        full, deferred = _one_ray(student, view), _one_ray(student, view, deferred=True)
         results |= {f"{name}_{width}": value for name, value in frame_counts(full).items()}
         results[f"deferred_{width}_db"] = psnr_srgb_db(_on_white(deferred), _on_white(full))
         results[f"frames_per_s_{width}"] = 1 / results[f"frame_{width}_s"]
@@ -114,12 +118,12 @@ def frame_growth(student: Student, camera: PinholeCamera, widths: Sequence[int],
     if min(len(set(widths)), len(set(divisors))) < 2:
         raise KiloError(f"A curve needs two sizes: widths are {list(widths)}, divisors {list(divisors)}.")
     views = {f"{width}": camera.resized(width, width) for width in widths}
-    pixels = medians(interleaved({name: lambda view=view: student.render(view) for name, view in views.items()},
+    pixels = medians(interleaved({name: lambda view=view: _one_ray(student, view) for name, view in views.items()},
                                  repeats))
     finer = {f"{d}": Student(student.field, student.grid, student.step / d, student.stop) for d in divisors}
     view = views[f"{widths[0]}"]
-    times = medians(interleaved({name: lambda s=s: s.render(view) for name, s in finer.items()}, repeats))
-    counts = [float(s.render(view).samples.sum()) for s in finer.values()]
+    times = medians(interleaved({name: lambda s=s: _one_ray(s, view) for name, s in finer.items()}, repeats))
+    counts = [float(_one_ray(s, view).samples.sum()) for s in finer.values()]
     return {"pixels": ([float(width)**2 for width in widths], list(pixels.values())),
             "samples": (counts, list(times.values()))}
 
@@ -128,8 +132,8 @@ def compare_with_reference(student: Student, camera: PinholeCamera, width: int, 
     """frame_s and reference_s, medians, of a frame of `width` pixels; reference_over_ours, and largest_difference of
     their colours, leaving out one pixel in a thousand, whose samples lie on walls of voxels."""
     view = camera.resized(width, width)
-    ours, (reference, _) = student.render(view), reference_frame(student, view)
+    ours, (reference, _) = _one_ray(student, view), reference_frame(student, view)
     worst = (ours.rgb_premultiplied - reference).abs().amax(-1).flatten().quantile(0.999).item()
-    times = medians(interleaved({"frame_s": lambda: student.render(view),
+    times = medians(interleaved({"frame_s": lambda: _one_ray(student, view),
                                  "reference_s": lambda: reference_frame(student, view)}, repeats, warmup=0))
     return times | {"reference_over_ours": times["reference_s"] / times["frame_s"], "largest_difference": worst}

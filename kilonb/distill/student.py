@@ -35,7 +35,6 @@ from ..imaging.sources import FrameSource, tensors_digest
 from ..imaging.targets import ViewTarget
 from ..core.errors import KiloError, shorten
 from ..core.numbers import positive, whole
-from ..core.text import count_noun
 from ..training.checkpoints import check_tensors, read_checkpoint, write_checkpoint
 from ..training.guards import AlphaGuard
 from ..training.loop import LoopConfig, TrainingResult, train
@@ -117,8 +116,7 @@ def _source_of_student(student: Student, weights: str, name: str, sha256: str,
                        options: dict[str, Any]) -> FrameSource:
     device, kind = str(next(student.parameters()).device), "student"
     if options.get("deferred"): kind += ", one colour per ray"
-    if (size := options.get("supersampling", student.supersampling)) != student.supersampling:
-        kind += f", {count_noun(size**2, 'ray')} per pixel"
+    if (size := options.get("supersampling", student.supersampling)) > 1: kind += f", {size**2} rays per pixel"
 
     def render(camera: PinholeCamera, chunk_rays: int | None) -> FieldImage:
         return student.render(camera.to(device), chunk_rays=chunk_rays, **options)
